@@ -1,0 +1,286 @@
+"""What a user may set, documented and validated in one place.
+
+The fields live in two mixins so that other trainers (and scripts that hold a plain
+``TrainingArguments``) can reuse them: every default is declared here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from transformers import TrainingArguments
+
+from hf_ebft.advantages import ADVANTAGE_ESTIMATORS, AdvantageEstimator
+from hf_ebft.features import FEATURE_NORMALIZATIONS, STRIDED_EMBED_METHODS, FeatureNormalization
+from hf_ebft.whitening import DEFAULT_TOLERANCE, WHITENING_SPACES, WhiteningSpace
+
+KLEstimator = Literal["k1", "k2", "k3"]
+KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
+PackedAttention = Literal["auto", "sdpa", "eager", "flex_attention"]
+PACKED_ATTENTIONS: tuple[PackedAttention, ...] = get_args(PackedAttention)
+
+
+@dataclass
+class FeatureMatchingArguments:
+    """Rewards, advantages and loss weights: shared by every mode.
+
+    Values the paper uses are named in each field's help where they are known.
+    """
+
+    feature_layers: list[float] = field(
+        default_factory=lambda: [0.25, 0.5, 0.75],
+        metadata={
+            "help": "Depths (fractions of the number of layers; 0 = embedding output, 1 = last hidden "
+            "state after the final norm) whose hidden states make up the features."
+        },
+    )
+    feature_normalization: FeatureNormalization = field(
+        default="per_layer",
+        metadata={
+            "help": "'per_layer': L2-normalise each layer, concatenate, divide by sqrt(layers). "
+            "'joint': concatenate, then normalise once (the paper's released code)."
+        },
+    )
+    feature_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model to use as the frozen feature network. Must share the policy's tokenizer. "
+            "Default: a frozen copy of the policy as it is when the trainer is built."
+        },
+    )
+    use_whitening: bool = field(
+        default=True,
+        metadata={"help": "Whiten the features of each group of rollouts (the paper's setting)."},
+    )
+    whitening_space: WhiteningSpace = field(
+        default="feature",
+        metadata={
+            "help": "'feature': the paper's equation. 'sample': the variant in its released code."
+        },
+    )
+    whitening_tolerance: float = field(
+        default=DEFAULT_TOLERANCE,
+        metadata={"help": "Singular values below this times the largest one count as zero."},
+    )
+    alignment_coef: float = field(
+        default=1.0, metadata={"help": "Weight of alignment (2 cos) in the reward."}
+    )
+    diversity_coef: float = field(
+        default=1.0,
+        metadata={"help": "Weight of diversity (mean pairwise dot product) taken off the reward."},
+    )
+    advantage_estimator: AdvantageEstimator = field(
+        default="rloo",
+        metadata={"help": "'rloo': leave-one-out baseline. 'group_norm': z-score. 'reinforce': none."},
+    )
+    ce_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the teacher-forced cross-entropy (gamma in the paper, which tries "
+            "0, 0.03 and 0.1)."
+        },
+    )
+    kl_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a per-token KL penalty to the feature network as reference policy. "
+            "0 costs nothing; above 0 the feature network runs its head as well."
+        },
+    )
+    kl_estimator: KLEstimator = field(
+        default="k3", metadata={"help": "Estimator of the KL divergence (Schulman's names)."}
+    )
+
+    def validate_feature_matching(self, n_samples: int, n_samples_name: str) -> None:
+        """Check the fields of this group; ``n_samples`` is the size of a group of rollouts.
+
+        Raises:
+            ValueError: naming the field, the value, the reason and what to write instead.
+        """
+        _require_choice(self, "feature_normalization", FEATURE_NORMALIZATIONS)
+        _require_choice(self, "whitening_space", WHITENING_SPACES)
+        _require_choice(self, "advantage_estimator", ADVANTAGE_ESTIMATORS)
+        _require_choice(self, "kl_estimator", KL_ESTIMATORS)
+        if not self.feature_layers:
+            raise ValueError(
+                "feature_layers is empty, so there would be no features; "
+                "write fractions of depth such as [0.25, 0.5, 0.75]."
+            )
+        for fraction in self.feature_layers:
+            if not 0.0 <= fraction <= 1.0:
+                raise ValueError(
+                    f"feature_layers holds {fraction}, which is no fraction of depth; "
+                    "write values from 0.0 (embeddings) to 1.0 (last layer)."
+                )
+        for name in ("alignment_coef", "diversity_coef", "ce_coef", "kl_coef"):
+            _require_at_least(self, name, 0.0)
+        if not 0.0 < self.whitening_tolerance < 1.0:
+            raise ValueError(
+                f"whitening_tolerance={self.whitening_tolerance} must lie between 0 and 1: it is "
+                "relative to the largest singular value; the default is 1e-5."
+            )
+        if n_samples < 2 and self.advantage_estimator != "reinforce":
+            raise ValueError(
+                f"{n_samples_name}={n_samples} leaves advantage_estimator="
+                f"'{self.advantage_estimator}' no other rollout to compare with; set "
+                f"{n_samples_name} to 2 or more (the paper uses 4), or advantage_estimator='reinforce'."
+            )
+        if n_samples < 2 and self.diversity_coef > 0:
+            raise ValueError(
+                f"{n_samples_name}={n_samples} has no pairs of rollouts, so diversity_coef="
+                f"{self.diversity_coef} would do nothing; set {n_samples_name} to 2 or more, "
+                "or diversity_coef=0."
+            )
+
+
+@dataclass
+class StridedArguments:
+    """Where rollouts start, how long they are and how they are sampled (strided mode)."""
+
+    stride: int = field(
+        default=8, metadata={"help": "Tokens between the starts of neighbouring blocks (paper: 8)."}
+    )
+    context_length: int = field(
+        default=8, metadata={"help": "Tokens before the first block of a document (paper: 8)."}
+    )
+    generate_max_len: int = field(
+        default=8, metadata={"help": "Tokens in a rollout, and in its ground truth (paper: 8)."}
+    )
+    embed_method: Literal["last_token", "mean_pooling", "concat"] = field(
+        default="last_token",
+        metadata={"help": "How the token features of a rollout become one embedding."},
+    )
+    n_samples_per_prompt: int = field(
+        default=4, metadata={"help": "Rollouts per block (paper: 4)."}
+    )
+    temperature: float = field(
+        default=0.6, metadata={"help": "Sampling temperature; rollouts are also scored at it."}
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "help": "Nucleus sampling. Below 1 only the sampling is truncated, the score stays the "
+            "full softmax, so the gradient estimate is biased."
+        },
+    )
+    min_completion_prefix: int = field(
+        default=0,
+        metadata={
+            "help": "Where labels or prompt_length mark a completion: tokens of the completion that "
+            "come before the first block."
+        },
+    )
+    document_masking: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Rows that pack several documents. Default: follow document_ids, seq_idx or "
+            "restarting position_ids where a batch has them. True: also split at the EOS token. "
+            "False: treat every row as one document."
+        },
+    )
+    rl_coef: float = field(default=1.0, metadata={"help": "Weight of the policy-gradient loss."})
+    packed_attention: PackedAttention = field(
+        default="auto",
+        metadata={
+            "help": "Attention implementation for the packed row. 'auto' keeps the model's own where "
+            "it can express the packed mask, else takes sdpa, else eager."
+        },
+    )
+    verify_packing: bool = field(
+        default=True,
+        metadata={
+            "help": "When the trainer is built, compare a short packed row with plain forward passes "
+            "on the actual model and refuse it where they differ."
+        },
+    )
+    eval_rollouts: bool = field(
+        default=True,
+        metadata={
+            "help": "Sample rollouts during evaluation too, for eval_ebft/cfm_loss and friends."
+        },
+    )
+    log_prob_chunk_size: int = field(
+        default=1024,
+        metadata={"help": "Rows of logits that are turned into float32 log-probabilities at once."},
+    )
+
+    def validate_strided(self) -> None:
+        """Check the fields of this group.
+
+        Raises:
+            ValueError: naming the field, the value, the reason and what to write instead.
+        """
+        for name in (
+            "stride",
+            "context_length",
+            "generate_max_len",
+            "n_samples_per_prompt",
+            "log_prob_chunk_size",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        if self.min_completion_prefix < 0:
+            raise ValueError(
+                f"min_completion_prefix={self.min_completion_prefix} must be 0 or more tokens."
+            )
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature={self.temperature} must be above 0: a greedy rollout has no "
+                "log-probability gradient to follow; the default is 0.6."
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1.0 samples the full softmax.")
+        _require_choice(self, "embed_method", STRIDED_EMBED_METHODS)
+        _require_at_least(self, "rl_coef", 0.0)
+        _require_choice(self, "packed_attention", PACKED_ATTENTIONS)
+
+
+@dataclass
+class EBFTSettings(StridedArguments, FeatureMatchingArguments):
+    """Every setting of strided EBFT, without the ``TrainingArguments``.
+
+    The trainer reads its settings from such an object: an [`EBFTConfig`] is one, and a plain
+    ``TrainingArguments`` is paired with the defaults.
+    """
+
+    def validate(self) -> None:
+        """Check all settings together.
+
+        Raises:
+            ValueError: naming the setting, the value, the reason and what to write instead.
+        """
+        self.validate_strided()
+        self.validate_feature_matching(self.n_samples_per_prompt, "n_samples_per_prompt")
+        if self.rl_coef == 0 and self.ce_coef == 0 and self.kl_coef == 0:
+            raise ValueError(
+                "rl_coef=0 with ce_coef=0 and kl_coef=0 leaves nothing to train on; raise one."
+            )
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+
+@dataclass
+class EBFTConfig(EBFTSettings, TrainingArguments):
+    """``transformers.TrainingArguments`` plus the settings of strided EBFT.
+
+    No default of ``TrainingArguments`` is changed.
+    """
+
+    def __post_init__(self) -> None:
+        TrainingArguments.__post_init__(self)
+        self.validate()
+
+
+def _require_choice(settings: Any, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(settings, name)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
+
+
+def _require_at_least(settings: Any, name: str, least: float) -> None:
+    value = getattr(settings, name)
+    if not value >= least:  # written so that NaN fails too
+        raise ValueError(f"{name}={value} must be {least:g} or more.")

@@ -1,0 +1,64 @@
+"""Padding of tokenized documents into a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ebft.documents import IGNORE_INDEX, PROMPT_LENGTH
+
+
+class EBFTDataCollator:
+    """Pads every per-token column on the right, whatever columns the rows have.
+
+    Rows are dicts with ``input_ids`` and, optionally, ``attention_mask``, ``labels``,
+    ``position_ids``, ``document_ids`` / ``seq_idx`` (one value per token) and ``prompt_length`` (one
+    value per row). A missing ``attention_mask`` is made, so padding is never mistaken for text, and
+    a tokenizer without a pad token needs none.
+
+    Args:
+        processing_class: tokenizer whose pad token fills ``input_ids``; 0 is used where it has none.
+    """
+
+    def __init__(self, processing_class: Any = None) -> None:
+        pad = getattr(processing_class, "pad_token_id", None)
+        self._fill = {"input_ids": pad if pad is not None else 0, "labels": IGNORE_INDEX}
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate rows of different lengths into tensors (rows, longest row).
+
+        Raises:
+            ValueError: a row without ``input_ids``, or a per-token column of another length.
+        """
+        for row in rows:
+            if "input_ids" not in row:
+                raise ValueError(
+                    f"A row has no input_ids, only {sorted(row)}: tokenize the dataset first, for "
+                    "example dataset.map(lambda row: tokenizer(row['text']))."
+                )
+        lengths = [len(row["input_ids"]) for row in rows]
+        width = max(lengths)
+        names = {name: None for row in rows for name in row} | {"attention_mask": None}
+        return {name: self._column(name, rows, lengths, width) for name in names}
+
+    def _column(
+        self, name: str, rows: Sequence[Mapping[str, Any]], lengths: list[int], width: int
+    ) -> Tensor:
+        if name == PROMPT_LENGTH:
+            return torch.tensor([int(row[name]) for row in rows])
+        padded = torch.full((len(rows), width), self._fill.get(name, 0), dtype=torch.long)
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            if name == "attention_mask" and name not in row:
+                padded[index, :length] = 1
+                continue
+            values = torch.as_tensor(row[name], dtype=torch.long)
+            if values.shape != (length,):
+                raise ValueError(
+                    f"Column {name!r} of a row has shape {tuple(values.shape)}, but the row has {length} "
+                    "input_ids; give one value per token, or drop the column."
+                )
+            padded[index, :length] = values
+        return padded

@@ -1,0 +1,206 @@
+"""phi, the frozen feature network, and its forward pass over packed rows.
+
+It needs no head and no layer above the highest one whose features are used, and keeps hidden states
+only where an embedding is read.
+
+Dimension letters: B rows, R packed row, P places kept, m layers, H hidden width, T token positions
+that the pooling reads, F = m * H, D embedding width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from hf_ebft.features import normalize_layers, pool, token_positions
+from hf_ebft.layout import PackedLayout
+from hf_ebft.policy import PackedForward
+from hf_ebft.rollouts import Rollouts
+from hf_ebft.support import bare_model, decoder_layers, vocabulary_size
+
+
+class _TopLayerReached(Exception):
+    """Ends a forward pass after the highest layer whose hidden states are wanted."""
+
+
+@dataclass(frozen=True)
+class FeaturePass:
+    """What one pass of the feature network gives.
+
+    Attributes:
+        generated: (B, n, K, D) float32 embeddings of the rollouts.
+        ground_truth: (B, K, D) float32 embeddings of the windows; zero for blocks not there.
+        reference_logits: (B, P, V) at the places that were asked for, or None.
+    """
+
+    generated: Tensor
+    ground_truth: Tensor
+    reference_logits: Tensor | None
+
+
+class FeatureNetwork:
+    """A frozen causal language model that embeds rollouts and ground truth.
+
+    It is deliberately no ``nn.Module``: a trainer that holds one does not wrap, optimize or save it.
+
+    Args:
+        model: the network; put into evaluation mode and frozen here, in place.
+        feature_layers: fractions of depth; layer index ``int(fraction * L)`` into transformers'
+            ``hidden_states`` (0 is the embedding output, L the last one, after the final norm).
+        embed_method: pooling over the tokens of a block.
+        normalization: see :func:`hf_ebft.features.normalize_layers`.
+        packed_attention: attention implementation for the packed row.
+
+    Raises:
+        ValueError: the network cannot be exact on packed rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        feature_layers: Sequence[float],
+        embed_method: str,
+        normalization: str,
+        packed_attention: str = "auto",
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.forward = PackedForward.of(model, packed_attention)
+        self.layers = decoder_layers(model)
+        self.layer_indices = [int(fraction * len(self.layers)) for fraction in feature_layers]
+        self.embed_method = embed_method
+        self.normalization = normalization
+
+    @classmethod
+    def from_policy(cls, policy: nn.Module, **settings: Any) -> FeatureNetwork:
+        """A frozen copy of the policy as it is now (adapters of a PEFT model included)."""
+        return cls(copy.deepcopy(policy), **settings)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, dtype: torch.dtype, **settings: Any
+    ) -> FeatureNetwork:
+        """The network at ``name_or_path`` (hub name or folder), in the policy's dtype."""
+        return cls(AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype), **settings)
+
+    def require_vocabulary_of(self, policy: nn.Module) -> None:
+        """Raise a ValueError unless the network embeds as many token ids as the policy."""
+        own, others = vocabulary_size(self.model), vocabulary_size(policy)
+        if own != others:
+            raise ValueError(
+                f"The feature network embeds {own} token ids, the policy {others}: they must share one "
+                "tokenizer, since the feature network reads the policy's rollouts. Choose a feature "
+                "network of the same family, or, where only padding differs, make both equal with "
+                "resize_token_embeddings."
+            )
+
+    def to(self, device: torch.device) -> FeatureNetwork:
+        """Move the network; returns itself."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def embed(self, rollouts: Rollouts, reference_places: Tensor | None = None) -> FeaturePass:
+        """Embed rollouts and their ground-truth windows in one pass over the packed row.
+
+        Args:
+            rollouts: the batch and its sampled tokens.
+            reference_places: (P,) places of the row whose logits are wanted too (for a KL penalty).
+        """
+        layout = rollouts.layout
+        self.forward.limits.check(layout)
+        within = torch.tensor(token_positions(self.embed_method, layout.length))
+        coordinates = layout.coordinates
+        within = within.to(coordinates.slot.device)
+        rollout_places = layout.from_row(coordinates.slot[:, layout.document_width :])[..., within]
+        window_places = layout.window[..., within]
+        places = torch.cat([rollout_places.flatten(1), window_places.flatten(1)], dim=1)
+
+        hidden, reference_logits = self._hidden_states(
+            layout.input_ids(rollouts.tokens), layout, places, reference_places
+        )
+        features = normalize_layers(hidden, self.normalization)
+        n_generated = rollout_places[0].numel()
+        generated = features[:, :n_generated].unflatten(1, rollout_places.shape[1:])
+        ground_truth = features[:, n_generated:].unflatten(1, window_places.shape[1:])
+        exists = rollouts.exists
+        return FeaturePass(
+            generated=pool(generated, self.embed_method) * exists[:, None, :, None],
+            ground_truth=pool(ground_truth, self.embed_method) * exists[:, :, None],
+            reference_logits=reference_logits,
+        )
+
+    def _hidden_states(
+        self,
+        input_ids: Tensor,
+        layout: PackedLayout,
+        places: Tensor,
+        reference_places: Tensor | None,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states (B, P, H) of every feature layer at ``places`` (B, P)."""
+        n_layers = len(self.layers)
+        rows = torch.arange(places.shape[0], device=places.device)[:, None]
+        kept: dict[int, Tensor] = {}
+        coordinates = layout.coordinates
+        needs_end = n_layers in self.layer_indices or reference_places is not None
+        with self._capture(kept, rows, places, stop_early=not needs_end):
+            if reference_places is not None:
+                logits = self.forward.logits(self.model, input_ids, coordinates, reference_places)
+            else:
+                logits = None
+                backbone = bare_model(self.model).base_model
+                with contextlib.suppress(_TopLayerReached):
+                    backbone(
+                        input_ids=input_ids,
+                        position_ids=coordinates.position,
+                        attention_mask=self.forward.recipe.build(coordinates, coordinates),
+                        use_cache=False,
+                    )
+        return [kept[index] for index in self.layer_indices], logits
+
+    @contextlib.contextmanager
+    def _capture(
+        self, kept: dict[int, Tensor], rows: Tensor, places: Tensor, *, stop_early: bool
+    ) -> Iterator[None]:
+        """Hooks that keep the wanted hidden states at ``places`` and end the pass after the last one.
+
+        Hooks on the layers see the same values as transformers' ``hidden_states``; the last entry of
+        those is taken after the final norm, hence from the backbone's output.
+        """
+        n_layers, top = len(self.layers), max(self.layer_indices)
+
+        def keep(index: int, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            if index in self.layer_indices:
+                kept[index] = state[rows, places]
+            if stop_early and index == top:
+                raise _TopLayerReached
+
+        def embedding_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keep(0, args[0] if args else kwargs["hidden_states"])
+
+        def layer_hook(index: int) -> Any:
+            return lambda _module, _args, output: keep(index, output)
+
+        def last_hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            keep(n_layers, output.last_hidden_state)
+
+        hooks = [self.layers[0].register_forward_pre_hook(embedding_hook, with_kwargs=True)]
+        hooks += [
+            layer.register_forward_hook(layer_hook(index))
+            for index, layer in enumerate(self.layers, start=1)
+            if index < n_layers
+        ]
+        hooks.append(bare_model(self.model).base_model.register_forward_hook(last_hook))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -1,0 +1,177 @@
+"""The packed row: document and rollouts side by side, every prefix computed once.
+
+A row is ``[document: S][block 0: sample 0, sample 1, ... n-1][block 1: ...]...``, each sample G
+tokens wide. The samples of a block lie together because they share one prefix. This module owns that
+order; everything else asks it for shapes, position ids, predictors and visibility.
+
+Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length,
+R = S + K * n * G tokens of the packed row, Q and C queries and keys (any subset of the row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from hf_ebft.anchors import Blocks
+from hf_ebft.documents import Documents
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """What decides who sees whom, for tokens in any order (all fields (B, Q) int64).
+
+    Attributes:
+        slot: place in the packed row; unique within a row.
+        document: document of the row; -1 for padding and for rollouts that do not exist.
+        position: position id within the document.
+        rollout: 0 for document tokens, else 1 + the index of the token's (block, sample).
+        prefix_end: how many document tokens it sees: position + 1 in a document, e_k in a rollout.
+    """
+
+    slot: Tensor
+    document: Tensor
+    position: Tensor
+    rollout: Tensor
+    prefix_end: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Coordinates:
+        """The coordinates with ``function`` applied to each field."""
+        return Coordinates(*(function(field) for field in self._fields()))
+
+    def select(self, index: Tensor) -> Coordinates:
+        """Coordinates of the tokens at ``index`` (Q,)."""
+        return self.map(lambda field: field[:, index])
+
+    def followed_by(self, other: Coordinates) -> Coordinates:
+        """These tokens, then those of ``other``."""
+        pairs = zip(self._fields(), other._fields(), strict=True)
+        return Coordinates(*(torch.cat(pair, dim=1) for pair in pairs))
+
+    def _fields(self) -> list[Tensor]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+
+def document_coordinates(documents: Documents) -> Coordinates:
+    """Coordinates of the S document tokens of each row."""
+    rows, width = documents.input_ids.shape
+    return Coordinates(
+        slot=torch.arange(width, device=documents.input_ids.device).expand(rows, -1),
+        document=documents.document,
+        position=documents.position,
+        rollout=torch.zeros_like(documents.position),
+        prefix_end=documents.position + 1,
+    )
+
+
+def sees(query: Coordinates, key: Coordinates) -> Tensor:
+    """The one definition of visibility, elementwise over broadcastable coordinates.
+
+    A document token sees its document up to itself. A rollout token sees the first ``e_k`` tokens of
+    its document and its own rollout up to itself. Every token sees itself, padding included, so that
+    no row of a softmax is empty.
+    """
+    in_prefix = (key.rollout == 0) & (key.position < query.prefix_end)
+    in_own_rollout = (
+        (key.rollout > 0) & (key.rollout == query.rollout) & (key.position <= query.position)
+    )
+    same_document = (key.document == query.document) & (key.document >= 0)
+    return (same_document & (in_prefix | in_own_rollout)) | (key.slot == query.slot)
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where everything is in the packed row of a batch.
+
+    Attributes:
+        documents: the batch; S is its width.
+        blocks: its blocks; K is their number.
+        n_samples: n.
+        length: G.
+    """
+
+    documents: Documents
+    blocks: Blocks
+    n_samples: int
+    length: int
+
+    @property
+    def document_width(self) -> int:
+        """S."""
+        return self.documents.input_ids.shape[1]
+
+    @property
+    def rollout_shape(self) -> tuple[int, int, int, int]:
+        """(B, n, K, G), the shape of everything that is said about rollout tokens outside the row."""
+        rows, blocks = self.blocks.exists.shape
+        return rows, self.n_samples, blocks, self.length
+
+    @property
+    def row_width(self) -> int:
+        """R."""
+        _, samples, blocks, length = self.rollout_shape
+        return self.document_width + blocks * samples * length
+
+    def to_row(self, per_token: Tensor) -> Tensor:
+        """(B, n, K, G) -> (B, K * n * G), the rollout part of the row."""
+        return per_token.transpose(1, 2).flatten(1)
+
+    def from_row(self, rollout_part: Tensor) -> Tensor:
+        """(B, K * n * G, ...) -> (B, n, K, G, ...)."""
+        rows, samples, blocks, length = self.rollout_shape
+        return rollout_part.unflatten(1, (blocks, samples, length)).transpose(1, 2)
+
+    def input_ids(self, tokens: Tensor) -> Tensor:
+        """(B, R) token ids of the row that holds the rollouts ``tokens`` (B, n, K, G)."""
+        if tuple(tokens.shape) != self.rollout_shape:
+            raise ValueError(
+                f"Rollout tokens have shape {tuple(tokens.shape)}; this batch needs (rows, samples, "
+                f"blocks, tokens) = {self.rollout_shape}."
+            )
+        return torch.cat([self.documents.input_ids, self.to_row(tokens)], dim=1)
+
+    @cached_property
+    def coordinates(self) -> Coordinates:
+        """Coordinates of all R tokens of each row."""
+        rows, samples, blocks, length = self.rollout_shape
+        device = self.documents.input_ids.device
+        steps = torch.arange(length, device=device)
+        exists = self.blocks.exists[:, None, :, None].expand(self.rollout_shape)
+        anchor = self.blocks.position[:, None, :, None].expand(self.rollout_shape)
+        owner = self.blocks.document[:, None, :, None].expand(self.rollout_shape)
+        own_rollout = torch.arange(1, blocks * samples + 1, device=device)
+        rollouts = Coordinates(
+            slot=torch.arange(self.document_width, self.row_width, device=device).expand(rows, -1),
+            document=self.to_row(owner),
+            position=self.to_row((anchor + steps) * exists),
+            rollout=own_rollout.repeat_interleave(length).expand(rows, -1),
+            prefix_end=self.to_row(anchor),
+        )
+        return document_coordinates(self.documents).followed_by(rollouts)
+
+    @cached_property
+    def predictor(self) -> Tensor:
+        """(B, n, K, G) int64: the place in the row whose logits predict each rollout token.
+
+        The first token of a rollout is predicted by the last token of its prefix, every later one by
+        the rollout's own token before it.
+        """
+        place = self.from_row(self.coordinates.slot[:, self.document_width :])
+        predictor = place - 1
+        predictor[..., 0] = (self.blocks.column - 1).clamp(min=0)[:, None, :]
+        return predictor
+
+    @cached_property
+    def window(self) -> Tensor:
+        """(B, K, G) int64: places of each block's ground-truth window (0 for blocks not there)."""
+        steps = torch.arange(self.length, device=self.blocks.column.device)
+        return (self.blocks.column[:, :, None] + steps) * self.blocks.exists[:, :, None]
+
+    def step_slots(self, step: int) -> Tensor:
+        """(K * n,) int64: places of the ``step``-th token of every rollout, in the row's order."""
+        device = self.documents.input_ids.device
+        return torch.arange(self.document_width + step, self.row_width, self.length, device=device)

@@ -1,0 +1,134 @@
+"""Sampling: one prefill of the documents, then G - 1 decoding steps for all blocks at once.
+
+Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length, V vocabulary,
+P distinct predictor places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_ebft.layout import PackedLayout
+from hf_ebft.policy import PackedForward, inference_mode_of
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled continuations of the prefixes of a batch.
+
+    Attributes:
+        tokens: (B, n, K, G) int64; arbitrary where the block does not exist.
+        exists: (B, K) bool.
+        layout: where prefixes, windows and rollouts lie in the packed row.
+    """
+
+    tokens: Tensor
+    exists: Tensor
+    layout: PackedLayout
+
+
+def make_generator(device: torch.device, *entropy: int) -> torch.Generator:
+    """A generator seeded from several numbers, e.g. (seed, step, process).
+
+    Being a function of the step, it needs no place in checkpoints: a resumed run draws what an
+    uninterrupted one would have drawn.
+    """
+    state = np.random.SeedSequence([number % 2**64 for number in entropy]).generate_state(1, np.uint64)
+    return torch.Generator(device=device).manual_seed(int(state[0]) % 2**63)
+
+
+def sample_rollouts(
+    model: nn.Module,
+    forward: PackedForward,
+    layout: PackedLayout,
+    *,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator,
+) -> Rollouts:
+    """Sample G tokens after every prefix of the batch, n times.
+
+    The number of forward passes is G whatever the batch holds, so that all processes of a distributed
+    run gather parameters equally often.
+
+    Args:
+        model: the wrapped policy, in any mode; sampled in evaluation mode, without gradient.
+        forward: how this policy runs packed rows.
+        layout: the batch.
+        temperature: > 0, divides the logits.
+        top_p: nucleus mass; 1.0 keeps the whole distribution.
+        generator: source of randomness, on the model's device.
+
+    Raises:
+        FloatingPointError: the policy's logits are not finite.
+        ValueError: a document or the packed row is too long for the model.
+    """
+    forward.limits.check(layout)
+    coordinates = layout.coordinates
+    _, n_samples, _, length = layout.rollout_shape
+    prefix = coordinates.select(torch.arange(layout.document_width, device=generator.device))
+    with inference_mode_of(model):
+        cache = forward.new_cache()
+        # The first token is predicted by the prefix's last one, for all samples alike.
+        places, index = torch.unique(layout.predictor[:, 0, :, 0], return_inverse=True)
+        logits = forward.logits(model, layout.documents.input_ids, prefix, places, cache=cache)
+        logits = logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))
+        probabilities = token_probabilities(logits, temperature, top_p)
+        probabilities = probabilities.repeat_interleave(n_samples, dim=1)
+        steps = [draw(probabilities, generator)]
+        slots = torch.arange(layout.document_width, device=generator.device)
+        for step in range(1, length):
+            fed = layout.step_slots(step - 1)
+            slots = torch.cat([slots, fed])
+            logits = forward.logits(
+                model,
+                steps[-1],
+                coordinates.select(fed),
+                torch.arange(fed.shape[0], device=generator.device),
+                keys=coordinates.select(slots),
+                cache=cache,
+            )
+            steps.append(draw(token_probabilities(logits, temperature, top_p), generator))
+    tokens = layout.from_row(torch.stack(steps, dim=2).flatten(1))
+    return Rollouts(tokens=tokens.contiguous(), exists=layout.blocks.exists, layout=layout)
+
+
+def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Sampling distribution: softmax at the temperature, truncated to the nucleus.
+
+    The nucleus is the smallest set of most likely tokens whose probability reaches ``top_p``.
+
+    Args:
+        logits: (..., V) in any floating dtype.
+
+    Returns:
+        (..., V) float32, summing to 1.
+    """
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p >= 1.0:
+        return probabilities
+    descending, order = probabilities.sort(dim=-1, descending=True)
+    mass_before = descending.cumsum(dim=-1) - descending
+    kept = torch.where(mass_before < top_p, descending, 0.0)
+    kept = kept / kept.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter(-1, order, kept)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per distribution: (B, Q, V) -> (B, Q) int64.
+
+    Raises:
+        FloatingPointError: the distribution holds NaN, which torch would report as a device assert.
+    """
+    if bool(torch.isnan(probabilities).any()):
+        raise FloatingPointError(
+            "The policy's logits are not finite, so no rollout can be sampled. Its weights have "
+            "probably diverged: lower learning_rate, raise warmup_steps or set max_grad_norm; with "
+            "fp16, train in bf16."
+        )
+    flat = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
+    return flat.view(probabilities.shape[:2])

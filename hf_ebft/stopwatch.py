@@ -1,0 +1,38 @@
+"""Seconds by phase of a training step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    """Measures phases that may nest: time spent in an inner phase does not count for the outer one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._inner: list[float] = []
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to ``seconds[name]``."""
+        start = self._now()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = self._now() - start
+            own = elapsed - self._inner.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + own
+            if self._inner:
+                self._inner[-1] += elapsed
+
+    def _now(self) -> float:
+        # A few waits a step; without them a phase would be billed for its predecessor's kernels.
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()

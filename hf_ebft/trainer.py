@@ -1,0 +1,519 @@
+"""`EBFTTrainer`: a `transformers.Trainer` whose loss is Energy-Based Fine-Tuning.
+
+`compute_loss` is the algorithm; everything above it prepares, everything below it watches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_ebft.advantages import compute_advantages
+from hf_ebft.anchors import find_blocks
+from hf_ebft.config import EBFTConfig, EBFTSettings
+from hf_ebft.data.collator import EBFTDataCollator
+from hf_ebft.documents import EBFT_COLUMNS, Documents
+from hf_ebft.feature_network import FeatureNetwork
+from hf_ebft.layout import PackedLayout
+from hf_ebft.losses import (
+    KeptPlaces,
+    cross_entropy,
+    kl_penalty,
+    per_rollout_token_mean,
+    policy_gradient_loss,
+    policy_log_probs,
+    token_log_probs,
+)
+from hf_ebft.metrics import (
+    MetricAccumulator,
+    Ratio,
+    block_metrics,
+    rollout_metrics,
+    token_metrics,
+)
+from hf_ebft.policy import PackedForward, inference_mode_of
+from hf_ebft.rewards import Rewards, feature_matching_rewards
+from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+from hf_ebft.stopwatch import Stopwatch
+from hf_ebft.support import bare_model
+from hf_ebft.teacher_forcing import teacher_forcing_inputs
+from hf_ebft.verification import verify_packing
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+# Separate the random streams of training and evaluation.
+TRAINING_STREAM, EVALUATION_STREAM = 0, 1
+
+
+@dataclass(frozen=True)
+class EBFTOutput:
+    """What `compute_loss(..., return_outputs=True)` returns beside the loss.
+
+    Attributes:
+        rollouts: the sampled rollouts.
+        rewards: (B, n, K) rewards and their parts.
+        advantages: (B, n, K).
+        log_probs: (B, n, K, G) of the rollout tokens, at the sampling temperature, with gradient.
+        rl_loss, ce_loss, kl: scalars before their weights; None where the weight is zero.
+    """
+
+    rollouts: Rollouts
+    rewards: Rewards
+    advantages: Tensor
+    log_probs: Tensor
+    rl_loss: Tensor
+    ce_loss: Tensor | None
+    kl: Tensor | None
+
+
+class EBFTTrainer(Trainer):
+    """Drop-in replacement of `transformers.Trainer` that fine-tunes by feature matching.
+
+    Args:
+        model: a causal language model whose layers are all attention layers, or a PEFT model of one.
+        args: an `EBFTConfig`, or a plain `TrainingArguments`, which gets the EBFT defaults.
+        feature_network: frozen network phi with the policy's tokenizer. Default: the model at
+            `feature_model_name_or_path` if set, else a copy of `model` as it is now.
+        peft_config: wraps `model` by PEFT first.
+        **kwargs: everything else that `Trainer` takes. Without a `data_collator`,
+            [`~hf_ebft.data.collator.EBFTDataCollator`] pads.
+
+    Raises:
+        ValueError: settings, model, feature network or dataset that cannot work.
+    """
+
+    # The loss is a mean over the micro-batch's documents: the Trainer has to divide it by the
+    # accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        feature_network: nn.Module | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = EBFTConfig(output_dir="tmp_trainer") if args is None else args
+        self.ebft: EBFTSettings = args if isinstance(args, EBFTSettings) else EBFTSettings()
+        _refuse_what_would_be_ignored(args, kwargs)
+        _refuse_empty(train_dataset, "train_dataset")
+        _refuse_empty(eval_dataset, "eval_dataset")
+        _keep_one_device_per_process(args)
+        super().__init__(
+            model=_with_adapters(model, peft_config, args),
+            args=args,
+            data_collator=data_collator or EBFTDataCollator(processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        # For transformers releases that do not know loss_is_scaled_for_ga.
+        self.model_accepts_loss_kwargs = False
+        self._forward = PackedForward.of(self.model, self.ebft.packed_attention)
+        self.feature_network = self._make_feature_network(feature_network)
+        if self.ebft.verify_packing and not any(p.is_meta for p in self.model.parameters()):
+            verify_packing(self.model, self._forward)
+
+        device = self.args.device
+        self._training_metrics = MetricAccumulator(device)
+        self._evaluation_metrics = MetricAccumulator(device)
+        self._stopwatch = Stopwatch(device)
+        self._micro_step = (-1, 0)  # (global step, micro-batches seen in it)
+        self._evaluation_batch: int | None = None  # None while training
+        self._teacher_forced = False
+        self._warned_of_no_blocks = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The EBFT loss of a batch: sample, embed, reward, compare, score.
+
+        Every process makes the same forward passes whatever its documents are: G for sampling and one
+        with gradient. That is what keeps the collective calls of DDP and FSDP in step.
+
+        Args:
+            model: the wrapped policy.
+            inputs: ``input_ids`` (rows, tokens) and what :class:`hf_ebft.documents.Documents` reads.
+            return_outputs: also return an [`EBFTOutput`].
+            num_items_in_batch: not used; documents weigh equally.
+
+        Raises:
+            FloatingPointError: the loss or the policy's logits are not finite.
+            ValueError: a batch that cannot be read, or a document too long for the model.
+        """
+        if self._teacher_forced:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        settings = self.ebft
+        with self._stopwatch.phase("rollout"):
+            rollouts = self.sample_rollouts(model, inputs)
+        layout, kept = rollouts.layout, self._kept_places(rollouts)
+        with self._stopwatch.phase("features"):
+            rewards, advantages, reference = self._score(rollouts, kept)
+        log_probs = policy_log_probs(
+            model,
+            self._forward,
+            rollouts,
+            kept,
+            temperature=settings.temperature,
+            with_document=settings.ce_coef > 0,
+            chunk_size=settings.log_prob_chunk_size,
+        )
+        rl_loss = policy_gradient_loss(log_probs.rollout, advantages, layout)
+        loss, ce_loss, kl = settings.rl_coef * rl_loss, None, None
+        if log_probs.document is not None:
+            ce_loss = cross_entropy(log_probs.document, layout.documents)
+            loss = loss + settings.ce_coef * ce_loss
+        if reference is not None:
+            penalty = kl_penalty(log_probs.rollout, reference, settings.kl_estimator)
+            kl = per_rollout_token_mean(penalty, layout)
+            loss = loss + settings.kl_coef * kl
+        _refuse_not_finite(loss, {"rl_loss": rl_loss, "ce_loss": ce_loss, "kl": kl})
+
+        self._training_metrics.add(
+            block_metrics(rewards, advantages, layout)
+            | rollout_metrics(rollouts.tokens, layout)
+            | token_metrics(log_probs, rl_loss, ce_loss, kl, layout)
+        )
+        self._warn_of_no_blocks(rollouts)
+        outputs = EBFTOutput(
+            rollouts, rewards, advantages, log_probs.rollout, rl_loss, ce_loss, kl
+        )
+        return (loss, outputs) if return_outputs else loss
+
+    def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
+        """Sample rollouts for a batch; override to supply others.
+
+        A subclass may return ``dataclasses.replace(super().sample_rollouts(model, inputs), tokens=...)``.
+
+        Args:
+            model: the wrapped policy.
+            inputs: the batch, on the policy's device.
+
+        Returns:
+            ``tokens`` (B, n, K, G), K the largest number of blocks in the batch (at least 1), and
+            ``exists`` (B, K).
+        """
+        settings = self.ebft
+        documents = self._read(inputs)
+        blocks = find_blocks(
+            documents,
+            stride=settings.stride,
+            context_length=settings.context_length,
+            generate_max_len=settings.generate_max_len,
+            min_completion_prefix=settings.min_completion_prefix,
+        )
+        return sample_rollouts(
+            model,
+            self._forward,
+            PackedLayout(
+                documents, blocks, settings.n_samples_per_prompt, settings.generate_max_len
+            ),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            generator=self._generator(documents.input_ids.device),
+        )
+
+    # ---- Scoring ------------------------------------------------------------------------------
+
+    def _score(
+        self, rollouts: Rollouts, kept: KeptPlaces
+    ) -> tuple[Rewards, Tensor, Tensor | None]:
+        """Rewards, advantages and, if there is a KL penalty, the reference's log-probabilities."""
+        settings = self.ebft
+        wants_reference = settings.kl_coef > 0 and not self._evaluating
+        with torch.no_grad(), self.accelerator.autocast():
+            features = self.feature_network.embed(
+                rollouts, kept.places if wants_reference else None
+            )
+        with torch.no_grad():
+            rewards = feature_matching_rewards(
+                features.generated,
+                features.ground_truth,
+                alignment_coef=settings.alignment_coef,
+                diversity_coef=settings.diversity_coef,
+                use_whitening=settings.use_whitening,
+                whitening_space=settings.whitening_space,
+                whitening_tolerance=settings.whitening_tolerance,
+            )
+            advantages = compute_advantages(rewards, settings.advantage_estimator)
+            reference = None
+            if features.reference_logits is not None:
+                reference = token_log_probs(
+                    features.reference_logits,
+                    kept,
+                    rollouts,
+                    temperature=settings.temperature,
+                    with_document=False,
+                    chunk_size=settings.log_prob_chunk_size,
+                ).rollout
+        return rewards, advantages, reference
+
+    def _kept_places(self, rollouts: Rollouts) -> KeptPlaces:
+        return KeptPlaces.of(rollouts.layout, whole_document=self.ebft.ce_coef > 0)
+
+    def _read(self, inputs: dict[str, Any]) -> Documents:
+        return Documents.from_inputs(
+            inputs,
+            document_masking=self.ebft.document_masking,
+            eos_token_id=self._eos_token_id(),
+        )
+
+    def _eos_token_id(self) -> int | None:
+        from_tokenizer = getattr(self.processing_class, "eos_token_id", None)
+        if from_tokenizer is not None:
+            return int(from_tokenizer)
+        eos = bare_model(self.model).config.get_text_config(decoder=True).eos_token_id
+        return eos[0] if isinstance(eos, list) else eos
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """The sampler's own randomness, a function of (seed, place in the run, process).
+
+        It leaves torch's global generator, and with it data order and dropout, alone.
+        """
+        seed, process = self.args.seed, self.args.process_index
+        if self._evaluating:
+            assert self._evaluation_batch is not None
+            return make_generator(device, seed, EVALUATION_STREAM, self._evaluation_batch, process)
+        step, seen = self._micro_step
+        seen = seen + 1 if step == self.state.global_step else 0
+        self._micro_step = (self.state.global_step, seen)
+        return make_generator(
+            device, seed, TRAINING_STREAM, self.state.global_step, seen, process
+        )
+
+    # ---- Evaluation ---------------------------------------------------------------------------
+
+    @property
+    def _evaluating(self) -> bool:
+        return self._evaluation_batch is not None
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Teacher-forced loss and logits as in `Trainer`, then rollouts for the `ebft/*` metrics."""
+        inputs = self._prepare_inputs(inputs)
+        documents = self._read(inputs)
+        self._teacher_forced = True
+        try:
+            result = super().prediction_step(
+                model,
+                teacher_forcing_inputs(inputs, documents, self._forward.recipe),
+                prediction_loss_only,
+                ignore_keys,
+            )
+        finally:
+            self._teacher_forced = False
+        if self.ebft.eval_rollouts and self._evaluating:
+            with torch.no_grad():
+                rollouts = self.sample_rollouts(model, inputs)
+                rewards, advantages, _ = self._score(rollouts, self._kept_places(rollouts))
+            self._evaluation_metrics.add(
+                block_metrics(rewards, advantages, rollouts.layout)
+                | rollout_metrics(rollouts.tokens, rollouts.layout)
+            )
+            assert self._evaluation_batch is not None
+            self._evaluation_batch += 1
+        return result
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """`Trainer`'s loop, with `{prefix}_ebft/*` added from rollouts drawn with a fixed seed."""
+        self._evaluation_batch = 0
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self._evaluation_batch = None
+        if self.ebft.eval_rollouts:
+            assert output.metrics is not None
+            for name, value in self._evaluation_metrics.take(self._sum_over_processes).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    # ---- Watching -----------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`Trainer`'s step, timed by phase."""
+        with self._stopwatch.phase("training"):
+            loss = super().training_step(*args, **kwargs)
+        seconds, self._stopwatch.seconds = self._stopwatch.seconds, {}
+        self._training_metrics.add(
+            {f"seconds_{phase}": Ratio(spent, 1.0) for phase, spent in seconds.items()}
+        )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the `ebft/*` means since the last training log: means over all processes."""
+        if "loss" in logs:
+            logs = logs | self._training_metrics.take(self._sum_over_processes)
+        super().log(logs, start_time)
+
+    def _sum_over_processes(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    def _warn_of_no_blocks(self, rollouts: Rollouts) -> None:
+        if self._warned_of_no_blocks or bool(rollouts.exists.any()):
+            return
+        self._warned_of_no_blocks = True
+        settings, documents = self.ebft, rollouts.layout.documents
+        logger.warning(
+            "No document of a micro-batch has room for a block: the longest has %d tokens, a block needs "
+            "context_length + generate_max_len = %d unmasked ones (after the prompt, if one is marked). "
+            "Such documents contribute only their cross-entropy (ce_coef=%g); their share is logged as "
+            "ebft/documents_without_blocks.",
+            int(documents.length.max()),
+            settings.context_length + settings.generate_max_len,
+            settings.ce_coef,
+        )
+
+    # ---- Preparation --------------------------------------------------------------------------
+
+    def _make_feature_network(self, given: nn.Module | None) -> FeatureNetwork:
+        settings = self.ebft
+        keywords: dict[str, Any] = {
+            "feature_layers": settings.feature_layers,
+            "embed_method": settings.embed_method,
+            "normalization": settings.feature_normalization,
+            "packed_attention": settings.packed_attention,
+        }
+        path = settings.feature_model_name_or_path
+        if given is None and path is None:
+            return FeatureNetwork.from_policy(self.model, **keywords).to(self.args.device)
+        if given is None:
+            assert path is not None
+            network = FeatureNetwork.from_pretrained(
+                path, bare_model(self.model).dtype, **keywords
+            )
+        else:
+            if path is not None:
+                raise ValueError(
+                    f"Both feature_network and feature_model_name_or_path={path!r} are given; keep one."
+                )
+            _refuse_shared_parameters(given, self.model)
+            network = FeatureNetwork(given, **keywords)
+        network.require_vocabulary_of(self.model)
+        network.to(self.args.device)
+        if settings.verify_packing:
+            with inference_mode_of(network.model):
+                verify_packing(network.model, network.forward)
+        return network
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Private in transformers, and the only way to keep columns that the model does not take while
+        # remove_unused_columns drops the others (TRL's trainers override it too).
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns += EBFT_COLUMNS
+
+
+def _with_adapters(
+    model: nn.Module | None, peft_config: PeftConfig | None, args: TrainingArguments
+) -> nn.Module | None:
+    """The model wrapped by PEFT if a configuration is given."""
+    if peft_config is None:
+        return model
+    from peft import PeftModel, get_peft_model
+
+    if model is None:
+        raise ValueError(
+            "peft_config needs a model; with model_init, return a PEFT model from it instead."
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model is a PEFT model already, so peft_config would put adapters on adapters; drop one."
+        )
+    if args.gradient_checkpointing:
+        # With the base frozen, a checkpointed segment would otherwise have no input with gradient.
+        model.enable_input_require_grads()
+    return get_peft_model(model, peft_config)
+
+
+def _refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func would replace the EBFT loss; drop it, or override compute_loss in a "
+            "subclass of EBFTTrainer."
+        )
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for the EBFT loss; "
+            "set it to 0."
+        )
+
+
+def _refuse_empty(dataset: Any, name: str) -> None:
+    datasets = dataset if isinstance(dataset, dict) else {name: dataset}
+    for key, value in datasets.items():
+        if isinstance(value, Sized) and len(value) == 0:
+            raise ValueError(
+                f"{name if key == name else f'{name}[{key!r}]'} is empty: there is nothing to sample "
+                "prefixes from. Check the path, the split and any filter."
+            )
+
+
+def _refuse_shared_parameters(network: nn.Module, policy: nn.Module) -> None:
+    own = {id(parameter) for parameter in policy.parameters()}
+    if any(id(parameter) in own for parameter in network.parameters()):
+        raise ValueError(
+            "feature_network shares parameters with the policy, so freezing it would freeze the policy. "
+            "Leave it out to get a frozen copy, or pass copy.deepcopy(model)."
+        )
+
+
+def _refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:
+    if bool(torch.isfinite(loss)):
+        return
+    listed = ", ".join(f"{name}={float(part)}" for name, part in parts.items() if part is not None)
+    raise FloatingPointError(
+        f"The loss is {float(loss)} ({listed}). The last checkpoint is intact; lower learning_rate, "
+        "raise warmup_steps or set max_grad_norm, and with fp16 train in bf16."
+    )
+
+
+def _keep_one_device_per_process(args: TrainingArguments) -> None:
+    """Keep `Trainer` from wrapping the policy into DataParallel when several devices are visible.
+
+    DataParallel scatters the arguments of forward along their first dimension, which cuts masks and
+    caches apart, and would train on one device's rollouts only. `_n_gpu` is private, and what
+    `Trainer` itself sets to 1 for models that it must not wrap.
+    """
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d devices are visible to one process: EBFT trains on %s alone. Use `accelerate launch` "
+            "with one process per device to train on all of them.",
+            args.n_gpu,
+            args.device,
+        )
+        args._n_gpu = 1
