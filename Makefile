@@ -1,0 +1,60 @@
+# `make` lists the targets. Variables that can be set on the command line:
+PYTHON ?= python3
+VENV ?= .venv
+# Handed to `pip install` as it stands, so options can be added to choose a build, for example
+#   make demo TORCH="torch==2.13.0 --index-url <where the CPU builds are>"
+# An environment that has a fitting torch is left as it is.
+TORCH ?= torch==2.13.0
+# CONSTRAINTS=/dev/null lifts the pins, to try other versions.
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= examples,gguf,test,dev
+ACCELERATE_CONFIG ?= accelerate_configs/cpu.yaml
+# Test processes, one thread each: for models this small, processes pay and threads do not.
+JOBS ?= 2
+# More arguments for pytest, for example PYTEST_ARGS="tests/test_layout.py -x"
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.hf_ebft-installed
+LAUNCH := $(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/run_ebft.py
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: help install demo demo-long test test-slow lint style clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## create .venv and install the package into it, editable
+
+# torch comes first and by itself, so that the choice of its build is made in one place.
+$(STAMP): setup.cfg pyproject.toml constraints.txt hf_ebft/version.py
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) $(TORCH)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	@touch $@
+
+demo: $(STAMP) ## fine-tune the small model that ships here, a few minutes on 2 CPU cores
+	$(LAUNCH) --config examples/configs/demo.yaml
+
+demo-long: $(STAMP) ## the same with more steps
+	$(LAUNCH) --config examples/configs/demo_long.yaml
+
+test: $(STAMP) ## the default suite: no slow, GPU or vLLM tests
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## the slow tests only
+	$(PYTEST) -m "slow and not gpu and not vllm" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff, the formatting and mypy; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(STAMP) ## sort imports, apply safe fixes and format, in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove builds and caches; .venv and training outputs stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
