@@ -1,9 +1,9 @@
 """Where blocks start.
 
 Block k of a document continues the nested prefix ``doc[:e_k]`` with ``e_k = a_0 + k * stride``; its
-ground truth is the window ``doc[e_k : e_k + G]``. The first prefix ends at ``a_0 = context_length``,
-or, where a completion is marked, at ``max(context_length, completion_start + min_completion_prefix)``
-of that document.
+ground truth is the window ``doc[e_k : e_k + G]``. The first prefix ends at
+``a_0 = context_length``, or, where a completion is marked, at
+``max(context_length, completion_start + min_completion_prefix)`` of that document.
 
 Dimension letters: B rows, S tokens of a row, K blocks (the most that any row has), G tokens of a
 rollout.
@@ -52,7 +52,7 @@ def find_blocks(
     generate_max_len: int,
     min_completion_prefix: int = 0,
 ) -> Blocks:
-    """Find every block whose prefix and window lie in one document and whose window has no masked label.
+    """Find every block that lies in one document and whose window has no masked label.
 
     Args:
         documents: the batch.

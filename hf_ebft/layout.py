@@ -1,8 +1,8 @@
 """The packed row: document and rollouts side by side, every prefix computed once.
 
 A row is ``[document: S][block 0: sample 0, sample 1, ... n-1][block 1: ...]...``, each sample G
-tokens wide. The samples of a block lie together because they share one prefix. This module owns that
-order; everything else asks it for shapes, position ids, predictors and visibility.
+tokens wide. The samples of a block lie together because they share one prefix. This module owns
+that order; everything else asks it for shapes, position ids, predictors and visibility.
 
 Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length,
 R = S + K * n * G tokens of the packed row, Q and C queries and keys (any subset of the row).
@@ -71,9 +71,9 @@ def document_coordinates(documents: Documents) -> Coordinates:
 def sees(query: Coordinates, key: Coordinates) -> Tensor:
     """The one definition of visibility, elementwise over broadcastable coordinates.
 
-    A document token sees its document up to itself. A rollout token sees the first ``e_k`` tokens of
-    its document and its own rollout up to itself. Every token sees itself, padding included, so that
-    no row of a softmax is empty.
+    A document token sees its document up to itself. A rollout token sees the first ``e_k`` tokens
+    of its document and its own rollout up to itself. Every token sees itself, padding included, so
+    that no row of a softmax is empty.
     """
     in_prefix = (key.rollout == 0) & (key.position < query.prefix_end)
     in_own_rollout = (
@@ -106,7 +106,7 @@ class PackedLayout:
 
     @property
     def rollout_shape(self) -> tuple[int, int, int, int]:
-        """(B, n, K, G), the shape of everything that is said about rollout tokens outside the row."""
+        """(B, n, K, G), the shape of whatever is said about rollout tokens outside the row."""
         rows, blocks = self.blocks.exists.shape
         return rows, self.n_samples, blocks, self.length
 
@@ -122,15 +122,15 @@ class PackedLayout:
 
     def from_row(self, rollout_part: Tensor) -> Tensor:
         """(B, K * n * G, ...) -> (B, n, K, G, ...)."""
-        rows, samples, blocks, length = self.rollout_shape
+        _, samples, blocks, length = self.rollout_shape
         return rollout_part.unflatten(1, (blocks, samples, length)).transpose(1, 2)
 
     def input_ids(self, tokens: Tensor) -> Tensor:
         """(B, R) token ids of the row that holds the rollouts ``tokens`` (B, n, K, G)."""
         if tuple(tokens.shape) != self.rollout_shape:
             raise ValueError(
-                f"Rollout tokens have shape {tuple(tokens.shape)}; this batch needs (rows, samples, "
-                f"blocks, tokens) = {self.rollout_shape}."
+                f"Rollout tokens have shape {tuple(tokens.shape)}; this batch needs (rows, "
+                f"samples, blocks, tokens) = {self.rollout_shape}."
             )
         return torch.cat([self.documents.input_ids, self.to_row(tokens)], dim=1)
 
@@ -157,8 +157,8 @@ class PackedLayout:
     def predictor(self) -> Tensor:
         """(B, n, K, G) int64: the place in the row whose logits predict each rollout token.
 
-        The first token of a rollout is predicted by the last token of its prefix, every later one by
-        the rollout's own token before it.
+        The first token of a rollout is predicted by the last token of its prefix, every later one
+        by the rollout's own token before it.
         """
         place = self.from_row(self.coordinates.slot[:, self.document_width :])
         predictor = place - 1
