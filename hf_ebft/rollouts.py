@@ -37,8 +37,9 @@ def make_generator(device: torch.device, *entropy: int) -> torch.Generator:
     Being a function of the step, it needs no place in checkpoints: a resumed run draws what an
     uninterrupted one would have drawn.
     """
-    state = np.random.SeedSequence([number % 2**64 for number in entropy]).generate_state(1, np.uint64)
-    return torch.Generator(device=device).manual_seed(int(state[0]) % 2**63)
+    sequence = np.random.SeedSequence([number % 2**64 for number in entropy])
+    seed = int(sequence.generate_state(1, np.uint64)[0]) % 2**63
+    return torch.Generator(device=device).manual_seed(seed)
 
 
 def sample_rollouts(
@@ -52,8 +53,8 @@ def sample_rollouts(
 ) -> Rollouts:
     """Sample G tokens after every prefix of the batch, n times.
 
-    The number of forward passes is G whatever the batch holds, so that all processes of a distributed
-    run gather parameters equally often.
+    The number of forward passes is G whatever the batch holds, so that all processes of a
+    distributed run gather parameters equally often.
 
     Args:
         model: the wrapped policy, in any mode; sampled in evaluation mode, without gradient.
@@ -112,7 +113,8 @@ def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Ten
     if top_p >= 1.0:
         return probabilities
     descending, order = probabilities.sort(dim=-1, descending=True)
-    mass_before = descending.cumsum(dim=-1) - descending
+    # Of the likelier tokens alone: cumsum - descending would let rounding keep one token too many.
+    mass_before = nn.functional.pad(descending.cumsum(dim=-1)[..., :-1], (1, 0))
     kept = torch.where(mass_before < top_p, descending, 0.0)
     kept = kept / kept.sum(dim=-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter(-1, order, kept)
