@@ -5,7 +5,6 @@ each block, which is the layout of this package at n = 1.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,7 +156,7 @@ def test_gradient_of_every_weight(step: Step) -> None:
         assert_agrees(actual[name], gradient)
         compared += int(gradient.abs().max() > 0)
     assert compared > len(expected) // 2
-    # Weights that the file does not list (a head tied to the embedding) have no gradient of their own.
+    # What the file does not list (a head tied to the embedding) has no gradient of its own.
     assert all(not actual[name].any() for name in actual.keys() - expected.keys())
 
 

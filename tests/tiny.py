@@ -55,7 +55,7 @@ def texts(*lengths: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[di
 
 
 def config(folder: Path, **settings: Any) -> EBFTConfig:
-    """Settings for seconds on a CPU: short blocks, plain SGD, nothing written but what is asked for."""
+    """Settings for seconds on a CPU: short blocks, nothing written but what is asked for."""
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -81,8 +81,8 @@ def config(folder: Path, **settings: Any) -> EBFTConfig:
 class PrefixRollouts(EBFTTrainer):
     """Rollouts that are a function of (prefix, sample), wherever in a batch the prefix stands.
 
-    Batches that hold the same documents in another arrangement then hold the same rollouts, and have
-    to give the same loss and gradient.
+    Batches that hold the same documents in another arrangement then hold the same rollouts, and
+    have to give the same loss and gradient.
     """
 
     def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
@@ -154,13 +154,13 @@ def assert_same_tensors(
 
 
 def source_text() -> list[str]:
-    """Real text that every machine has: the documentation and code of two small standard modules."""
+    """Real text that every machine has: the source of two standard modules, by paragraph."""
     code = inspect.getsource(textwrap) + inspect.getsource(json)
     return [paragraph for paragraph in code.split("\n\n") if paragraph.strip()]
 
 
 def tiny_tokenizer(vocabulary: int = 300, **special_tokens: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learned from :func:`source_text`, without special tokens by default."""
+    """A byte-level BPE tokenizer learned from :func:`source_text`, without special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
