@@ -62,11 +62,9 @@ class MetricAccumulator:
         # MPS has no float64; float32 sums over one logging interval are exact enough there.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._sums = torch.zeros(2, len(NAMES), dtype=dtype, device=device)
-        self._used = False
 
     def add(self, values: Mapping[str, Ratio]) -> None:
         """Add contributions; names must be in ``NAMES``."""
-        self._used = True
         for name, ratio in values.items():
             column = NAMES.index(name)
             self._sums[0, column] += ratio.total
@@ -82,8 +80,7 @@ class MetricAccumulator:
             ``ebft/...`` names to numbers; metrics that nobody contributed to are absent.
         """
         totals, counts = reduce(self._sums).tolist()
-        self._sums.zero_()
-        self._used = False
+        self.clear()
         means = {
             name: total / count for name, total, count in zip(NAMES, totals, counts, strict=True) if count
         }
@@ -92,10 +89,9 @@ class MetricAccumulator:
             means["advantages_std"] = max(variance, 0.0) ** 0.5
         return {PREFIX + name: value for name, value in means.items()}
 
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was added on this process since the last ``take``."""
-        return not self._used
+    def clear(self) -> None:
+        """Forget everything added since the last ``take``."""
+        self._sums.zero_()
 
 
 def block_metrics(rewards: Rewards, advantages: Tensor, layout: PackedLayout) -> dict[str, Ratio]:
