@@ -6,6 +6,8 @@ The fields live in two mixins so that other trainers (and scripts that hold a pl
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -13,10 +15,18 @@ from transformers import TrainingArguments
 
 from hf_ebft.advantages import ADVANTAGE_ESTIMATORS, AdvantageEstimator
 from hf_ebft.features import FEATURE_NORMALIZATIONS, STRIDED_EMBED_METHODS, FeatureNormalization
-from hf_ebft.whitening import DEFAULT_TOLERANCE, WHITENING_SPACES, WhiteningSpace
+from hf_ebft.whitening import (
+    DEFAULT_TOLERANCE,
+    SMALLEST_TOLERANCE,
+    WHITENING_SPACES,
+    WhiteningSpace,
+)
 
 KLEstimator = Literal["k1", "k2", "k3"]
 KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
+FEATURE_DTYPES = ("float32", "bfloat16", "float16")
+GatherParams = Literal["auto", "true", "false"]
+GATHER_PARAMS: tuple[GatherParams, ...] = get_args(GatherParams)
 PackedAttention = Literal["auto", "sdpa", "eager", "flex_attention"]
 PACKED_ATTENTIONS: tuple[PackedAttention, ...] = get_args(PackedAttention)
 
@@ -47,6 +57,28 @@ class FeatureMatchingArguments:
         metadata={
             "help": "Model to use as the frozen feature network. Must share the policy's tokenizer. "
             "Default: a frozen copy of the policy as it is when the trainer is built."
+        },
+    )
+    feature_placement: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the feature network lives: 'shared' (a PEFT policy's own base, no copy), "
+            "'same_device', 'second_device', 'cpu', 'sharded' (FSDP2, outside the policy's wrapping) or "
+            "a device such as 'cuda:1'. 'auto' chooses and logs the choice."
+        },
+    )
+    feature_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the feature network's weights (float32, bfloat16, float16); default: "
+            "the policy's."
+        },
+    )
+    feature_quantization: Literal["8bit", "4bit"] | None = field(
+        default=None,
+        metadata={
+            "help": "Load the feature network quantized by bitsandbytes; needs "
+            "feature_model_name_or_path and a device that bitsandbytes supports."
         },
     )
     use_whitening: bool = field(
@@ -102,23 +134,42 @@ class FeatureMatchingArguments:
         _require_choice(self, "whitening_space", WHITENING_SPACES)
         _require_choice(self, "advantage_estimator", ADVANTAGE_ESTIMATORS)
         _require_choice(self, "kl_estimator", KL_ESTIMATORS)
-        if not self.feature_layers:
+        _require_bool(self, "use_whitening")
+        layers = self.feature_layers
+        if isinstance(layers, str) or not isinstance(layers, Sequence) or len(layers) == 0:
             raise ValueError(
-                "feature_layers is empty, so there would be no features; "
-                "write fractions of depth such as [0.25, 0.5, 0.75]."
+                f"feature_layers={layers!r} names no layers, so there would be no features; "
+                "write a list of fractions of depth such as [0.25, 0.5, 0.75]."
             )
-        for fraction in self.feature_layers:
-            if not 0.0 <= fraction <= 1.0:
+        for fraction in layers:
+            if not _is_finite_number(fraction) or not 0.0 <= fraction <= 1.0:
                 raise ValueError(
-                    f"feature_layers holds {fraction}, which is no fraction of depth; "
+                    f"feature_layers holds {fraction!r}, which is no fraction of depth; "
                     "write values from 0.0 (embeddings) to 1.0 (last layer)."
                 )
         for name in ("alignment_coef", "diversity_coef", "ce_coef", "kl_coef"):
             _require_at_least(self, name, 0.0)
-        if not 0.0 < self.whitening_tolerance < 1.0:
+        _require_finite(self, "whitening_tolerance")
+        if not SMALLEST_TOLERANCE <= self.whitening_tolerance < 1.0:
             raise ValueError(
-                f"whitening_tolerance={self.whitening_tolerance} must lie between 0 and 1: it is "
-                "relative to the largest singular value; the default is 1e-5."
+                f"whitening_tolerance={self.whitening_tolerance} must lie between "
+                f"{SMALLEST_TOLERANCE:g} (the rounding of float32 features) and 1: it is relative to "
+                f"the largest singular value; the default is {DEFAULT_TOLERANCE:g}."
+            )
+        if self.feature_dtype not in (None, *FEATURE_DTYPES):
+            raise ValueError(
+                f"feature_dtype={self.feature_dtype!r} is unknown; choose one of "
+                f"{', '.join(FEATURE_DTYPES)}, or leave it unset for the policy's."
+            )
+        if self.feature_quantization not in (None, "8bit", "4bit"):
+            raise ValueError(
+                f"feature_quantization={self.feature_quantization!r} is unknown; choose 8bit or 4bit."
+            )
+        if self.feature_quantization is not None and self.feature_model_name_or_path is None:
+            raise ValueError(
+                f"feature_quantization={self.feature_quantization!r} quantizes weights while they are "
+                "loaded, so it needs feature_model_name_or_path; set it to the policy's own name for a "
+                "quantized copy of the policy."
             )
         if n_samples < 2 and self.advantage_estimator != "reinforce":
             raise ValueError(
@@ -194,6 +245,13 @@ class StridedArguments:
             "on the actual model and refuse it where they differ."
         },
     )
+    gather_params_for_sampling: GatherParams = field(
+        default="auto",
+        metadata={
+            "help": "FSDP2: keep the policy's parameters gathered through the decoding steps of sampling "
+            "instead of gathering them at each step. 'auto': where they fit into free memory."
+        },
+    )
     eval_rollouts: bool = field(
         default=True,
         metadata={
@@ -221,20 +279,28 @@ class StridedArguments:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-        if self.min_completion_prefix < 0:
+        prefix = self.min_completion_prefix
+        if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise ValueError(
-                f"min_completion_prefix={self.min_completion_prefix} must be 0 or more tokens."
+                f"min_completion_prefix={prefix!r} must be a whole number of tokens, 0 or more."
             )
+        _require_finite(self, "temperature")
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature={self.temperature} must be above 0: a greedy rollout has no "
                 "log-probability gradient to follow; the default is 0.6."
             )
+        _require_finite(self, "top_p")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1.0 samples the full softmax.")
         _require_choice(self, "embed_method", STRIDED_EMBED_METHODS)
         _require_at_least(self, "rl_coef", 0.0)
         _require_choice(self, "packed_attention", PACKED_ATTENTIONS)
+        for name in ("verify_packing", "eval_rollouts"):
+            _require_bool(self, name)
+        if self.document_masking is not None:
+            _require_bool(self, "document_masking")
+        _require_choice(self, "gather_params_for_sampling", GATHER_PARAMS)
 
 
 @dataclass
@@ -256,6 +322,11 @@ class EBFTSettings(StridedArguments, FeatureMatchingArguments):
         if self.rl_coef == 0 and self.ce_coef == 0 and self.kl_coef == 0:
             raise ValueError(
                 "rl_coef=0 with ce_coef=0 and kl_coef=0 leaves nothing to train on; raise one."
+            )
+        if self.rl_coef > 0 and self.alignment_coef == 0 and self.diversity_coef == 0:
+            raise ValueError(
+                f"rl_coef={self.rl_coef} weighs rewards that are all 0 with alignment_coef=0 and "
+                "diversity_coef=0; raise one of these, or set rl_coef=0 to train without rewards."
             )
 
     def __post_init__(self) -> None:
@@ -281,6 +352,24 @@ def _require_choice(settings: Any, name: str, choices: tuple[str, ...]) -> None:
 
 
 def _require_at_least(settings: Any, name: str, least: float) -> None:
+    _require_finite(settings, name)
     value = getattr(settings, name)
-    if not value >= least:  # written so that NaN fails too
+    if value < least:
         raise ValueError(f"{name}={value} must be {least:g} or more.")
+
+
+def _require_finite(settings: Any, name: str) -> None:
+    value = getattr(settings, name)
+    if not _is_finite_number(value):
+        # YAML reads 1e-4 as text: it wants 1.0e-4.
+        raise ValueError(f"{name}={value!r} must be a finite number.")
+
+
+def _is_finite_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _require_bool(settings: Any, name: str) -> None:
+    value = getattr(settings, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False.")

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from hf_ebft.features import normalize_layers, pool, token_positions
-from hf_ebft.layout import PackedLayout
-from hf_ebft.policy import PackedForward
+from hf_ebft.layout import Coordinates
+from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rollouts import Rollouts
-from hf_ebft.support import bare_model, decoder_layers, vocabulary_size
+from hf_ebft.sharding import is_sharded
+from hf_ebft.support import bare_model, decoder_layers
 
 
 class _TopLayerReached(Exception):
@@ -51,12 +51,14 @@ class FeatureNetwork:
     It is deliberately no ``nn.Module``: a trainer that holds one does not wrap, optimize or save it.
 
     Args:
-        model: the network; put into evaluation mode and frozen here, in place.
+        model: the network. It is put into evaluation mode and frozen, in place, unless it is shared.
         feature_layers: fractions of depth; layer index ``int(fraction * L)`` into transformers'
             ``hidden_states`` (0 is the embedding output, L the last one, after the final norm).
         embed_method: pooling over the tokens of a block.
         normalization: see :func:`hf_ebft.features.normalize_layers`.
         packed_attention: attention implementation for the packed row.
+        shared: ``model`` is the policy, a PEFT model whose base serves as the network: it is left as
+            it is, and read with its adapters switched off.
 
     Raises:
         ValueError: the network cannot be exact on packed rows.
@@ -70,91 +72,96 @@ class FeatureNetwork:
         embed_method: str,
         normalization: str,
         packed_attention: str = "auto",
+        shared: bool = False,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = model if shared else model.eval().requires_grad_(False)
         self.forward = PackedForward.of(model, packed_attention)
         self.layers = decoder_layers(model)
         self.layer_indices = [int(fraction * len(self.layers)) for fraction in feature_layers]
         self.embed_method = embed_method
         self.normalization = normalization
+        self.shared = shared
 
     @classmethod
     def from_policy(cls, policy: nn.Module, **settings: Any) -> FeatureNetwork:
         """A frozen copy of the policy as it is now (adapters of a PEFT model included)."""
         return cls(copy.deepcopy(policy), **settings)
 
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str, dtype: torch.dtype, **settings: Any
-    ) -> FeatureNetwork:
-        """The network at ``name_or_path`` (hub name or folder), in the policy's dtype."""
-        return cls(AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype), **settings)
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.model.parameters()).device
 
-    def require_vocabulary_of(self, policy: nn.Module) -> None:
-        """Raise a ValueError unless the network embeds as many token ids as the policy."""
-        own, others = vocabulary_size(self.model), vocabulary_size(policy)
-        if own != others:
-            raise ValueError(
-                f"The feature network embeds {own} token ids, the policy {others}: they must share one "
-                "tokenizer, since the feature network reads the policy's rollouts. Choose a feature "
-                "network of the same family, or, where only padding differs, make both equal with "
-                "resize_token_embeddings."
-            )
-
-    def to(self, device: torch.device) -> FeatureNetwork:
-        """Move the network; returns itself."""
-        self.model.to(device)
-        return self
-
-    @torch.no_grad()
     def embed(self, rollouts: Rollouts, reference_places: Tensor | None = None) -> FeaturePass:
         """Embed rollouts and their ground-truth windows in one pass over the packed row.
+
+        Token ids and coordinates travel to the network's device, embeddings come back.
 
         Args:
             rollouts: the batch and its sampled tokens.
             reference_places: (P,) places of the row whose logits are wanted too (for a KL penalty).
+
+        Raises:
+            ValueError: a document or the packed row is too long for the network.
         """
         layout = rollouts.layout
         self.forward.limits.check(layout)
-        within = torch.tensor(token_positions(self.embed_method, layout.length))
-        coordinates = layout.coordinates
-        within = within.to(coordinates.slot.device)
-        rollout_places = layout.from_row(coordinates.slot[:, layout.document_width :])[..., within]
+        home = layout.coordinates.slot.device
+        within = torch.tensor(token_positions(self.embed_method, layout.length), device=home)
+        rollout_slots = layout.coordinates.slot[:, layout.document_width :]
+        rollout_places = layout.from_row(rollout_slots)[..., within]
         window_places = layout.window[..., within]
         places = torch.cat([rollout_places.flatten(1), window_places.flatten(1)], dim=1)
 
-        hidden, reference_logits = self._hidden_states(
-            layout.input_ids(rollouts.tokens), layout, places, reference_places
-        )
-        features = normalize_layers(hidden, self.normalization)
-        n_generated = rollout_places[0].numel()
-        generated = features[:, :n_generated].unflatten(1, rollout_places.shape[1:])
-        ground_truth = features[:, n_generated:].unflatten(1, window_places.shape[1:])
+        away = self.device
+        with self._reading():
+            hidden, reference_logits = self._hidden_states(
+                layout.input_ids(rollouts.tokens).to(away),
+                layout.coordinates.map(lambda field: field.to(away)),
+                places.to(away),
+                None if reference_places is None else reference_places.to(away),
+            )
+            features = normalize_layers(hidden, self.normalization)
+            n_generated = rollout_places[0].numel()
+            generated = features[:, :n_generated].unflatten(1, rollout_places.shape[1:])
+            ground_truth = features[:, n_generated:].unflatten(1, window_places.shape[1:])
+            generated = pool(generated, self.embed_method).to(home)
+            ground_truth = pool(ground_truth, self.embed_method).to(home)
         exists = rollouts.exists
         return FeaturePass(
-            generated=pool(generated, self.embed_method) * exists[:, None, :, None],
-            ground_truth=pool(ground_truth, self.embed_method) * exists[:, :, None],
-            reference_logits=reference_logits,
+            generated=generated * exists[:, None, :, None],
+            ground_truth=ground_truth * exists[:, :, None],
+            reference_logits=None if reference_logits is None else reference_logits.to(home),
         )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """No gradient; a shared policy as it was before training, then as it is again."""
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if self.shared:
+                stack.enter_context(inference_mode_of(self.model))
+                stack.enter_context(self.model.disable_adapter())
+            yield
 
     def _hidden_states(
         self,
         input_ids: Tensor,
-        layout: PackedLayout,
+        coordinates: Coordinates,
         places: Tensor,
         reference_places: Tensor | None,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Hidden states (B, P, H) of every feature layer at ``places`` (B, P)."""
-        n_layers = len(self.layers)
         rows = torch.arange(places.shape[0], device=places.device)[:, None]
         kept: dict[int, Tensor] = {}
-        coordinates = layout.coordinates
-        needs_end = n_layers in self.layer_indices or reference_places is not None
-        with self._capture(kept, rows, places, stop_early=not needs_end):
-            if reference_places is not None:
-                logits = self.forward.logits(self.model, input_ids, coordinates, reference_places)
+        # FSDP2 counts on every pass to go through its root and to the end.
+        whole = reference_places is not None or is_sharded(self.model)
+        stop_early = not whole and len(self.layers) not in self.layer_indices
+        with self._capture(kept, rows, places, stop_early=stop_early):
+            logits = None
+            if whole:
+                wanted = places[0, :1] if reference_places is None else reference_places
+                logits = self.forward.logits(self.model, input_ids, coordinates, wanted)
             else:
-                logits = None
                 backbone = bare_model(self.model).base_model
                 with contextlib.suppress(_TopLayerReached):
                     backbone(
@@ -163,7 +170,8 @@ class FeatureNetwork:
                         attention_mask=self.forward.recipe.build(coordinates, coordinates),
                         use_cache=False,
                     )
-        return [kept[index] for index in self.layer_indices], logits
+        hidden = [kept[index] for index in self.layer_indices]
+        return hidden, None if reference_places is None else logits
 
     @contextlib.contextmanager
     def _capture(

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_ebft.advantages import compute_advantages
 from hf_ebft.anchors import find_blocks
 from hf_ebft.config import EBFTConfig, EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import EBFT_COLUMNS, Documents
-from hf_ebft.feature_network import FeatureNetwork
+from hf_ebft.feature_loading import build_feature_network
 from hf_ebft.layout import PackedLayout
 from hf_ebft.losses import (
     KeptPlaces,
@@ -38,9 +39,10 @@ from hf_ebft.metrics import (
     rollout_metrics,
     token_metrics,
 )
-from hf_ebft.policy import PackedForward, inference_mode_of
+from hf_ebft.policy import PackedForward
 from hf_ebft.rewards import Rewards, feature_matching_rewards
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+from hf_ebft.sharding import gathering_fits, is_sharded, parameters_gathered
 from hf_ebft.stopwatch import Stopwatch
 from hf_ebft.support import bare_model
 from hf_ebft.teacher_forcing import teacher_forcing_inputs
@@ -83,7 +85,8 @@ class EBFTTrainer(Trainer):
         model: a causal language model whose layers are all attention layers, or a PEFT model of one.
         args: an `EBFTConfig`, or a plain `TrainingArguments`, which gets the EBFT defaults.
         feature_network: frozen network phi with the policy's tokenizer. Default: the model at
-            `feature_model_name_or_path` if set, else a copy of `model` as it is now.
+            `feature_model_name_or_path` if set, else `model` as it is now, placed by
+            `feature_placement`.
         peft_config: wraps `model` by PEFT first.
         **kwargs: everything else that `Trainer` takes. Without a `data_collator`,
             [`~hf_ebft.data.collator.EBFTDataCollator`] pads.
@@ -115,6 +118,8 @@ class EBFTTrainer(Trainer):
         _refuse_empty(train_dataset, "train_dataset")
         _refuse_empty(eval_dataset, "eval_dataset")
         _keep_one_device_per_process(args)
+        self._given_feature_network = feature_network
+        self._constructed = False
         super().__init__(
             model=_with_adapters(model, peft_config, args),
             args=args,
@@ -126,9 +131,9 @@ class EBFTTrainer(Trainer):
         )
         # For transformers releases that do not know loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = False
-        self._forward = PackedForward.of(self.model, self.ebft.packed_attention)
-        self.feature_network = self._make_feature_network(feature_network)
-        if self.ebft.verify_packing and not any(p.is_meta for p in self.model.parameters()):
+        self._prepare_networks(self.model)
+        # Other processes may not hold the policy's weights yet.
+        if self.ebft.verify_packing and self.accelerator.is_main_process:
             verify_packing(self.model, self._forward)
 
         device = self.args.device
@@ -139,6 +144,8 @@ class EBFTTrainer(Trainer):
         self._evaluation_batch: int | None = None  # None while training
         self._teacher_forced = False
         self._warned_of_no_blocks = False
+        self._gather_for_sampling: bool | None = None
+        self._constructed = True
 
     def compute_loss(
         self,
@@ -223,16 +230,17 @@ class EBFTTrainer(Trainer):
             generate_max_len=settings.generate_max_len,
             min_completion_prefix=settings.min_completion_prefix,
         )
-        return sample_rollouts(
-            model,
-            self._forward,
-            PackedLayout(
-                documents, blocks, settings.n_samples_per_prompt, settings.generate_max_len
-            ),
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            generator=self._generator(documents.input_ids.device),
-        )
+        with self._parameters_for_sampling(model):
+            return sample_rollouts(
+                model,
+                self._forward,
+                PackedLayout(
+                    documents, blocks, settings.n_samples_per_prompt, settings.generate_max_len
+                ),
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                generator=self._generator(documents.input_ids.device),
+            )
 
     # ---- Scoring ------------------------------------------------------------------------------
 
@@ -285,6 +293,20 @@ class EBFTTrainer(Trainer):
             return int(from_tokenizer)
         eos = bare_model(self.model).config.get_text_config(decoder=True).eos_token_id
         return eos[0] if isinstance(eos, list) else eos
+
+    def _parameters_for_sampling(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Under FSDP2, keep parameters gathered over the decoding steps if there is room for them."""
+        if not is_sharded(model):
+            return nullcontext()
+        if self._gather_for_sampling is None:  # decided once, together
+            self._gather_for_sampling = self.ebft.gather_params_for_sampling == "true" or (
+                self.ebft.gather_params_for_sampling == "auto"
+                and gathering_fits(model, self.accelerator)
+            )
+        plugin = self.accelerator.state.fsdp_plugin
+        if not self._gather_for_sampling or not plugin.reshard_after_forward:
+            return nullcontext()
+        return parameters_gathered(model, reshard_after=True)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """The sampler's own randomness, a function of (seed, place in the run, process).
@@ -350,10 +372,14 @@ class EBFTTrainer(Trainer):
     ) -> EvalLoopOutput:
         """`Trainer`'s loop, with `{prefix}_ebft/*` added from rollouts drawn with a fixed seed."""
         self._evaluation_batch = 0
+        self._evaluation_metrics.clear()
         try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            # Iterating a DataLoader draws from torch's global generator, which would change the
+            # dropout of the training steps that follow.
+            with torch.random.fork_rng(devices=[]):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
         finally:
             self._evaluation_batch = None
         if self.ebft.eval_rollouts:
@@ -363,6 +389,12 @@ class EBFTTrainer(Trainer):
         return output
 
     # ---- Watching -----------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer`'s, started afresh: nothing of an earlier run or of a loss computed by hand counts."""
+        self._training_metrics.clear()
+        self._micro_step = (-1, 0)
+        return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """`Trainer`'s step, timed by phase."""
@@ -400,35 +432,18 @@ class EBFTTrainer(Trainer):
 
     # ---- Preparation --------------------------------------------------------------------------
 
-    def _make_feature_network(self, given: nn.Module | None) -> FeatureNetwork:
-        settings = self.ebft
-        keywords: dict[str, Any] = {
-            "feature_layers": settings.feature_layers,
-            "embed_method": settings.embed_method,
-            "normalization": settings.feature_normalization,
-            "packed_attention": settings.packed_attention,
-        }
-        path = settings.feature_model_name_or_path
-        if given is None and path is None:
-            return FeatureNetwork.from_policy(self.model, **keywords).to(self.args.device)
-        if given is None:
-            assert path is not None
-            network = FeatureNetwork.from_pretrained(
-                path, bare_model(self.model).dtype, **keywords
-            )
-        else:
-            if path is not None:
-                raise ValueError(
-                    f"Both feature_network and feature_model_name_or_path={path!r} are given; keep one."
-                )
-            _refuse_shared_parameters(given, self.model)
-            network = FeatureNetwork(given, **keywords)
-        network.require_vocabulary_of(self.model)
-        network.to(self.args.device)
-        if settings.verify_packing:
-            with inference_mode_of(network.model):
-                verify_packing(network.model, network.forward)
-        return network
+    def _prepare_networks(self, policy: nn.Module) -> None:
+        self._forward = PackedForward.of(policy, self.ebft.packed_attention)
+        self.feature_network = build_feature_network(
+            policy, self._given_feature_network, self.ebft, self.accelerator
+        )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """`Trainer`'s; the new policy that each ``train()`` makes is prepared like the first one."""
+        policy = super().call_model_init(trial)
+        if self._constructed:  # else the constructor does it, once the policy is on its device
+            self._prepare_networks(policy)
+        return policy
 
     def _set_signature_columns_if_needed(self) -> None:
         # Private in transformers, and the only way to keep columns that the model does not take while
@@ -454,10 +469,16 @@ def _with_adapters(
         raise ValueError(
             "model is a PEFT model already, so peft_config would put adapters on adapters; drop one."
         )
-    if args.gradient_checkpointing:
+    if _checkpoints_activations(args):
         # With the base frozen, a checkpointed segment would otherwise have no input with gradient.
         model.enable_input_require_grads()
     return get_peft_model(model, peft_config)
+
+
+def _checkpoints_activations(args: TrainingArguments) -> bool:
+    """``activation_checkpointing``, which older transformers releases call ``gradient_checkpointing``."""
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    return bool(getattr(args, new if hasattr(args, new) else old))
 
 
 def _refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
@@ -481,15 +502,6 @@ def _refuse_empty(dataset: Any, name: str) -> None:
                 f"{name if key == name else f'{name}[{key!r}]'} is empty: there is nothing to sample "
                 "prefixes from. Check the path, the split and any filter."
             )
-
-
-def _refuse_shared_parameters(network: nn.Module, policy: nn.Module) -> None:
-    own = {id(parameter) for parameter in policy.parameters()}
-    if any(id(parameter) in own for parameter in network.parameters()):
-        raise ValueError(
-            "feature_network shares parameters with the policy, so freezing it would freeze the policy. "
-            "Leave it out to get a frozen copy, or pass copy.deepcopy(model)."
-        )
 
 
 def _refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:

@@ -1,0 +1,140 @@
+"""The training runs that are compared between one process and several.
+
+Imported by the tests (one process) and by `worker.py` (every process of a launch).
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_ebft import EBFTConfig, EBFTTrainer
+
+VOCABULARY = 61
+MOST_BLOCKS = 64
+# With and without blocks, of different lengths; 8 of them, so 2 processes x 2 fit twice.
+LENGTHS = (40, 9, 33, 27, 18, 40, 5, 25)
+
+
+def documents(lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"input_ids": torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()}
+        for length in lengths
+    ]
+
+
+def tiny_llama(seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+
+
+class InjectedRollouts(EBFTTrainer):
+    """Samples as usual, records what it sampled, then trains on rollouts that depend on the document
+    alone, so that runs with another number of processes can be compared."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sampled = []
+
+    def sample_rollouts(self, model, inputs):
+        rollouts = super().sample_rollouts(model, inputs)
+        self.sampled.append(rollouts.tokens)
+        _, n_samples, n_blocks, length = rollouts.tokens.shape
+        tokens = []
+        for row in rollouts.layout.documents.input_ids:
+            generator = torch.Generator().manual_seed(int(row.sum()))
+            drawn = torch.randint(
+                1, VOCABULARY, (n_samples, MOST_BLOCKS, length), generator=generator
+            )
+            tokens.append(drawn[:, :n_blocks])
+        return dataclasses.replace(rollouts, tokens=torch.stack(tokens))
+
+
+def make_trainer(
+    folder: Path, *, peft=False, trainer_class=InjectedRollouts, data=None, evaluation=None, **settings
+):
+    values = {
+        "output_dir": str(folder),
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "ce_coef": 0.1,
+        "stride": 4,
+        "context_length": 4,
+        "generate_max_len": 3,
+        "n_samples_per_prompt": 3,
+        "seed": 3,
+    }
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True) if peft else None
+    return trainer_class(
+        tiny_llama(),
+        EBFTConfig(**(values | settings)),
+        train_dataset=documents() if data is None else data,
+        eval_dataset=evaluation,
+        peft_config=lora,
+    )
+
+
+def full_weights(model):
+    """Every parameter, whole, by name; a collective call under FSDP2."""
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in model.named_parameters()
+    }
+
+
+def summary(trainer):
+    """What a run left behind, for comparison."""
+    return {
+        "weights": full_weights(trainer.model),
+        "sharded": any(isinstance(p.data, DTensor) for p in trainer.model.parameters()),
+        "history": trainer.state.log_history,
+        "sampled": trainer.sampled,
+    }
+
+
+def trained(folder, **settings):
+    trainer = make_trainer(folder, **settings)
+    trainer.train()
+    return summary(trainer)
+
+
+def resumed(folder, **settings):
+    """Final weights of an uninterrupted run of 4 steps, and of one resumed after 2."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "trainer_class": RecordedRollouts} | settings
+    whole = make_trainer(folder, **settings)
+    whole.train()
+    again = make_trainer(folder, **settings)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return {"whole": summary(whole), "resumed": summary(again)}
+
+
+class RecordedRollouts(EBFTTrainer):
+    """Trains on its own rollouts and records them."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sampled = []
+
+    def sample_rollouts(self, model, inputs):
+        rollouts = super().sample_rollouts(model, inputs)
+        self.sampled.append(rollouts.tokens)
+        return rollouts

@@ -1,0 +1,79 @@
+"""FSDP2 over gloo, two processes, parameters really sharded."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.launching import results
+from tests.distributed.runs import trained
+from tests.distributed.test_ddp import assert_same_weights, compared_metrics
+
+CONFIG = "fsdp2.yaml"
+
+
+@pytest.fixture(scope="module")
+def basics(tmp_path_factory):
+    return results("basics", tmp_path_factory.mktemp("fsdp"), CONFIG, fsdp=True)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    return {
+        "plain": trained(folder, per_device_train_batch_size=4),
+        "adapters": trained(folder, per_device_train_batch_size=4, peft=True),
+    }
+
+
+@pytest.mark.parametrize("run", ["plain", "adapters"])
+def test_sharded_run_equals_one_process(basics, single, run):
+    assert basics[0][run]["sharded"] and basics[1][run]["sharded"]
+    assert_same_weights(basics[0][run]["weights"], basics[1][run]["weights"], 0.0)
+    assert_same_weights(basics[0][run]["weights"], single[run]["weights"], 2e-5)
+    pairs = zip(
+        compared_metrics(basics[0][run]["history"]),
+        compared_metrics(single[run]["history"]),
+        strict=True,
+    )
+    for ours, reference in pairs:
+        for key, value in reference.items():
+            assert ours[key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
+
+
+def test_batches_without_blocks_and_uneven_ends_do_not_hang(basics):
+    for rank in basics:
+        losses = [entry for entry in rank["no_blocks"]["history"] if "loss" in entry]
+        assert losses[0]["ebft/documents_without_blocks"] == 1.0
+        assert any("eval_ebft/cfm_loss" in entry for entry in rank["uneven"]["history"])
+
+
+@pytest.mark.slow
+def test_gathering_and_placements_change_nothing_but_memory(tmp_path, tmp_path_factory):
+    rank = results("sharding", tmp_path, CONFIG, fsdp=True)[0]
+    assert_same_weights(rank["gathered"]["weights"], rank["not_gathered"]["weights"], 0.0)
+    assert_same_weights(rank["gathered"]["weights"], rank["feature_sharded"]["weights"], 2e-6)
+    assert_same_weights(rank["copied"]["weights"], rank["shared"]["weights"], 2e-6)
+    exact = [entry["loss"] for entry in rank["gathered"]["history"] if "loss" in entry]
+    mixed = [entry["loss"] for entry in rank["mixed"]["history"] if "loss" in entry]
+    assert mixed == pytest.approx(exact, rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_resume_repeats_the_uninterrupted_run(tmp_path, state_dict):
+    overrides = {"fsdp_state_dict_type": state_dict}
+    for rank in results("resume", tmp_path, CONFIG, fsdp=True, overrides=overrides):
+        for run in ("plain", "adapters"):
+            whole, resumed = rank[run]["whole"], rank[run]["resumed"]
+            assert_same_weights(whole["weights"], resumed["weights"], 1e-7)
+            for expected, sampled in zip(whole["sampled"][2:], resumed["sampled"], strict=True):
+                assert torch.equal(expected, sampled)
+    if state_dict == "FULL_STATE_DICT":
+        AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+        with safe_open(tmp_path / "final" / "model.safetensors", "pt") as file:
+            names = set(file.keys())
+        assert not any("feature" in name for name in names)
+        assert json.loads((tmp_path / "final" / "config.json").read_text())["vocab_size"] == 61

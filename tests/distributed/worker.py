@@ -1,0 +1,81 @@
+"""One process of a launched scenario; writes what it saw to `<folder>/rank<i>.pt`."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+if os.environ.get("HF_EBFT_TEST_FSDP_ON_CPU"):
+    from tests.distributed import fsdp_on_cpu
+
+    fsdp_on_cpu.enable()
+
+from accelerate import PartialState  # noqa: E402
+
+from hf_ebft import EBFTTrainer  # noqa: E402
+from tests.distributed.runs import documents, make_trainer, resumed, summary, trained  # noqa: E402
+
+
+def basics(folder):
+    """Training with blocks and without, adapters, an uneven epoch, a tiny evaluation set."""
+    uneven = make_trainer(
+        folder / "uneven",
+        data=documents((40, 5, 6, 33, 7)),
+        evaluation=documents((21,)),
+        max_steps=-1,
+        num_train_epochs=1,
+        eval_strategy="epoch",
+    )
+    uneven.train()
+    return {
+        "plain": trained(folder / "plain"),
+        "adapters": trained(folder / "adapters", peft=True),
+        "no_blocks": trained(folder / "no_blocks", data=documents((5, 6, 5, 6)), max_steps=1),
+        "uneven": summary(uneven),
+    }
+
+
+def resume(folder):
+    """Checkpoints, then a final model."""
+    result = {"plain": resumed(folder / "plain"), "adapters": resumed(folder / "adapters", peft=True)}
+    trainer = make_trainer(folder / "final", max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    return result
+
+
+def sharding(folder):
+    """What only FSDP2 has: gathering while sampling, a sharded feature network, mixed precision."""
+    return {
+        "gathered": trained(folder / "gathered", gather_params_for_sampling="true", max_steps=2),
+        "not_gathered": trained(folder / "not", gather_params_for_sampling="false", max_steps=2),
+        "feature_sharded": trained(folder / "fs", feature_placement="sharded", max_steps=2),
+        "copied": trained(folder / "fc", peft=True, feature_placement="same_device", max_steps=2),
+        "shared": trained(folder / "fsh", peft=True, feature_placement="shared", max_steps=2),
+        "mixed": trained(folder / "mixed", bf16=True, activation_checkpointing=True, max_steps=2),
+    }
+
+
+class CrashOnOneRank(EBFTTrainer):
+    """Fails on process 1 alone, in the middle of a step."""
+
+    def compute_loss(self, *args, **kwargs):
+        if self.args.process_index == 1 and self.state.global_step == 1:
+            raise RuntimeError("planted failure on process 1")
+        return super().compute_loss(*args, **kwargs)
+
+
+def crash(folder):
+    make_trainer(folder, trainer_class=CrashOnOneRank).train()
+
+
+SCENARIOS = {"basics": basics, "resume": resume, "sharding": sharding, "crash": crash}
+
+if __name__ == "__main__":
+    scenario, target = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    seen = SCENARIOS[scenario](target)
+    torch.save(seen, target / f"rank{PartialState().process_index}.pt")
