@@ -1,0 +1,167 @@
+"""Feature-matching rewards of rollouts and the conditional feature-matching (CFM) loss.
+
+Dimension letters: B documents, n rollouts per block, K blocks, D feature width.
+A group is the n rollouts of one block (b, k) together with its ground truth.
+
+All reductions are elementwise products and sums in float32, never matrix products: those an
+enclosing autocast region would run in half precision, and TF32 would cut to 10 bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_ebft.whitening import DEFAULT_TOLERANCE, WHITENING_SPACES, WhiteningSpace, whiten
+
+# Features and whitened features have norms of order 1. A vector as short as this is zero but for
+# rounding: its direction means nothing.
+_ZERO_NORM = 1e-8
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of rollouts, with what the advantages need to know about how they were made."""
+
+    reward: Tensor  # (B, n, K), alignment_coef * alignment - diversity_coef * diversity
+    alignment: Tensor  # (B, n, K), 2 * cosine with the ground truth: in [-2, 2]
+    diversity: Tensor  # (B, n, K), 2 * mean dot product with the group's other rollouts
+    cfm_loss: Tensor  # (B, K)
+    alignment_coef: float
+    diversity_coef: float
+
+
+def feature_matching_rewards(
+    generated: Tensor,
+    ground_truth: Tensor,
+    *,
+    alignment_coef: float = 1.0,
+    diversity_coef: float = 1.0,
+    use_whitening: bool = True,
+    whitening_space: WhiteningSpace = "feature",
+    whitening_tolerance: float = DEFAULT_TOLERANCE,
+) -> Rewards:
+    """Reward rollouts for features like the ground truth's and unlike each other's.
+
+    With x_j the feature of rollout j of a group and y that of its ground truth, whitened if
+    `use_whitening` (paper eq. 7 and 49):
+
+        alignment_j = 2 cos(x_j, y)
+        diversity_j = 2 / (n - 1) * sum over j' != j of x_j . x_j'      (0 for n = 1)
+        reward_j    = alignment_coef * alignment_j - diversity_coef * diversity_j
+
+    Without whitening, with unit features and both coefficients 1, the mean over j of
+    reward_j * grad log p(rollout j) is an unbiased estimate of minus the gradient of the CFM loss.
+    With whitening, n different rollouts in at least n dimensions have diversity 0: the term then
+    penalises duplicates only.
+
+    The CFM loss ||E[x] - y||^2 (paper eq. 2) is taken from the features as they come in, not from
+    the whitened ones, so that it can be compared across steps and runs. Its estimate is the mean
+    over pairs j != j' of (x_j - y) . (x_j' - y): unbiased, hence sometimes negative. With n = 1
+    there are no pairs; ||x - y||^2 is returned, which is too large by the variance of x.
+
+    Args:
+        generated: (B, n, K, D) normalised features of the rollouts, any floating dtype.
+        ground_truth: (B, K, D) normalised features of the ground-truth windows.
+        alignment_coef: weight of the alignment term.
+        diversity_coef: weight of the diversity term.
+        use_whitening: whiten each group by its own rollouts first (`hf_ebft.whitening`).
+        whitening_space: "feature" or "sample".
+        whitening_tolerance: singular values below this times the largest count as zero.
+
+    Returns:
+        `Rewards` in float32 (float64 if an input is float64).
+
+    Raises:
+        ValueError: shapes that do not fit, n or D of 0, features that are not floating point, or
+            an unknown `whitening_space`.
+    """
+    _check_features(generated, ground_truth)
+    if whitening_space not in WHITENING_SPACES:
+        raise ValueError(
+            f"whitening_space={whitening_space!r} is unknown: "
+            f"use one of {', '.join(map(repr, WHITENING_SPACES))}"
+        )
+    dtype = torch.promote_types(
+        torch.promote_types(generated.dtype, ground_truth.dtype), torch.float32
+    )
+    # A group's rollouts side by side: (B, K, n, D).
+    x_BKnD = generated.to(dtype).transpose(1, 2)
+    y_BKD = ground_truth.to(dtype)
+    cfm_loss_BK = _cfm_loss(x_BKnD, y_BKD)
+
+    y_BKnD = y_BKD.unsqueeze(2)  # one for all n rollouts
+    if use_whitening:
+        x_BKnD, whitened_y = whiten(
+            x_BKnD, y_BKD, space=whitening_space, tolerance=whitening_tolerance
+        )
+        y_BKnD = whitened_y if whitening_space == "sample" else whitened_y.unsqueeze(2)
+
+    alignment_BnK = 2 * _cosine(x_BKnD, y_BKnD).transpose(1, 2)
+    diversity_BnK = _diversity(x_BKnD).transpose(1, 2)
+    return Rewards(
+        reward=alignment_coef * alignment_BnK - diversity_coef * diversity_BnK,
+        alignment=alignment_BnK,
+        diversity=diversity_BnK,
+        cfm_loss=cfm_loss_BK,
+        alignment_coef=alignment_coef,
+        diversity_coef=diversity_coef,
+    )
+
+
+def _cosine(x_BKnD: Tensor, y_BKnD: Tensor) -> Tensor:
+    """Cosines along D, (B, K, n); 0 where either vector is (all but) zero."""
+    x_norm_BKn = torch.linalg.vector_norm(x_BKnD, dim=-1).clamp(min=_ZERO_NORM)
+    y_norm_BKn = torch.linalg.vector_norm(y_BKnD, dim=-1).clamp(min=_ZERO_NORM)
+    return _dot(x_BKnD, y_BKnD) / (x_norm_BKn * y_norm_BKn)
+
+
+def _diversity(x_BKnD: Tensor) -> Tensor:
+    """Twice the mean dot product of each rollout with the others of its group, (B, K, n)."""
+    n_rollouts = x_BKnD.shape[2]
+    if n_rollouts == 1:
+        return torch.zeros_like(x_BKnD[..., 0])
+    with_all_BKn = _dot(x_BKnD, x_BKnD.sum(dim=2, keepdim=True))
+    with_itself_BKn = torch.linalg.vector_norm(x_BKnD, dim=-1).square()
+    return 2 / (n_rollouts - 1) * (with_all_BKn - with_itself_BKn)
+
+
+def _cfm_loss(x_BKnD: Tensor, y_BKD: Tensor) -> Tensor:
+    """The pair estimate of ||E[x] - y||^2, (B, K).
+
+    Written in the differences to y, it is exactly 0 where every rollout hits the ground truth.
+    """
+    n_rollouts = x_BKnD.shape[2]
+    difference_BKnD = x_BKnD - y_BKD.unsqueeze(2)
+    squares_BK = torch.linalg.vector_norm(difference_BKnD, dim=(2, 3)).square()
+    if n_rollouts == 1:
+        return squares_BK
+    sum_BKD = difference_BKnD.sum(dim=2)
+    square_of_sum_BK = torch.linalg.vector_norm(sum_BKD, dim=-1).square()
+    return (square_of_sum_BK - squares_BK) / (n_rollouts * (n_rollouts - 1))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=-1)
+
+
+def _check_features(generated: Tensor, ground_truth: Tensor) -> None:
+    shapes = f"got {tuple(generated.shape)} and {tuple(ground_truth.shape)}"
+    if generated.dim() != 4 or ground_truth.dim() != 3:
+        raise ValueError(
+            f"generated must be (B, n, K, D) and ground_truth (B, K, D), {shapes}: "
+            "a single block is (1, n, 1, D) and (1, 1, D)"
+        )
+    n_documents, n_rollouts, n_blocks, width = generated.shape
+    if tuple(ground_truth.shape) != (n_documents, n_blocks, width):
+        raise ValueError(
+            "generated (B, n, K, D) and ground_truth (B, K, D) must agree in B, K and D, "
+            f"{shapes}; every rollout of a block shares one ground truth, so don't repeat it"
+        )
+    if n_rollouts == 0 or width == 0:
+        raise ValueError(f"a group needs at least one rollout and one feature dimension, {shapes}")
+    if not (generated.is_floating_point() and ground_truth.is_floating_point()):
+        raise ValueError(
+            f"features must be floating point, got {generated.dtype} and {ground_truth.dtype}: "
+            "pass the features of the tokens, not the tokens"
+        )
