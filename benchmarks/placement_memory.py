@@ -1,12 +1,13 @@
 """Peak memory per process by placement of the feature network, with the expected bytes beside it.
 
     python benchmarks/placement_memory.py                 # measures, two processes on this machine
-    python benchmarks/placement_memory.py --expected      # only computes, for 1 B, 8 B and 70 B parameters
+    python benchmarks/placement_memory.py --expected      # only computes, for 1 B, 8 B and 70 B
+    parameters
 
 Every placement runs in processes of its own: a step of training under FSDP2 (over gloo on a machine
-without accelerators), then the process's peak resident memory, and the bytes that the feature network
-and the policy really hold there. The reference is the same run with the smallest feature network that
-exists, a shared one.
+without accelerators), then the process's peak resident memory, and the bytes that the feature
+network and the policy really hold there. The reference is the same run with the smallest feature
+network that exists, a shared one.
 """
 
 from __future__ import annotations
@@ -166,7 +167,9 @@ def measure(placement: str) -> list[dict[str, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--expected", action="store_true", help="Print the computed table and stop.")
+    parser.add_argument(
+        "--expected", action="store_true", help="Print the computed table and stop."
+    )
     parser.add_argument("--worker", choices=MEASURED, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="Write the raw figures here.")
     arguments = parser.parse_args()
@@ -186,9 +189,7 @@ def main() -> None:
         share = {"shared": 0.0, "same_device": 1.0, "sharded": 0.5}[placement]
         peak = max(report["peak_bytes"] for report in processes) - base
         mib = 2**20
-        print(
-            f"| {placement} | {held / mib:.0f} | {share * whole / mib:.0f} | {peak / mib:.0f} |"
-        )
+        print(f"| {placement} | {held / mib:.0f} | {share * whole / mib:.0f} | {peak / mib:.0f} |")
     if arguments.json:
         arguments.json.write_text(json.dumps(reports, indent=2) + "\n")
 

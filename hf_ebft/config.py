@@ -41,8 +41,8 @@ class FeatureMatchingArguments:
     feature_layers: list[float] = field(
         default_factory=lambda: [0.25, 0.5, 0.75],
         metadata={
-            "help": "Depths (fractions of the number of layers; 0 = embedding output, 1 = last hidden "
-            "state after the final norm) whose hidden states make up the features."
+            "help": "Depths (fractions of the number of layers; 0 = embedding output, 1 = last "
+            "hidden state after the final norm) whose hidden states make up the features."
         },
     )
     feature_normalization: FeatureNormalization = field(
@@ -55,23 +55,23 @@ class FeatureMatchingArguments:
     feature_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Model to use as the frozen feature network. Must share the policy's tokenizer. "
-            "Default: a frozen copy of the policy as it is when the trainer is built."
+            "help": "Model to use as the frozen feature network. Must share the policy's "
+            "tokenizer. Default: a frozen copy of the policy as it is when the trainer is built."
         },
     )
     feature_placement: str = field(
         default="auto",
         metadata={
-            "help": "Where the feature network lives: 'shared' (a PEFT policy's own base, no copy), "
-            "'same_device', 'second_device', 'cpu', 'sharded' (FSDP2, outside the policy's wrapping) or "
-            "a device such as 'cuda:1'. 'auto' chooses and logs the choice."
+            "help": "Where the feature network lives: 'shared' (a PEFT policy's own base, no "
+            "copy), 'same_device', 'second_device', 'cpu', 'sharded' (FSDP2, outside the "
+            "policy's wrapping) or a device such as 'cuda:1'. 'auto' chooses and logs the choice."
         },
     )
     feature_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Precision of the feature network's weights (float32, bfloat16, float16); default: "
-            "the policy's."
+            "help": "Precision of the feature network's weights (float32, bfloat16, float16); "
+            "default: the policy's."
         },
     )
     feature_quantization: Literal["8bit", "4bit"] | None = field(
@@ -104,7 +104,9 @@ class FeatureMatchingArguments:
     )
     advantage_estimator: AdvantageEstimator = field(
         default="rloo",
-        metadata={"help": "'rloo': leave-one-out baseline. 'group_norm': z-score. 'reinforce': none."},
+        metadata={
+            "help": "'rloo': leave-one-out baseline. 'group_norm': z-score. 'reinforce': none."
+        },
     )
     ce_coef: float = field(
         default=0.0,
@@ -153,8 +155,8 @@ class FeatureMatchingArguments:
         if not SMALLEST_TOLERANCE <= self.whitening_tolerance < 1.0:
             raise ValueError(
                 f"whitening_tolerance={self.whitening_tolerance} must lie between "
-                f"{SMALLEST_TOLERANCE:g} (the rounding of float32 features) and 1: it is relative to "
-                f"the largest singular value; the default is {DEFAULT_TOLERANCE:g}."
+                f"{SMALLEST_TOLERANCE:g} (the rounding of float32 features) and 1: it is relative "
+                f"to the largest singular value; the default is {DEFAULT_TOLERANCE:g}."
             )
         if self.feature_dtype not in (None, *FEATURE_DTYPES):
             raise ValueError(
@@ -163,19 +165,21 @@ class FeatureMatchingArguments:
             )
         if self.feature_quantization not in (None, "8bit", "4bit"):
             raise ValueError(
-                f"feature_quantization={self.feature_quantization!r} is unknown; choose 8bit or 4bit."
+                f"feature_quantization={self.feature_quantization!r} is unknown; choose 8bit or "
+                "4bit."
             )
         if self.feature_quantization is not None and self.feature_model_name_or_path is None:
             raise ValueError(
-                f"feature_quantization={self.feature_quantization!r} quantizes weights while they are "
-                "loaded, so it needs feature_model_name_or_path; set it to the policy's own name for a "
-                "quantized copy of the policy."
+                f"feature_quantization={self.feature_quantization!r} quantizes weights while they "
+                "are loaded, so it needs feature_model_name_or_path; set it to the policy's own "
+                "name for a quantized copy of the policy."
             )
         if n_samples < 2 and self.advantage_estimator != "reinforce":
             raise ValueError(
                 f"{n_samples_name}={n_samples} leaves advantage_estimator="
                 f"'{self.advantage_estimator}' no other rollout to compare with; set "
-                f"{n_samples_name} to 2 or more (the paper uses 4), or advantage_estimator='reinforce'."
+                f"{n_samples_name} to 2 or more (the paper uses 4), or "
+                "advantage_estimator='reinforce'."
             )
         if n_samples < 2 and self.diversity_coef > 0:
             raise ValueError(
@@ -218,8 +222,8 @@ class StridedArguments:
     min_completion_prefix: int = field(
         default=0,
         metadata={
-            "help": "Where labels or prompt_length mark a completion: tokens of the completion that "
-            "come before the first block."
+            "help": "Where labels or prompt_length mark a completion: tokens of the completion "
+            "that come before the first block."
         },
     )
     document_masking: bool | None = field(
@@ -234,22 +238,23 @@ class StridedArguments:
     packed_attention: PackedAttention = field(
         default="auto",
         metadata={
-            "help": "Attention implementation for the packed row. 'auto' keeps the model's own where "
-            "it can express the packed mask, else takes sdpa, else eager."
+            "help": "Attention implementation for the packed row. 'auto' keeps the model's own "
+            "where it can express the packed mask, else takes sdpa, else eager."
         },
     )
     verify_packing: bool = field(
         default=True,
         metadata={
-            "help": "When the trainer is built, compare a short packed row with plain forward passes "
-            "on the actual model and refuse it where they differ."
+            "help": "When the trainer is built, compare a short packed row with plain forward "
+            "passes on the actual model and refuse it where they differ."
         },
     )
     gather_params_for_sampling: GatherParams = field(
         default="auto",
         metadata={
-            "help": "FSDP2: keep the policy's parameters gathered through the decoding steps of sampling "
-            "instead of gathering them at each step. 'auto': where they fit into free memory."
+            "help": "FSDP2: keep the policy's parameters gathered through the decoding steps of "
+            "sampling instead of gathering them at each step. 'auto': where they fit into free "
+            "memory."
         },
     )
     eval_rollouts: bool = field(
@@ -292,7 +297,9 @@ class StridedArguments:
             )
         _require_finite(self, "top_p")
         if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1.0 samples the full softmax.")
+            raise ValueError(
+                f"top_p={self.top_p} must lie in (0, 1]; 1.0 samples the full softmax."
+            )
         _require_choice(self, "embed_method", STRIDED_EMBED_METHODS)
         _require_at_least(self, "rl_coef", 0.0)
         _require_choice(self, "packed_attention", PACKED_ATTENTIONS)

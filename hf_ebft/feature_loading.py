@@ -37,7 +37,8 @@ def build_feature_network(
 
     Args:
         policy: the unwrapped policy, as training starts from it.
-        given: the user's own network, or None for the one at ``feature_model_name_or_path`` or a copy.
+        given: the user's own network, or None for the one at ``feature_model_name_or_path`` or a
+        copy.
         settings: the trainer's.
         accelerator: the trainer's.
 
@@ -140,7 +141,7 @@ def _place(network: FeatureNetwork, placement: Placement, settings: EBFTSettings
 def _gather_facts(
     policy: nn.Module, own: nn.Module | None, settings: EBFTSettings, accelerator: Accelerator
 ) -> Facts:
-    """Facts that are the same on every process: the main process judges, the least memory counts."""
+    """Facts, equal on every process: the main process judges, the least memory counts."""
     if own is not None:
         not_shareable: str | None = "a feature network of its own was given"
     elif settings.feature_dtype is not None:
@@ -174,8 +175,8 @@ def _require_same_vocabulary(network: nn.Module, policy: nn.Module) -> None:
     if own != others:
         raise ValueError(
             f"The feature network embeds {own} token ids, the policy {others}: they must share one "
-            "tokenizer, since the feature network reads the policy's rollouts. Choose a feature network "
-            "of the same family, or, where only padding differs, make both equal with "
+            "tokenizer, since the feature network reads the policy's rollouts. Choose a feature "
+            "network of the same family, or, where only padding differs, make both equal with "
             "resize_token_embeddings."
         )
 
@@ -184,6 +185,6 @@ def _refuse_shared_parameters(network: nn.Module, policy: nn.Module) -> None:
     own = {id(parameter) for parameter in policy.parameters()}
     if any(id(parameter) in own for parameter in network.parameters()):
         raise ValueError(
-            "feature_network shares parameters with the policy, so freezing it would freeze the policy. "
-            "Leave it out to get a frozen copy, or pass copy.deepcopy(model)."
+            "feature_network shares parameters with the policy, so freezing it would freeze the "
+            "policy. Leave it out to get a frozen copy, or pass copy.deepcopy(model)."
         )

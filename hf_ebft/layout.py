@@ -127,10 +127,11 @@ class PackedLayout:
 
     def input_ids(self, tokens: Tensor) -> Tensor:
         """(B, R) token ids of the row that holds the rollouts ``tokens`` (B, n, K, G)."""
-        if tuple(tokens.shape) != self.rollout_shape:
+        if tuple(tokens.shape) != self.rollout_shape or tokens.dtype != torch.int64:
             raise ValueError(
-                f"Rollout tokens have shape {tuple(tokens.shape)}; this batch needs (rows, "
-                f"samples, blocks, tokens) = {self.rollout_shape}."
+                f"Rollout tokens have shape {tuple(tokens.shape)} and type {tokens.dtype}; this "
+                f"batch needs (rows, samples, blocks, tokens) = {self.rollout_shape} of "
+                "torch.int64."
             )
         return torch.cat([self.documents.input_ids, self.to_row(tokens)], dim=1)
 

@@ -1,7 +1,7 @@
 """From logits to the objective: log-probabilities in chunks, policy gradient, cross-entropy, KL.
 
-Batch loss = mean over documents of ``rl_coef * L_rl + ce_coef * L_ce + kl_coef * L_kl``, each a mean
-over the document's own tokens, so that a document weighs the same however many blocks it has.
+Batch loss = mean over documents of ``rl_coef * L_rl + ce_coef * L_ce + kl_coef * L_kl``, each a
+mean over the document's own tokens, so that a document weighs the same however many blocks it has.
 
 Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length, R packed row,
 P places whose logits are kept, V vocabulary.
@@ -199,8 +199,8 @@ def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: str) -
     """Per-token estimate of KL(policy || reference) from tokens that the policy sampled.
 
     With r = log p_ref - log p: k1 = -r, k2 = r^2 / 2, k3 = exp(r) - 1 - r (J. Schulman,
-    "Approximating KL divergence", 2020). The value is the estimator's. The gradient of k1's value has
-    mean zero, so k1 carries the score-function gradient ``-r * grad log p`` instead, which is
+    "Approximating KL divergence", 2020). The value is the estimator's. The gradient of k1's value
+    has mean zero, so k1 carries the score-function gradient ``-r * grad log p`` instead, which is
     unbiased for the KL of the token's distribution (as is that of k2; that of k3 is not).
 
     Args:

@@ -1,4 +1,5 @@
-"""Numbers that let a person see a run go right or wrong: collected per micro-batch, reduced on logging.
+"""Numbers that let a person see a run go right or wrong: collected per micro-batch, reduced on
+logging.
 
 Every metric is a ratio of two sums, so that micro-batches, accumulation steps and processes with
 different numbers of blocks are averaged correctly, and one small all-reduce serves them all.
@@ -21,7 +22,8 @@ PREFIX = "ebft/"
 # Advantages smaller than this share of a reward's range of 2 move nothing.
 ZERO_ADVANTAGE = 1e-6
 
-# Always reduced in this order, whatever a process has seen: all processes send equally many numbers.
+# Always reduced in this order, whatever a process has seen: all processes send equally many
+# numbers.
 NAMES = (
     "alignment",
     "diversity",
@@ -45,7 +47,7 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Ratio:
-    """A metric's contribution: the sum of its values and how many (or how much weight) there were."""
+    """A metric's contribution: the sum of its values and their number (or weight)."""
 
     total: Tensor | float
     count: Tensor | float
@@ -82,7 +84,9 @@ class MetricAccumulator:
         totals, counts = reduce(self._sums).tolist()
         self.clear()
         means = {
-            name: total / count for name, total, count in zip(NAMES, totals, counts, strict=True) if count
+            name: total / count
+            for name, total, count in zip(NAMES, totals, counts, strict=True)
+            if count
         }
         if "advantages_square" in means:
             variance = means.pop("advantages_square") - means.pop("advantages_mean") ** 2
@@ -139,9 +143,7 @@ def rollout_metrics(tokens: Tensor, layout: PackedLayout) -> dict[str, Ratio]:
             (repeats & exists[:, None, :]).sum(), blocks * layout.n_samples
         ),
         "blocks_per_document": Ratio(blocks, documents),
-        "documents_without_blocks": Ratio(
-            documents - documents_with_blocks(layout), documents
-        ),
+        "documents_without_blocks": Ratio(documents - documents_with_blocks(layout), documents),
     }
 
 
@@ -160,8 +162,8 @@ def token_metrics(
 ) -> dict[str, Ratio]:
     """Metrics of the training pass.
 
-    The entropy is estimated by ``-log p`` of the sampled tokens at the sampling temperature, unbiased
-    when ``top_p`` is 1 and free of cost.
+    The entropy is estimated by ``-log p`` of the sampled tokens at the sampling temperature,
+    unbiased when ``top_p`` is 1 and free of cost.
     """
     exists = layout.blocks.exists
     tokens = exists.sum() * layout.n_samples * layout.length

@@ -15,8 +15,8 @@ NamedPlacement = Literal["auto", "shared", "same_device", "second_device", "cpu"
 NAMED_PLACEMENTS: tuple[NamedPlacement, ...] = get_args(NamedPlacement)
 Kind = Literal["shared", "replicated", "sharded"]
 
-# Under FSDP2 the policy is placed after the feature network: weights, gradients and two Adam moments,
-# each split over the processes.
+# Under FSDP2 the policy is placed after the feature network: weights, gradients and two Adam
+# moments, each split over the processes.
 POLICY_STATES = 4
 
 
@@ -29,7 +29,8 @@ class Facts:
         visible_devices: accelerators of its type that this process sees.
         processes: number of processes.
         fsdp: whether the policy will be sharded by FSDP2.
-        not_shareable: why the policy's base weights cannot serve as feature network; None if they can.
+        not_shareable: why the policy's base weights cannot serve as feature network; None if they
+        can.
         network_bytes: size of the feature network's weights.
         policy_bytes: size of the policy's weights.
         free_bytes: free memory of the device, the least over all processes.
@@ -83,8 +84,8 @@ def choose_placement(request: str, facts: Facts) -> Placement:
     if request == "shared":
         if facts.not_shareable is not None:
             raise ValueError(
-                f"feature_placement='shared' is not possible: {facts.not_shareable}. Use 'auto', which "
-                "places a frozen copy."
+                f"feature_placement='shared' is not possible: {facts.not_shareable}. Use 'auto', "
+                "which places a frozen copy."
             )
         return Placement("shared", facts.device, "asked for")
     if request == "same_device":
@@ -94,8 +95,8 @@ def choose_placement(request: str, facts: Facts) -> Placement:
     if request == "sharded":
         if facts.processes == 1:
             raise ValueError(
-                "feature_placement='sharded' splits the feature network over processes, but there is "
-                "only one. Launch several, or use 'same_device' or 'cpu'."
+                "feature_placement='sharded' splits the feature network over processes, but "
+                "there is only one. Launch several, or use 'same_device' or 'cpu'."
             )
         return Placement("sharded", facts.device, "asked for")
     try:
@@ -110,7 +111,9 @@ def choose_placement(request: str, facts: Facts) -> Placement:
 
 def _choose_automatically(facts: Facts) -> Placement:
     if facts.not_shareable is None:
-        return Placement("shared", facts.device, "the policy's frozen base serves as feature network")
+        return Placement(
+            "shared", facts.device, "the policy's frozen base serves as feature network"
+        )
     if facts.processes == 1 and facts.visible_devices > 1:
         return Placement(
             "replicated", _second_device(facts), "one process, and a second device is visible"
@@ -131,13 +134,14 @@ def _choose_automatically(facts: Facts) -> Placement:
 def _second_device(facts: Facts) -> torch.device:
     if facts.visible_devices < 2:
         raise ValueError(
-            f"feature_placement='second_device', but this process sees {facts.visible_devices} device(s) "
-            f"of type {facts.device.type!r}. Make two visible, or use 'same_device' or 'cpu'."
+            f"feature_placement='second_device', but this process sees {facts.visible_devices} "
+            f"device(s) of type {facts.device.type!r}. Make two visible, or use 'same_device' or "
+            "'cpu'."
         )
     if facts.processes > 1:
         raise ValueError(
-            f"feature_placement='second_device' is for one process; with {facts.processes} every second "
-            "device holds a policy. Use 'same_device', 'sharded' or 'cpu'."
+            f"feature_placement='second_device' is for one process; with {facts.processes} every "
+            "second device holds a policy. Use 'same_device', 'sharded' or 'cpu'."
         )
     first = facts.device.index or 0
     return torch.device(facts.device.type, 1 if first == 0 else 0)

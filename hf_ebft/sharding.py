@@ -1,4 +1,5 @@
-"""FSDP2: keeping the policy gathered while it samples, sharding the feature network, copying weights.
+"""FSDP2: keeping the policy gathered while it samples, sharding the feature network, copying
+weights.
 
 Dimension letters: G decoding steps.
 """
@@ -28,8 +29,9 @@ def is_sharded(model: nn.Module) -> bool:
 def parameters_gathered(model: nn.Module, reshard_after: bool) -> Iterator[None]:
     """Keep every layer's parameters gathered from its first forward pass until the end.
 
-    Each of the G passes of sampling would otherwise gather the whole model again; here the first one
-    does, and the others find the parameters in place. Costs the memory of the unsharded weights.
+    Each of the G passes of sampling would otherwise gather the whole model again; here the first
+    one does, and the others find the parameters in place. Costs the memory of the unsharded
+    weights.
 
     Args:
         model: the wrapped policy; nothing happens unless FSDP2 shards it.
@@ -85,8 +87,8 @@ def copy_from_main_process(model: nn.Module) -> nn.Module:
     """A full copy of the main process's model, on every process.
 
     accelerate's ``cpu_ram_efficient_loading`` leaves real weights on the main process only. Sending
-    those, rather than loading from a hub name again, copies the policy as it is, warm-started or not.
-    Every process must call this together.
+    those, rather than loading from a hub name again, copies the policy as it is, warm-started or
+    not. Every process must call this together.
     """
     duplicate = copy.deepcopy(model)
     device = PartialState().device

@@ -10,7 +10,7 @@ import torch
 
 
 class Stopwatch:
-    """Measures phases that may nest: time spent in an inner phase does not count for the outer one."""
+    """Measures phases that may nest: an inner phase's time does not count for the outer one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

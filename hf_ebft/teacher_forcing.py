@@ -19,7 +19,8 @@ def teacher_forcing_inputs(
     """What the model's own forward needs to return the teacher-forced cross-entropy of a batch.
 
     A batch that a plain Trainer could evaluate is passed on as it is. Where labels are missing,
-    ``prompt_length`` marks the prompt, or rows pack several documents, equivalent right-padded inputs
+    ``prompt_length`` marks the prompt, or rows pack several documents, equivalent right-padded
+    inputs
     are made: labels masked accordingly, positions and attention restarting in every document.
 
     Args:

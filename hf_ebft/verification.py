@@ -1,7 +1,7 @@
 """A self-test of packing on the actual model: packed row against plain forward passes.
 
-Rules (:mod:`hf_ebft.support`) refuse what is known not to work; this catches what no rule knows, in a
-few short forward passes.
+Rules (:mod:`hf_ebft.support`) refuse what is known not to work; this catches what no rule knows, in
+a few short forward passes.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def verify_packing(model: nn.Module, forward: PackedForward) -> float:
     tolerance = TOLERANCE.get(forward.recipe.dtype, LOW_PRECISION_TOLERANCE)
     if not difference <= tolerance:
         raise ValueError(
-            f"{type(model).__name__} gives other log-probabilities on a packed row than on plain text "
-            f"(by {difference:.3g} nats, tolerance {tolerance}): something in it depends on the order "
-            "of the row beyond position_ids and attention_mask. EBFT cannot train it in strided mode; "
-            "use another architecture, or verify_packing=False if you know the difference to be noise."
+            f"{type(model).__name__} gives other log-probabilities on a packed row than on plain "
+            f"text (by {difference:.3g} nats, tolerance {tolerance}): something in it depends on "
+            "the order of the row beyond position_ids and attention_mask. EBFT cannot train it "
+            "in strided mode; use another architecture, or verify_packing=False if you know the "
+            "difference to be noise."
         )
     return difference
 

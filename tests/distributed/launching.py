@@ -20,7 +20,12 @@ def launch(scenario, folder, config, *, fsdp=False, timeout=300, overrides=None)
         The finished process (output captured).
     """
     settings = yaml.safe_load((CONFIGS / config).read_text())
-    settings |= {"use_cpu": True, "num_processes": PROCESSES, "num_machines": 1, "main_process_port": 0}
+    settings |= {
+        "use_cpu": True,
+        "num_processes": PROCESSES,
+        "num_machines": 1,
+        "main_process_port": 0,
+    }
     settings["mixed_precision"] = "no"
     settings.pop("gpu_ids", None)
     if overrides:

@@ -42,7 +42,8 @@ def tiny_llama(seed=0):
 
 
 class InjectedRollouts(EBFTTrainer):
-    """Samples as usual, records what it sampled, then trains on rollouts that depend on the document
+    """Samples as usual, records what it sampled, then trains on rollouts that depend on the
+    document
     alone, so that runs with another number of processes can be compared."""
 
     def __init__(self, *args, **kwargs):
@@ -64,7 +65,13 @@ class InjectedRollouts(EBFTTrainer):
 
 
 def make_trainer(
-    folder: Path, *, peft=False, trainer_class=InjectedRollouts, data=None, evaluation=None, **settings
+    folder: Path,
+    *,
+    peft=False,
+    trainer_class=InjectedRollouts,
+    data=None,
+    evaluation=None,
+    **settings,
 ):
     values = {
         "output_dir": str(folder),
@@ -119,7 +126,11 @@ def trained(folder, **settings):
 
 def resumed(folder, **settings):
     """Final weights of an uninterrupted run of 4 steps, and of one resumed after 2."""
-    settings = {"save_strategy": "steps", "save_steps": 2, "trainer_class": RecordedRollouts} | settings
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "trainer_class": RecordedRollouts,
+    } | settings
     whole = make_trainer(folder, **settings)
     whole.train()
     again = make_trainer(folder, **settings)

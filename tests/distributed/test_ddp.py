@@ -30,13 +30,19 @@ def single(tmp_path_factory):
 def assert_same_weights(left, right, tolerance):
     assert left.keys() == right.keys()
     for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(
+            left[name], right[name], rtol=tolerance, atol=tolerance, msg=name
+        )
 
 
 def compared_metrics(history):
     """Training logs without clocks."""
     return [
-        {key: value for key, value in entry.items() if "seconds" not in key and "runtime" not in key}
+        {
+            key: value
+            for key, value in entry.items()
+            if "seconds" not in key and "runtime" not in key
+        }
         for entry in history
         if "loss" in entry
     ]
@@ -61,10 +67,6 @@ def test_processes_agree_and_equal_one_process_with_the_whole_batch(basics, sing
 
 def test_processes_sample_different_rollouts(basics):
     """Guards the seed of the sampler, which must contain the process."""
-    run = "no_blocks"
-    assert basics[0][run]["sampled"][0].shape == basics[1][run]["sampled"][0].shape
-    shapes = [set(map(lambda t: tuple(t.shape), rank["plain"]["sampled"])) for rank in basics]
-    assert all(shapes)
     first, second = (torch.cat([t.flatten() for t in rank["plain"]["sampled"]]) for rank in basics)
     shared = min(len(first), len(second))
     assert (first[:shared] == second[:shared]).float().mean() < 0.2

@@ -13,10 +13,10 @@ if os.environ.get("HF_EBFT_TEST_FSDP_ON_CPU"):
 
     fsdp_on_cpu.enable()
 
-from accelerate import PartialState  # noqa: E402
+from accelerate import PartialState
 
-from hf_ebft import EBFTTrainer  # noqa: E402
-from tests.distributed.runs import documents, make_trainer, resumed, summary, trained  # noqa: E402
+from hf_ebft import EBFTTrainer
+from tests.distributed.runs import documents, make_trainer, resumed, summary, trained
 
 
 def basics(folder):
@@ -40,7 +40,10 @@ def basics(folder):
 
 def resume(folder):
     """Checkpoints, then a final model."""
-    result = {"plain": resumed(folder / "plain"), "adapters": resumed(folder / "adapters", peft=True)}
+    result = {
+        "plain": resumed(folder / "plain"),
+        "adapters": resumed(folder / "adapters", peft=True),
+    }
     trainer = make_trainer(folder / "final", max_steps=1)
     trainer.train()
     trainer.save_model()
