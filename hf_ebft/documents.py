@@ -52,6 +52,7 @@ class Documents:
         *,
         document_masking: bool | None = None,
         eos_token_id: int | None = None,
+        vocabulary_size: int | None = None,
     ) -> Documents:
         """Read a batch as collators make it.
 
@@ -63,13 +64,17 @@ class Documents:
             document_masking: see :class:`hf_ebft.config.StridedArguments`.
             eos_token_id: token that ends a document, used when ``document_masking`` is True and
                 the batch has no boundaries of its own.
+            vocabulary_size: token ids that the model embeds; larger ones are refused if given.
 
         Raises:
-            ValueError: missing or malformed ``input_ids``, labels that are not a masked copy of
-                them, a ``prompt_length`` beyond its row, or no way to find boundaries.
+            ValueError: missing or malformed ``input_ids``, ids that the model does not know,
+                labels that are not a masked copy of them, a ``prompt_length`` beyond its row, or
+                no way to find boundaries.
         """
         input_ids = _read_input_ids(inputs)
         real = _read_attention_mask(inputs, input_ids)
+        if vocabulary_size is not None:
+            _refuse_unknown_ids(input_ids[real], vocabulary_size)
         is_target = real & _read_label_mask(inputs, input_ids, real)
         boundary_column, boundary_kind = _boundary_column(inputs, input_ids, document_masking)
 
@@ -130,7 +135,23 @@ def _read_input_ids(inputs: Mapping[str, Any]) -> Tensor:
         raise ValueError(
             f"input_ids must be a tensor of shape (rows, tokens) with at least one of each, not {shape}."
         )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(
+            f"input_ids must hold token ids, whole numbers, not {input_ids.dtype}; convert the column "
+            "to int64 (rounding here would train on other tokens)."
+        )
     return input_ids.long()
+
+
+def _refuse_unknown_ids(ids: Tensor, vocabulary_size: int) -> None:
+    """On a GPU the embedding would only fail with a device-side assert that names nothing."""
+    unknown = ids[(ids < 0) | (ids >= vocabulary_size)]
+    if unknown.numel() > 0:
+        raise ValueError(
+            f"input_ids holds {unknown.unique().tolist()[:5]}, but the model embeds token ids from 0 "
+            f"to {vocabulary_size - 1}. Tokenize with the model's own tokenizer, or call "
+            "model.resize_token_embeddings(len(tokenizer)) where tokens were added."
+        )
 
 
 def _same_shape(inputs: Mapping[str, Any], name: str, input_ids: Tensor) -> Tensor | None:

@@ -44,7 +44,7 @@ from hf_ebft.rewards import Rewards, feature_matching_rewards
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.sharding import gathering_fits, is_sharded, parameters_gathered
 from hf_ebft.stopwatch import Stopwatch
-from hf_ebft.support import bare_model
+from hf_ebft.support import bare_model, vocabulary_size
 from hf_ebft.teacher_forcing import teacher_forcing_inputs
 from hf_ebft.verification import verify_packing
 
@@ -285,6 +285,7 @@ class EBFTTrainer(Trainer):
             inputs,
             document_masking=self.ebft.document_masking,
             eos_token_id=self._eos_token_id(),
+            vocabulary_size=self._vocabulary_size,
         )
 
     def _eos_token_id(self) -> int | None:
@@ -434,6 +435,7 @@ class EBFTTrainer(Trainer):
 
     def _prepare_networks(self, policy: nn.Module) -> None:
         self._forward = PackedForward.of(policy, self.ebft.packed_attention)
+        self._vocabulary_size = vocabulary_size(policy)
         self.feature_network = build_feature_network(
             policy, self._given_feature_network, self.ebft, self.accelerator
         )
@@ -507,9 +509,9 @@ def _refuse_empty(dataset: Any, name: str) -> None:
 def _refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:
     if bool(torch.isfinite(loss)):
         return
-    listed = ", ".join(f"{name}={float(part)}" for name, part in parts.items() if part is not None)
+    listed = ", ".join(f"{name}={part.item()}" for name, part in parts.items() if part is not None)
     raise FloatingPointError(
-        f"The loss is {float(loss)} ({listed}). The last checkpoint is intact; lower learning_rate, "
+        f"The loss is {loss.item()} ({listed}). The last checkpoint is intact; lower learning_rate, "
         "raise warmup_steps or set max_grad_norm, and with fp16 train in bf16."
     )
 

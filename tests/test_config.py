@@ -1,0 +1,264 @@
+"""The configuration: from a command line, from files, and what it refuses.
+
+Every refusal names the field and its value.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from tiny import config
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_ebft import EBFTConfig
+from hf_ebft.config import EBFTSettings
+
+OWN_FIELDS = {field.name: field for field in dataclasses.fields(EBFTSettings)}
+
+# One value for each field that differs from its default, as written on a command line.
+ON_THE_COMMAND_LINE: dict[str, tuple[str, Any]] = {
+    "feature_layers": ("0.5 1.0", [0.5, 1.0]),
+    "feature_normalization": ("joint", "joint"),
+    "feature_model_name_or_path": ("some/model", "some/model"),
+    "feature_placement": ("cpu", "cpu"),
+    "feature_dtype": ("bfloat16", "bfloat16"),
+    "feature_quantization": ("4bit", "4bit"),
+    "use_whitening": ("False", False),
+    "whitening_space": ("sample", "sample"),
+    "whitening_tolerance": ("1e-4", 1e-4),
+    "alignment_coef": ("0.5", 0.5),
+    "diversity_coef": ("0", 0.0),
+    "advantage_estimator": ("group_norm", "group_norm"),
+    "ce_coef": ("0.03", 0.03),
+    "kl_coef": ("1e-3", 1e-3),
+    "kl_estimator": ("k2", "k2"),
+    "stride": ("16", 16),
+    "context_length": ("32", 32),
+    "generate_max_len": ("5", 5),
+    "embed_method": ("concat", "concat"),
+    "n_samples_per_prompt": ("6", 6),
+    "temperature": ("1", 1.0),
+    "top_p": ("0.9", 0.9),
+    "min_completion_prefix": ("3", 3),
+    "document_masking": ("True", True),
+    "rl_coef": ("2", 2.0),
+    "packed_attention": ("eager", "eager"),
+    "verify_packing": ("False", False),
+    "gather_params_for_sampling": ("false", "false"),
+    "eval_rollouts": ("False", False),
+    "log_prob_chunk_size": ("64", 64),
+}
+
+NOT_A_NUMBER = (math.nan, math.inf, "1e-2", None)
+NO_COUNT = (0, -1, 2.5, "8", True, None)
+NO_FLAG = ("no", 0, None)
+
+NONSENSE: dict[str, tuple[Any, ...]] = {
+    "feature_layers": ([], [1.5], [-0.1], [math.nan], ["0.5"], 0.5, "0.5"),
+    "feature_normalization": ("layer", ""),
+    "feature_dtype": ("int8", "fp32"),
+    "feature_quantization": ("2bit",),
+    "use_whitening": NO_FLAG,
+    "whitening_space": ("features",),
+    "whitening_tolerance": (0.0, 1.0, -1e-5, 1e-9, *NOT_A_NUMBER),
+    "alignment_coef": (-0.1, *NOT_A_NUMBER),
+    "diversity_coef": (-0.1, *NOT_A_NUMBER),
+    "advantage_estimator": ("ppo",),
+    "ce_coef": (-0.1, *NOT_A_NUMBER),
+    "kl_coef": (-0.1, *NOT_A_NUMBER),
+    "kl_estimator": ("k4",),
+    "stride": NO_COUNT,
+    "context_length": NO_COUNT,
+    "generate_max_len": NO_COUNT,
+    "embed_method": ("completion_mean", "first_token"),
+    "n_samples_per_prompt": NO_COUNT,
+    "temperature": (0.0, -1.0, *NOT_A_NUMBER),
+    "top_p": (0.0, 1.1, *NOT_A_NUMBER),
+    "min_completion_prefix": (-1, 1.5, "2", True, None),
+    "document_masking": ("yes", 1),
+    "rl_coef": (-1.0, *NOT_A_NUMBER),
+    "packed_attention": ("flash_attention_2",),
+    "verify_packing": NO_FLAG,
+    "gather_params_for_sampling": ("yes", True),
+    "eval_rollouts": NO_FLAG,
+    "log_prob_chunk_size": NO_COUNT,
+}
+# Any text may be the name of a model or of a device; these are read when the trainer is built.
+FREE_TEXT = {"feature_model_name_or_path", "feature_placement"}
+
+
+def parse(*arguments: str) -> EBFTConfig:
+    (parsed,) = HfArgumentParser(EBFTConfig).parse_args_into_dataclasses(
+        ["--output_dir", "unused", "--use_cpu", *arguments]
+    )
+    assert isinstance(parsed, EBFTConfig)
+    return parsed
+
+
+# ---- Command line and files -----------------------------------------------------------------
+
+
+def test_every_field_is_in_these_tables() -> None:
+    assert ON_THE_COMMAND_LINE.keys() == OWN_FIELDS.keys()
+    assert NONSENSE.keys() | FREE_TEXT == OWN_FIELDS.keys()
+
+
+@pytest.mark.parametrize("name", OWN_FIELDS)
+def test_every_field_is_read_from_the_command_line(name: str) -> None:
+    text, expected = ON_THE_COMMAND_LINE[name]
+    extra = ("--feature_model_name_or_path", "x") if name == "feature_quantization" else ()
+    parsed = parse(f"--{name}", *text.split(), *extra)
+    actual = getattr(parsed, name)
+    assert actual == expected
+    assert type(actual) is type(expected)
+    assert getattr(parse(), name) != expected
+
+
+def test_document_masking_has_three_values_on_the_command_line() -> None:
+    assert parse().document_masking is None
+    assert parse("--document_masking", "True").document_masking is True
+    assert parse("--document_masking", "False").document_masking is False
+
+
+@pytest.mark.parametrize("name", ["use_whitening", "verify_packing", "eval_rollouts"])
+def test_flags_that_are_on_by_default_can_be_switched_off(name: str) -> None:
+    assert getattr(parse(f"--no_{name}"), name) is False
+
+
+def test_unknown_choices_are_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--advantage_estimator", "ppo")
+    assert "rloo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", OWN_FIELDS)
+def test_every_field_says_what_it_is(name: str) -> None:
+    """In --help, in whole sentences."""
+    text = OWN_FIELDS[name].metadata["help"]
+    assert len(text) > 20
+    assert text.endswith(".") or text.endswith(").")
+
+
+def test_the_options_of_a_choice_are_all_accepted(tmp_path: Path) -> None:
+    """The types that the parser shows and the values that the validation takes are the same."""
+    hints = get_type_hints(EBFTSettings)
+    for name in OWN_FIELDS:
+        for option in get_args(hints[name]):
+            if isinstance(option, str):
+                assert getattr(config(tmp_path, **{name: option}), name) == option
+
+
+def test_a_file_holds_the_same_as_a_command_line(tmp_path: Path) -> None:
+    values = {name: value for name, (_, value) in ON_THE_COMMAND_LINE.items()}
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"output_dir": "unused", "use_cpu": True, **values}))
+    (from_file,) = HfArgumentParser(EBFTConfig).parse_json_file(file)
+    arguments = []
+    for name, (text, _) in ON_THE_COMMAND_LINE.items():
+        arguments += [f"--{name}", *text.split()]
+    parsed = parse(*arguments)
+    for name, value in values.items():
+        assert getattr(from_file, name) == getattr(parsed, name) == value
+
+
+def test_a_configuration_survives_json(tmp_path: Path) -> None:
+    """As Trainer stores it beside checkpoints and reports it to loggers."""
+    original = config(
+        tmp_path, feature_layers=[0.0, 1.0], document_masking=False, kl_coef=0.5, stride=11
+    )
+    stored = json.loads(original.to_json_string())
+    for name in OWN_FIELDS:
+        assert stored[name] == getattr(original, name)
+    again = EBFTConfig(**{name: stored[name] for name in OWN_FIELDS}, output_dir=str(tmp_path))
+    assert all(getattr(again, name) == getattr(original, name) for name in OWN_FIELDS)
+
+
+def test_a_configuration_survives_a_dict_and_replace(tmp_path: Path) -> None:
+    original = config(tmp_path, top_p=0.5)
+    again = EBFTConfig(**original.to_dict())
+    assert again.to_dict() == original.to_dict()
+    changed = dataclasses.replace(original, stride=9)
+    assert (changed.stride, changed.top_p) == (9, 0.5)
+    with pytest.raises(ValueError, match="stride=0"):
+        dataclasses.replace(original, stride=0)
+
+
+def test_it_can_be_logged_by_tensorboard(tmp_path: Path) -> None:
+    """Only plain values pass as hyperparameters."""
+    sanitized = config(tmp_path).to_sanitized_dict()
+    assert OWN_FIELDS.keys() <= sanitized.keys()
+    assert all(isinstance(value, (bool, int, float, str)) for value in sanitized.values())
+
+
+def test_no_default_of_training_arguments_is_changed() -> None:
+    """A script whose TrainingArguments become an EBFTConfig keeps its optimizer and schedule."""
+    plain = TrainingArguments(output_dir="unused", use_cpu=True).to_dict()
+    ours = EBFTConfig(output_dir="unused", use_cpu=True).to_dict()
+    assert {name: ours[name] for name in plain} == plain
+    assert ours.keys() - plain.keys() == OWN_FIELDS.keys()
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    settings = EBFTSettings()
+    assert (settings.stride, settings.context_length, settings.generate_max_len) == (8, 8, 8)
+    assert settings.n_samples_per_prompt == 4
+    assert settings.feature_layers == [0.25, 0.5, 0.75]
+    assert settings.use_whitening
+    assert settings.advantage_estimator == "rloo"
+    assert EBFTSettings().feature_layers is not settings.feature_layers
+
+
+# ---- Refusals -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in NONSENSE.items() for value in values]
+)
+def test_nonsense_is_refused_by_name_and_value(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name) as error:
+        EBFTSettings(**{name: value})
+    shown = value[0] if isinstance(value, list) and value else value
+    assert re.search(re.escape(str(shown)), str(error.value))
+
+
+def test_the_configuration_validates_like_the_settings() -> None:
+    with pytest.raises(ValueError, match="stride=0"):
+        EBFTConfig(output_dir="unused", use_cpu=True, stride=0)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "group_norm"])
+def test_a_single_rollout_cannot_be_compared(estimator: str) -> None:
+    with pytest.raises(ValueError, match=r"n_samples_per_prompt=1 .*2 or more.*reinforce"):
+        EBFTSettings(n_samples_per_prompt=1, advantage_estimator=estimator, diversity_coef=0.0)
+
+
+def test_a_single_rollout_has_no_diversity() -> None:
+    with pytest.raises(ValueError, match=r"n_samples_per_prompt=1 .*diversity_coef=1.0.*=0"):
+        EBFTSettings(n_samples_per_prompt=1, advantage_estimator="reinforce")
+    EBFTSettings(n_samples_per_prompt=1, advantage_estimator="reinforce", diversity_coef=0.0)
+
+
+def test_a_loss_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="rl_coef=0 with ce_coef=0 and kl_coef=0"):
+        EBFTSettings(rl_coef=0.0)
+    EBFTSettings(rl_coef=0.0, ce_coef=1.0)
+
+
+def test_rewards_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rl_coef=1.0 .*alignment_coef=0 and diversity_coef=0"):
+        EBFTSettings(alignment_coef=0.0, diversity_coef=0.0)
+    EBFTSettings(alignment_coef=0.0, diversity_coef=0.0, rl_coef=0.0, ce_coef=1.0)
+
+
+def test_quantization_needs_weights_to_load() -> None:
+    with pytest.raises(ValueError, match=r"feature_quantization='4bit'.*_name_or_path"):
+        EBFTSettings(feature_quantization="4bit")
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="strides"):
+        EBFTConfig(output_dir="unused", strides=8)  # type: ignore[call-arg]
