@@ -31,7 +31,8 @@ class EBFTDataCollator:
         """Collate rows of different lengths into tensors (rows, longest row).
 
         Raises:
-            ValueError: a row without ``input_ids``, or a per-token column of another length.
+            ValueError: a row without ``input_ids`` or without a column that others have, a
+                per-token column of another length, or one that holds no whole numbers.
         """
         for row in rows:
             if "input_ids" not in row:
@@ -47,6 +48,10 @@ class EBFTDataCollator:
     def _column(
         self, name: str, rows: Sequence[Mapping[str, Any]], lengths: list[int], width: int
     ) -> Tensor:
+        if name != "attention_mask" and not all(name in row for row in rows):
+            raise ValueError(
+                f"Column {name!r} is only in some rows of the batch; add it to all, or drop it."
+            )
         if name == PROMPT_LENGTH:
             return torch.tensor([int(row[name]) for row in rows])
         padded = torch.full((len(rows), width), self._fill.get(name, 0), dtype=torch.long)
@@ -54,7 +59,7 @@ class EBFTDataCollator:
             if name == "attention_mask" and name not in row:
                 padded[index, :length] = 1
                 continue
-            values = torch.as_tensor(row[name], dtype=torch.long)
+            values = self._values(name, row)
             if values.shape != (length,):
                 raise ValueError(
                     f"Column {name!r} of a row has shape {tuple(values.shape)}, but the row has {length} "
@@ -62,3 +67,21 @@ class EBFTDataCollator:
                 )
             padded[index, :length] = values
         return padded
+
+    @staticmethod
+    def _values(name: str, row: Mapping[str, Any]) -> Tensor:
+        """A row's column as int64; what holds no whole numbers is refused, not rounded."""
+        try:
+            values = torch.as_tensor(row[name])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Column {name!r} of a row holds no numbers ({row[name]!r:.60}); drop it, or leave "
+                "remove_unused_columns=True."
+            ) from error
+        whole = not values.is_floating_point() and values.dtype != torch.bool
+        if values.numel() > 0 and not whole and name != "attention_mask":
+            raise ValueError(
+                f"Column {name!r} of a row holds {values.dtype}, not whole numbers; convert it to "
+                "int64, or drop it."
+            )
+        return values.long()
