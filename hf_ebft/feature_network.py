@@ -23,7 +23,7 @@ from hf_ebft.layout import Coordinates
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rollouts import Rollouts
 from hf_ebft.sharding import is_sharded
-from hf_ebft.support import bare_model, decoder_layers
+from hf_ebft.support import backbone, decoder_layers
 
 
 class _TopLayerReached(Exception):
@@ -76,6 +76,7 @@ class FeatureNetwork:
     ) -> None:
         self.model = model if shared else model.eval().requires_grad_(False)
         self.forward = PackedForward.of(model, packed_attention)
+        self.backbone = backbone(model)
         self.layers = decoder_layers(model)
         self.layer_indices = [int(fraction * len(self.layers)) for fraction in feature_layers]
         self.embed_method = embed_method
@@ -162,9 +163,8 @@ class FeatureNetwork:
                 wanted = places[0, :1] if reference_places is None else reference_places
                 logits = self.forward.logits(self.model, input_ids, coordinates, wanted)
             else:
-                backbone = bare_model(self.model).base_model
                 with contextlib.suppress(_TopLayerReached):
-                    backbone(
+                    self.backbone(
                         input_ids=input_ids,
                         position_ids=coordinates.position,
                         attention_mask=self.forward.recipe.build(coordinates, coordinates),
@@ -206,7 +206,7 @@ class FeatureNetwork:
             for index, layer in enumerate(self.layers, start=1)
             if index < n_layers
         ]
-        hooks.append(bare_model(self.model).base_model.register_forward_hook(last_hook))
+        hooks.append(self.backbone.register_forward_hook(last_hook))
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_ebft.attention import MaskRecipe
 from hf_ebft.layout import Coordinates
@@ -67,7 +67,8 @@ class PackedForward:
             input_ids: (B, Q).
             queries: coordinates of these tokens.
             keep: (P,) int64, which of the Q tokens to return logits for.
-            keys: coordinates of the tokens in the cache followed by the queries; default the queries.
+            keys: coordinates of the tokens in the cache followed by the queries; default: the
+                queries alone.
             cache: keys and values of earlier tokens, extended in place.
 
         Returns:
@@ -92,7 +93,10 @@ class PackedForward:
         window is the mask's affair.
         """
         cache = DynamicCache(config=self.config.get_text_config(decoder=True))
-        cache.layers = [DynamicLayer() if layer.is_sliding else layer for layer in cache.layers]
+        cache.layers = [
+            DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer
+            for layer in cache.layers
+        ]
         return cache
 
 
@@ -100,8 +104,8 @@ class PackedForward:
 def inference_mode_of(model: nn.Module) -> Iterator[None]:
     """No gradient and evaluation mode, then every module's own mode again.
 
-    Sampling must see neither dropout nor gradient checkpointing (which drops the cache), and modules
-    that the user keeps in evaluation mode must stay so afterwards.
+    Sampling must see neither dropout nor gradient checkpointing (which drops the cache), and
+    modules that the user keeps in evaluation mode must stay so afterwards.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()

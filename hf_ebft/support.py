@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from hf_ebft.attention import PACKABLE_IMPLEMENTATIONS
+from hf_ebft.attention import MASKABLE_LAYERS, PACKABLE_IMPLEMENTATIONS, mask_functions
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
 
@@ -22,12 +23,19 @@ logger = logging.getLogger(__name__)
 
 # What a packed row asks of a model's forward.
 REQUIRED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
+# Model types whose forward takes these arguments and cannot do with them what a packed row needs.
+REFUSED_TYPES = {
+    "blt": "groups bytes into patches by their order in the row",
+    "openai-gpt": "takes no mask that says for each token which others it sees",
+    "reformer": "sorts the row into chunks by hashing and takes no mask per token",
+    "xlm": "takes no mask that says for each token which others it sees",
+}
 
 
-def bare_model(model: nn.Module) -> nn.Module:
+def bare_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper (PEFT's forward hides the argument names)."""
     get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
+    return cast(PreTrainedModel, get_base_model() if callable(get_base_model) else model)
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class RowLimits:
         """Raise a ValueError if a document or the packed row is too long for the model."""
         if self.row is not None and layout.row_width > self.row[0]:
             raise ValueError(
-                f"The packed row has {layout.row_width} tokens, but {self.row[1]} from {self.row[0]} "
-                "tokens on. Use shorter documents, fewer samples or a larger stride."
+                f"The packed row has {layout.row_width} tokens, but {self.row[1]} beyond "
+                f"{self.row[0]} tokens. Use shorter documents, fewer samples or a larger stride."
             )
         if self.document is not None:
             self.check_documents(layout.documents)
@@ -58,8 +66,9 @@ class RowLimits:
         longest = int(documents.length.max())
         if longest > self.document[0]:
             raise ValueError(
-                f"A document has {longest} tokens, but {self.document[1]} beyond {self.document[0]} "
-                "tokens. Cut the documents shorter (sequence_len in examples/run_ebft.py)."
+                f"A document has {longest} tokens, but {self.document[1]} beyond "
+                f"{self.document[0]} tokens. Cut the documents shorter (sequence_len in "
+                "examples/run_ebft.py)."
             )
 
 
@@ -72,13 +81,12 @@ def check_supported(model: nn.Module) -> RowLimits:
     Raises:
         ValueError: saying what in the model stands in the way and what to use instead.
     """
-    if getattr(model, "active_peft_config", None) is not None:
-        peft_config = model.active_peft_config
-        if getattr(peft_config, "is_prompt_learning", False):
-            raise ValueError(
-                f"PEFT method {peft_config.peft_type} puts virtual tokens before every row, which shifts "
-                "the packed row's mask. Use an adapter method such as LoRA."
-            )
+    peft_config: Any = getattr(model, "active_peft_config", None)
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"PEFT method {peft_config.peft_type} puts virtual tokens before every row, which "
+            "shifts the packed row's mask. Use an adapter method such as LoRA."
+        )
     base = bare_model(model)
     name = type(base).__name__
     if not hasattr(base, "config") or not hasattr(base.config, "get_text_config"):
@@ -89,54 +97,92 @@ def check_supported(model: nn.Module) -> RowLimits:
     config = base.config.get_text_config(decoder=True)
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; EBFT needs a causal language model.")
-    if getattr(base, "_is_stateful", False):
+    if base.config.model_type in REFUSED_TYPES:
+        raise ValueError(
+            f"{name} {REFUSED_TYPES[base.config.model_type]}, so rollouts that share a row cannot "
+            "be kept apart. Use another architecture."
+        )
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    # Some classes of hybrid models also serve configurations that have attention layers only.
+    only_attention = bool(layer_types) and layer_types <= MASKABLE_LAYERS
+    if getattr(base, "_is_stateful", False) and not only_attention:
         raise ValueError(
             f"{name} carries a recurrent state along the row, so rollouts that share a row would "
             "leak into each other. Use a model whose layers are all attention layers."
+        )
+    if _sees_the_future(base, config):
+        raise ValueError(
+            f"{name} is configured to see the text after a token as well as before it. Use a "
+            "causal language model (for BERT and its relatives, one with is_decoder=True)."
         )
     parameters = inspect.signature(base.forward).parameters
     missing = [argument for argument in REQUIRED_ARGUMENTS if argument not in parameters]
     if missing:
         raise ValueError(
-            f"{name}.forward takes no {', '.join(missing)}: it derives positions from the order of the "
-            "row (ALiBi, for example), which is not the order of the text in a packed row. Use a "
-            "model with rotary or learned position ids."
+            f"{name}.forward takes no {', '.join(missing)}: it derives positions from the order of "
+            "the row (ALiBi, for example), which is not the order of the text in a packed row. Use "
+            "a model with rotary or learned position ids."
         )
     if getattr(config, "alibi", False):
         raise ValueError(
-            f"{name} uses ALiBi, whose positions follow the order of the row, which is not the order "
-            "of the text in a packed row. Use a model with rotary or learned position ids."
+            f"{name} uses ALiBi, whose positions follow the order of the row, which is not the "
+            "order of the text in a packed row. Use a model with rotary or learned position ids."
+        )
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in base.modules()):
+        raise ValueError(
+            f"{name} counts positions from its padding id on and skips padding ids in the text; a "
+            "packed row counts each document from 0. Use a model whose position ids start at 0."
         )
     return _row_limits(config, name)
 
 
+def _sees_the_future(base: PreTrainedModel, config: Any) -> bool:
+    """Whether the attention is bidirectional, by one of the ways in which configurations say so."""
+    if not getattr(config, "is_causal", True):
+        return True
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return True
+    # Some decoders carry is_decoder=False without meaning it: their code knows causal masks only.
+    knows = mask_functions(base)
+    always_causal = "create_causal_mask" in knows and "create_bidirectional_mask" not in knows
+    return not getattr(config, "is_decoder", True) and not always_causal
+
+
 def _row_limits(config: Any, name: str) -> RowLimits:
-    document = row = None
-    positions = getattr(config, "max_position_embeddings", None)
-    rope = _rope_parameters(config)
-    kind = rope.get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        original = rope.get("original_max_position_embeddings") or positions
-        if original:
-            document = (original, f"{name} rescales its {kind} rotary embedding by the whole row")
-    elif positions and not rope:
-        document = (positions, f"{name} has no position embeddings")
-    if getattr(config, "attn_temperature_tuning", False) and getattr(config, "floor_scale", None):
-        document = (
-            int(config.floor_scale) - 1,
-            f"{name} tunes its attention temperature by the place in the row",
-        )
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        row = (config.window_size, f"{name}'s local layers measure their window along the row")
-    return RowLimits(document=document, row=row)
+    documents: list[tuple[int, str]] = []
+    rows: list[tuple[int, str]] = []
+    positions: Any = getattr(config, "max_position_embeddings", None)
+    ropes = _rope_parameters(config)
+    for rope in ropes:
+        kind = rope.get("rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            # The dynamic kind grows from the configured length on, longrope from the original one.
+            original = None if kind == "dynamic" else rope.get("original_max_position_embeddings")
+            reason = f"{name} rescales its {kind} rotary embedding by the whole row"
+            documents.append((original or positions, reason))
+    if positions and not ropes:
+        documents.append((positions, f"{name} has no position embeddings"))
+    if getattr(config, "attn_temperature_tuning", False) and 0 in config.no_rope_layers:
+        reason = f"{name} tunes its attention temperature by the place in the row"
+        rows.append((int(config.floor_scale) - 1, reason))
+    if config.model_type == "gpt_neo":
+        rows.append((positions, f"{name}'s causal masks end"))
+        if "local" in config.attention_layers:
+            reason = f"{name}'s local layers measure their window along the row"
+            rows.append((config.window_size, reason))
+    if config.model_type == "big_bird":
+        rows.append((positions, f"{name}'s token types end"))
+    return RowLimits(
+        document=min(documents, default=None),
+        row=min(rows, default=None),
+    )
 
 
-def _rope_parameters(config: Any) -> dict[str, Any]:
-    """Rotary settings; nested per layer type in some models, of which any decides."""
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Rotary settings: none, one, or one for each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
-    scaled = [value for value in nested if value.get("rope_type", "default") != "default"]
-    return (scaled or nested or [rope])[0]
+    return nested or ([rope] if rope else [])
 
 
 def set_packed_attention(model: nn.Module, choice: str) -> str:
@@ -175,30 +221,68 @@ def set_packed_attention(model: nn.Module, choice: str) -> str:
             return implementation
         reasons.append(f"{implementation}: not taken")
     raise ValueError(
-        f"{type(base).__name__} runs with attn_implementation={current!r} and cannot be switched to one "
-        f"of {', '.join(PACKABLE_IMPLEMENTATIONS)} that takes the packed mask ({'; '.join(reasons)}). "
-        "Load it with attn_implementation='sdpa' or 'eager'."
+        f"{type(base).__name__} runs with attn_implementation={current!r} and cannot be switched "
+        f"to one of {', '.join(PACKABLE_IMPLEMENTATIONS)} that takes the packed mask "
+        f"({'; '.join(reasons)}). Load it with attn_implementation='sdpa' or 'eager'."
     )
 
 
+def backbone(model: nn.Module) -> PreTrainedModel:
+    """The model without its head: the innermost transformers model around the input embeddings.
+
+    Inside a model for several modalities this is the text model.
+    """
+    found = base = bare_model(model)
+    embeddings = base.get_input_embeddings()
+    for module in base.modules():
+        if (
+            isinstance(module, PreTrainedModel)
+            and "position_ids" in inspect.signature(module.forward).parameters
+            and any(inner is embeddings for inner in module.modules())
+        ):
+            found = module
+    return found
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a transformers model: its first list of ``num_hidden_layers`` modules.
+    """The decoder layers of a transformers model: the backbone's first list of as many modules.
 
     Raises:
-        ValueError: no such list.
+        ValueError: no such list, or layers without one hidden state each.
     """
-    base = bare_model(model)
-    n_layers = base.config.get_text_config(decoder=True).num_hidden_layers
-    for module in base.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+    text_model = backbone(model)
+    name = type(bare_model(model)).__name__
+    config = bare_model(model).config.get_text_config(decoder=True)
+    if hasattr(config, "altup_num_inputs"):
+        raise ValueError(
+            f"{name} keeps several hidden states per token side by side, so that a layer has no "
+            "one hidden state to take features from. Pass another model as feature_network."
+        )
+    if getattr(config, "cross_attention_layers", None):
+        raise ValueError(
+            f"{name} skips its cross-attention layers where there is no image, so that layers "
+            "cannot be counted by depth. Pass another model as feature_network."
+        )
+    # Some layers hold two attentions and count as two in num_hidden_layers, not in num_layers.
+    counts = {config.num_hidden_layers, getattr(config, "num_layers", config.num_hidden_layers)}
+    other_models = [
+        module
+        for module in text_model.modules()
+        if isinstance(module, PreTrainedModel) and module.config is not text_model.config
+    ]
+    elsewhere = {id(inner) for module in other_models for inner in module.modules()}
+    for module in text_model.modules():
+        if not isinstance(module, nn.ModuleList) or id(module) in elsewhere:
+            continue
+        if len(module) in counts:
             return module
     raise ValueError(
-        f"{type(base).__name__} has no list of {n_layers} layers to take features from."
+        f"{name} has no list of {config.num_hidden_layers} layers to take features from. Pass "
+        "another model as feature_network."
     )
 
 
 def vocabulary_size(model: nn.Module) -> int:
     """Number of token ids that the model embeds."""
-    embeddings = bare_model(model).get_input_embeddings()
-    weight: torch.Tensor = embeddings.weight
-    return weight.shape[0]
+    weight = bare_model(model).get_input_embeddings().weight
+    return cast(torch.Tensor, weight).shape[0]
