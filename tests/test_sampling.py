@@ -11,11 +11,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from enumeration import all_continuations, continuation_logits, tiny_llama
+from enumeration import all_continuations, continuation_logits, tiny_model
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
 from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import Documents
@@ -35,7 +35,7 @@ CONTINUATIONS = all_continuations(VOCABULARY, LENGTH)
 
 @pytest.fixture(scope="module")
 def policy() -> PreTrainedModel:
-    return tiny_llama(VOCABULARY, seed=0, spread=0.3)
+    return tiny_model(LlamaConfig, VOCABULARY, seed=0, spread=0.3)
 
 
 # ---- Sampled and exact distributions -------------------------------------------------------------
