@@ -1,0 +1,294 @@
+"""Raw text from where people keep it: text files, folders of them, JSON lines, parquet, the hub.
+
+Text files are read here; everything else through the `datasets` library, imported when needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+TEXT_COLUMNS = ("text", "content", "code")
+PAIR_COLUMNS = ("prompt", "completion")
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+# Suffix of a data file -> name of the loader in `datasets`.
+TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# What makes a folder a data set. Folders of source code often hold a .json or a .md as well.
+FOLDER_TABLE_SUFFIXES = (".jsonl", ".parquet")
+# The one split of what has no splits of its own; also the name that `datasets` gives it.
+ONLY_SPLIT = "train"
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """Documents, or prompts with completions, before tokenization.
+
+    Attributes:
+        records: the rows, in any indexable container (a list, a `datasets.Dataset`).
+        columns: ``(text column,)``, or ``("prompt", "completion")``.
+        name: where it comes from, for messages.
+    """
+
+    records: Sequence[Mapping[str, Any]]
+    columns: tuple[str, ...]
+    name: str
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether rows are prompts with completions instead of documents."""
+        return self.columns == PAIR_COLUMNS
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def texts(self) -> Iterator[str]:
+        """The documents; a missing value reads as an empty one."""
+        (column,) = self.columns
+        for index in range(len(self)):
+            yield self._text(index, column)
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """The prompts with their completions; a missing value reads as an empty one."""
+        prompt, completion = self.columns
+        for index in range(len(self)):
+            yield self._text(index, prompt), self._text(index, completion)
+
+    def select(self, indices: Sequence[int]) -> RawDataset:
+        """The rows at ``indices``, in that order."""
+        if hasattr(self.records, "select"):  # a datasets.Dataset, which then stays on disk
+            return RawDataset(self.records.select(indices), self.columns, self.name)
+        return RawDataset([self.records[index] for index in indices], self.columns, self.name)
+
+    def _text(self, index: int, column: str) -> str:
+        value = self.records[index][column]
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise ValueError(
+                f"Column {column!r} of {self.name} holds a {type(value).__name__} in row {index}, "
+                "not text; choose another column, or turn it into text first."
+            )
+        return value
+
+
+def load_text_dataset(
+    name_or_path: str,
+    split: str = ONLY_SPLIT,
+    *,
+    config_name: str | None = None,
+    column: str | None = None,
+) -> RawDataset:
+    """Load documents or prompt/completion pairs.
+
+    Args:
+        name_or_path: a ``.txt``, ``.md`` or ``.py`` file (one document); a folder of such files, at
+            any depth (a document each, sorted by path); a ``.jsonl``, ``.json`` or ``.parquet``
+            file; a folder of ``.jsonl`` or ``.parquet`` files, or one that ``Dataset.save_to_disk``
+            wrote; or a dataset's name on the hub.
+        split: which split; ``datasets`` also takes slices such as ``train[:10%]``. Text files have
+            only ``train``.
+        config_name: configuration of a hub dataset that has several.
+        column: the column with the text. By default ``prompt`` with ``completion`` if both are
+            there, else the first of ``text``, ``content`` and ``code``.
+
+    Raises:
+        ValueError: no such data, split or column; nothing in it; or undecodable text.
+        ImportError: the format needs `datasets`, which is not installed.
+    """
+    path = Path(name_or_path).expanduser()
+    text_files = _text_files(path)
+    if text_files:
+        if split != ONLY_SPLIT or column not in (None, TEXT_COLUMNS[0]):
+            raise ValueError(
+                f"{name_or_path} holds text files, which have one split, 'train', and one column, "
+                f"'text'; there is no split={split!r} with column={column!r}. Name another file or "
+                "folder for other data."
+            )
+        records: Any = _read_text_files(text_files, str(path))
+        columns: tuple[str, ...] = (TEXT_COLUMNS[0],)
+    else:
+        table = _load_table(name_or_path, path, split, config_name)
+        columns = find_columns(table.column_names, column, name_or_path)
+        records = table.select_columns(list(columns))
+    if len(records) == 0:
+        raise ValueError(
+            f"{name_or_path} (split {split!r}) is empty: there is no text to sample prefixes from. "
+            "Check the path and the split."
+        )
+    return RawDataset(records, columns, name_or_path)
+
+
+def find_columns(available: Sequence[str], column: str | None, name: str) -> tuple[str, ...]:
+    """The columns that hold the text: ``column`` if given, else pairs, else a usual name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    listed = ", ".join(map(repr, available))
+    if column is not None:
+        if column not in available:
+            raise ValueError(f"{name} has no column {column!r}; it has {listed}.")
+        return (column,)
+    if set(PAIR_COLUMNS) <= set(available):
+        return PAIR_COLUMNS
+    for candidate in TEXT_COLUMNS:
+        if candidate in available:
+            return (candidate,)
+    if "messages" in available:
+        raise ValueError(
+            f"{name} holds chats ('messages'), which are not read directly. Turn them into "
+            "'prompt' and 'completion' columns with tokenizer.apply_chat_template, or name a text "
+            "column."
+        )
+    raise ValueError(
+        f"{name} has neither a text column ({', '.join(TEXT_COLUMNS)}) nor both of "
+        f"{' and '.join(PAIR_COLUMNS)}; it has {listed}. Name the column that holds the text."
+    )
+
+
+def hold_out(data: RawDataset, fraction: float) -> tuple[RawDataset, RawDataset]:
+    """Split off a share of the documents for evaluation, the same one every time.
+
+    Every k-th document is held out, k = 1 / fraction, so both parts run through the whole dataset.
+    Of a single document the end is held out.
+
+    Args:
+        data: at least one document, or two pairs.
+        fraction: share to hold out, above 0 and at most one half.
+
+    Returns:
+        What remains, and what is held out.
+
+    Raises:
+        ValueError: a fraction out of range, or too little data to split.
+    """
+    if not 0.0 < fraction <= 0.5:
+        raise ValueError(f"fraction={fraction} must be above 0 and at most 0.5 to hold out text.")
+    if len(data) == 1 and not data.has_prompts:
+        (text,) = data.texts()
+        end = len(text) - max(1, round(len(text) * fraction))
+        (column,) = data.columns
+        return (
+            RawDataset([{column: text[:end]}], data.columns, data.name),
+            RawDataset([{column: text[end:]}], data.columns, data.name),
+        )
+    if len(data) < 2:
+        raise ValueError(
+            f"{data.name} has {len(data)} row(s), too few to hold one out for evaluation; name a "
+            "dataset or split to evaluate on, or do without."
+        )
+    step = min(round(1 / fraction), len(data))
+    held_out = range(step - 1, len(data), step)
+    kept = [index for index in range(len(data)) if index not in held_out]
+    return data.select(kept), data.select(held_out)
+
+
+def _text_files(path: Path) -> list[Path]:
+    """The text files at ``path``, sorted; none if it is something else."""
+    if path.is_file():
+        return [path] if path.suffix in TEXT_SUFFIXES else []
+    if not path.is_dir() or _is_saved_dataset(path):
+        return []
+    text_files = [file for file in _files(path) if file.suffix in TEXT_SUFFIXES]
+    if not _tables(path):
+        return text_files
+    documents = [file for file in text_files if file.suffix != ".md"]  # no README
+    if documents:
+        raise ValueError(
+            f"The folder {path} holds text files ({documents[0].name}, ...) and tables "
+            f"({_tables(path)[0].name}, ...); name a file, or a folder with one kind of them."
+        )
+    return []
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below ``folder``, sorted, but for hidden files and folders."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+        found += [Path(parent) / name for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _tables(folder: Path) -> list[Path]:
+    return [file for file in _files(folder) if file.suffix in FOLDER_TABLE_SUFFIXES]
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
+    records, undecodable = [], []
+    for file in files:
+        try:
+            records.append({TEXT_COLUMNS[0]: file.read_text(encoding="utf-8")})
+        except UnicodeDecodeError:
+            undecodable.append(file)
+    if undecodable and not records:
+        raise ValueError(f"No file of {name} is UTF-8 text; convert the encoding first.")
+    if undecodable:
+        logger.warning(
+            "%d of %d files of %s are not UTF-8 text and were left out, %s first.",
+            len(undecodable),
+            len(files),
+            name,
+            undecodable[0],
+        )
+    return records
+
+
+def _load_table(name_or_path: str, path: Path, split: str, config_name: str | None) -> Any:
+    """A `datasets.Dataset` from a data file, a folder or the hub."""
+    looks_local = name_or_path.startswith((".", "/", "~")) or path.suffix in (
+        *TEXT_SUFFIXES,
+        *TABLE_SUFFIXES,
+    )
+    if not path.exists() and looks_local:
+        raise ValueError(f"There is no file or folder {name_or_path}.")
+    if path.is_file() and path.suffix not in TABLE_SUFFIXES:
+        raise ValueError(
+            f"{name_or_path} ends in {path.suffix!r}, which is not read; use one of "
+            f"{', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))}, or a dataset's name on the hub."
+        )
+    if path.is_dir() and not _is_saved_dataset(path) and not _tables(path):
+        raise ValueError(
+            f"The folder {name_or_path} holds no file that is read from folders; these are: "
+            f"{', '.join((*TEXT_SUFFIXES, *FOLDER_TABLE_SUFFIXES))}."
+        )
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"{name_or_path} is empty.")
+    datasets = _import_datasets(name_or_path)
+    try:
+        if path.is_file():
+            return datasets.load_dataset(
+                TABLE_SUFFIXES[path.suffix], data_files={ONLY_SPLIT: str(path)}, split=split
+            )
+        if path.is_dir() and _is_saved_dataset(path):
+            saved = datasets.load_from_disk(str(path))
+            return saved[split] if isinstance(saved, dict) else saved
+        return datasets.load_dataset(
+            str(path) if path.is_dir() else name_or_path, config_name, split=split
+        )
+    except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{name_or_path} could not be loaded with split={split!r} and configuration "
+            f"{config_name!r}: {error}"
+        ) from error
+
+
+def _import_datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"Reading {name} needs the `datasets` library, which is not installed: "
+            'pip install "hf_ebft[examples]". Text files and folders of text files need no extra.'
+        ) from error
+    return datasets

@@ -1,0 +1,345 @@
+"""From raw text to rows of token ids, with everything that is cut or left out counted.
+
+A *document* is a text as it came; it becomes one or more *pieces* of at most `sequence_len` tokens;
+a *row* is one piece or, packed, several.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hf_ebft.documents import DOCUMENT_COLUMNS, IGNORE_INDEX
+
+# Texts handed to the tokenizer at once: enough for its threads, little enough to stop early.
+BATCH = 256
+
+
+@dataclass
+class TokenizationCounts:
+    """What became of the text.
+
+    Attributes:
+        documents: texts, or prompt/completion pairs, that were read.
+        empty: of these, how many hold no tokens (pairs: whose completion holds none).
+        cut: of these, how many were longer than a row: texts continue in the next row, completions
+            end there.
+        short: pieces (pairs: examples) with no room for a block.
+        short_tokens: tokens of these.
+        kept_short: whether short pieces were kept, to train by cross-entropy only.
+        rows: rows made.
+        tokens: tokens in them.
+        stopped_early: whether reading ended because ``max_rows`` were reached.
+    """
+
+    documents: int = 0
+    empty: int = 0
+    cut: int = 0
+    short: int = 0
+    short_tokens: int = 0
+    kept_short: bool = False
+    rows: int = 0
+    tokens: int = 0
+    stopped_early: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.documents} documents -> {self.rows} rows, {self.tokens} tokens"]
+        if self.cut:
+            parts.append(f"{self.cut} documents longer than a row")
+        if self.short:
+            fate = "kept for cross-entropy only" if self.kept_short else "dropped"
+            parts.append(
+                f"{self.short} pieces too short for a block {fate} ({self.short_tokens} tokens)"
+            )
+        if self.empty:
+            parts.append(f"{self.empty} empty documents skipped")
+        if self.stopped_early:
+            parts.append("stopped at the most rows wanted")
+        return "; ".join(parts)
+
+
+class TokenizedRows(Dataset[dict[str, Tensor]]):
+    """Rows as a map-style dataset of int64 tensors of shape (tokens,).
+
+    Attributes:
+        sources: for each row, the index of the source document of each of its documents.
+        counts: what became of the text they were made from.
+    """
+
+    def __init__(
+        self,
+        rows: list[dict[str, NDArray[np.int32]]],
+        sources: list[tuple[int, ...]],
+        counts: TokenizationCounts,
+    ) -> None:
+        self._rows = rows
+        self.sources = sources
+        self.counts = counts
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        # Kept in 4 bytes a token, handed out in the 8 that embeddings and losses take.
+        return {name: torch.from_numpy(ids).long() for name, ids in self._rows[index].items()}
+
+    def spread(self, count: int, seed: int = 0) -> TokenizedRows:
+        """At most ``count`` of the rows, from as many sources as possible and otherwise at random.
+
+        Rows of one source resemble each other, so that a few of many tell more about the text.
+
+        Args:
+            count: rows wanted, at least 1.
+            seed: of the choice.
+
+        Raises:
+            ValueError: ``count`` below 1.
+        """
+        if count < 1:
+            raise ValueError(f"count={count} must be at least 1; leave it out to take all rows.")
+        taken: Counter[int] = Counter()
+        ranked: list[tuple[int, int, int]] = []
+        for row in np.random.default_rng(seed).permutation(len(self)).tolist():
+            # How many rows of the same source come before it: every source has one of rank 0.
+            ranked.append((taken[self.sources[row][0]], len(ranked), row))
+            taken[self.sources[row][0]] += 1
+        chosen = sorted(row for _, _, row in sorted(ranked)[:count])
+        return TokenizedRows(
+            [self._rows[row] for row in chosen], [self.sources[row] for row in chosen], self.counts
+        )
+
+
+def tokenize_and_cut(
+    documents: Iterable[str],
+    tokenizer: Any,
+    *,
+    sequence_len: int,
+    min_length: int,
+    pack: bool = False,
+    keep_short: bool = False,
+    max_rows: int | None = None,
+) -> TokenizedRows:
+    """Tokenize raw text and cut it into rows of at most ``sequence_len`` tokens.
+
+    Every document is followed by the tokenizer's EOS token, if it has one, and cut where a row is
+    full. Each piece begins with the BOS token if the tokenizer adds one. Documents are read only
+    until there are enough rows.
+
+    Args:
+        documents: raw texts.
+        tokenizer: a transformers tokenizer.
+        sequence_len: most tokens of a row.
+        min_length: tokens that one block needs, ``context_length + generate_max_len``; pieces below
+            are dropped.
+        pack: put pieces that do not fill a row together into one, told apart by a ``document_ids``
+            column. A piece goes to the fullest row that has room for it.
+        keep_short: keep pieces below ``min_length``, to train by cross-entropy only.
+        max_rows: stop when there are so many rows. Default: take everything.
+
+    Raises:
+        ValueError: lengths that do not fit, or no row at all.
+    """
+    _check_lengths(sequence_len, min_length, max_rows)
+    counts = TokenizationCounts(kept_short=keep_short)
+    prefix = _prefix(tokenizer)
+    suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    room = sequence_len - len(prefix)
+    if room < 1:
+        raise ValueError(
+            f"sequence_len={sequence_len} has no room for text beside the BOS token; raise it."
+        )
+    rows = _Rows(sequence_len, pack, max_rows)
+    for source, ids in enumerate(_encode(documents, tokenizer)):
+        counts.documents += 1
+        if not ids:
+            counts.empty += 1
+            continue
+        ids = ids + suffix
+        counts.cut += len(ids) > room
+        for start in range(0, len(ids), room):
+            piece = [*prefix, *ids[start : start + room]]
+            if len(piece) < min_length:
+                counts.short += 1
+                counts.short_tokens += len(piece)
+                if not keep_short:
+                    continue
+            if not rows.add(piece, source):
+                counts.stopped_early = True
+                break
+        if counts.stopped_early:
+            break
+    return _finish(rows.columns(), rows.sources, counts)
+
+
+def tokenize_prompt_completion(
+    pairs: Iterable[tuple[str, str]],
+    tokenizer: Any,
+    *,
+    sequence_len: int,
+    min_length: int,
+    min_completion: int,
+    keep_short: bool = False,
+    max_rows: int | None = None,
+) -> TokenizedRows:
+    """Tokenize prompts with completions into rows whose ``labels`` are -100 on the prompt.
+
+    The two texts are tokenized apart, so that no token spans the boundary; the prompt begins with
+    the BOS token if the tokenizer adds one, the completion ends with EOS. A completion that does
+    not fit is cut at its end and has no EOS then.
+
+    Args:
+        pairs: prompts with their completions.
+        tokenizer: a transformers tokenizer with an EOS token.
+        sequence_len: most tokens of a row.
+        min_length: tokens that one block needs, ``context_length + generate_max_len``.
+        min_completion: tokens of the completion that one block needs, ``min_completion_prefix +
+            generate_max_len``. Examples with less, perhaps because their prompt fills the row, are
+            dropped.
+        keep_short: keep these (as far as any token of the completion is left), to train by
+            cross-entropy only.
+        max_rows: stop when there are so many rows. Default: take everything.
+
+    Raises:
+        ValueError: lengths that do not fit, a tokenizer without EOS, or no row at all.
+    """
+    _check_lengths(sequence_len, max(min_length, min_completion), max_rows)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no EOS token, so completions would have no end; set "
+            "tokenizer.eos_token."
+        )
+    counts = TokenizationCounts(kept_short=keep_short)
+    prefix = _prefix(tokenizer)
+    rows: list[dict[str, NDArray[np.int32]]] = []
+    sources: list[tuple[int, ...]] = []
+    for source, (prompt, completion) in enumerate(_encode_pairs(pairs, tokenizer)):
+        if max_rows is not None and len(rows) == max_rows:
+            counts.stopped_early = True
+            break
+        counts.documents += 1
+        if not completion:
+            counts.empty += 1
+            continue
+        whole = [*prefix, *prompt, *completion, tokenizer.eos_token_id]
+        counts.cut += len(whole) > sequence_len
+        input_ids = np.array(whole[:sequence_len], dtype=np.int32)
+        completion_start = len(prefix) + len(prompt)
+        n_completion = len(input_ids) - completion_start
+        if len(input_ids) < min_length or n_completion < min_completion:
+            counts.short += 1
+            counts.short_tokens += len(input_ids)
+            if not keep_short or n_completion < 1:
+                continue
+        labels = input_ids.copy()
+        labels[:completion_start] = IGNORE_INDEX
+        rows.append({"input_ids": input_ids, "labels": labels})
+        sources.append((source,))
+    return _finish(rows, sources, counts)
+
+
+class _Rows:
+    """Rows under construction; with packing, each piece goes to the fullest row that has room."""
+
+    def __init__(self, sequence_len: int, pack: bool, max_rows: int | None) -> None:
+        self._sequence_len = sequence_len
+        self._pack = pack
+        self._max_rows = max_rows
+        self._pieces: list[list[NDArray[np.int32]]] = []
+        # space left -> rows with exactly that much of it
+        self._by_space: list[list[int]] = [[] for _ in range(sequence_len + 1)]
+        self.sources: list[tuple[int, ...]] = []
+
+    def add(self, ids: list[int], source: int) -> bool:
+        """Place a piece; False if that would need one row too many."""
+        row = self._row_with_space(len(ids)) if self._pack else None
+        if row is None:
+            if self._max_rows is not None and len(self._pieces) == self._max_rows:
+                return False
+            row = len(self._pieces)
+            self._pieces.append([])
+            self.sources.append(())
+        self._pieces[row].append(np.array(ids, dtype=np.int32))
+        self.sources[row] += (source,)
+        space = self._sequence_len - sum(map(len, self._pieces[row]))
+        if self._pack and space:
+            self._by_space[space].append(row)
+        return True
+
+    def _row_with_space(self, length: int) -> int | None:
+        for rows in self._by_space[length:]:
+            if rows:
+                return rows.pop()
+        return None
+
+    def columns(self) -> list[dict[str, NDArray[np.int32]]]:
+        """The rows, with ``document_ids`` if they are packed."""
+        made = []
+        for pieces in self._pieces:
+            row = {"input_ids": np.concatenate(pieces)}
+            if self._pack:
+                lengths = [len(piece) for piece in pieces]
+                row[DOCUMENT_COLUMNS[0]] = np.repeat(
+                    np.arange(len(pieces), dtype=np.int32), lengths
+                )
+            made.append(row)
+        return made
+
+
+def _check_lengths(sequence_len: int, needed: int, max_rows: int | None) -> None:
+    if sequence_len < needed:
+        raise ValueError(
+            f"sequence_len={sequence_len} is shorter than the {needed} tokens that one block needs "
+            "(context_length or min_completion_prefix, plus generate_max_len); raise sequence_len "
+            "or lower these."
+        )
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows={max_rows} must be at least 1; leave it out to take all rows.")
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text: its BOS token, or nothing."""
+    added = tokenizer("").input_ids
+    return [tokenizer.bos_token_id] if added[:1] == [tokenizer.bos_token_id] else []
+
+
+def _encode(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of each text, without special tokens."""
+    texts = iter(texts)
+    while batch := list(islice(texts, BATCH)):
+        # Not verbose: texts longer than the model's context are no mistake, they are cut later.
+        yield from tokenizer(
+            batch, add_special_tokens=False, return_attention_mask=False, verbose=False
+        ).input_ids
+
+
+def _encode_pairs(
+    pairs: Iterable[tuple[str, str]], tokenizer: Any
+) -> Iterator[tuple[list[int], list[int]]]:
+    # Prompt and completion take turns in one stream, so that both are tokenized in batches.
+    ids = _encode((text for pair in pairs for text in pair), tokenizer)
+    return zip(ids, ids, strict=True)
+
+
+def _finish(
+    rows: list[dict[str, NDArray[np.int32]]],
+    sources: list[tuple[int, ...]],
+    counts: TokenizationCounts,
+) -> TokenizedRows:
+    counts.rows = len(rows)
+    counts.tokens = sum(len(row["input_ids"]) for row in rows)
+    if not rows:
+        raise ValueError(
+            f"No row of text is left ({counts}). Give longer texts, lower context_length, "
+            "generate_max_len or min_completion_prefix, raise sequence_len where prompts fill it, "
+            "or keep short pieces for cross-entropy."
+        )
+    return TokenizedRows(rows, sources, counts)
