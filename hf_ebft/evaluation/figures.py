@@ -1,0 +1,253 @@
+"""Figures of a policy on held-out text, one per document, so that two policies can be compared.
+
+The trainer logs means over whatever was in its batches. Here every figure belongs to a document,
+and seeds and the feature network are fixed, so that "before" and "after" differ by the policy alone
+and their differences can be taken document by document.
+
+Dimension letters: B rows of a batch, S tokens of a row, K blocks, n samples, G rollout length,
+W most documents in a row, N documents in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hf_ebft.anchors import find_blocks
+from hf_ebft.config import EBFTSettings
+from hf_ebft.data.collator import EBFTDataCollator
+from hf_ebft.documents import Documents
+from hf_ebft.feature_network import FeatureNetwork
+from hf_ebft.layout import PackedLayout
+from hf_ebft.losses import KeptPlaces, policy_log_probs, predicted_targets
+from hf_ebft.policy import PackedForward, inference_mode_of
+from hf_ebft.rewards import feature_matching_rewards
+from hf_ebft.rollouts import make_generator, sample_rollouts
+
+# Keeps these rollouts apart from those of training and of the trainer's own evaluation.
+STREAM = 2
+
+#: What is measured, with a label for people.
+FIGURES = {
+    "cross_entropy": "cross-entropy, nats/token",
+    "cfm_loss": "CFM loss",
+    "cosine_alignment": "alignment, 2 cos unwhitened",
+    "dot_diversity": "diversity, 2 dot unwhitened",
+    "alignment": "alignment as rewarded",
+    "diversity": "diversity as rewarded",
+    "entropy": "entropy of rollouts, nats/token",
+}
+
+Collator = Callable[[list[Any]], Mapping[str, Any]]
+
+
+class Rows(Protocol):
+    """Tokenized rows: a list, a `datasets.Dataset`, a map-style dataset of torch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class DocumentFigures:
+    """Figures of N documents, in the order of the rows.
+
+    Attributes:
+        row: (N,) int64, which row each document is in.
+        values: name in ``FIGURES`` -> (N,) float64, NaN where a document has no such figure: no
+            block, or no target token.
+
+            - ``cross_entropy``: teacher-forced, mean over the targets, at temperature 1.
+            - ``cfm_loss``: mean over the blocks (paper, eq. 2), unwhitened features.
+            - ``cosine_alignment``, ``dot_diversity``: unwhitened, so that they can be compared
+              between settings.
+            - ``alignment``, ``diversity``: whitened if the settings say so; they depend on
+              ``n_samples`` then.
+            - ``entropy``: of the rollouts, at the sampling temperature.
+    """
+
+    row: NDArray[np.int64]
+    values: dict[str, NDArray[np.float64]]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+def evaluate_documents(
+    model: nn.Module,
+    feature_network: FeatureNetwork,
+    rows: Rows,
+    settings: EBFTSettings,
+    *,
+    data_collator: Collator | None = None,
+    batch_size: int = 8,
+    stride: int | None = None,
+    n_samples: int | None = None,
+    n_draws: int = 1,
+    eos_token_id: int | None = None,
+    seed: int = 0,
+) -> DocumentFigures:
+    """Measure a policy on every document of ``rows``.
+
+    Two policies are compared fairly by calling this twice with the same feature network, rows,
+    settings, ``batch_size`` and ``seed``. The model, its mode and torch's global randomness are
+    left as they are.
+
+    Args:
+        model: the policy, not wrapped by DDP; a PEFT model is one.
+        feature_network: phi, the same for every policy that is compared.
+        rows: tokenized rows, as for training.
+        settings: where blocks lie, how rollouts are sampled and embedded, and what is whitened.
+        data_collator: default [`EBFTDataCollator`].
+        batch_size: rows measured at once.
+        stride: tokens between anchors; default that of the settings.
+        n_samples: rollouts per group; default that of the settings. With 1 the CFM loss is biased.
+        n_draws: independent groups per block, averaged. More draws, less noise.
+        eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
+        seed: of the rollouts.
+
+    Raises:
+        ValueError: no rows, or numbers below 1.
+    """
+    numbers = {"batch_size": batch_size, "n_draws": n_draws, "rows": len(rows)}
+    numbers["stride"] = stride = settings.stride if stride is None else stride
+    n_samples = settings.n_samples_per_prompt if n_samples is None else n_samples
+    numbers["n_samples"] = n_samples
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1 to measure anything.")
+    collate = data_collator or EBFTDataCollator()
+    forward = PackedForward.of(model, settings.packed_attention)
+    device = next(model.parameters()).device
+
+    found_rows: list[Tensor] = []
+    found: dict[str, list[Tensor]] = {name: [] for name in FIGURES}
+    with inference_mode_of(model):
+        for first in range(0, len(rows), batch_size):
+            batch = collate([rows[i] for i in range(first, min(first + batch_size, len(rows)))])
+            documents = Documents.from_inputs(
+                {name: value.to(device) for name, value in batch.items()},
+                document_masking=settings.document_masking,
+                eos_token_id=eos_token_id,
+            )
+            blocks = find_blocks(
+                documents,
+                stride=stride,
+                context_length=settings.context_length,
+                generate_max_len=settings.generate_max_len,
+                min_completion_prefix=settings.min_completion_prefix,
+            )
+            layout = PackedLayout(documents, blocks, n_samples, settings.generate_max_len)
+            draws = [
+                _measure(
+                    model,
+                    forward,
+                    feature_network,
+                    layout,
+                    settings,
+                    make_generator(device, seed, STREAM, draw, first),
+                )
+                for draw in range(n_draws)
+            ]
+            present = _document_slots(documents)
+            found_rows.append(present.nonzero()[:, 0].cpu() + first)
+            for name, values in found.items():
+                mean_over_draws = torch.stack([draw[name] for draw in draws]).mean(dim=0)
+                values.append(mean_over_draws[present].cpu())
+    return DocumentFigures(
+        row=torch.cat(found_rows).numpy(),
+        values={name: torch.cat(values).numpy() for name, values in found.items()},
+    )
+
+
+def _measure(
+    model: nn.Module,
+    forward: PackedForward,
+    feature_network: FeatureNetwork,
+    layout: PackedLayout,
+    settings: EBFTSettings,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """One draw of rollouts: each figure as (B, W), NaN where there is none."""
+    rollouts = sample_rollouts(
+        model,
+        forward,
+        layout,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        generator=generator,
+    )
+    features = feature_network.embed(rollouts)
+    rewarded, plain = (
+        feature_matching_rewards(
+            features.generated,
+            features.ground_truth,
+            alignment_coef=settings.alignment_coef,
+            diversity_coef=settings.diversity_coef,
+            use_whitening=use_whitening,
+            whitening_space=settings.whitening_space,
+            whitening_tolerance=settings.whitening_tolerance,
+        )
+        for use_whitening in (settings.use_whitening, False)
+    )
+    log_probs = policy_log_probs(
+        model,
+        forward,
+        rollouts,
+        KeptPlaces.of(layout, whole_document=True),
+        temperature=settings.temperature,
+        with_document=True,
+        chunk_size=settings.log_prob_chunk_size,
+    )
+    assert log_probs.document is not None
+    documents, blocks = layout.documents, layout.blocks
+    width = _document_slots(documents).shape[1]
+    per_block = {
+        "cfm_loss": plain.cfm_loss,
+        "cosine_alignment": plain.alignment.mean(dim=1),
+        "dot_diversity": plain.diversity.mean(dim=1),
+        "alignment": rewarded.alignment.mean(dim=1),
+        "diversity": rewarded.diversity.mean(dim=1),
+        "entropy": -log_probs.rollout.mean(dim=(1, 3)),
+    }
+    figures = {
+        name: _mean_by_document(values, blocks.exists, blocks.document, width)
+        for name, values in per_block.items()
+    }
+    figures["cross_entropy"] = _mean_by_document(
+        -log_probs.document, predicted_targets(documents), documents.document, width
+    )
+    return figures
+
+
+def _document_slots(documents: Documents) -> Tensor:
+    """(B, W) bool: which documents each row has."""
+    count = documents.document.amax(dim=1) + 1
+    return torch.arange(int(count.max()), device=count.device) < count[:, None]
+
+
+def _mean_by_document(values: Tensor, counted: Tensor, document: Tensor, width: int) -> Tensor:
+    """Means over the values of each document.
+
+    Args:
+        values: (B, M).
+        counted: (B, M) bool, which of them count.
+        document: (B, M) int64, the document of each, in [0, width) where it counts.
+        width: W.
+
+    Returns:
+        (B, W) float64, NaN for documents without a value.
+    """
+    sums = torch.zeros(values.shape[0], width, dtype=torch.float64, device=values.device)
+    counts = torch.zeros_like(sums)
+    slot = document.clamp(min=0)
+    sums.scatter_add_(1, slot, torch.where(counted, values.double(), 0.0))
+    counts.scatter_add_(1, slot, counted.double())
+    return sums / counts

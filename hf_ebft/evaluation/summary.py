@@ -1,0 +1,82 @@
+"""A comparison of two policies as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_ebft.evaluation.bootstrap import PairedDifference, paired_bootstrap
+from hf_ebft.evaluation.figures import FIGURES, DocumentFigures
+from hf_ebft.evaluation.samples import Continuation
+
+# Characters of a prefix that are shown: its end, where the continuations join.
+PREFIX_CHARACTERS = 160
+
+
+def compare(
+    before: DocumentFigures, after: DocumentFigures, *, groups: ArrayLike | None = None
+) -> dict[str, PairedDifference]:
+    """Paired differences of every figure that any document has.
+
+    Args:
+        before, after: from [`evaluate_documents`], on the same rows.
+        groups: what each document is a part of, see [`paired_bootstrap`].
+
+    Raises:
+        ValueError: measured on different rows, or on too few.
+    """
+    if before.row.tolist() != after.row.tolist():
+        raise ValueError(
+            "The two evaluations are of different documents, so their differences mean nothing: "
+            "pass the same rows to both."
+        )
+    return {
+        name: paired_bootstrap(before.values[name], after.values[name], groups=groups)
+        for name in FIGURES
+        if not np.isnan(before.values[name] + after.values[name]).all()
+    }
+
+
+def format_table(differences: Mapping[str, PairedDifference]) -> str:
+    """One line per figure: before, after, difference with its interval, a star beyond the noise."""
+    lines = [f"{'':34}{'before':>9}{'after':>9}   difference [95 % interval]"]
+    for name, paired in differences.items():
+        star = " *" if paired.beyond_noise else ""
+        lines.append(
+            f"{FIGURES[name]:34}{paired.before:9.4f}{paired.after:9.4f}"
+            f"{paired.difference:+13.4f} [{paired.low:+.4f}, {paired.high:+.4f}]{star}"
+        )
+    return "\n".join(lines)
+
+
+def format_samples(
+    before: Sequence[Continuation],
+    after: Sequence[Continuation],
+    decode: Callable[[list[int]], str],
+) -> str:
+    """Prefix, ground truth and both rollouts, with line ends and tabs made visible.
+
+    Args:
+        before, after: continuations of the same prefixes.
+        decode: token ids to text.
+    """
+    blocks = []
+    for old, new in zip(before, after, strict=True):
+        if old.prefix != new.prefix:
+            raise ValueError("The continuations are of different prefixes: sample the same rows.")
+        prefix = decode(old.prefix)
+        shown = ("..." if len(prefix) > PREFIX_CHARACTERS else "") + prefix[-PREFIX_CHARACTERS:]
+        parts = {
+            "prefix": shown,
+            "before": decode(old.rollout),
+            "after": decode(new.rollout),
+            "truth": decode(old.ground_truth),
+        }
+        blocks.append("\n".join(f"{name:>8} | {_one_line(text)}" for name, text in parts.items()))
+    return "\n\n".join(blocks)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\u23ce").replace("\r", "\u240d").replace("\t", "\u2192")
