@@ -18,11 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ebft.features import normalize_layers, pool, token_positions
+from hf_ebft.features import (
+    EmbedMethod,
+    FeatureNormalization,
+    normalize_layers,
+    pool,
+    token_positions,
+)
 from hf_ebft.layout import Coordinates
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rollouts import Rollouts
 from hf_ebft.sharding import is_sharded
+from hf_ebft.sharing import adapters_off
 from hf_ebft.support import backbone, decoder_layers
 
 
@@ -48,17 +55,19 @@ class FeaturePass:
 class FeatureNetwork:
     """A frozen causal language model that embeds rollouts and ground truth.
 
-    It is deliberately no ``nn.Module``: a trainer that holds one does not wrap, optimize or save it.
+    It is deliberately no ``nn.Module``: a trainer that holds one does not wrap, optimize or save
+    it.
 
     Args:
-        model: the network. It is put into evaluation mode and frozen, in place, unless it is shared.
+        model: the network. It is put into evaluation mode and frozen, in place, unless it is
+        shared.
         feature_layers: fractions of depth; layer index ``int(fraction * L)`` into transformers'
             ``hidden_states`` (0 is the embedding output, L the last one, after the final norm).
         embed_method: pooling over the tokens of a block.
         normalization: see :func:`hf_ebft.features.normalize_layers`.
         packed_attention: attention implementation for the packed row.
-        shared: ``model`` is the policy, a PEFT model whose base serves as the network: it is left as
-            it is, and read with its adapters switched off.
+        shared: ``model`` is the policy, a PEFT model whose base serves as the network: it is left
+            as it is, and read with its adapters switched off.
 
     Raises:
         ValueError: the network cannot be exact on packed rows.
@@ -69,8 +78,8 @@ class FeatureNetwork:
         model: nn.Module,
         *,
         feature_layers: Sequence[float],
-        embed_method: str,
-        normalization: str,
+        embed_method: EmbedMethod,
+        normalization: FeatureNormalization,
         packed_attention: str = "auto",
         shared: bool = False,
     ) -> None:
@@ -141,7 +150,7 @@ class FeatureNetwork:
         with torch.no_grad(), contextlib.ExitStack() as stack:
             if self.shared:
                 stack.enter_context(inference_mode_of(self.model))
-                stack.enter_context(self.model.disable_adapter())
+                stack.enter_context(adapters_off(self.model))
             yield
 
     def _hidden_states(
@@ -177,10 +186,11 @@ class FeatureNetwork:
     def _capture(
         self, kept: dict[int, Tensor], rows: Tensor, places: Tensor, *, stop_early: bool
     ) -> Iterator[None]:
-        """Hooks that keep the wanted hidden states at ``places`` and end the pass after the last one.
+        """Hooks that keep the wanted hidden states at ``places`` and end the pass after the last
+        one.
 
-        Hooks on the layers see the same values as transformers' ``hidden_states``; the last entry of
-        those is taken after the final norm, hence from the backbone's output.
+        Hooks on the layers see the same values as transformers' ``hidden_states``; the last entry
+        of those is taken after the final norm, hence from the backbone's output.
         """
         n_layers, top = len(self.layers), max(self.layer_indices)
 

@@ -6,11 +6,17 @@ training started from.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import nn
 
 from hf_ebft.policy import inference_mode_of
 from hf_ebft.support import vocabulary_size
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # A probe of this many tokens; adapters that start at zero change nothing but rounding.
 PROBE_LENGTH = 8
@@ -30,7 +36,7 @@ def why_not_shareable(policy: nn.Module) -> str | None:
     config = policy.active_peft_config
     if getattr(config, "modules_to_save", None):
         return f"modules_to_save={config.modules_to_save} trains copies of base modules"
-    prefix = policy.base_model.prefix
+    prefix = str(policy.base_model.prefix)  # part of every adapter parameter's name
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad and prefix not in name:
             return f"the base weight {name} is trainable"
@@ -45,13 +51,18 @@ def why_not_shareable(policy: nn.Module) -> str | None:
     return None
 
 
+def adapters_off(policy: nn.Module) -> AbstractContextManager[None]:
+    """A PEFT policy as its base alone, within the context."""
+    return cast("PeftModel", policy).disable_adapter()
+
+
 def _adapters_do_nothing(policy: nn.Module) -> bool:
     device = next(policy.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary_size(policy), (1, PROBE_LENGTH), generator=generator).to(device)
     with inference_mode_of(policy):
         with_adapters = policy(input_ids=ids, use_cache=False).logits.float()
-        with policy.disable_adapter():
+        with adapters_off(policy):
             without = policy(input_ids=ids, use_cache=False).logits.float()
     scale = without.abs().amax().clamp(min=1e-6)
     return bool((with_adapters - without).abs().amax() <= RELATIVE_TOLERANCE * scale)

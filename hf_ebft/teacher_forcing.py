@@ -31,7 +31,7 @@ def teacher_forcing_inputs(
     packed = bool((documents.document > 0).any())
     if inputs.get("labels") is not None and inputs.get(PROMPT_LENGTH) is None and not packed:
         return {name: value for name, value in inputs.items() if name not in EBFT_COLUMNS}
-    rebuilt = {
+    rebuilt: dict[str, Any] = {
         "input_ids": documents.input_ids,
         "labels": torch.where(predicted_targets(documents), documents.input_ids, IGNORE_INDEX),
         "attention_mask": (documents.document >= 0).long(),
