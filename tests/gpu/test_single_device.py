@@ -1,0 +1,116 @@
+"""One accelerator: the same numbers as on the CPU, and flex_attention in both directions."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_ebft.anchors import find_blocks
+from hf_ebft.documents import Documents
+from hf_ebft.layout import PackedLayout
+from hf_ebft.losses import KeptPlaces, policy_gradient_loss, policy_log_probs
+from hf_ebft.policy import PackedForward
+from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+from hf_ebft.whitening import whiten
+from tests.distributed.runs import VOCABULARY, make_trainer, tiny_llama
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator"),
+]
+DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def batch(device):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, VOCABULARY, (2, 64), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 50:] = 0
+    documents = Documents.from_inputs(
+        {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    )
+    blocks = find_blocks(documents, stride=8, context_length=8, generate_max_len=4)
+    layout = PackedLayout(documents, blocks, 3, 4)
+    tokens = torch.randint(1, VOCABULARY, layout.rollout_shape, generator=generator)
+    return Rollouts(tokens.to(device), blocks.exists, layout)
+
+
+def loss_and_gradients(model, attention, checkpointing=None):
+    rollouts = batch(next(model.parameters()).device)
+    forward = PackedForward.of(model, attention)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.train()
+    kept = KeptPlaces.of(rollouts.layout, whole_document=False)
+    log_probs = policy_log_probs(
+        model, forward, rollouts, kept, temperature=0.7, with_document=False, chunk_size=64
+    ).rollout
+    generator = torch.Generator().manual_seed(1)
+    advantages = torch.randn(log_probs.shape[:3], generator=generator).to(log_probs.device)
+    policy_gradient_loss(log_probs, advantages, rollouts.layout).backward()
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters()}
+    return log_probs.detach().cpu(), gradients
+
+
+def assert_agree(left, right, tolerance):
+    torch.testing.assert_close(left[0], right[0], rtol=tolerance, atol=tolerance)
+    for name, gradient in right[1].items():
+        torch.testing.assert_close(left[1][name], gradient, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_dense_masks_agree_with_the_cpu(attention):
+    model = tiny_llama()
+    reference = loss_and_gradients(copy.deepcopy(model), attention)
+    assert_agree(loss_and_gradients(model.to(DEVICE), attention), reference, 1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_compiled_flex_attention_agrees_with_the_dense_mask(checkpointing):
+    model = tiny_llama().to(DEVICE)
+    dense = loss_and_gradients(copy.deepcopy(model), "sdpa")
+    assert_agree(loss_and_gradients(model, "flex_attention", checkpointing), dense, 2e-3)
+
+
+def test_sampling_is_repeatable_and_finite():
+    model = tiny_llama().to(DEVICE)
+    forward = PackedForward.of(model)
+    layout = batch(DEVICE).layout
+    drawn = [
+        sample_rollouts(
+            model,
+            forward,
+            layout,
+            temperature=0.6,
+            top_p=0.9,
+            generator=make_generator(DEVICE, 1, 2),
+        ).tokens
+        for _ in range(2)
+    ]
+    assert torch.equal(*drawn)
+
+
+def test_whitening_agrees_with_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 4, 96, generator=generator), torch.randn(40, 96, generator=generator)
+    x[:5, 1] = x[:5, 0]
+    here, there = whiten(x, y), whiten(x.to(DEVICE), y.to(DEVICE))
+    for left, right in zip(here, there, strict=True):
+        torch.testing.assert_close(left, right.cpu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"bf16": True, "peft": True}])
+def test_training_runs(tmp_path, settings):
+    trainer = make_trainer(tmp_path, use_cpu=False, **settings)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4
+
+
+def test_feature_network_on_the_cpu_gives_the_same_embeddings(tmp_path):
+    here = make_trainer(tmp_path, use_cpu=False, feature_placement="same_device")
+    away = make_trainer(tmp_path, use_cpu=False, feature_placement="cpu")
+    rollouts = batch(DEVICE)
+    left, right = (trainer.feature_network.embed(rollouts) for trainer in (here, away))
+    assert right.generated.device.type == DEVICE.type
+    torch.testing.assert_close(left.generated, right.generated, rtol=1e-4, atol=1e-5)
