@@ -200,7 +200,7 @@ def test_many_samples_in_one_row_follow_the_exact_distribution(policy: PreTraine
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"temperature": 0.85},
+        {"temperature": 0.75},
         {"top_p": 0.95},
         {"shift": -1},
         {"shift": 1},
