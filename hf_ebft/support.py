@@ -228,31 +228,34 @@ def set_packed_attention(model: nn.Module, choice: str) -> str:
 
 
 def backbone(model: nn.Module) -> PreTrainedModel:
-    """The model without its head: the innermost transformers model around the input embeddings.
+    """The model without its head: the outermost transformers model inside it that reads tokens."""
+    base = bare_model(model)
+    readers = [
+        module
+        for module in base.modules()
+        if isinstance(module, PreTrainedModel)
+        and _reads_tokens(module, base)
+        and "position_ids" in inspect.signature(module.forward).parameters
+    ]
+    return readers[1] if len(readers) > 1 else base
 
-    Inside a model for several modalities this is the text model.
-    """
-    found = base = bare_model(model)
+
+def _reads_tokens(module: nn.Module, base: PreTrainedModel) -> bool:
+    """Whether the input embeddings lie inside a module, as they do not in a vision tower."""
     embeddings = base.get_input_embeddings()
-    for module in base.modules():
-        if (
-            isinstance(module, PreTrainedModel)
-            and "position_ids" in inspect.signature(module.forward).parameters
-            and any(inner is embeddings for inner in module.modules())
-        ):
-            found = module
-    return found
+    return any(inner is embeddings for inner in module.modules())
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a transformers model: the backbone's first list of as many modules.
+    """The decoder layers of a transformers model: its first list of as many modules.
+
+    Lists inside towers for other modalities do not count.
 
     Raises:
         ValueError: no such list, or layers without one hidden state each.
     """
-    text_model = backbone(model)
-    name = type(bare_model(model)).__name__
-    config = bare_model(model).config.get_text_config(decoder=True)
+    base = bare_model(model)
+    name, config = type(base).__name__, base.config.get_text_config(decoder=True)
     if hasattr(config, "altup_num_inputs"):
         raise ValueError(
             f"{name} keeps several hidden states per token side by side, so that a layer has no "
@@ -265,14 +268,16 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         )
     # Some layers hold two attentions and count as two in num_hidden_layers, not in num_layers.
     counts = {config.num_hidden_layers, getattr(config, "num_layers", config.num_hidden_layers)}
-    other_models = [
+    towers = [
         module
-        for module in text_model.modules()
-        if isinstance(module, PreTrainedModel) and module.config is not text_model.config
+        for module in base.modules()
+        if isinstance(module, PreTrainedModel)
+        and module.config is not config
+        and not _reads_tokens(module, base)
     ]
-    elsewhere = {id(inner) for module in other_models for inner in module.modules()}
-    for module in text_model.modules():
-        if not isinstance(module, nn.ModuleList) or id(module) in elsewhere:
+    in_towers = {inner for tower in towers for inner in tower.modules()}
+    for module in base.modules():
+        if not isinstance(module, nn.ModuleList) or module in in_towers:
             continue
         if len(module) in counts:
             return module
