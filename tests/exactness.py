@@ -1,0 +1,198 @@
+"""Measures how far the library's block-parallel computation is from plain causal forward passes.
+
+Dimension letters: B rows, n samples, K blocks, G rollout length, S document tokens, R packed row,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from architectures import VOCABULARY
+from plain_forwards import Batch, last_token_embedding, plain_blocks, plain_pass
+from torch import Tensor, nn
+
+import hf_ebft.rollouts
+from hf_ebft.anchors import find_blocks
+from hf_ebft.documents import Documents
+from hf_ebft.feature_network import FeatureNetwork
+from hf_ebft.layout import PackedLayout
+from hf_ebft.losses import KeptPlaces
+from hf_ebft.policy import PackedForward
+from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+
+# Rounding alone, in float32, over models with weights of unit gain.
+TOLERANCE = 1e-4
+FEATURE_LAYERS = (0.0, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch, where its blocks start, and how many rollouts each block gets."""
+
+    batch: Batch
+    stride: int = 5
+    context_length: int = 3
+    generate_max_len: int = 4
+    n_samples: int = 2
+    min_completion_prefix: int = 0
+
+    @property
+    def anchors(self) -> dict[str, int]:
+        return {
+            "stride": self.stride,
+            "context_length": self.context_length,
+            "generate_max_len": self.generate_max_len,
+            "min_completion_prefix": self.min_completion_prefix,
+        }
+
+    def layout(self) -> PackedLayout:
+        documents = Documents.from_inputs(self.batch)
+        blocks = find_blocks(documents, **self.anchors)
+        return PackedLayout(documents, blocks, self.n_samples, self.generate_max_len)
+
+
+@dataclass
+class Differences:
+    """Largest differences to plain forward passes.
+
+    Attributes:
+        training: of log-probabilities over the vocabulary, in the training pass.
+        sampling: of log-probabilities over the vocabulary, in the cached sampler.
+        features: of the embeddings of rollouts and windows.
+    """
+
+    training: float = 0.0
+    sampling: float = 0.0
+    features: float = 0.0
+    blocks: int = field(default=0, compare=False)
+
+    @property
+    def largest(self) -> float:
+        return max(self.training, self.sampling, self.features)
+
+
+def ragged_batch(*lengths: int, left: bool = False, seed: int = 1) -> Batch:
+    """Random documents of these lengths, padded on one side."""
+    generator = torch.Generator().manual_seed(seed)
+    # Ids from 5 on: the low ones stand for padding, images and the like in the tiny models.
+    input_ids = torch.randint(5, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = mask.flip(1) if left else mask
+    return {"input_ids": input_ids * mask, "attention_mask": mask.long()}
+
+
+def packed_documents(*rows: list[int], seed: int = 1) -> Batch:
+    """Rows that hold several random documents of these lengths each, padded on the right."""
+    batch = ragged_batch(*[sum(lengths) for lengths in rows], seed=seed)
+    document_ids = torch.full_like(batch["input_ids"], -1)
+    for row, lengths in enumerate(rows):
+        ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        document_ids[row, : len(ids)] = ids
+    return batch | {"document_ids": document_ids}
+
+
+@contextmanager
+def recorded_logits() -> Iterator[list[Tensor]]:
+    """The logits that the sampler turns into distributions, one tensor per step."""
+    steps: list[Tensor] = []
+    original = hf_ebft.rollouts.token_probabilities
+
+    def recording(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+        steps.append(logits)
+        return original(logits, temperature, top_p)
+
+    hf_ebft.rollouts.token_probabilities = recording
+    try:
+        yield steps
+    finally:
+        hf_ebft.rollouts.token_probabilities = original
+
+
+def sample(
+    model: nn.Module, forward: PackedForward, layout: PackedLayout
+) -> tuple[Rollouts, Tensor]:
+    """Rollouts, and the log-probabilities (B, n, K, G, V) of what each token was drawn from."""
+    with recorded_logits() as steps:
+        rollouts = sample_rollouts(
+            model,
+            forward,
+            layout,
+            temperature=1.0,
+            top_p=1.0,
+            generator=make_generator(torch.device("cpu"), 0),
+        )
+    _, n_samples, n_blocks, _ = layout.rollout_shape
+    # The first step is shared by the samples of a block; later ones are block after block.
+    first = steps[0].unsqueeze(2).expand(-1, -1, n_samples, -1)
+    later = [step.unflatten(1, (n_blocks, n_samples)) for step in steps[1:]]
+    logits = torch.stack([first, *later], dim=3).transpose(1, 2)
+    return rollouts, logits.float().log_softmax(-1)
+
+
+def training_log_probs(
+    model: nn.Module, forward: PackedForward, rollouts: Rollouts, *, whole_document: bool = False
+) -> Tensor:
+    """(B, n, K, G, V) from one forward pass over the packed row, with gradient if it is on."""
+    layout = rollouts.layout
+    kept = KeptPlaces.of(layout, whole_document=whole_document)
+    logits = forward.logits(
+        model, layout.input_ids(rollouts.tokens), layout.coordinates, kept.places
+    )
+    rows = torch.arange(logits.shape[0])[:, None, None, None]
+    return logits.float().log_softmax(-1)[rows, kept.index_of[layout.predictor]]
+
+
+def measure(model: nn.Module, case: Case, *, with_features: bool = True) -> Differences:
+    """Run a case through sampler, training pass and feature network, and against the oracle.
+
+    Raises:
+        ValueError: the library refuses the model, or the batch for being too long for it.
+        AssertionError: it finds other blocks than the definition does.
+    """
+    forward, layout = PackedForward.of(model), case.layout()
+    rollouts, sampled = sample(model, forward, layout)
+    model.train()
+    with torch.no_grad():
+        trained = training_log_probs(model, forward, rollouts)
+    model.eval()
+    if with_features:
+        network = FeatureNetwork(
+            copy.deepcopy(model),
+            feature_layers=FEATURE_LAYERS,
+            embed_method="last_token",
+            normalization="per_layer",
+        )
+        features = network.embed(rollouts)
+
+    found = Differences()
+    for row, blocks in enumerate(plain_blocks(case.batch, **case.anchors)):
+        assert layout.blocks.exists[row].tolist() == [
+            index < len(blocks) for index in range(layout.blocks.exists.shape[1])
+        ]
+        for index, block in enumerate(blocks):
+            window = torch.tensor([block.window])
+            own = torch.cat([rollouts.tokens[row, :, index], window])
+            with torch.no_grad():
+                plain = plain_pass(model, block.prefix, own, hidden=with_features)
+            found.blocks += 1
+            expected = plain.log_probs[:-1]
+            found.training = _worse(found.training, trained[row, :, index], expected)
+            found.sampling = _worse(found.sampling, sampled[row, :, index], expected)
+            if with_features:
+                embeddings = last_token_embedding(plain.hidden, network.layer_indices)
+                embedded = torch.cat(
+                    [features.generated[row, :, index], features.ground_truth[row, index, None]]
+                )
+                found.features = _worse(found.features, embedded, embeddings)
+    return found
+
+
+def _worse(so_far: float, found: Tensor, expected: Tensor) -> float:
+    difference = float((found - expected).abs().max())
+    # NaN compares as neither larger nor smaller, and must not pass for small.
+    return float("inf") if difference != difference else max(so_far, difference)
