@@ -4,6 +4,7 @@ Dimension letters: P tokens of a prefix, G of a rollout, V vocabulary, C = V ** 
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
 def tiny_model(
-    config_class: type[PreTrainedConfig],
+    config_class: Callable[..., PreTrainedConfig],
     vocabulary: int,
     *,
     seed: int,

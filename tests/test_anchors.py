@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_ebft.anchors import Blocks, find_blocks
@@ -112,11 +112,11 @@ def check(
     *,
     pad_left: bool = False,
     prompt_lengths: list[int] | None = None,
-    **settings: int,
+    **numbers: Any,
 ) -> Blocks:
     """Compare `find_blocks` with the definition, field by field; returns the blocks."""
     batch = batch_of(rows, pad_left=pad_left, prompt_lengths=prompt_lengths)
-    blocks = find_blocks(Documents.from_inputs(batch), **settings)  # type: ignore[arg-type]
+    blocks = find_blocks(Documents.from_inputs(batch), **numbers)
     expected = [
         [
             (index, end)
@@ -124,7 +124,7 @@ def check(
             for end in anchors_by_definition(
                 text,
                 prompt_length=None if prompt_lengths is None else prompt_lengths[number],
-                **settings,
+                **numbers,
             )
         ]
         for number, row in enumerate(rows)
@@ -165,7 +165,7 @@ def texts(draw: st.DrawFn, with_labels: bool) -> Text:
     return Text(length, frozenset(range(start)) | frozenset(holes))
 
 
-settings_strategy = st.fixed_dictionaries(
+numbers_strategy = st.fixed_dictionaries(
     {
         "stride": st.integers(1, 6),
         "context_length": st.integers(1, 6),
@@ -175,27 +175,25 @@ settings_strategy = st.fixed_dictionaries(
 )
 
 
-@given(
-    data=st.data(), with_labels=st.booleans(), pad_left=st.booleans(), settings=settings_strategy
-)
+@settings(deadline=None)  # machines may be busy
+@given(data=st.data(), with_labels=st.booleans(), pad_left=st.booleans(), numbers=numbers_strategy)
 def test_packed_rows_equal_the_definition(
-    data: st.DataObject, with_labels: bool, pad_left: bool, settings: dict[str, int]
+    data: st.DataObject, with_labels: bool, pad_left: bool, numbers: dict[str, Any]
 ) -> None:
     row = st.lists(texts(with_labels), min_size=1, max_size=3)
     rows = data.draw(st.lists(row, min_size=1, max_size=3))
-    check(rows, pad_left=pad_left, **settings)
+    check(rows, pad_left=pad_left, **numbers)
 
 
-@given(
-    data=st.data(), with_labels=st.booleans(), pad_left=st.booleans(), settings=settings_strategy
-)
+@settings(deadline=None)  # machines may be busy
+@given(data=st.data(), with_labels=st.booleans(), pad_left=st.booleans(), numbers=numbers_strategy)
 def test_prompt_lengths_equal_the_definition(
-    data: st.DataObject, with_labels: bool, pad_left: bool, settings: dict[str, int]
+    data: st.DataObject, with_labels: bool, pad_left: bool, numbers: dict[str, Any]
 ) -> None:
     """A `prompt_length` column decides where completions start, with labels beside it or not."""
     rows = [[text] for text in data.draw(st.lists(texts(with_labels), min_size=1, max_size=3))]
     prompts = [data.draw(st.integers(0, row[0].length)) for row in rows]
-    check(rows, pad_left=pad_left, prompt_lengths=prompts, **settings)
+    check(rows, pad_left=pad_left, prompt_lengths=prompts, **numbers)
 
 
 # ---- Cases by hand -------------------------------------------------------------------------------
@@ -257,16 +255,14 @@ def test_each_packed_document_has_its_own_first_anchor() -> None:
 
 
 def test_min_completion_prefix_counts_from_the_completion() -> None:
-    settings = {"stride": 3, "context_length": 4, "generate_max_len": 2}
+    numbers: dict[str, Any] = {"stride": 3, "context_length": 4, "generate_max_len": 2}
     text = Text(16, masked_until(6))
-    assert found(check([[text]], min_completion_prefix=0, **settings)) == [
-        [(0, 6), (0, 9), (0, 12)]
-    ]
-    assert found(check([[text]], min_completion_prefix=2, **settings)) == [
+    assert found(check([[text]], min_completion_prefix=0, **numbers)) == [[(0, 6), (0, 9), (0, 12)]]
+    assert found(check([[text]], min_completion_prefix=2, **numbers)) == [
         [(0, 8), (0, 11), (0, 14)]
     ]
     # Without a marked completion there is nothing to count from.
-    assert found(check([[Text(16)]], min_completion_prefix=2, **settings)) == [
+    assert found(check([[Text(16)]], min_completion_prefix=2, **numbers)) == [
         [(0, 4), (0, 7), (0, 10), (0, 13)]
     ]
 
@@ -299,22 +295,27 @@ def test_a_fully_masked_document_has_no_block() -> None:
 
 
 def test_prompt_length_equals_masking_the_prompt() -> None:
-    settings = {"stride": 3, "context_length": 2, "generate_max_len": 2, "min_completion_prefix": 1}
+    numbers: dict[str, Any] = {
+        "stride": 3,
+        "context_length": 2,
+        "generate_max_len": 2,
+        "min_completion_prefix": 1,
+    }
     lengths, prompts = [14, 11, 8], [6, 0, 8]
-    by_column = check([[Text(length)] for length in lengths], prompt_lengths=prompts, **settings)
+    by_column = check([[Text(length)] for length in lengths], prompt_lengths=prompts, **numbers)
     by_labels = check(
         [[Text(n, masked_until(start))] for n, start in zip(lengths, prompts, strict=True)],
-        **settings,
+        **numbers,
     )
     assert found(by_column) == found(by_labels)
 
 
 def test_windows_do_not_cross_documents() -> None:
     """Two documents of 6 tokens are not one of 12: no window reaches into the neighbour."""
-    settings = {"stride": 1, "context_length": 3, "generate_max_len": 2}
-    packed = check([[Text(6), Text(6)]], **settings)
+    numbers: dict[str, Any] = {"stride": 1, "context_length": 3, "generate_max_len": 2}
+    packed = check([[Text(6), Text(6)]], **numbers)
     assert found(packed) == [[(0, 3), (0, 4), (1, 3), (1, 4)]]
-    whole = check([[Text(12)]], **settings)
+    whole = check([[Text(12)]], **numbers)
     assert whole.exists.sum() == 8
 
 

@@ -41,6 +41,7 @@ from hf_ebft.advantages import AdvantageEstimator, compute_advantages
 from hf_ebft.anchors import Blocks, find_blocks
 from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
+from hf_ebft.features import EmbedMethod
 from hf_ebft.layout import PackedLayout
 from hf_ebft.losses import KeptPlaces, policy_gradient_loss, policy_log_probs
 from hf_ebft.policy import PackedForward
@@ -66,7 +67,7 @@ class World:
     policy: PreTrainedModel
     phi: PreTrainedModel
     temperature: float = 1.0
-    embed_method: str = "last_token"
+    embed_method: EmbedMethod = "last_token"
     alignment_coef: float = 1.0
     diversity_coef: float = 1.0
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from enumeration import all_continuations, continuation_logits, tiny_model
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
@@ -347,6 +347,7 @@ def softmax_by_hand(logits: Tensor, temperature: float) -> list[float]:
     return [float(weight / sum(weights)) for weight in weights]
 
 
+@settings(deadline=None)  # machines may be busy
 @given(logits=LOGITS, temperature=st.floats(0.3, 2), top_p=st.floats(0.01, 1))
 def test_nucleus_equals_the_plain_loop(logits: Tensor, temperature: float, top_p: float) -> None:
     exact = softmax_by_hand(logits, temperature)
@@ -359,6 +360,7 @@ def test_nucleus_equals_the_plain_loop(logits: Tensor, temperature: float, top_p
     torch.testing.assert_close(result, torch.tensor(truncated(exact, top_p)), rtol=1e-5, atol=1e-6)
 
 
+@settings(deadline=None)  # machines may be busy
 @given(logits=LOGITS, top_p=st.floats(1e-6, 1), data=st.data())
 def test_nucleus_is_a_distribution_on_the_likeliest_tokens(
     logits: Tensor, top_p: float, data: st.DataObject
