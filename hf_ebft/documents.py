@@ -100,8 +100,8 @@ class Documents:
         if prompt_length is not None:
             if int((document.amax(dim=1)).max()) > 0:
                 raise ValueError(
-                    "prompt_length marks one prompt per row, but this batch packs several documents "
-                    "into a row; mask the prompts with labels=-100 instead."
+                    "prompt_length marks one prompt per row, but this batch packs several "
+                    "documents into a row; mask the prompts with labels=-100 instead."
                 )
             completion_start = prompt_length[:, None].expand_as(position)
             is_target = is_target & (position >= completion_start)
@@ -127,18 +127,21 @@ def _read_input_ids(inputs: Mapping[str, Any]) -> Tensor:
     input_ids = inputs.get("input_ids")
     if input_ids is None:
         raise ValueError(
-            f"The batch has no input_ids (it has {sorted(inputs)}): EBFT needs the token ids of the "
-            "documents. Tokenize the dataset, or let the data collator keep input_ids."
+            f"The batch has no input_ids (it has {sorted(inputs)}): EBFT needs the token ids of "
+            "the documents. Tokenize the dataset, or let the data collator keep input_ids."
         )
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or 0 in input_ids.shape:
-        shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        shape = (
+            tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        )
         raise ValueError(
-            f"input_ids must be a tensor of shape (rows, tokens) with at least one of each, not {shape}."
+            "input_ids must be a tensor of shape (rows, tokens) with at least one of each, "
+            f"not {shape}."
         )
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(
-            f"input_ids must hold token ids, whole numbers, not {input_ids.dtype}; convert the column "
-            "to int64 (rounding here would train on other tokens)."
+            f"input_ids must hold token ids, whole numbers, not {input_ids.dtype}; convert the "
+            "column to int64 (rounding here would train on other tokens)."
         )
     return input_ids.long()
 
@@ -148,8 +151,8 @@ def _refuse_unknown_ids(ids: Tensor, vocabulary_size: int) -> None:
     unknown = ids[(ids < 0) | (ids >= vocabulary_size)]
     if unknown.numel() > 0:
         raise ValueError(
-            f"input_ids holds {unknown.unique().tolist()[:5]}, but the model embeds token ids from 0 "
-            f"to {vocabulary_size - 1}. Tokenize with the model's own tokenizer, or call "
+            f"input_ids holds {unknown.unique().tolist()[:5]}, but the model embeds token ids from "
+            f"0 to {vocabulary_size - 1}. Tokenize with the model's own tokenizer, or call "
             "model.resize_token_embeddings(len(tokenizer)) where tokens were added."
         )
 
@@ -197,8 +200,8 @@ def _read_prompt_length(inputs: Mapping[str, Any], real: Tensor) -> Tensor | Non
         )
     if bool(((prompt_length < 0) | (prompt_length > real.sum(dim=1))).any()):
         raise ValueError(
-            f"prompt_length={prompt_length.tolist()} must lie between 0 and the rows' lengths without "
-            f"padding, {real.sum(dim=1).tolist()}."
+            f"prompt_length={prompt_length.tolist()} must lie between 0 and the rows' lengths "
+            f"without padding, {real.sum(dim=1).tolist()}."
         )
     return prompt_length
 

@@ -15,11 +15,11 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._inner: list[float] = []
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to ``seconds[name]``."""
+        """Time the block as a part of the phase ``name``."""
         start = self._now()
         self._inner.append(0.0)
         try:
@@ -27,9 +27,14 @@ class Stopwatch:
         finally:
             elapsed = self._now() - start
             own = elapsed - self._inner.pop()
-            self.seconds[name] = self.seconds.get(name, 0.0) + own
+            self._seconds[name] = self._seconds.get(name, 0.0) + own
             if self._inner:
                 self._inner[-1] += elapsed
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
 
     def _now(self) -> float:
         # A few waits a step; without them a phase would be billed for its predecessor's kernels.

@@ -82,7 +82,8 @@ class EBFTTrainer(Trainer):
     """Drop-in replacement of `transformers.Trainer` that fine-tunes by feature matching.
 
     Args:
-        model: a causal language model whose layers are all attention layers, or a PEFT model of one.
+        model: a causal language model whose layers are all attention layers, or a PEFT model of
+            one.
         args: an `EBFTConfig`, or a plain `TrainingArguments`, which gets the EBFT defaults.
         feature_network: frozen network phi with the policy's tokenizer. Default: the model at
             `feature_model_name_or_path` if set, else `model` as it is now, placed by
@@ -156,12 +157,13 @@ class EBFTTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """The EBFT loss of a batch: sample, embed, reward, compare, score.
 
-        Every process makes the same forward passes whatever its documents are: G for sampling and one
-        with gradient. That is what keeps the collective calls of DDP and FSDP in step.
+        Every process makes the same forward passes whatever its documents are: G for sampling and
+        one with gradient. That is what keeps the collective calls of DDP and FSDP in step.
 
         Args:
             model: the wrapped policy.
-            inputs: ``input_ids`` (rows, tokens) and what :class:`hf_ebft.documents.Documents` reads.
+            inputs: ``input_ids`` (rows, tokens) and what :class:`hf_ebft.documents.Documents`
+                reads.
             return_outputs: also return an [`EBFTOutput`].
             num_items_in_batch: not used; documents weigh equally.
 
@@ -203,15 +205,14 @@ class EBFTTrainer(Trainer):
             | token_metrics(log_probs, rl_loss, ce_loss, kl, layout)
         )
         self._warn_of_no_blocks(rollouts)
-        outputs = EBFTOutput(
-            rollouts, rewards, advantages, log_probs.rollout, rl_loss, ce_loss, kl
-        )
+        outputs = EBFTOutput(rollouts, rewards, advantages, log_probs.rollout, rl_loss, ce_loss, kl)
         return (loss, outputs) if return_outputs else loss
 
     def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
         """Sample rollouts for a batch; override to supply others.
 
-        A subclass may return ``dataclasses.replace(super().sample_rollouts(model, inputs), tokens=...)``.
+        A subclass may return
+        ``dataclasses.replace(super().sample_rollouts(model, inputs), tokens=...)``.
 
         Args:
             model: the wrapped policy.
@@ -244,9 +245,7 @@ class EBFTTrainer(Trainer):
 
     # ---- Scoring ------------------------------------------------------------------------------
 
-    def _score(
-        self, rollouts: Rollouts, kept: KeptPlaces
-    ) -> tuple[Rewards, Tensor, Tensor | None]:
+    def _score(self, rollouts: Rollouts, kept: KeptPlaces) -> tuple[Rewards, Tensor, Tensor | None]:
         """Rewards, advantages and, if there is a KL penalty, the reference's log-probabilities."""
         settings = self.ebft
         wants_reference = settings.kl_coef > 0 and not self._evaluating
@@ -296,7 +295,7 @@ class EBFTTrainer(Trainer):
         return eos[0] if isinstance(eos, list) else eos
 
     def _parameters_for_sampling(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Under FSDP2, keep parameters gathered over the decoding steps if there is room for them."""
+        """Under FSDP2, keep parameters gathered over the decoding steps if there is room."""
         if not is_sharded(model):
             return nullcontext()
         if self._gather_for_sampling is None:  # decided once, together
@@ -321,9 +320,7 @@ class EBFTTrainer(Trainer):
         step, seen = self._micro_step
         seen = seen + 1 if step == self.state.global_step else 0
         self._micro_step = (self.state.global_step, seen)
-        return make_generator(
-            device, seed, TRAINING_STREAM, self.state.global_step, seen, process
-        )
+        return make_generator(device, seed, TRAINING_STREAM, self.state.global_step, seen, process)
 
     # ---- Evaluation ---------------------------------------------------------------------------
 
@@ -338,7 +335,7 @@ class EBFTTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Teacher-forced loss and logits as in `Trainer`, then rollouts for the `ebft/*` metrics."""
+        """Teacher-forced loss and logits as in `Trainer`, then rollouts for `ebft/*` metrics."""
         inputs = self._prepare_inputs(inputs)
         documents = self._read(inputs)
         self._teacher_forced = True
@@ -392,8 +389,9 @@ class EBFTTrainer(Trainer):
     # ---- Watching -----------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """`Trainer`'s, started afresh: nothing of an earlier run or of a loss computed by hand counts."""
+        """`Trainer`'s, started afresh: no earlier run and no loss computed by hand counts."""
         self._training_metrics.clear()
+        self._stopwatch.take()
         self._micro_step = (-1, 0)
         return super().train(*args, **kwargs)
 
@@ -401,9 +399,11 @@ class EBFTTrainer(Trainer):
         """`Trainer`'s step, timed by phase."""
         with self._stopwatch.phase("training"):
             loss = super().training_step(*args, **kwargs)
-        seconds, self._stopwatch.seconds = self._stopwatch.seconds, {}
         self._training_metrics.add(
-            {f"seconds_{phase}": Ratio(spent, 1.0) for phase, spent in seconds.items()}
+            {
+                f"seconds_{phase}": Ratio(spent, 1.0)
+                for phase, spent in self._stopwatch.take().items()
+            }
         )
         return loss
 
@@ -422,10 +422,10 @@ class EBFTTrainer(Trainer):
         self._warned_of_no_blocks = True
         settings, documents = self.ebft, rollouts.layout.documents
         logger.warning(
-            "No document of a micro-batch has room for a block: the longest has %d tokens, a block needs "
-            "context_length + generate_max_len = %d unmasked ones (after the prompt, if one is marked). "
-            "Such documents contribute only their cross-entropy (ce_coef=%g); their share is logged as "
-            "ebft/documents_without_blocks.",
+            "No document of a micro-batch has room for a block: the longest has %d tokens, a block "
+            "needs context_length + generate_max_len = %d unmasked ones (after the prompt, if one "
+            "is marked). Such documents contribute only their cross-entropy (ce_coef=%g); their "
+            "share is logged as ebft/documents_without_blocks.",
             int(documents.length.max()),
             settings.context_length + settings.generate_max_len,
             settings.ce_coef,
@@ -441,15 +441,15 @@ class EBFTTrainer(Trainer):
         )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """`Trainer`'s; the new policy that each ``train()`` makes is prepared like the first one."""
+        """`Trainer`'s; the new policy of each ``train()`` is prepared like the first one."""
         policy = super().call_model_init(trial)
         if self._constructed:  # else the constructor does it, once the policy is on its device
             self._prepare_networks(policy)
         return policy
 
     def _set_signature_columns_if_needed(self) -> None:
-        # Private in transformers, and the only way to keep columns that the model does not take while
-        # remove_unused_columns drops the others (TRL's trainers override it too).
+        # Private in transformers, and the only way to keep columns that the model does not take
+        # while remove_unused_columns drops the others (TRL's trainers override it too).
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns += EBFT_COLUMNS
@@ -469,7 +469,8 @@ def _with_adapters(
         )
     if isinstance(model, PeftModel):
         raise ValueError(
-            "model is a PEFT model already, so peft_config would put adapters on adapters; drop one."
+            "model is a PEFT model already, so peft_config would put adapters on adapters; "
+            "drop one."
         )
     if _checkpoints_activations(args):
         # With the base frozen, a checkpointed segment would otherwise have no input with gradient.
@@ -478,7 +479,7 @@ def _with_adapters(
 
 
 def _checkpoints_activations(args: TrainingArguments) -> bool:
-    """``activation_checkpointing``, which older transformers releases call ``gradient_checkpointing``."""
+    """``activation_checkpointing``, in older transformers releases ``gradient_checkpointing``."""
     old, new = "gradient_checkpointing", "activation_checkpointing"
     return bool(getattr(args, new if hasattr(args, new) else old))
 
@@ -491,8 +492,8 @@ def _refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any
         )
     if args.label_smoothing_factor != 0:
         raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for the EBFT loss; "
-            "set it to 0."
+            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for the EBFT "
+            "loss; set it to 0."
         )
 
 
@@ -501,8 +502,8 @@ def _refuse_empty(dataset: Any, name: str) -> None:
     for key, value in datasets.items():
         if isinstance(value, Sized) and len(value) == 0:
             raise ValueError(
-                f"{name if key == name else f'{name}[{key!r}]'} is empty: there is nothing to sample "
-                "prefixes from. Check the path, the split and any filter."
+                f"{name if key == name else f'{name}[{key!r}]'} is empty: there is nothing to "
+                "sample prefixes from. Check the path, the split and any filter."
             )
 
 
@@ -511,8 +512,8 @@ def _refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:
         return
     listed = ", ".join(f"{name}={part.item()}" for name, part in parts.items() if part is not None)
     raise FloatingPointError(
-        f"The loss is {loss.item()} ({listed}). The last checkpoint is intact; lower learning_rate, "
-        "raise warmup_steps or set max_grad_norm, and with fp16 train in bf16."
+        f"The loss is {loss.item()} ({listed}). The last checkpoint is intact; lower "
+        "learning_rate, raise warmup_steps or set max_grad_norm, and with fp16 train in bf16."
     )
 
 
@@ -525,8 +526,8 @@ def _keep_one_device_per_process(args: TrainingArguments) -> None:
     """
     if args.n_gpu > 1:
         logger.warning(
-            "%d devices are visible to one process: EBFT trains on %s alone. Use `accelerate launch` "
-            "with one process per device to train on all of them.",
+            "%d devices are visible to one process: EBFT trains on %s alone. Use `accelerate "
+            "launch` with one process per device to train on all of them.",
             args.n_gpu,
             args.device,
         )

@@ -257,9 +257,7 @@ def test_a_feature_network_under_the_policys_adapters_is_refused(tmp_path: Path)
 
 def test_two_feature_networks_are_refused(tmp_path: Path) -> None:
     args = config(tmp_path, feature_model_name_or_path="some/model")
-    with pytest.raises(
-        ValueError, match=r"feature_network.*_name_or_path='some/model'"
-    ):
+    with pytest.raises(ValueError, match=r"feature_network.*_name_or_path='some/model'"):
         EBFTTrainer(tiny_llama(), args, feature_network=tiny_llama(seed=1))
 
 

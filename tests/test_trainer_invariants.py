@@ -25,7 +25,7 @@ from tiny import (
     weights_of,
 )
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_ebft import EBFTConfig, EBFTTrainer, Rollouts
 from hf_ebft.data import EBFTDataCollator
@@ -210,6 +210,17 @@ def test_sampling_leaves_the_global_generators_alone(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     trainer.sample_rollouts(trainer.model, batch_of(texts(20)))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("verify_packing", [False, True])
+def test_the_constructor_leaves_the_global_generators_where_trainer_does(
+    tmp_path: Path, verify_packing: bool
+) -> None:
+    """Self-tests and copies must not shift the data order of a run."""
+    Trainer(tiny_llama(), config(tmp_path))
+    expected = torch.get_rng_state()
+    EBFTTrainer(tiny_llama(), config(tmp_path, verify_packing=verify_packing))
+    assert torch.equal(torch.get_rng_state(), expected)
 
 
 def test_training_twice_on_one_trainer_repeats_the_run(tmp_path: Path) -> None:
