@@ -9,11 +9,11 @@ import logging
 from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_ebft.advantages import compute_advantages
@@ -95,6 +95,8 @@ class EBFTTrainer(Trainer):
     Raises:
         ValueError: settings, model, feature network or dataset that cannot work.
     """
+
+    model: nn.Module  # Trainer's own annotation admits None, which it never is here
 
     # The loss is a mean over the micro-batch's documents: the Trainer has to divide it by the
     # accumulation steps.
@@ -452,7 +454,8 @@ class EBFTTrainer(Trainer):
         # while remove_unused_columns drops the others (TRL's trainers override it too).
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += EBFT_COLUMNS
+            columns = cast(list[str], self._signature_columns)
+            columns += EBFT_COLUMNS
 
 
 def _with_adapters(
@@ -474,7 +477,7 @@ def _with_adapters(
         )
     if _checkpoints_activations(args):
         # With the base frozen, a checkpointed segment would otherwise have no input with gradient.
-        model.enable_input_require_grads()
+        cast(PreTrainedModel, model).enable_input_require_grads()
     return get_peft_model(model, peft_config)
 
 
