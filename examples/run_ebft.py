@@ -27,6 +27,7 @@ from typing import Any, Literal, NoReturn
 
 import stdlib_text
 import torch
+import transformers
 import yaml
 from peft import LoraConfig
 from transformers import (
@@ -459,6 +460,9 @@ def load_model(names: ModelArguments, n_tokens: int) -> Any:
     options = loading_options(names)
     if names.attn_implementation is not None:
         options["attn_implementation"] = names.attn_implementation
+    if names.gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Packed weights, the default of releases that know this class, cannot be trained.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     dtype = "auto" if names.dtype == "auto" else getattr(torch, names.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(
         names.model_name_or_path, dtype=dtype, **options

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import source_text, tiny_llama, tiny_tokenizer
+from tiny import config, source_text, texts, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_ebft.evaluation import FIGURES
@@ -449,3 +450,47 @@ def test_weights_have_the_type_that_was_asked_for(tmp_path: Path, dtype: str) ->
     names = run_ebft.ModelArguments(model_name_or_path=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
     expected = torch.float32 if dtype == "float32" else torch.bfloat16
     assert run_ebft.load_model(names, 20).dtype == expected
+
+
+def write_gguf(path: Path) -> None:
+    """A Llama of one layer in the format of llama.cpp, with 4-bit weights."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(64)
+    shapes = {f"blk.0.attn_{part}": (32, 32) for part in ("q", "k", "v", "output")}
+    shapes |= {f"blk.0.ffn_{part}": (32, 32) for part in ("gate", "up", "down")}
+    shapes |= {"token_embd": (64, 32), "output": (64, 32)}
+    shapes |= {"output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        weight = generator.normal(size=shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q4_1
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", weight)
+        else:
+            packed = gguf.quants.quantize(weight, kind)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_model_from_a_gguf_file_can_be_trained(tmp_path: Path) -> None:
+    """Its weights are unpacked on loading: Trainer refuses packed ones, which take no gradient."""
+    write_gguf(tmp_path / "tiny.gguf")
+    names = run_ebft.ModelArguments(model_name_or_path=str(tmp_path), gguf_file="tiny.gguf")
+    model = run_ebft.load_model(names, 64)
+    assert model.dtype == torch.float32
+    trainer = run_ebft.EBFTTrainer(model, config(tmp_path, max_steps=1), train_dataset=texts(20))
+    before = model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(model.lm_head.weight, before)
