@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from architectures import VOCABULARY
+from architectures import VOCABULARY, tiny_model
+from peft import LoraConfig, get_peft_model
 from plain_forwards import Batch, last_token_embedding, plain_blocks, plain_pass
 from torch import Tensor, nn
 
@@ -94,6 +95,19 @@ def packed_documents(*rows: list[int], seed: int = 1) -> Batch:
         ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         document_ids[row, : len(ids)] = ids
     return batch | {"document_ids": document_ids}
+
+
+def lora_model(architecture: str) -> nn.Module:
+    """A model with adapters that do something."""
+    adapted = get_peft_model(
+        tiny_model(architecture), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return adapted.eval()
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Block-parallel computation equals plain causal forward passes, on the architectures people train.
 
 Every comparison is between the library (packed row, KV-cached sampler, feature network) and the
-loops of ``plain_forwards.py``, over the whole vocabulary, in float32. The same over every model type
-that transformers has: ``test_exactness_all.py``.
+loops of ``plain_forwards.py``, over the whole vocabulary, in float32. The same over every model
+type that transformers has: ``test_exactness_all.py``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from architectures import VOCABULARY, tiny_model
 from exactness import (
     TOLERANCE,
     Case,
+    lora_model,
     measure,
     packed_documents,
     ragged_batch,
     sample,
     training_log_probs,
 )
-from peft import LoraConfig, get_peft_model
 from plain_forwards import Batch, plain_blocks, plain_pass
 from torch import Tensor, nn
 
@@ -233,19 +233,6 @@ def _gradient(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-
-
-def lora_model(architecture: str) -> nn.Module:
-    """A model with adapters that do something."""
-    adapted = get_peft_model(
-        tiny_model(architecture), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return adapted.eval()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
