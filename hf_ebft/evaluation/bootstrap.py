@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # Resamples drawn at once, times groups: bounds the memory of a large evaluation.
 CHUNK = 4_000_000
+# Figures are of order 1 and computed in float32.
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class PairedDifference:
     Attributes:
         before, after: means over the documents that have the figure in both.
         difference: ``after - before``.
-        low, high: bounds of the percentile bootstrap interval of the difference.
+        low, high: bounds of the bootstrap interval of the difference.
         n_documents: documents that entered.
         n_groups: groups that were resampled.
     """
@@ -33,8 +37,8 @@ class PairedDifference:
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out zero, rounding errors of float32 included."""
+        return self.low > ROUNDING or self.high < -ROUNDING
 
 
 def paired_bootstrap(
@@ -46,7 +50,11 @@ def paired_bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> PairedDifference:
-    """Percentile bootstrap of the mean difference, with documents (or groups of them) resampled.
+    """Bootstrap of the mean difference, with documents (or groups of them) resampled.
+
+    The interval is the expanded percentile interval (T. Hesterberg, "What teachers should know
+    about the bootstrap", 2015), which allows for few groups: the plain percentile interval of 12 is
+    a seventh narrower, and covers the truth 91 times in 100 instead of 95.
 
     Args:
         before: (N,) figures; NaN where a document has none.
@@ -85,7 +93,7 @@ def paired_bootstrap(
         )
     sums = np.bincount(group, weights=new - old).astype(np.float64)
     means = _resampled_means(sums, sizes, n_resamples, np.random.default_rng(seed))
-    tail = (1 - confidence) / 2
+    tail = _expanded_tail((1 - confidence) / 2, len(sizes))
     low, high = np.quantile(means, [tail, 1 - tail])
     return PairedDifference(
         before=float(old.mean()),
@@ -96,6 +104,19 @@ def paired_bootstrap(
         n_documents=len(old),
         n_groups=len(sizes),
     )
+
+
+def _expanded_tail(tail: float, n_groups: int) -> float:
+    """The quantile of the resampled means at which the interval is to end.
+
+    Resampled means spread less than means do, by sqrt((n - 1) / n), and their quantiles are like a
+    normal distribution's where Student's would be right. Both are made up for here.
+    """
+    z = -NormalDist().inv_cdf(tail)
+    freedom = n_groups - 1
+    # Student's quantile by its expansion in 1 / freedom: within 1 % from 4 degrees on.
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return NormalDist().cdf(-math.sqrt(n_groups / freedom) * t)
 
 
 def _resampled_means(
