@@ -19,7 +19,7 @@ STAMP := $(VENV)/.hf_ebft-installed
 LAUNCH := $(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/run_ebft.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help install demo demo-long test test-slow lint style clean
+.PHONY: help install demo test test-slow lint style clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,9 +36,6 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt hf_ebft/version.py
 
 demo: $(STAMP) ## fine-tune the small model that ships here, a few minutes on 2 CPU cores
 	$(LAUNCH) --config examples/configs/demo.yaml
-
-demo-long: $(STAMP) ## the same with more steps
-	$(LAUNCH) --config examples/configs/demo_long.yaml
 
 test: $(STAMP) ## the default suite: no slow, GPU or vLLM tests
 	$(PYTEST) $(PYTEST_ARGS)
