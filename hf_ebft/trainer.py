@@ -124,7 +124,7 @@ class EBFTTrainer(Trainer):
         self._given_feature_network = feature_network
         self._constructed = False
         super().__init__(
-            model=_with_adapters(model, peft_config, args),
+            model=_with_adapters(model, peft_config),
             args=args,
             data_collator=data_collator or EBFTDataCollator(processing_class),
             train_dataset=train_dataset,
@@ -458,9 +458,7 @@ class EBFTTrainer(Trainer):
             columns += EBFT_COLUMNS
 
 
-def _with_adapters(
-    model: nn.Module | None, peft_config: PeftConfig | None, args: TrainingArguments
-) -> nn.Module | None:
+def _with_adapters(model: nn.Module | None, peft_config: PeftConfig | None) -> nn.Module | None:
     """The model wrapped by PEFT if a configuration is given."""
     if peft_config is None:
         return model
@@ -475,16 +473,7 @@ def _with_adapters(
             "model is a PEFT model already, so peft_config would put adapters on adapters; "
             "drop one."
         )
-    if _checkpoints_activations(args):
-        # With the base frozen, a checkpointed segment would otherwise have no input with gradient.
-        cast(PreTrainedModel, model).enable_input_require_grads()
-    return get_peft_model(model, peft_config)
-
-
-def _checkpoints_activations(args: TrainingArguments) -> bool:
-    """``activation_checkpointing``, in older transformers releases ``gradient_checkpointing``."""
-    old, new = "gradient_checkpointing", "activation_checkpointing"
-    return bool(getattr(args, new if hasattr(args, new) else old))
+    return get_peft_model(cast(PreTrainedModel, model), peft_config)
 
 
 def _refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]) -> None:

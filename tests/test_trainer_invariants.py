@@ -25,13 +25,19 @@ from tiny import (
     weights_of,
 )
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_ebft import EBFTConfig, EBFTTrainer, Rollouts
 from hf_ebft.data import EBFTDataCollator
 
 # Rounding of a gradient in float32, relative to its largest entry.
 ROUNDING = 2e-5
+# Its name in this release of transformers.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
 WALL_CLOCK = ("ebft/seconds_rollout", "ebft/seconds_features", "ebft/seconds_training")
 
 
@@ -428,9 +434,9 @@ def test_gradient_checkpointing_changes_no_bit(
         args = config(
             tmp_path,
             max_steps=2,
-            activation_checkpointing=checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": use_reentrant},
             ce_coef=0.1,
+            **{CHECKPOINTING: checkpointing},
+            **{f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}},
         )
         torch.manual_seed(2)
         adapters = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
