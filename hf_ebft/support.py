@@ -154,7 +154,7 @@ def _row_limits(config: Any, name: str) -> RowLimits:
     positions: Any = getattr(config, "max_position_embeddings", None)
     ropes = _rope_parameters(config)
     for rope in ropes:
-        kind = rope.get("rope_type", "default")
+        kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind in ("dynamic", "longrope"):
             # The dynamic kind grows from the configured length on, longrope from the original one.
             original = None if kind == "dynamic" else rope.get("original_max_position_embeddings")
@@ -162,16 +162,17 @@ def _row_limits(config: Any, name: str) -> RowLimits:
             documents.append((original or positions, reason))
     if positions and not ropes:
         documents.append((positions, f"{name} has no position embeddings"))
-    if getattr(config, "attn_temperature_tuning", False) and 0 in config.no_rope_layers:
+    without_rope = 0 in (getattr(config, "no_rope_layers", None) or (0,))
+    if getattr(config, "attn_temperature_tuning", False) and without_rope:
         reason = f"{name} tunes its attention temperature by the place in the row"
         rows.append((int(config.floor_scale) - 1, reason))
     if config.model_type == "gpt_neo":
-        rows.append((positions, f"{name}'s causal masks end"))
+        rows.append((positions, f"{name} has no causal mask"))
         if "local" in config.attention_layers:
-            reason = f"{name}'s local layers measure their window along the row"
+            reason = f"{name} measures the window of its local layers along the row"
             rows.append((config.window_size, reason))
     if config.model_type == "big_bird":
-        rows.append((positions, f"{name}'s token types end"))
+        rows.append((positions, f"{name} has no token types"))
     return RowLimits(
         document=min(documents, default=None),
         row=min(rows, default=None),
@@ -179,8 +180,8 @@ def _row_limits(config: Any, name: str) -> RowLimits:
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """Rotary settings: none, one, or one for each type of layer."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    """Rotary settings: none, one, or one for each type of layer; older code calls them scaling."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     return nested or ([rope] if rope else [])
 
