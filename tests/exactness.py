@@ -25,6 +25,8 @@ from hf_ebft.layout import PackedLayout
 from hf_ebft.losses import KeptPlaces
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+from hf_ebft.support import decoder_layers
+from hf_ebft.verification import verify_packing
 
 # Rounding alone, in float32, over models with weights of unit gain.
 TOLERANCE = 1e-4
@@ -97,6 +99,14 @@ def packed_documents(*rows: list[int], seed: int = 1) -> Batch:
     return batch | {"document_ids": document_ids}
 
 
+def masked_labels(batch: Batch, *masked: slice) -> Batch:
+    """The batch with labels that are masked in these columns."""
+    labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    for columns in masked:
+        labels[:, columns] = -100
+    return batch | {"labels": labels}
+
+
 def lora_model(architecture: str) -> nn.Module:
     """A model with adapters that do something."""
     adapted = get_peft_model(
@@ -111,27 +121,27 @@ def lora_model(architecture: str) -> nn.Module:
 
 
 @contextmanager
-def recorded_logits() -> Iterator[list[Tensor]]:
-    """The logits that the sampler turns into distributions, one tensor per step."""
+def recorded_distributions() -> Iterator[list[Tensor]]:
+    """The distributions (B, K * n, V) that the sampler draws from, one tensor per step."""
     steps: list[Tensor] = []
-    original = hf_ebft.rollouts.token_probabilities
+    original = hf_ebft.rollouts.draw
 
-    def recording(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-        steps.append(logits)
-        return original(logits, temperature, top_p)
+    def recording(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+        steps.append(probabilities)
+        return original(probabilities, generator)
 
-    hf_ebft.rollouts.token_probabilities = recording
+    hf_ebft.rollouts.draw = recording
     try:
         yield steps
     finally:
-        hf_ebft.rollouts.token_probabilities = original
+        hf_ebft.rollouts.draw = original
 
 
 def sample(
     model: nn.Module, forward: PackedForward, layout: PackedLayout
 ) -> tuple[Rollouts, Tensor]:
     """Rollouts, and the log-probabilities (B, n, K, G, V) of what each token was drawn from."""
-    with recorded_logits() as steps:
+    with recorded_distributions() as steps:
         rollouts = sample_rollouts(
             model,
             forward,
@@ -141,11 +151,9 @@ def sample(
             generator=make_generator(torch.device("cpu"), 0),
         )
     _, n_samples, n_blocks, _ = layout.rollout_shape
-    # The first step is shared by the samples of a block; later ones are block after block.
-    first = steps[0].unsqueeze(2).expand(-1, -1, n_samples, -1)
-    later = [step.unflatten(1, (n_blocks, n_samples)) for step in steps[1:]]
-    logits = torch.stack([first, *later], dim=3).transpose(1, 2)
-    return rollouts, logits.float().log_softmax(-1)
+    # The tokens of a step stand block after block.
+    by_block = [step.unflatten(1, (n_blocks, n_samples)) for step in steps]
+    return rollouts, torch.stack(by_block, dim=3).transpose(1, 2).log()
 
 
 def training_log_probs(
@@ -210,3 +218,42 @@ def _worse(so_far: float, found: Tensor, expected: Tensor) -> float:
     difference = float((found - expected).abs().max())
     # NaN compares as neither larger nor smaller, and must not pass for small.
     return float("inf") if difference != difference else max(so_far, difference)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What becomes of a model.
+
+    Attributes:
+        outcome: "exact", "refused" (at construction), "limited" (at the batch) or "wrong".
+        differences: what was measured, if anything.
+        reason: the message of a refusal.
+        forward: how the model runs packed rows, unless it is refused.
+        without_features: why it cannot be a feature network, if so.
+    """
+
+    outcome: str
+    differences: Differences = field(default_factory=Differences)
+    reason: str = ""
+    forward: PackedForward | None = None
+    without_features: str = ""
+
+
+def judge(model: nn.Module, case: Case) -> Verdict:
+    """Pass a model through everything that a trainer asks of it, and measure it if it passes."""
+    try:
+        forward = PackedForward.of(model)
+        verify_packing(model, forward)
+    except ValueError as error:
+        return Verdict("refused", reason=str(error))
+    without_features = ""
+    try:
+        decoder_layers(model)
+    except ValueError as error:
+        without_features = str(error)
+    try:
+        found = measure(model, case, with_features=not without_features)
+    except ValueError as error:
+        return Verdict("limited", reason=str(error), forward=forward)
+    outcome = "exact" if found.largest < TOLERANCE else "wrong"
+    return Verdict(outcome, found, forward=forward, without_features=without_features)

@@ -219,8 +219,10 @@ def test_compiled_flex_attention_equals_the_dense_mask(model_type: str) -> None:
         assert flex.recipe.implementation == "flex_attention"
         with torch.no_grad():
             found = training_log_probs(model, flex, rollouts)
-        repeated, resampled = sample(model, flex, layout)
+        torch.testing.assert_close(found[there], expected[there], atol=1e-5, rtol=0)
+        # Every kind of mask and every length is compiled by itself, which takes long.
+        if model_type == "llama":
+            repeated, resampled = sample(model, flex, layout)
+            assert torch.equal(repeated.tokens[there], rollouts.tokens[there])
+            torch.testing.assert_close(resampled[there], sampled[there], atol=1e-5, rtol=0)
         torch._dynamo.reset()
-    torch.testing.assert_close(found[there], expected[there], atol=1e-5, rtol=0)
-    assert torch.equal(repeated.tokens[there], rollouts.tokens[there])
-    torch.testing.assert_close(resampled[there], sampled[there], atol=1e-5, rtol=0)

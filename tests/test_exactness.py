@@ -7,7 +7,6 @@ type that transformers has: ``test_exactness_all.py``.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -17,6 +16,7 @@ from exactness import (
     TOLERANCE,
     Case,
     lora_model,
+    masked_labels,
     measure,
     packed_documents,
     ragged_batch,
@@ -56,13 +56,6 @@ ARCHITECTURES = (
 OVERRIDES = {"llama4_text": {"floor_scale": 8192}}
 
 
-def masked_labels(batch: Batch, *masked: slice) -> Batch:
-    labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
-    for columns in masked:
-        labels[:, columns] = -100
-    return batch | {"labels": labels}
-
-
 # S - G - a_0 is divisible by the stride for some documents of a case and not for others; one
 # document of the first case has no block at all.
 CASES = {
@@ -95,8 +88,7 @@ def test_every_way_equals_plain_forward_passes(model: nn.Module, name: str) -> N
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text", "gpt2", "mixtral"])
 def test_eager_attention_is_exact_too(architecture: str) -> None:
-    model = tiny_model(architecture)
-    model.set_attn_implementation("eager")
+    model = tiny_model(architecture, attention="eager")
     found = measure(model, CASES["ragged, stride above G"])
     assert PackedForward.of(model).recipe.implementation == "eager"
     assert found.largest < TOLERANCE, found
@@ -251,7 +243,15 @@ def test_adapters_are_exact_too(architecture: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_bfloat16_differs_by_its_rounding_alone(implementation: str) -> None:
-    model = copy.deepcopy(tiny_model("llama")).to(torch.bfloat16)
-    model.set_attn_implementation(implementation)
+    model = tiny_model("llama", attention=implementation).to(torch.bfloat16)
     found = measure(model, CASES["ragged, stride above G"], with_features=False)
+    assert found.largest < 0.1, found
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_autocast_differs_by_its_rounding_alone(architecture: str, implementation: str) -> None:
+    model = tiny_model(architecture, attention=implementation)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure(model, CASES["ragged, stride above G"], with_features=False)
     assert found.largest < 0.1, found
