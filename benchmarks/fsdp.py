@@ -1,12 +1,11 @@
-"""Peak memory per process by placement of the feature network, with the expected bytes beside it.
+"""FSDP2: memory by placement of the feature network, and sampling with parameters gathered or not.
 
-    python benchmarks/placement_memory.py                 # measures, two processes on this machine
-    python benchmarks/placement_memory.py --expected      # only computes, for 1 B, 8 B and 70 B
-    parameters
+    python benchmarks/fsdp.py              # measures, two processes on this machine
+    python benchmarks/fsdp.py --expected   # only computes, for 1 B, 8 B and 70 B parameters
 
-Every placement runs in processes of its own: a step of training under FSDP2 (over gloo on a machine
-without accelerators), then the process's peak resident memory, and the bytes that the feature
-network and the policy really hold there. The reference is the same run with the smallest feature
+Every setting runs in processes of its own: a few steps of training under FSDP2 (over gloo on a
+machine without accelerators), then the process's peak resident memory, and the bytes that the
+feature network and the policy really hold there. The reference is the run with the smallest feature
 network that exists, a shared one.
 """
 
@@ -16,16 +15,20 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from hf_ebft.config import GATHER_PARAMS, GatherParams
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -35,7 +38,8 @@ FULL_STATES = 16
 BFLOAT16 = 2
 # LoRA of rank 16 on all linear layers trains about 1 % of the parameters of a Llama.
 LORA_SHARE = 0.01
-MEASURED = ("shared", "same_device", "sharded")
+PLACEMENTS = ("shared", "same_device", "sharded")
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ def local_bytes(model: nn.Module) -> int:
     )
 
 
-def worker(placement: str) -> None:
-    """One process: build, train one step, report."""
+def worker(placement: str, gather: GatherParams, reports: Path) -> None:
+    """One process: build, train a few steps, report."""
     sys.path.insert(0, str(ROOT))
     if not torch.accelerator.is_available():
         from tests.distributed import fsdp_on_cpu
@@ -114,10 +118,13 @@ def worker(placement: str) -> None:
         EBFTConfig(
             output_dir=tempfile.mkdtemp(),
             report_to=[],
-            max_steps=1,
+            use_cpu=not torch.accelerator.is_available(),
+            max_steps=STEPS,
+            logging_steps=1,
             per_device_train_batch_size=1,
             save_strategy="no",
             feature_placement=placement,
+            gather_params_for_sampling=gather,
             verify_packing=False,
             disable_tqdm=True,
         ),
@@ -126,15 +133,23 @@ def worker(placement: str) -> None:
     )
     trainer.train()
     network = trainer.feature_network
+    seconds = [
+        entry["ebft/seconds_rollout"]
+        for entry in trainer.state.log_history
+        if "ebft/seconds_rollout" in entry
+    ]
     report = {
         "placement": placement,
+        "gather": gather,
+        "seconds_rollout": statistics.median(seconds[1:]),
         "process": trainer.args.process_index,
         "whole_bytes": whole,
         "policy_bytes": local_bytes(trainer.model),
         "feature_bytes": 0 if network.shared else local_bytes(network.model),
         "peak_bytes": _peak_bytes(),
     }
-    print("REPORT " + json.dumps(report), flush=True)
+    path = reports / f"{trainer.args.process_index}.json"
+    path.write_text(json.dumps(report))
 
 
 def _peak_bytes() -> int:
@@ -143,26 +158,24 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def measure(placement: str) -> list[dict[str, int]]:
-    """Run one placement in two processes."""
+def measure(placement: str, gather: GatherParams = "true") -> list[dict[str, Any]]:
+    """Run one setting in two processes."""
     settings = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2_lora.yaml").read_text())
     on_cpu = not torch.accelerator.is_available()
     settings |= {"num_processes": 2, "mixed_precision": "no", "use_cpu": on_cpu}
     settings["main_process_port"] = 0
     settings["fsdp_config"]["fsdp_cpu_ram_efficient_loading"] = False
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(settings, file)
-        file.flush()
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file.name]
-        output = subprocess.run(
-            [*command, __file__, "--worker", placement],
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "accelerate.yaml")
+        config.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        subprocess.run(
+            [*command, __file__, "--worker", placement, "--gather", gather, "--reports", folder],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
+            stdout=subprocess.DEVNULL,
             check=True,
-        ).stdout
-    lines = [line for line in output.splitlines() if "REPORT " in line]
-    return [json.loads(line.split("REPORT ", 1)[1]) for line in lines]
+        )
+        return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
 
 
 def main() -> None:
@@ -170,16 +183,18 @@ def main() -> None:
     parser.add_argument(
         "--expected", action="store_true", help="Print the computed table and stop."
     )
-    parser.add_argument("--worker", choices=MEASURED, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=PLACEMENTS, help=argparse.SUPPRESS)
+    parser.add_argument("--reports", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--gather", choices=GATHER_PARAMS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="Write the raw figures here.")
     arguments = parser.parse_args()
     if arguments.worker:
-        worker(arguments.worker)
+        worker(arguments.worker, arguments.gather, arguments.reports)
         return
     if arguments.expected:
         print_expected()
         return
-    reports = {placement: measure(placement) for placement in MEASURED}
+    reports = {placement: measure(placement) for placement in PLACEMENTS}
     print("| placement | feature network, MiB | expected, MiB | peak over shared, MiB |")
     print("|---|---|---|---|")
     base = max(report["peak_bytes"] for report in reports["shared"])
@@ -190,8 +205,17 @@ def main() -> None:
         peak = max(report["peak_bytes"] for report in processes) - base
         mib = 2**20
         print(f"| {placement} | {held / mib:.0f} | {share * whole / mib:.0f} | {peak / mib:.0f} |")
+    settings: tuple[GatherParams, ...] = ("true", "false")
+    sampling = {gather: measure("shared", gather) for gather in settings}
+    print("\n| gather_params_for_sampling | sampling, s a step | peak, MiB |")
+    print("|---|---|---|")
+    for gather, processes in sampling.items():
+        seconds = max(report["seconds_rollout"] for report in processes)
+        peak = max(report["peak_bytes"] for report in processes)
+        print(f"| {gather} | {seconds:.2f} | {peak / 2**20:.0f} |")
     if arguments.json:
-        arguments.json.write_text(json.dumps(reports, indent=2) + "\n")
+        figures = {"placements": reports, "sampling": sampling}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":
