@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -98,8 +98,7 @@ class EBFTTrainer(Trainer):
 
     model: nn.Module  # Trainer's own annotation admits None, which it never is here
 
-    # The loss is a mean over the micro-batch's documents: the Trainer has to divide it by the
-    # accumulation steps.
+    # The Trainer has to divide the loss by the accumulation steps; see _share_of_step.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -167,7 +166,8 @@ class EBFTTrainer(Trainer):
             inputs: ``input_ids`` (rows, tokens) and what :class:`hf_ebft.documents.Documents`
                 reads.
             return_outputs: also return an [`EBFTOutput`].
-            num_items_in_batch: not used; documents weigh equally.
+            num_items_in_batch: documents of the whole optimizer step, over accumulation steps and
+                processes, as :meth:`get_batch_samples` counts them; None: this batch is the step.
 
         Raises:
             FloatingPointError: the loss or the policy's logits are not finite.
@@ -208,6 +208,8 @@ class EBFTTrainer(Trainer):
         )
         self._warn_of_no_blocks(rollouts)
         outputs = EBFTOutput(rollouts, rewards, advantages, log_probs.rollout, rl_loss, ce_loss, kl)
+        if num_items_in_batch is not None:
+            loss = loss * self._share_of_step(layout.documents, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
@@ -295,6 +297,26 @@ class EBFTTrainer(Trainer):
             return int(from_tokenizer)
         eos = bare_model(self.model).config.get_text_config(decoder=True).eos_token_id
         return eos[0] if isinstance(eos, list) else eos
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step and the number of documents in them, everywhere.
+
+        `Trainer` counts label tokens here; EBFT's loss is a mean over documents.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(float(self._read(batch).count) for batch in batches)
+        return batches, self._sum_over_processes(torch.tensor(count, device=device))
+
+    def _share_of_step(self, documents: Documents, documents_of_step: Tensor | int) -> Tensor:
+        """What turns a mean over this micro-batch into its part of the mean over the step.
+
+        `Trainer` then divides by the accumulation steps, and DDP or FSDP by the processes. It is 1
+        where all micro-batches hold equally many documents.
+        """
+        shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        return documents.count * shares / documents_of_step
 
     def _parameters_for_sampling(self, model: nn.Module) -> AbstractContextManager[None]:
         """Under FSDP2, keep parameters gathered over the decoding steps if there is room."""

@@ -82,9 +82,10 @@ class RecordRollouts(EBFTTrainer):
 def test_accumulation_gives_the_gradient_of_one_batch(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    """One document short, one long: each must weigh a quarter however the four are split."""
+    """One document short, one long: each must weigh a quarter however the four are split, evenly
+    or into three and one (where a mean of means would weigh the last document three times)."""
     runs = []
-    for batch_size, accumulation in ((4, 1), (1, 4), (2, 2)):
+    for batch_size, accumulation in ((4, 1), (1, 4), (2, 2), (3, 2)):
         gradient = RecordGradients()
         args = config(
             tmp_path,
