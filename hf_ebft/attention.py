@@ -48,8 +48,8 @@ def mask_functions(model: PreTrainedModel) -> set[str]:
         for ancestor in type(part).__mro__
         if issubclass(ancestor, PreTrainedModel) and ancestor is not PreTrainedModel
     }
-    names = {name for source in sources for name in vars(sys.modules[source])}
-    return names & MASK_FUNCTIONS
+    known = sources & sys.modules.keys()
+    return {name for source in known for name in vars(sys.modules[source])} & MASK_FUNCTIONS
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ class EBFTDataCollator:
     """Pads every per-token column on the right, whatever columns the rows have.
 
     Rows are dicts with ``input_ids`` and, optionally, ``attention_mask``, ``labels``,
-    ``position_ids``, ``document_ids`` / ``seq_idx`` (one value per token) and ``prompt_length`` (one
-    value per row). A missing ``attention_mask`` is made, so padding is never mistaken for text, and
-    a tokenizer without a pad token needs none.
+    ``position_ids``, ``document_ids`` / ``seq_idx`` (one value per token) and ``prompt_length``
+    (one value per row). A missing ``attention_mask`` is made, so padding is never mistaken for
+    text, and a tokenizer without a pad token needs none.
 
     Args:
-        processing_class: tokenizer whose pad token fills ``input_ids``; 0 is used where it has none.
+        processing_class: tokenizer whose pad token fills ``input_ids``; 0 is used where it has
+            none.
     """
 
     def __init__(self, processing_class: Any = None) -> None:
@@ -62,8 +63,8 @@ class EBFTDataCollator:
             values = self._values(name, row)
             if values.shape != (length,):
                 raise ValueError(
-                    f"Column {name!r} of a row has shape {tuple(values.shape)}, but the row has {length} "
-                    "input_ids; give one value per token, or drop the column."
+                    f"Column {name!r} of a row has shape {tuple(values.shape)}, but the row has "
+                    f"{length} input_ids; give one value per token, or drop the column."
                 )
             padded[index, :length] = values
         return padded
