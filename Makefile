@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # CONSTRAINTS=/dev/null lifts the pins, to try other versions.
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= examples,gguf,test,dev
+EXTRAS ?= examples,gguf,quantization,test,dev
 ACCELERATE_CONFIG ?= accelerate_configs/cpu.yaml
 # Test processes, one thread each: for models this small, processes pay and threads do not.
 JOBS ?= 2

@@ -71,6 +71,7 @@ def make_trainer(
     trainer_class=InjectedRollouts,
     data=None,
     evaluation=None,
+    pretrained=None,
     **settings,
 ):
     values = {
@@ -92,7 +93,7 @@ def make_trainer(
     }
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True) if peft else None
     return trainer_class(
-        tiny_llama(),
+        tiny_llama() if pretrained is None else LlamaForCausalLM.from_pretrained(pretrained),
         EBFTConfig(**(values | settings)),
         train_dataset=documents() if data is None else data,
         eval_dataset=evaluation,

@@ -35,8 +35,17 @@ def assert_same_weights(left, right, tolerance):
         )
 
 
-def compared_metrics(history):
-    """Training logs without clocks."""
+def assert_same_metrics(history, reference_history):
+    """Training logs agree in everything but clocks."""
+    pairs = zip(training_logs(history), training_logs(reference_history), strict=True)
+    for ours, reference in pairs:
+        assert ours.keys() == reference.keys()
+        for key, value in reference.items():
+            assert ours[key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
+
+
+def training_logs(history):
+    """The entries that a training log made, without clocks."""
     return [
         {
             key: value
@@ -54,15 +63,7 @@ def test_processes_agree_and_equal_one_process_with_the_whole_batch(basics, sing
     every process with its own adapter), and the global mean of gradient and metrics."""
     assert_same_weights(basics[0][run]["weights"], basics[1][run]["weights"], 0.0)
     assert_same_weights(basics[0][run]["weights"], single[run]["weights"], 2e-5)
-    pairs = zip(
-        compared_metrics(basics[0][run]["history"]),
-        compared_metrics(single[run]["history"]),
-        strict=True,
-    )
-    for ours, reference in pairs:
-        assert ours.keys() == reference.keys()
-        for key, value in reference.items():
-            assert ours[key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
+    assert_same_metrics(basics[0][run]["history"], single[run]["history"])
 
 
 def test_processes_sample_different_rollouts(basics):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.launching import results
 from tests.distributed.runs import trained
-from tests.distributed.test_ddp import assert_same_weights, compared_metrics
+from tests.distributed.test_ddp import assert_same_metrics, assert_same_weights
 
 CONFIG = "fsdp2.yaml"
 
@@ -33,14 +33,7 @@ def test_sharded_run_equals_one_process(basics, single, run):
     assert basics[0][run]["sharded"] and basics[1][run]["sharded"]
     assert_same_weights(basics[0][run]["weights"], basics[1][run]["weights"], 0.0)
     assert_same_weights(basics[0][run]["weights"], single[run]["weights"], 2e-5)
-    pairs = zip(
-        compared_metrics(basics[0][run]["history"]),
-        compared_metrics(single[run]["history"]),
-        strict=True,
-    )
-    for ours, reference in pairs:
-        for key, value in reference.items():
-            assert ours[key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
+    assert_same_metrics(basics[0][run]["history"], single[run]["history"])
 
 
 def test_batches_without_blocks_and_uneven_ends_do_not_hang(basics):
@@ -57,6 +50,8 @@ def test_gathering_and_placements_change_nothing_but_memory(tmp_path, tmp_path_f
     assert_same_weights(rank["gathered"]["weights"], rank["feature_sharded"]["weights"], 2e-6)
     assert_same_weights(rank["copied"]["weights"], rank["shared"]["weights"], 2e-6)
     exact = [entry["loss"] for entry in rank["gathered"]["history"] if "loss" in entry]
+    # Only the main process loaded real weights; policy and feature network came from it.
+    assert_same_weights(rank["ram_efficient"]["weights"], rank["gathered"]["weights"], 1e-7)
     mixed = [entry["loss"] for entry in rank["mixed"]["history"] if "loss" in entry]
     assert mixed == pytest.approx(exact, rel=2e-2)
 

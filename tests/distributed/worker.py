@@ -16,7 +16,14 @@ if os.environ.get("HF_EBFT_TEST_FSDP_ON_CPU"):
 from accelerate import PartialState
 
 from hf_ebft import EBFTTrainer
-from tests.distributed.runs import documents, make_trainer, resumed, summary, trained
+from tests.distributed.runs import (
+    documents,
+    make_trainer,
+    resumed,
+    summary,
+    tiny_llama,
+    trained,
+)
 
 
 def basics(folder):
@@ -52,7 +59,12 @@ def resume(folder):
 
 def sharding(folder):
     """What only FSDP2 has: gathering while sampling, a sharded feature network, mixed precision."""
+    saved = folder / "saved"
+    if PartialState().is_main_process:
+        tiny_llama().save_pretrained(saved)
+    PartialState().wait_for_everyone()
     return {
+        "ram_efficient": trained(folder / "ram", pretrained=saved, max_steps=2),
         "gathered": trained(folder / "gathered", gather_params_for_sampling="true", max_steps=2),
         "not_gathered": trained(folder / "not", gather_params_for_sampling="false", max_steps=2),
         "feature_sharded": trained(folder / "fs", feature_placement="sharded", max_steps=2),
