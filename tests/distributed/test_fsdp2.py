@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.launching import results
-from tests.distributed.runs import trained
+from tests.distributed.runs import tiny_llama, trained
 from tests.distributed.test_ddp import assert_same_metrics, assert_same_weights
 
 CONFIG = "fsdp2.yaml"
@@ -45,6 +45,7 @@ def test_batches_without_blocks_and_uneven_ends_do_not_hang(basics):
 
 @pytest.mark.slow
 def test_gathering_and_placements_change_nothing_but_memory(tmp_path, tmp_path_factory):
+    tiny_llama().save_pretrained(tmp_path / "saved")
     rank = results("sharding", tmp_path, CONFIG, fsdp=True)[0]
     assert_same_weights(rank["gathered"]["weights"], rank["not_gathered"]["weights"], 0.0)
     assert_same_weights(rank["gathered"]["weights"], rank["feature_sharded"]["weights"], 2e-6)

@@ -21,7 +21,6 @@ from tests.distributed.runs import (
     make_trainer,
     resumed,
     summary,
-    tiny_llama,
     trained,
 )
 
@@ -59,12 +58,8 @@ def resume(folder):
 
 def sharding(folder):
     """What only FSDP2 has: gathering while sampling, a sharded feature network, mixed precision."""
-    saved = folder / "saved"
-    if PartialState().is_main_process:
-        tiny_llama().save_pretrained(saved)
-    PartialState().wait_for_everyone()
     return {
-        "ram_efficient": trained(folder / "ram", pretrained=saved, max_steps=2),
+        "ram_efficient": trained(folder / "ram", pretrained=folder / "saved", max_steps=2),
         "gathered": trained(folder / "gathered", gather_params_for_sampling="true", max_steps=2),
         "not_gathered": trained(folder / "not", gather_params_for_sampling="false", max_steps=2),
         "feature_sharded": trained(folder / "fs", feature_placement="sharded", max_steps=2),
