@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
@@ -236,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, measure, train, measure, save, report."""
     data, names, lora, report, args = parse_arguments(sys.argv[1:] if argv is None else argv)
     check(names, lora, report)
+    show_library_log()
     set_seed(args.seed)  # adapters start at random
     tokenizer = load_tokenizer(names, args)
     with args.main_process_first(desc="loading the text"):
@@ -598,6 +600,12 @@ def save(trainer: EBFTTrainer, lora: LoraArguments) -> None:
     trainer.save_model()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
+
+
+def show_library_log() -> None:
+    """Let the library say what it decided, such as where the feature network lives."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_ebft").setLevel(logging.INFO)
 
 
 def say_where(trainer: EBFTTrainer) -> None:

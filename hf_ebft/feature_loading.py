@@ -48,7 +48,8 @@ def build_feature_network(
     own = _load_own(given, policy, settings)
     facts = _gather_facts(policy, own, settings, accelerator)
     placement = choose_placement(settings.feature_placement, facts)
-    logger.info(placement.describe(facts))
+    if accelerator.is_main_process:
+        logger.info(placement.describe(facts))
     keywords: dict[str, Any] = {
         "feature_layers": settings.feature_layers,
         "embed_method": settings.embed_method,
