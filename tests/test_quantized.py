@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_ebft import EBFTConfig, EBFTTrainer
-from tests.distributed.runs import VOCABULARY, documents
+from tests.distributed.runs import documents, tiny_llama
 
 pytest.importorskip("bitsandbytes")
 
@@ -14,19 +14,8 @@ pytest.importorskip("bitsandbytes")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A model whose widths fit the blocks of 64 that bitsandbytes quantizes together."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-        )
-    )
     folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
+    tiny_llama(hidden_size=64, intermediate_size=128, num_key_value_heads=4).save_pretrained(folder)
     return folder
 
 

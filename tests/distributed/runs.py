@@ -27,24 +27,21 @@ def documents(lengths=LENGTHS, seed=0):
     ]
 
 
-def tiny_llama(seed=0):
+def tiny_llama(seed=0, **changes):
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(values | changes)))
 
 
-class InjectedRollouts(EBFTTrainer):
-    """Samples as usual, records what it sampled, then trains on rollouts that depend on the
-    document
-    alone, so that runs with another number of processes can be compared."""
+class RecordedRollouts(EBFTTrainer):
+    """Trains on its own rollouts and records them."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -53,6 +50,15 @@ class InjectedRollouts(EBFTTrainer):
     def sample_rollouts(self, model, inputs):
         rollouts = super().sample_rollouts(model, inputs)
         self.sampled.append(rollouts.tokens)
+        return rollouts
+
+
+class InjectedRollouts(RecordedRollouts):
+    """Records what it samples, then trains on rollouts that depend on the document alone, so that
+    runs with another number of processes can be compared."""
+
+    def sample_rollouts(self, model, inputs):
+        rollouts = super().sample_rollouts(model, inputs)
         _, n_samples, n_blocks, length = rollouts.tokens.shape
         tokens = []
         for row in rollouts.layout.documents.input_ids:
@@ -137,16 +143,3 @@ def resumed(folder, **settings):
     again = make_trainer(folder, **settings)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     return {"whole": summary(whole), "resumed": summary(again)}
-
-
-class RecordedRollouts(EBFTTrainer):
-    """Trains on its own rollouts and records them."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.sampled = []
-
-    def sample_rollouts(self, model, inputs):
-        rollouts = super().sample_rollouts(model, inputs)
-        self.sampled.append(rollouts.tokens)
-        return rollouts
