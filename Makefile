@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # CONSTRAINTS=/dev/null lifts the pins, to try other versions.
 CONSTRAINTS ?= constraints.txt
+# What the demo needs, and what development needs on top.
+DEMO_EXTRAS ?= examples
 EXTRAS ?= examples,gguf,quantization,test,dev
 ACCELERATE_CONFIG ?= accelerate_configs/cpu.yaml
 # Test processes, one thread each: for models this small, processes pay and threads do not.
@@ -15,6 +17,7 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
+DEMO_STAMP := $(VENV)/.hf_ebft-installed-for-demo
 STAMP := $(VENV)/.hf_ebft-installed
 LAUNCH := $(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/run_ebft.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -24,17 +27,21 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## create .venv and install the package into it, editable
+install: $(STAMP) ## create .venv and install the package into it, editable, with all tools
 
 # torch comes first and by itself, so that the choice of its build is made in one place.
-$(STAMP): setup.cfg pyproject.toml constraints.txt hf_ebft/version.py
+$(DEMO_STAMP): setup.cfg pyproject.toml constraints.txt hf_ebft/version.py
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c $(CONSTRAINTS) $(TORCH)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --editable ".[$(DEMO_EXTRAS)]"
+	@touch $@
+
+$(STAMP): $(DEMO_STAMP)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	@touch $@
 
-demo: $(STAMP) ## fine-tune the small model that ships here, a few minutes on 2 CPU cores
+demo: $(DEMO_STAMP) ## fine-tune the small model that ships here, a few minutes on 2 CPU cores
 	$(LAUNCH) --config examples/configs/demo.yaml
 
 test: $(STAMP) ## the default suite: no slow, GPU or vLLM tests
