@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.launching import launch, results
-from tests.distributed.runs import trained
 
 CONFIG = "ddp_cpu.yaml"
 
@@ -15,16 +14,6 @@ CONFIG = "ddp_cpu.yaml"
 @pytest.fixture(scope="module")
 def basics(tmp_path_factory):
     return results("basics", tmp_path_factory.mktemp("ddp"), CONFIG)
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """The same runs in this process: batches twice as large instead of two processes."""
-    folder = tmp_path_factory.mktemp("single")
-    return {
-        "plain": trained(folder, per_device_train_batch_size=4),
-        "adapters": trained(folder, per_device_train_batch_size=4, peft=True),
-    }
 
 
 def assert_same_weights(left, right, tolerance):

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.launching import results
-from tests.distributed.runs import tiny_llama, trained
+from tests.distributed.runs import tiny_llama
 from tests.distributed.test_ddp import assert_same_metrics, assert_same_weights
 
 CONFIG = "fsdp2.yaml"
@@ -17,15 +17,6 @@ CONFIG = "fsdp2.yaml"
 @pytest.fixture(scope="module")
 def basics(tmp_path_factory):
     return results("basics", tmp_path_factory.mktemp("fsdp"), CONFIG, fsdp=True)
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
-    return {
-        "plain": trained(folder, per_device_train_batch_size=4),
-        "adapters": trained(folder, per_device_train_batch_size=4, peft=True),
-    }
 
 
 @pytest.mark.parametrize("run", ["plain", "adapters"])

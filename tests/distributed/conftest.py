@@ -1,0 +1,15 @@
+"""What the runs of several processes are compared with."""
+
+import pytest
+
+from tests.distributed.runs import trained
+
+
+@pytest.fixture(scope="session")
+def single(tmp_path_factory):
+    """The same runs in this process: batches twice as large instead of two processes."""
+    folder = tmp_path_factory.mktemp("single")
+    return {
+        "plain": trained(folder, per_device_train_batch_size=4),
+        "adapters": trained(folder, per_device_train_batch_size=4, peft=True),
+    }
