@@ -11,7 +11,7 @@ rollout.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class Blocks:
     document: Tensor
     exists: Tensor
 
+    def to(self, device: torch.device) -> Blocks:
+        """The same blocks on a device."""
+        return Blocks(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def per_document(self) -> Tensor:
         """(B, K) int64: number of blocks of the document that each block belongs to (0 if none)."""
         same = self.document[:, :, None] == self.document[:, None, :]
@@ -51,6 +55,7 @@ def find_blocks(
     context_length: int,
     generate_max_len: int,
     min_completion_prefix: int = 0,
+    pad_to_multiple_of: int = 1,
 ) -> Blocks:
     """Find every block that lies in one document and whose window has no masked label.
 
@@ -60,6 +65,7 @@ def find_blocks(
         context_length: tokens of the shortest prefix.
         generate_max_len: G.
         min_completion_prefix: tokens of a marked completion that precede its first block.
+        pad_to_multiple_of: K is rounded up to a multiple of this.
 
     Returns:
         ``floor((S - G - a_0) / stride) + 1`` blocks for a document of S tokens (none if that is not
@@ -81,12 +87,15 @@ def find_blocks(
     is_anchor = on_lattice & fits & unmasked
 
     count = is_anchor.sum(dim=1)
-    most = max(1, int(count.max()))
+    most = -(-max(1, int(count.max())) // pad_to_multiple_of) * pad_to_multiple_of
+    # A row may have fewer places than blocks that are not there.
+    is_anchor = torch.nn.functional.pad(is_anchor, (0, max(0, most - width)))
     # Stable sort brings the anchors of each row to its front, in order.
     columns = torch.argsort((~is_anchor).long(), dim=1, stable=True)[:, :most]
     exists = torch.arange(most, device=count.device) < count[:, None]
+    columns = torch.where(exists, columns, 0)
     return Blocks(
-        column=torch.where(exists, columns, 0),
+        column=columns,
         position=torch.where(exists, documents.position.gather(1, columns), 0),
         document=torch.where(exists, documents.document.gather(1, columns), -1),
         exists=exists,

@@ -27,7 +27,7 @@ KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
 FEATURE_DTYPES = ("float32", "bfloat16", "float16")
 GatherParams = Literal["auto", "true", "false"]
 GATHER_PARAMS: tuple[GatherParams, ...] = get_args(GatherParams)
-PackedAttention = Literal["auto", "sdpa", "eager", "flex_attention"]
+PackedAttention = Literal["auto", "split", "sdpa", "eager", "flex_attention"]
 PACKED_ATTENTIONS: tuple[PackedAttention, ...] = get_args(PackedAttention)
 
 
@@ -238,8 +238,10 @@ class StridedArguments:
     packed_attention: PackedAttention = field(
         default="auto",
         metadata={
-            "help": "Attention implementation for the packed row. 'auto' keeps the model's own "
-            "where it can express the packed mask, else takes sdpa, else eager."
+            "help": "Attention implementation for the packed row. 'split' computes only what is "
+            "visible, and needs no mask; 'auto' takes it in place of sdpa where the model's code "
+            "leaves attention to the chosen function, keeps a model's own eager attention, and "
+            "else takes sdpa or eager."
         },
     )
     verify_packing: bool = field(
@@ -263,9 +265,28 @@ class StridedArguments:
             "help": "Sample rollouts during evaluation too, for eval_ebft/cfm_loss and friends."
         },
     )
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of a batch that are sampled, embedded and scored together. A larger "
+            "batch is worked off in parts, with the same gradient and less memory. Default: the "
+            "whole batch at once."
+        },
+    )
+    pad_to_multiple_of: int = field(
+        default=1,
+        metadata={
+            "help": "Round the tokens of a row up to a multiple of this, and its blocks with "
+            "them, so that the shapes of steps repeat: torch_compile and flex_attention compile "
+            "less often, and a GPU's memory is cut into fewer sizes. The padding is computed, too."
+        },
+    )
     log_prob_chunk_size: int = field(
         default=1024,
-        metadata={"help": "Rows of logits that are turned into float32 log-probabilities at once."},
+        metadata={
+            "help": "Rows of logits that exist at once, in sampling and in training. Memory is "
+            "this times the vocabulary, however many rollouts there are."
+        },
     )
 
     def validate_strided(self) -> None:
@@ -279,9 +300,13 @@ class StridedArguments:
             "context_length",
             "generate_max_len",
             "n_samples_per_prompt",
+            "rollout_batch_size",
+            "pad_to_multiple_of",
             "log_prob_chunk_size",
         ):
             value = getattr(self, name)
+            if name == "rollout_batch_size" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
         prefix = self.min_completion_prefix

@@ -6,7 +6,7 @@ Dimension letters: B rows of the batch, S tokens of a row without padding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ class Documents:
         """Number of documents in the batch, a float scalar (at least 1)."""
         return (self.document.amax(dim=1) + 1).sum().clamp(min=1).float()
 
+    def to(self, device: torch.device) -> Documents:
+        """The same documents on a device."""
+        return Documents(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     @classmethod
     def from_inputs(
         cls,
@@ -53,6 +57,7 @@ class Documents:
         document_masking: bool | None = None,
         eos_token_id: int | None = None,
         vocabulary_size: int | None = None,
+        pad_to_multiple_of: int = 1,
     ) -> Documents:
         """Read a batch as collators make it.
 
@@ -65,6 +70,7 @@ class Documents:
             eos_token_id: token that ends a document, used when ``document_masking`` is True and
                 the batch has no boundaries of its own.
             vocabulary_size: token ids that the model embeds; larger ones are refused if given.
+            pad_to_multiple_of: S is rounded up to a multiple of this.
 
         Raises:
             ValueError: missing or malformed ``input_ids``, ids that the model does not know,
@@ -81,8 +87,10 @@ class Documents:
         # Stable sort: real tokens first, in their order. Left padding becomes right padding.
         order = torch.argsort((~real).long(), dim=1, stable=True)
         order = order[:, : max(1, int(real.sum(dim=1).max()))]
+        missing = -order.shape[1] % pad_to_multiple_of
         input_ids, real, is_target, boundary_column = (
-            tensor.gather(1, order) for tensor in (input_ids, real, is_target, boundary_column)
+            torch.nn.functional.pad(tensor.gather(1, order), (0, missing))
+            for tensor in (input_ids, real, is_target, boundary_column)
         )
         starts = _document_starts(boundary_column, boundary_kind, real, eos_token_id)
         document = torch.where(real, starts.long().cumsum(dim=1) - 1, -1)
@@ -121,6 +129,28 @@ class Documents:
             is_target=is_target,
             completion_start=completion_start,
         )
+
+
+def split_rows(inputs: dict[str, Any], size: int | None) -> list[dict[str, Any]]:
+    """A batch in parts of at most ``size`` rows; the batch itself where it is no larger.
+
+    Raises:
+        ValueError: a column that has not one entry per row.
+    """
+    rows = len(_read_input_ids(inputs))
+    if size is None or rows <= size:
+        return [inputs]
+    uneven = [name for name, column in inputs.items() if len(column) != rows]
+    if uneven:
+        raise ValueError(
+            f"rollout_batch_size={size} splits a batch of {rows} rows, but its columns "
+            f"{', '.join(uneven)} do not have one entry per row. Drop them in the data collator, "
+            "or leave rollout_batch_size unset."
+        )
+    return [
+        {name: column[start : start + size] for name, column in inputs.items()}
+        for start in range(0, rows, size)
+    ]
 
 
 def _read_input_ids(inputs: Mapping[str, Any]) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from hf_ebft.features import (
     pool,
     token_positions,
 )
-from hf_ebft.layout import Coordinates
+from hf_ebft.log_probs import TokenLogProbs
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rollouts import Rollouts
 from hf_ebft.sharding import is_sharded
@@ -44,12 +44,12 @@ class FeaturePass:
     Attributes:
         generated: (B, n, K, D) float32 embeddings of the rollouts.
         ground_truth: (B, K, D) float32 embeddings of the windows; zero for blocks not there.
-        reference_logits: (B, P, V) at the places that were asked for, or None.
+        reference_log_probs: (B, n, K, G) float32 of the rollout tokens, or None.
     """
 
     generated: Tensor
     ground_truth: Tensor
-    reference_logits: Tensor | None
+    reference_log_probs: Tensor | None
 
 
 class FeatureNetwork:
@@ -102,21 +102,24 @@ class FeatureNetwork:
         """Where the network computes."""
         return next(self.model.parameters()).device
 
-    def embed(self, rollouts: Rollouts, reference_places: Tensor | None = None) -> FeaturePass:
+    def embed(
+        self, rollouts: Rollouts, score: Callable[..., TokenLogProbs] | None = None
+    ) -> FeaturePass:
         """Embed rollouts and their ground-truth windows in one pass over the packed row.
 
-        Token ids and coordinates travel to the network's device, embeddings come back.
+        Token ids and layout travel to the network's device, embeddings come back.
 
         Args:
             rollouts: the batch and its sampled tokens.
-            reference_places: (P,) places of the row whose logits are wanted too (for a KL penalty).
+            score: `packed_log_probs` with its settings, where the network's log-probabilities of
+                the rollouts are wanted too (for a KL penalty).
 
         Raises:
             ValueError: a document or the packed row is too long for the network.
         """
         layout = rollouts.layout
         self.forward.limits.check(layout)
-        home = layout.coordinates.slot.device
+        home = layout.documents.input_ids.device
         within = torch.tensor(token_positions(self.embed_method, layout.length), device=home)
         rollout_slots = layout.coordinates.slot[:, layout.document_width :]
         rollout_places = layout.from_row(rollout_slots)[..., within]
@@ -124,13 +127,9 @@ class FeatureNetwork:
         places = torch.cat([rollout_places.flatten(1), window_places.flatten(1)], dim=1)
 
         away = self.device
+        there = Rollouts(rollouts.tokens.to(away), rollouts.exists.to(away), layout.to(away))
         with self._reading():
-            hidden, reference_logits = self._hidden_states(
-                layout.input_ids(rollouts.tokens).to(away),
-                layout.coordinates.map(lambda field: field.to(away)),
-                places.to(away),
-                None if reference_places is None else reference_places.to(away),
-            )
+            hidden, reference = self._hidden_states(there, places.to(away), score)
             features = normalize_layers(hidden, self.normalization)
             n_generated = rollout_places[0].numel()
             generated = features[:, :n_generated].unflatten(1, rollout_places.shape[1:])
@@ -141,7 +140,7 @@ class FeatureNetwork:
         return FeaturePass(
             generated=generated * exists[:, None, :, None],
             ground_truth=ground_truth * exists[:, :, None],
-            reference_logits=None if reference_logits is None else reference_logits.to(home),
+            reference_log_probs=None if reference is None else reference.rollout.to(home),
         )
 
     @contextlib.contextmanager
@@ -154,33 +153,31 @@ class FeatureNetwork:
             yield
 
     def _hidden_states(
-        self,
-        input_ids: Tensor,
-        coordinates: Coordinates,
-        places: Tensor,
-        reference_places: Tensor | None,
-    ) -> tuple[list[Tensor], Tensor | None]:
+        self, rollouts: Rollouts, places: Tensor, score: Callable[..., TokenLogProbs] | None
+    ) -> tuple[list[Tensor], TokenLogProbs | None]:
         """Hidden states (B, P, H) of every feature layer at ``places`` (B, P)."""
         rows = torch.arange(places.shape[0], device=places.device)[:, None]
         kept: dict[int, Tensor] = {}
+        part = rollouts.layout.row_part
+        input_ids = rollouts.layout.input_ids(rollouts.tokens)
         # FSDP2 counts on every pass to go through its root and to the end.
-        whole = reference_places is not None or is_sharded(self.model)
+        whole = score is not None or is_sharded(self.model)
         stop_early = not whole and len(self.layers) not in self.layer_indices
+        reference = None
         with self._capture(kept, rows, places, stop_early=stop_early):
-            logits = None
-            if whole:
-                wanted = places[0, :1] if reference_places is None else reference_places
-                logits = self.forward.logits(self.model, input_ids, coordinates, wanted)
+            if score is not None:
+                reference = score(self.model, self.forward, rollouts, part=part)
+            elif whole:
+                self.forward.logits(self.model, input_ids, part, places[0, :1])
             else:
                 with contextlib.suppress(_TopLayerReached):
                     self.backbone(
                         input_ids=input_ids,
-                        position_ids=coordinates.position,
-                        attention_mask=self.forward.recipe.build(coordinates, coordinates),
+                        position_ids=part.queries.position,
+                        attention_mask=self.forward.recipe.masks_of(part),
                         use_cache=False,
                     )
-        hidden = [kept[index] for index in self.layer_indices]
-        return hidden, None if reference_places is None else logits
+        return [kept[index] for index in self.layer_indices], reference
 
     @contextlib.contextmanager
     def _capture(

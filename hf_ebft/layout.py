@@ -11,8 +11,9 @@ R = S + K * n * G tokens of the packed row, Q and C queries and keys (any subset
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,3 +177,90 @@ class PackedLayout:
         """(K * n,) int64: places of the ``step``-th token of every rollout, in the row's order."""
         device = self.documents.input_ids.device
         return torch.arange(self.document_width + step, self.row_width, self.length, device=device)
+
+    @cached_property
+    def document_part(self) -> PackedPart:
+        """The documents alone, as they are before anything is sampled."""
+        coordinates = document_coordinates(self.documents)
+        return PackedPart(
+            self, coordinates, coordinates, has_documents=True, steps=range(0), own_steps=range(0)
+        )
+
+    @cached_property
+    def row_part(self) -> PackedPart:
+        """The whole row at once."""
+        steps = range(self.length)
+        return PackedPart(
+            self,
+            self.coordinates,
+            self.coordinates,
+            has_documents=True,
+            steps=steps,
+            own_steps=steps,
+        )
+
+    @cached_property
+    def predicting_part(self) -> PackedPart:
+        """The row without the last token of every rollout, which predicts nothing."""
+        steps = range(self.length - 1)
+        slot = self.coordinates.slot[0, self.document_width :].view(-1, self.length)
+        document = torch.arange(self.document_width, device=slot.device)
+        coordinates = self.coordinates.select(torch.cat([document, slot[:, :-1].flatten()]))
+        return PackedPart(
+            self, coordinates, coordinates, has_documents=True, steps=steps, own_steps=steps
+        )
+
+    def step_part(self, step: int) -> PackedPart:
+        """The ``step``-th token of every rollout, after a cache of all that comes before it."""
+        document = torch.arange(self.document_width, device=self.documents.input_ids.device)
+        cached = [self.step_slots(earlier) for earlier in range(step + 1)]
+        return PackedPart(
+            self,
+            self.coordinates.select(self.step_slots(step)),
+            self.coordinates.select(torch.cat([document, *cached])),
+            has_documents=False,
+            steps=range(step, step + 1),
+            own_steps=range(step + 1),
+        )
+
+    def to(self, device: torch.device) -> PackedLayout:
+        """The same layout on a device; itself, with all that it has worked out, where it is."""
+        if self.documents.input_ids.device == device:
+            return self
+        return PackedLayout(
+            self.documents.to(device), self.blocks.to(device), self.n_samples, self.length
+        )
+
+
+@dataclass(frozen=True)
+class PackedPart:
+    """What one forward pass feeds of the row, and what its tokens may look at.
+
+    Attributes:
+        layout: of the row.
+        queries: coordinates of the tokens that are fed.
+        keys: coordinates of the tokens that they may see: those in the cache, then themselves. The
+            S document tokens come first.
+        has_documents: whether the document tokens are fed; they come first, too.
+        steps: which tokens of every rollout are fed. One step stands in the row's order, all of
+            them as they stand in the row.
+        own_steps: which tokens of every rollout are among the keys. They stand as in the row if
+            they are fed together, else step by step, each step in the row's order.
+        masks: attention masks that were made for this part, so that two networks can share them.
+    """
+
+    layout: PackedLayout
+    queries: Coordinates
+    keys: Coordinates
+    has_documents: bool
+    steps: range
+    own_steps: range
+    masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def index_of(self) -> Tensor:
+        """(R,) int64: place in the row -> which of the queries it is (0 for those not fed)."""
+        slot = self.queries.slot[0]
+        index = torch.zeros(self.layout.row_width, dtype=torch.long, device=slot.device)
+        index[slot] = torch.arange(slot.shape[0], device=slot.device)
+        return index

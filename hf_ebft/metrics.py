@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
-from hf_ebft.losses import TokenLogProbs
+from hf_ebft.log_probs import TokenLogProbs
 from hf_ebft.rewards import Rewards
 
 PREFIX = "ebft/"

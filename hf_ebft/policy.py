@@ -9,7 +9,7 @@ Dimension letters: B rows, Q tokens fed, P positions whose logits are kept, V vo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_ebft.attention import MaskRecipe
-from hf_ebft.layout import Coordinates
+from hf_ebft.heads import Head, ToLogits, head_of
+from hf_ebft.layout import PackedPart
 from hf_ebft.support import RowLimits, bare_model, check_supported, set_packed_attention
 
 
@@ -32,6 +33,7 @@ class PackedForward:
     limits: RowLimits
     config: Any
     takes_logits_to_keep: bool
+    head: Head | None
 
     @classmethod
     def of(cls, model: nn.Module, packed_attention: str = "auto") -> PackedForward:
@@ -48,16 +50,16 @@ class PackedForward:
             limits=limits,
             config=base.config,
             takes_logits_to_keep="logits_to_keep" in inspect.signature(base.forward).parameters,
+            head=head_of(model),
         )
 
     def logits(
         self,
         model: nn.Module,
         input_ids: Tensor,
-        queries: Coordinates,
+        part: PackedPart,
         keep: Tensor,
         *,
-        keys: Coordinates | None = None,
         cache: DynamicCache | None = None,
     ) -> Tensor:
         """Logits at chosen positions.
@@ -65,10 +67,8 @@ class PackedForward:
         Args:
             model: the wrapped policy.
             input_ids: (B, Q).
-            queries: coordinates of these tokens.
+            part: which part of the packed row these tokens are.
             keep: (P,) int64, which of the Q tokens to return logits for.
-            keys: coordinates of the tokens in the cache followed by the queries; default: the
-                queries alone.
             cache: keys and values of earlier tokens, extended in place.
 
         Returns:
@@ -76,8 +76,8 @@ class PackedForward:
         """
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
-            "position_ids": queries.position,
-            "attention_mask": self.recipe.build(queries, queries if keys is None else keys),
+            "position_ids": part.queries.position,
+            "attention_mask": self.recipe.masks_of(part),
             "use_cache": cache is not None,
         }
         if cache is not None:
@@ -85,6 +85,46 @@ class PackedForward:
         if self.takes_logits_to_keep:
             return model(**arguments, logits_to_keep=keep).logits
         return model(**arguments).logits[:, keep]
+
+    def through_head(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        part: PackedPart,
+        keep: Tensor,
+        compute: Callable[[Tensor, ToLogits], list[Tensor]],
+        *,
+        cache: DynamicCache | None = None,
+    ) -> list[Tensor]:
+        """A forward pass that computes something else than logits, without having them all.
+
+        Args:
+            model, input_ids, part, keep, cache: as in :meth:`logits`.
+            compute: gets one state per kept token, (B, P, X), and what makes logits (N, V) of any
+                such states (N, X). It runs inside the model's forward. Where the model's head
+                cannot be taken apart, the states are the logits.
+
+        Returns:
+            What ``compute`` returned.
+        """
+        if self.head is None:
+            logits = self.logits(model, input_ids, part, keep, cache=cache)
+            return compute(logits, lambda rows: rows)
+
+        def kept_only(hidden: Tensor, to_logits: ToLogits) -> list[Tensor]:
+            # A model that knows logits_to_keep has cut its hidden states already.
+            return compute(hidden if self.takes_logits_to_keep else hidden[:, keep], to_logits)
+
+        with self.head.replaced_by(model, kept_only) as results:
+            nothing = self.logits(model, input_ids, part, keep, cache=cache)
+        if not results:
+            raise RuntimeError(
+                f"The forward of {type(model).__name__} did not call its own {self.head.name}. If "
+                "something replaces the model's forward, build the trainer after it."
+            )
+        # The zeros that the model returned must take part in the loss (see Head.replaced_by).
+        first, *others = results
+        return [first + nothing.sum() if nothing.requires_grad else first, *others]
 
     def new_cache(self) -> DynamicCache:
         """An empty cache that keeps every key.

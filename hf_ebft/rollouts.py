@@ -1,7 +1,7 @@
 """Sampling: one prefill of the documents, then G - 1 decoding steps for all blocks at once.
 
 Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length, V vocabulary,
-P distinct predictor places.
+Q tokens of a row that are continued, N rows of logits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_ebft.heads import ToLogits
 from hf_ebft.layout import PackedLayout
 from hf_ebft.policy import PackedForward, inference_mode_of
 
@@ -49,6 +50,7 @@ def sample_rollouts(
     *,
     temperature: float,
     top_p: float,
+    chunk_size: int,
     generator: torch.Generator,
 ) -> Rollouts:
     """Sample G tokens after every prefix of the batch, n times.
@@ -62,6 +64,7 @@ def sample_rollouts(
         layout: the batch.
         temperature: > 0, divides the logits.
         top_p: nucleus mass; 1.0 keeps the whole distribution.
+        chunk_size: rows of logits that exist at once.
         generator: source of randomness, on the model's device.
 
     Raises:
@@ -69,31 +72,35 @@ def sample_rollouts(
         ValueError: a document or the packed row is too long for the model.
     """
     forward.limits.check(layout)
-    coordinates = layout.coordinates
-    _, n_samples, _, length = layout.rollout_shape
-    prefix = coordinates.select(torch.arange(layout.document_width, device=generator.device))
+    _, n_samples, n_blocks, length = layout.rollout_shape
+    every_rollout = torch.arange(n_blocks * n_samples, device=generator.device)
+
+    def drawn(states: Tensor, to_logits: ToLogits, each: int = 1) -> Tensor:
+        """(B, Q, X) -> (B, Q * each): tokens drawn for each state, a chunk of logits at a time."""
+        tokens = [
+            draw(token_probabilities(to_logits(chunk), temperature, top_p), generator, each)
+            for chunk in states.flatten(0, 1).split(chunk_size)
+        ]
+        return torch.cat(tokens).view(states.shape[0], -1)
+
+    def first_tokens(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
+        states = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+        return [drawn(states, to_logits, each=n_samples)]
+
+    def next_tokens(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
+        return [drawn(states, to_logits)]
+
     with inference_mode_of(model):
         cache = forward.new_cache()
         # The first token is predicted by the prefix's last one, for all samples alike.
         places, index = torch.unique(layout.predictor[:, 0, :, 0], return_inverse=True)
-        logits = forward.logits(model, layout.documents.input_ids, prefix, places, cache=cache)
-        logits = logits.gather(1, index[..., None].expand(-1, -1, logits.shape[-1]))
-        probabilities = token_probabilities(logits, temperature, top_p)
-        probabilities = probabilities.repeat_interleave(n_samples, dim=1)
-        steps = [draw(probabilities, generator)]
-        slots = torch.arange(layout.document_width, device=generator.device)
-        for step in range(1, length):
-            fed = layout.step_slots(step - 1)
-            slots = torch.cat([slots, fed])
-            logits = forward.logits(
-                model,
-                steps[-1],
-                coordinates.select(fed),
-                torch.arange(fed.shape[0], device=generator.device),
-                keys=coordinates.select(slots),
-                cache=cache,
+        part, text = layout.document_part, layout.documents.input_ids
+        steps = forward.through_head(model, text, part, places, first_tokens, cache=cache)
+        for step in range(length - 1):
+            part, text = layout.step_part(step), steps[-1]
+            steps += forward.through_head(
+                model, text, part, every_rollout, next_tokens, cache=cache
             )
-            steps.append(draw(token_probabilities(logits, temperature, top_p), generator))
     tokens = layout.from_row(torch.stack(steps, dim=2).flatten(1))
     return Rollouts(tokens=tokens.contiguous(), exists=layout.blocks.exists, layout=layout)
 
@@ -120,17 +127,27 @@ def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Ten
     return torch.zeros_like(probabilities).scatter(-1, order, kept)
 
 
-def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per distribution: (B, Q, V) -> (B, Q) int64.
+def draw(probabilities: Tensor, generator: torch.Generator, each: int = 1) -> Tensor:
+    """Tokens drawn from each distribution: (N, V) -> (N, each) int64.
+
+    The token at which the cumulated probability first passes a uniform number: one random number
+    per token, where `torch.multinomial` takes one per entry of the vocabulary. Sums are in double
+    precision, so that rare tokens at the end of a large vocabulary keep their share.
 
     Raises:
         FloatingPointError: the distribution holds NaN, which torch would report as a device assert.
     """
-    if bool(torch.isnan(probabilities).any()):
+    cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulated[..., -1:]
+    if bool(torch.isnan(total).any()):
         raise FloatingPointError(
             "The policy's logits are not finite, so no rollout can be sampled. Its weights have "
             "probably diverged: lower learning_rate, raise warmup_steps or set max_grad_norm; with "
             "fp16, train in bf16."
         )
-    flat = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
-    return flat.view(probabilities.shape[:2])
+    uniform = torch.rand(
+        (len(total), each), generator=generator, dtype=torch.float64, device=total.device
+    )
+    # Rounding must not push the threshold up to the total, which no token passes.
+    threshold = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, threshold, right=True)

@@ -15,7 +15,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_ebft.attention import MASKABLE_LAYERS, PACKABLE_IMPLEMENTATIONS, mask_functions
+from hf_ebft.attention import (
+    MASKABLE_LAYERS,
+    SPLIT,
+    leaves_attention_to_function,
+    mask_functions,
+)
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
 
@@ -191,41 +196,60 @@ def set_packed_attention(model: nn.Module, choice: str) -> str:
 
     Args:
         model: the policy or feature network, bare or wrapped by PEFT.
-        choice: an implementation, or "auto".
+        choice: "split", "sdpa", "eager", "flex_attention", or "auto": split in place of sdpa where
+            the model can, the model's own where that is sdpa or eager, else sdpa, else eager.
 
     Returns:
-        The implementation in use.
+        The implementation in use, by transformers' name.
 
     Raises:
         ValueError: the model has no implementation that takes the mask, or not the chosen one.
     """
     base = bare_model(model)
     config = base.config.get_text_config(decoder=True)
-    current = config._attn_implementation or "eager"
-    if choice == current or (choice == "auto" and current in ("sdpa", "eager")):
-        return current
-    wanted = [choice] if choice != "auto" else ["sdpa", "eager"]
-    reasons = []
-    for implementation in wanted:
-        try:
-            base.set_attn_implementation(implementation)
-        except (ValueError, ImportError) as error:
-            reasons.append(f"{implementation}: {error}")
-            continue
-        if config._attn_implementation == implementation:
-            logger.warning(
-                "Attention of %s switched from %s to %s, which can express the packed mask.",
-                type(base).__name__,
-                current,
-                implementation,
-            )
-            return implementation
-        reasons.append(f"{implementation}: not taken")
-    raise ValueError(
-        f"{type(base).__name__} runs with attn_implementation={current!r} and cannot be switched "
-        f"to one of {', '.join(PACKABLE_IMPLEMENTATIONS)} that takes the packed mask "
-        f"({'; '.join(reasons)}). Load it with attn_implementation='sdpa' or 'eager'."
-    )
+    before = config._attn_implementation or "eager"
+    wanted = ["sdpa", "eager"] if choice == "auto" else [SPLIT if choice == "split" else choice]
+    if before == SPLIT and choice == "auto":
+        wanted = [SPLIT]
+    elif before in wanted:
+        wanted = [before]
+    reasons: list[str] = []
+    taken = next((name for name in wanted if _takes(base, name, reasons)), None)
+    if taken is None:
+        raise ValueError(
+            f"{type(base).__name__} runs with attn_implementation={before!r} and cannot be "
+            f"switched to one of {', '.join(wanted)}, which takes the packed mask "
+            f"({'; '.join(reasons)}). Load it with attn_implementation='sdpa' or 'eager'."
+        )
+    if choice == "auto" and taken == "sdpa" and _takes(base, SPLIT, []):
+        taken = SPLIT
+    if choice == "auto" and before not in ("sdpa", taken):
+        logger.warning(
+            "Attention of %s switched from %s to %s, which can express the packed mask.",
+            type(base).__name__,
+            before,
+            taken,
+        )
+    return taken
+
+
+def _takes(base: PreTrainedModel, implementation: str, reasons: list[str]) -> bool:
+    """Switch a model to an attention implementation, or say why it cannot be."""
+    config = base.config.get_text_config(decoder=True)
+    if config._attn_implementation == implementation:
+        return True
+    if implementation == SPLIT and not leaves_attention_to_function(base):
+        reasons.append("split: its code does not leave attention to the chosen function")
+        return False
+    try:
+        base.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        reasons.append(f"{implementation}: {error}")
+        return False
+    if config._attn_implementation == implementation:
+        return True
+    reasons.append(f"{implementation}: not taken")
+    return False
 
 
 def backbone(model: nn.Module) -> PreTrainedModel:

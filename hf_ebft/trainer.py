@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,17 +21,15 @@ from hf_ebft.advantages import compute_advantages
 from hf_ebft.anchors import find_blocks
 from hf_ebft.config import EBFTConfig, EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.documents import EBFT_COLUMNS, Documents
+from hf_ebft.documents import EBFT_COLUMNS, Documents, split_rows
 from hf_ebft.feature_loading import build_feature_network
 from hf_ebft.layout import PackedLayout
+from hf_ebft.log_probs import packed_log_probs
 from hf_ebft.losses import (
-    KeptPlaces,
     cross_entropy,
     kl_penalty,
     per_rollout_token_mean,
     policy_gradient_loss,
-    policy_log_probs,
-    token_log_probs,
 )
 from hf_ebft.metrics import (
     MetricAccumulator,
@@ -178,14 +177,13 @@ class EBFTTrainer(Trainer):
         settings = self.ebft
         with self._stopwatch.phase("rollout"):
             rollouts = self.sample_rollouts(model, inputs)
-        layout, kept = rollouts.layout, self._kept_places(rollouts)
+        layout = rollouts.layout
         with self._stopwatch.phase("features"):
-            rewards, advantages, reference = self._score(rollouts, kept)
-        log_probs = policy_log_probs(
+            rewards, advantages, reference = self._score(rollouts)
+        log_probs = packed_log_probs(
             model,
             self._forward,
             rollouts,
-            kept,
             temperature=settings.temperature,
             with_document=settings.ce_coef > 0,
             chunk_size=settings.log_prob_chunk_size,
@@ -234,6 +232,7 @@ class EBFTTrainer(Trainer):
             context_length=settings.context_length,
             generate_max_len=settings.generate_max_len,
             min_completion_prefix=settings.min_completion_prefix,
+            pad_to_multiple_of=max(1, settings.pad_to_multiple_of // settings.stride),
         )
         with self._parameters_for_sampling(model):
             return sample_rollouts(
@@ -244,19 +243,25 @@ class EBFTTrainer(Trainer):
                 ),
                 temperature=settings.temperature,
                 top_p=settings.top_p,
+                chunk_size=settings.log_prob_chunk_size,
                 generator=self._generator(documents.input_ids.device),
             )
 
     # ---- Scoring ------------------------------------------------------------------------------
 
-    def _score(self, rollouts: Rollouts, kept: KeptPlaces) -> tuple[Rewards, Tensor, Tensor | None]:
+    def _score(self, rollouts: Rollouts) -> tuple[Rewards, Tensor, Tensor | None]:
         """Rewards, advantages and, if there is a KL penalty, the reference's log-probabilities."""
         settings = self.ebft
-        wants_reference = settings.kl_coef > 0 and not self._evaluating
-        with torch.no_grad(), self.accelerator.autocast():
-            features = self.feature_network.embed(
-                rollouts, kept.places if wants_reference else None
+        score = None
+        if settings.kl_coef > 0 and not self._evaluating:
+            score = partial(
+                packed_log_probs,
+                temperature=settings.temperature,
+                with_document=False,
+                chunk_size=settings.log_prob_chunk_size,
             )
+        with torch.no_grad(), self.accelerator.autocast():
+            features = self.feature_network.embed(rollouts, score)
         with torch.no_grad():
             rewards = feature_matching_rewards(
                 features.generated,
@@ -268,20 +273,7 @@ class EBFTTrainer(Trainer):
                 whitening_tolerance=settings.whitening_tolerance,
             )
             advantages = compute_advantages(rewards, settings.advantage_estimator)
-            reference = None
-            if features.reference_logits is not None:
-                reference = token_log_probs(
-                    features.reference_logits,
-                    kept,
-                    rollouts,
-                    temperature=settings.temperature,
-                    with_document=False,
-                    chunk_size=settings.log_prob_chunk_size,
-                ).rollout
-        return rewards, advantages, reference
-
-    def _kept_places(self, rollouts: Rollouts) -> KeptPlaces:
-        return KeptPlaces.of(rollouts.layout, whole_document=self.ebft.ce_coef > 0)
+        return rewards, advantages, features.reference_log_probs
 
     def _read(self, inputs: dict[str, Any]) -> Documents:
         return Documents.from_inputs(
@@ -289,6 +281,7 @@ class EBFTTrainer(Trainer):
             document_masking=self.ebft.document_masking,
             eos_token_id=self._eos_token_id(),
             vocabulary_size=self._vocabulary_size,
+            pad_to_multiple_of=self.ebft.pad_to_multiple_of,
         )
 
     def _eos_token_id(self) -> int | None:
@@ -315,8 +308,11 @@ class EBFTTrainer(Trainer):
         `Trainer` then divides by the accumulation steps, and DDP or FSDP by the processes. It is 1
         where all micro-batches hold equally many documents.
         """
-        shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-        return documents.count * shares / documents_of_step
+        return documents.count * self._shares / documents_of_step
+
+    @property
+    def _shares(self) -> int:
+        return self.current_gradient_accumulation_steps * self.accelerator.num_processes
 
     def _parameters_for_sampling(self, model: nn.Module) -> AbstractContextManager[None]:
         """Under FSDP2, keep parameters gathered over the decoding steps if there is room."""
@@ -373,15 +369,16 @@ class EBFTTrainer(Trainer):
         finally:
             self._teacher_forced = False
         if self.ebft.eval_rollouts and self._evaluating:
-            with torch.no_grad():
-                rollouts = self.sample_rollouts(model, inputs)
-                rewards, advantages, _ = self._score(rollouts, self._kept_places(rollouts))
-            self._evaluation_metrics.add(
-                block_metrics(rewards, advantages, rollouts.layout)
-                | rollout_metrics(rollouts.tokens, rollouts.layout)
-            )
-            assert self._evaluation_batch is not None
-            self._evaluation_batch += 1
+            for part in split_rows(inputs, self.ebft.rollout_batch_size):
+                with torch.no_grad():
+                    rollouts = self.sample_rollouts(model, part)
+                    rewards, advantages, _ = self._score(rollouts)
+                self._evaluation_metrics.add(
+                    block_metrics(rewards, advantages, rollouts.layout)
+                    | rollout_metrics(rollouts.tokens, rollouts.layout)
+                )
+                assert self._evaluation_batch is not None
+                self._evaluation_batch += 1
         return result
 
     def evaluation_loop(
@@ -419,17 +416,31 @@ class EBFTTrainer(Trainer):
         self._micro_step = (-1, 0)
         return super().train(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """`Trainer`'s step, timed by phase."""
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """`Trainer`'s step, in parts of `rollout_batch_size` rows, timed by phase."""
+        parts = split_rows(inputs, self.ebft.rollout_batch_size)
+        if num_items_in_batch is None and len(parts) > 1:
+            # This batch is the step; its parts are not.
+            num_items_in_batch = self._read(inputs).count * self._shares
+        losses = []
         with self._stopwatch.phase("training"):
-            loss = super().training_step(*args, **kwargs)
+            for part in parts:
+                # FSDP2 adds up shards, and would have to keep whole gradients to do it later.
+                later = part is not parts[-1] and not is_sharded(model)
+                with self.accelerator.no_sync(model) if later else nullcontext():
+                    losses.append(super().training_step(model, part, num_items_in_batch))
         self._training_metrics.add(
             {
                 f"seconds_{phase}": Ratio(spent, 1.0)
                 for phase, spent in self._stopwatch.take().items()
             }
         )
-        return loss
+        return torch.stack(losses).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the `ebft/*` means since the last training log: means over all processes."""

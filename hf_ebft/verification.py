@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
-from hf_ebft.losses import KeptPlaces
+from hf_ebft.log_probs import KeptPlaces
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.support import bare_model, vocabulary_size
@@ -89,7 +89,13 @@ def packing_divergence(model: nn.Module, forward: PackedForward) -> float:
     layout = PackedLayout(documents, blocks, SAMPLES, ROLLOUT_LENGTH)
     with inference_mode_of(model), _short_windows(model, forward) as forward:
         rollouts = sample_rollouts(
-            model, forward, layout, temperature=1.0, top_p=1.0, generator=generator
+            model,
+            forward,
+            layout,
+            temperature=1.0,
+            top_p=1.0,
+            chunk_size=DOCUMENT_LENGTH,
+            generator=generator,
         )
         packed = _packed_log_probs(model, forward, rollouts)
         plain = _plain_log_probs(model, rollouts)
@@ -120,13 +126,17 @@ def _short_windows(model: nn.Module, forward: PackedForward) -> Iterator[PackedF
 
 
 def _packed_log_probs(model: nn.Module, forward: PackedForward, rollouts: Rollouts) -> Tensor:
-    """(n, K, G, V) from one forward pass over the packed row."""
+    """(n, K, G, V) from one forward pass over the packed row, through the head as in training."""
     layout = rollouts.layout
     kept = KeptPlaces.of(layout, whole_document=False)
-    logits = forward.logits(
-        model, layout.input_ids(rollouts.tokens), layout.coordinates, kept.places
+    (logits,) = forward.through_head(
+        model,
+        layout.input_ids(rollouts.tokens),
+        layout.row_part,
+        kept.places,
+        lambda states, to_logits: [to_logits(states[0])],
     )
-    return logits[0, kept.index_of[layout.predictor[0]]].float().log_softmax(-1)
+    return logits[kept.index_of[layout.predictor[0]]].float().log_softmax(-1)
 
 
 def _plain_log_probs(model: nn.Module, rollouts: Rollouts) -> Tensor:

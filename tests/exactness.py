@@ -22,7 +22,7 @@ from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
-from hf_ebft.losses import KeptPlaces
+from hf_ebft.log_probs import KeptPlaces
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.support import decoder_layers
@@ -31,6 +31,7 @@ from hf_ebft.verification import verify_packing
 # Rounding alone, in float32, over models with weights of unit gain.
 TOLERANCE = 1e-4
 FEATURE_LAYERS = (0.0, 0.5, 1.0)
+CHUNK = 10_000  # rows of logits: all of them at once
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,13 @@ def lora_model(architecture: str) -> nn.Module:
 
 @contextmanager
 def recorded_distributions() -> Iterator[list[Tensor]]:
-    """The distributions (B, K * n, V) that the sampler draws from, one tensor per step."""
+    """The distributions (B * K * n, V) that the sampler draws from, one tensor per step."""
     steps: list[Tensor] = []
     original = hf_ebft.rollouts.draw
 
-    def recording(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-        steps.append(probabilities)
-        return original(probabilities, generator)
+    def recording(probabilities: Tensor, generator: torch.Generator, each: int = 1) -> Tensor:
+        steps.append(probabilities.repeat_interleave(each, dim=0))
+        return original(probabilities, generator, each)
 
     hf_ebft.rollouts.draw = recording
     try:
@@ -148,11 +149,12 @@ def sample(
             layout,
             temperature=1.0,
             top_p=1.0,
+            chunk_size=CHUNK,
             generator=make_generator(torch.device("cpu"), 0),
         )
     _, n_samples, n_blocks, _ = layout.rollout_shape
     # The tokens of a step stand block after block.
-    by_block = [step.unflatten(1, (n_blocks, n_samples)) for step in steps]
+    by_block = [step.unflatten(0, (-1, n_blocks, n_samples)) for step in steps]
     return rollouts, torch.stack(by_block, dim=3).transpose(1, 2).log()
 
 
@@ -162,9 +164,7 @@ def training_log_probs(
     """(B, n, K, G, V) from one forward pass over the packed row, with gradient if it is on."""
     layout = rollouts.layout
     kept = KeptPlaces.of(layout, whole_document=whole_document)
-    logits = forward.logits(
-        model, layout.input_ids(rollouts.tokens), layout.coordinates, kept.places
-    )
+    logits = forward.logits(model, layout.input_ids(rollouts.tokens), layout.row_part, kept.places)
     rows = torch.arange(logits.shape[0])[:, None, None, None]
     return logits.float().log_softmax(-1)[rows, kept.index_of[layout.predictor]]
 

@@ -336,3 +336,21 @@ def test_a_row_without_any_token_has_no_block() -> None:
         Documents.from_inputs(batch), stride=3, context_length=2, generate_max_len=2
     )
     assert found(blocks) == [[(0, 2), (0, 5), (0, 8)], []]
+
+
+@pytest.mark.parametrize("multiple", [1, 3, 4, 40])
+def test_padded_blocks_are_the_same_blocks_and_some_that_are_not_there(multiple: int) -> None:
+    ids = torch.arange(1, 41).view(2, 20)
+    mask = torch.arange(20) < torch.tensor([20, 11])[:, None]
+    batch = {"input_ids": ids, "attention_mask": mask.long()}
+    settings = {"stride": 3, "context_length": 4, "generate_max_len": 2}
+    plain = find_blocks(Documents.from_inputs(batch), **settings)
+    padded_documents = Documents.from_inputs(batch, pad_to_multiple_of=16)
+    assert padded_documents.input_ids.shape == (2, 32)
+    padded = find_blocks(padded_documents, **settings, pad_to_multiple_of=multiple)
+    count = plain.exists.shape[1]
+    assert padded.exists.shape[1] % multiple == 0
+    assert 0 <= padded.exists.shape[1] - count < multiple
+    for name in ("column", "position", "document", "exists"):
+        torch.testing.assert_close(getattr(padded, name)[:, :count], getattr(plain, name))
+    assert not padded.exists[:, count:].any()

@@ -50,6 +50,8 @@ ON_THE_COMMAND_LINE: dict[str, tuple[str, Any]] = {
     "verify_packing": ("False", False),
     "gather_params_for_sampling": ("false", "false"),
     "eval_rollouts": ("False", False),
+    "rollout_batch_size": ("2", 2),
+    "pad_to_multiple_of": ("64", 64),
     "log_prob_chunk_size": ("64", 64),
 }
 
@@ -85,6 +87,8 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "verify_packing": NO_FLAG,
     "gather_params_for_sampling": ("yes", True),
     "eval_rollouts": NO_FLAG,
+    "rollout_batch_size": NO_COUNT[:-1],
+    "pad_to_multiple_of": NO_COUNT,
     "log_prob_chunk_size": NO_COUNT,
 }
 # Any text may be the name of a model or of a device; these are read when the trainer is built.

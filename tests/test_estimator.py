@@ -43,7 +43,8 @@ from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.features import EmbedMethod
 from hf_ebft.layout import PackedLayout
-from hf_ebft.losses import KeptPlaces, policy_gradient_loss, policy_log_probs
+from hf_ebft.log_probs import packed_log_probs
+from hf_ebft.losses import policy_gradient_loss
 from hf_ebft.policy import PackedForward
 from hf_ebft.rewards import Rewards, feature_matching_rewards
 from hf_ebft.rollouts import Rollouts
@@ -236,11 +237,10 @@ def library_rewards(world: World, rollouts: Rollouts) -> Rewards:
 
 
 def library_log_probs(world: World, rollouts: Rollouts, temperature: float) -> Tensor:
-    return policy_log_probs(
+    return packed_log_probs(
         world.policy,
         PackedForward.of(world.policy),
         rollouts,
-        KeptPlaces.of(rollouts.layout, whole_document=False),
         temperature=temperature,
         with_document=False,
         chunk_size=1000,

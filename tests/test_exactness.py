@@ -26,7 +26,7 @@ from exactness import (
 from plain_forwards import Batch, plain_blocks, plain_pass
 from torch import Tensor, nn
 
-from hf_ebft.losses import KeptPlaces, policy_log_probs
+from hf_ebft.log_probs import packed_log_probs
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts
 
@@ -187,11 +187,10 @@ def test_gradient_equals_that_of_plain_forward_passes(
         name = "activation_checkpointing_enable" if new_name else "gradient_checkpointing_enable"
         getattr(model, name)()
     model.train()
-    packed = policy_log_probs(
+    packed = packed_log_probs(
         model,
         forward,
         rollouts,
-        KeptPlaces.of(layout, whole_document=False),
         temperature=1.0,
         with_document=False,
         chunk_size=7,

@@ -131,10 +131,11 @@ def test_another_device_gets_ids_and_returns_embeddings(monkeypatch):
     rollouts = Rollouts(torch.randint(1, 61, layout.rollout_shape), blocks.exists, layout)
     expected = network.embed(rollouts)
     monkeypatch.setattr(torch.Tensor, "to", spy)
+    moved = []
+    monkeypatch.setattr(PackedLayout, "to", lambda self, device: moved.append(device) or self)
     observed = network.embed(rollouts)
     assert torch.equal(expected.generated, observed.generated)
-    row = (2, layout.row_width)
-    assert row in seen  # token ids and coordinates
+    assert moved == [network.device] and tuple(rollouts.tokens.shape) in seen
     assert tuple(observed.generated.shape) in seen and tuple(observed.ground_truth.shape) in seen
 
 

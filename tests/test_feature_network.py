@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from plain_forwards import plain_blocks, plain_pass
 from torch import Tensor, nn
 
 from hf_ebft.feature_network import FeatureNetwork
+from hf_ebft.log_probs import packed_log_probs
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts
 from hf_ebft.support import backbone, decoder_layers
@@ -91,7 +93,7 @@ def test_embeddings_are_those_of_plain_forward_passes(
             torch.testing.assert_close(embedded, expected, atol=TOLERANCE, rtol=0)
             compared += 1
     assert compared > 5
-    assert found.reference_logits is None
+    assert found.reference_log_probs is None
 
 
 def test_blocks_that_do_not_exist_have_zero_embeddings() -> None:
@@ -159,21 +161,20 @@ def test_no_layer_above_the_highest_and_no_head_runs(
     assert calls.head == 0
 
 
-def test_reference_logits_are_those_of_a_plain_packed_pass() -> None:
+def test_reference_log_probs_are_those_of_a_plain_packed_pass() -> None:
     model = tiny_model("gemma3_text")
     rollouts = rollouts_of(model)
     phi = network(model)
-    places = torch.unique(rollouts.layout.predictor[rollouts.exists[:, None].expand(3, 2, -1)])
-    features = phi.embed(rollouts, places)
-    assert features.reference_logits is not None
+    score = partial(packed_log_probs, temperature=1.0, with_document=False, chunk_size=7)
+    features = phi.embed(rollouts, score)
+    assert features.reference_log_probs is not None
     with torch.no_grad():
         expected = training_log_probs(model, phi.forward, rollouts)
-    log_probs = features.reference_logits.log_softmax(-1)
-    index = torch.searchsorted(places, rollouts.layout.predictor.contiguous())
-    rows = torch.arange(3)[:, None, None, None]
-    there = rollouts.exists[:, None].expand(index.shape[:3])
-    found = log_probs[rows, index.clamp(max=len(places) - 1)]
-    torch.testing.assert_close(found[there], expected[there], atol=TOLERANCE, rtol=0)
+    expected = expected.gather(-1, rollouts.tokens[..., None])[..., 0]
+    there = rollouts.exists[:, None].expand(expected.shape[:3])
+    torch.testing.assert_close(
+        features.reference_log_probs[there], expected[there], atol=TOLERANCE, rtol=0
+    )
     torch.testing.assert_close(
         features.generated, phi.embed(rollouts).generated, atol=TOLERANCE, rtol=0
     )

@@ -1,7 +1,6 @@
-"""Log-probabilities, losses and the KL penalty against direct formulas and loops.
+"""Losses and the KL penalty against direct formulas and loops.
 
-Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout tokens, P places whose
-logits are kept, V vocabulary.
+Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout tokens, V vocabulary.
 """
 
 import math
@@ -10,170 +9,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from tiny import ragged_layout
 
-from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
 from hf_ebft.losses import (
-    KeptPlaces,
     cross_entropy,
     kl_penalty,
-    log_normalizer,
     per_rollout_token_mean,
     policy_gradient_loss,
-    token_log_probs,
 )
-from hf_ebft.rollouts import Rollouts
 
 VOCABULARY = 11
-
-
-def ragged_layout(n_samples: int = 2, length: int = 3) -> PackedLayout:
-    """Rows of 14, 5 and 9 tokens, the last one two packed documents: 4, 1, 0 and 1 blocks."""
-    ids = torch.randint(VOCABULARY, (3, 14))
-    mask = torch.zeros_like(ids)
-    document = torch.zeros_like(ids)
-    for row, width in enumerate((14, 5, 9)):
-        mask[row, :width] = 1
-    document[2, 3:] = 1
-    documents = Documents.from_inputs(
-        {"input_ids": ids, "attention_mask": mask, "document_ids": document}
-    )
-    blocks = find_blocks(documents, stride=3, context_length=2, generate_max_len=length)
-    layout = PackedLayout(documents, blocks, n_samples, length)
-    assert layout.blocks.exists.sum(dim=1).tolist() == [4, 1, 1]
-    return layout
-
-
-def rollouts_of(layout: PackedLayout) -> Rollouts:
-    tokens = torch.randint(VOCABULARY, layout.rollout_shape)
-    return Rollouts(tokens=tokens, exists=layout.blocks.exists, layout=layout)
 
 
 def documents_of(layout: PackedLayout) -> list[tuple[int, int]]:
     """(row, document) of every document of the batch."""
     per_row = (layout.documents.document.amax(dim=1) + 1).tolist()
     return [(row, document) for row, count in enumerate(per_row) for document in range(count)]
-
-
-# ---- Log-probabilities ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("whole_document", [False, True])
-def test_token_log_probs_are_entries_of_a_log_softmax(
-    temperature: float, whole_document: bool
-) -> None:
-    layout = ragged_layout()
-    rollouts = rollouts_of(layout)
-    kept = KeptPlaces.of(layout, whole_document=whole_document)
-    row_logits = torch.randn(3, layout.row_width, VOCABULARY)
-    actual = token_log_probs(
-        row_logits[:, kept.places],
-        kept,
-        rollouts,
-        temperature=temperature,
-        with_document=whole_document,
-        chunk_size=5,
-    )
-    expected = (row_logits / temperature).log_softmax(dim=-1)
-    for row, sample, block, step in torch.ones(layout.rollout_shape).nonzero().tolist():
-        if not layout.blocks.exists[row, block]:
-            continue
-        place = layout.predictor[row, sample, block, step]
-        token = rollouts.tokens[row, sample, block, step]
-        torch.testing.assert_close(
-            actual.rollout[row, sample, block, step], expected[row, place, token]
-        )
-    if not whole_document:
-        assert actual.document is None
-        return
-    assert actual.document is not None
-    plain = row_logits.log_softmax(dim=-1)
-    documents = layout.documents
-    for row, column in torch.ones_like(documents.input_ids).nonzero().tolist():
-        value = actual.document[row, column]
-        if documents.document[row, column] < 0 or documents.position[row, column] == 0:
-            assert value == 0
-        else:
-            token = documents.input_ids[row, column]
-            torch.testing.assert_close(value, plain[row, column - 1, token])
-
-
-def test_only_predictors_are_kept() -> None:
-    """The head runs at the places that predict something, and nowhere else."""
-    layout = ragged_layout()
-    exists = layout.blocks.exists[:, None, :, None].expand(layout.rollout_shape)
-    predictors = set(layout.predictor[exists].tolist())
-    kept = KeptPlaces.of(layout, whole_document=False)
-    assert predictors <= set(kept.places.tolist())
-    # Blocks that a row does not have stand where those of the longest row do.
-    assert set(kept.places.tolist()) <= predictors | {0} | set(layout.predictor.flatten().tolist())
-    assert kept.places.tolist() == sorted(set(kept.places.tolist()))
-    last_steps = layout.coordinates.slot[0, layout.document_width :].view(-1, layout.length)[:, -1]
-    assert not set(last_steps.tolist()) & set(kept.places.tolist())
-    assert torch.equal(kept.places[kept.index_of[kept.places]], kept.places)
-
-    with_document = KeptPlaces.of(layout, whole_document=True)
-    assert with_document.places[: with_document.n_document].tolist() == list(range(13))
-
-
-@pytest.mark.parametrize("chunk_size", [1, 4, 7, 100])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunks_of_any_size_give_the_same_normalizer(chunk_size: int, temperature: float) -> None:
-    """15 rows of logits, in chunks that do and do not divide them: value and gradient."""
-    logits = (3 * torch.randn(3, 5, VOCABULARY)).requires_grad_()
-    weights = torch.randn(3, 5)
-    expected = torch.logsumexp(logits / temperature, dim=-1)
-    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), logits)
-    actual = log_normalizer(logits, temperature, chunk_size)
-    (gradient,) = torch.autograd.grad((actual * weights).sum(), logits)
-    torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(gradient, expected_gradient)
-
-
-def saved_float32_sizes(compute: Any) -> list[int]:
-    """Sizes of the float32 tensors that the autograd graph of ``compute()`` keeps for backward."""
-    sizes: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.dtype == torch.float32:
-            sizes.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        compute()
-    return sizes
-
-
-def test_no_float32_copy_of_the_logits_is_kept_for_backward() -> None:
-    """The vocabulary is what makes logits large: nothing of its width may stay in float32.
-
-    The check is one that a plain float32 log_softmax fails.
-    """
-    layout = ragged_layout()
-    rollouts = rollouts_of(layout)
-    kept = KeptPlaces.of(layout, whole_document=True)
-    vocabulary = 4096
-    logits = torch.randn(3, kept.places.shape[0], vocabulary, dtype=torch.bfloat16)
-    logits.requires_grad_()
-    saved = saved_float32_sizes(
-        lambda: token_log_probs(
-            logits, kept, rollouts, temperature=0.7, with_document=True, chunk_size=8
-        )
-    )
-    assert max(saved, default=0) < vocabulary
-    plain = saved_float32_sizes(lambda: logits.float().log_softmax(dim=-1))
-    assert max(plain) >= logits.numel()
-
-
-def test_bfloat16_logits_are_normalised_in_float32() -> None:
-    logits = (4 * torch.randn(2, 6, 1000)).bfloat16()
-    expected = torch.logsumexp(logits.double() / 0.7, dim=-1)
-    actual = log_normalizer(logits, 0.7, 5)
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 # ---- Losses ---------------------------------------------------------------------------------

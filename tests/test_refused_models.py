@@ -27,6 +27,7 @@ from transformers import (
 
 import hf_ebft.verification
 from hf_ebft import EBFTConfig, EBFTTrainer
+from hf_ebft.attention import SPLIT
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.policy import PackedForward
 from hf_ebft.support import set_packed_attention
@@ -259,8 +260,8 @@ def test_other_attention_is_switched_and_told(
     model.config._attn_implementation = set_by_hand
     with caplog.at_level("WARNING", "hf_ebft"):
         forward = PackedForward.of(model)
-    assert forward.recipe.implementation == "sdpa" == model.config._attn_implementation
-    assert f"switched from {set_by_hand} to sdpa" in caplog.text
+    assert forward.recipe.implementation == SPLIT == model.config._attn_implementation
+    assert f"switched from {set_by_hand} to {SPLIT}" in caplog.text
 
 
 def test_attention_is_left_alone_where_it_can_express_the_mask(

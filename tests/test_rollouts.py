@@ -57,6 +57,7 @@ def sample(
         layout,
         temperature=temperature,
         top_p=1.0,
+        chunk_size=7,
         generator=make_generator(CPU, seed),
     )
 
@@ -223,15 +224,45 @@ def test_any_seed_makes_a_generator(seed: int) -> None:
     assert not torch.equal(torch.rand(4, generator=make_generator(CPU, seed, 7)), ordinary)
 
 
-def test_draw_takes_one_token_of_each_distribution() -> None:
-    certain = torch.tensor([[2, 0, 1], [1, 1, 2]])
-    tokens = draw(nn.functional.one_hot(certain, 3).float(), make_generator(CPU, 0))
+@pytest.mark.parametrize("each", [1, 3])
+def test_draw_takes_tokens_of_each_distribution(each: int) -> None:
+    certain = torch.tensor([2, 0, 1, 1, 1, 2])
+    tokens = draw(nn.functional.one_hot(certain, 3).float(), make_generator(CPU, 0), each)
     assert tokens.dtype == torch.int64
-    assert torch.equal(tokens, certain)
+    assert torch.equal(tokens, certain[:, None].expand(-1, each))
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
+def test_draw_never_takes_a_token_without_probability(
+    uniform: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At either end of what a generator may return."""
+    monkeypatch.setattr(
+        torch, "rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64)
+    )
+    probabilities = torch.tensor([[0.0, 0.3, 0.7, 0.0], [0.0, 1e-30, 1.0, 0.0]])
+    found = draw(probabilities, make_generator(CPU, 0))[:, 0].tolist()
+    assert found == ([1, 1] if uniform == 0.0 else [2, 2])
+
+
+def test_draw_keeps_the_share_of_rare_tokens_late_in_a_large_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sums in single precision would round 1e-9 away next to 1."""
+    probabilities = torch.full((1, 50_000), 1e-9)
+    probabilities[0, 0] = 1.0
+    rare = float(probabilities[0, 1])
+    total = 1.0 + 49_999 * rare
+    for token in (1, 777, 49_999):
+        uniform = (1.0 + (token - 0.5) * rare) / total
+        monkeypatch.setattr(
+            torch, "rand", lambda shape, u=uniform, **_: torch.full(shape, u, dtype=torch.float64)
+        )
+        assert int(draw(probabilities, make_generator(CPU, 0))) == token
 
 
 def test_draw_refuses_what_is_not_finite() -> None:
-    probabilities = torch.full((1, 2, 3), 1 / 3)
-    probabilities[0, 1, 2] = torch.nan
+    probabilities = torch.full((2, 3), 1 / 3)
+    probabilities[1, 2] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         draw(probabilities, make_generator(CPU, 0))

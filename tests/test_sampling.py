@@ -72,6 +72,7 @@ def sample(
         make_layout(copies, n),
         temperature=temperature,
         top_p=top_p,
+        chunk_size=1000,
         generator=make_generator(torch.device("cpu"), seed),
     )
 

@@ -18,7 +18,7 @@ from hf_ebft import EBFTTrainer, Rollouts
 from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout, sees
-from hf_ebft.losses import KeptPlaces, policy_log_probs
+from hf_ebft.log_probs import packed_log_probs
 from hf_ebft.trainer import EBFTOutput
 
 STEPS = golden_names("step_*")
@@ -129,11 +129,10 @@ def test_rollout_log_probs(step: Step) -> None:
 
 def test_document_log_probs_and_cross_entropy(step: Step) -> None:
     rollouts, trainer = step.output.rollouts, step.trainer
-    log_probs = policy_log_probs(
+    log_probs = packed_log_probs(
         trainer.model,
         trainer._forward,
         rollouts,
-        KeptPlaces.of(rollouts.layout, whole_document=True),
         temperature=trainer.ebft.temperature,
         with_document=True,
         chunk_size=7,

@@ -106,6 +106,65 @@ def test_accumulation_gives_the_gradient_of_one_batch(
             assert split_log[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rollout_batch_size": 1},
+        {"rollout_batch_size": 3},
+        {"rollout_batch_size": 100},
+        {"pad_to_multiple_of": 16},
+        {"pad_to_multiple_of": 50},
+        {"log_prob_chunk_size": 7},
+        {"packed_attention": "sdpa"},
+        {"packed_attention": "eager"},
+        {"rollout_batch_size": 1, "gradient_accumulation_steps": 2, "batch": 2},
+    ],
+    ids=str,
+)
+def test_how_a_batch_is_worked_off_changes_neither_gradient_nor_metrics(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Parts, padding, chunks and attention: only time and memory may differ."""
+    runs = []
+    for settings in ({}, change):
+        gradient = RecordGradients()
+        args = config(
+            tmp_path,
+            per_device_train_batch_size=settings.get("batch", 4),
+            max_steps=1,
+            ce_coef=0.3,
+            kl_coef=0.2,
+            **{name: value for name, value in settings.items() if name != "batch"},
+        )
+        rows = texts(9, 30, 17, 24)
+        trainer = PrefixRollouts(tiny_llama(), args, train_dataset=rows, callbacks=[gradient])
+        trainer.train()
+        runs.append((gradient.steps[0], metrics_logged(trainer)[0]))
+    (whole, whole_log), (changed, changed_log) = runs
+    assert_same_tensors(changed, whole, relative=ROUNDING)
+    for name, value in whole_log.items():
+        assert changed_log[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_a_step_by_hand_in_parts_is_the_mean_over_its_batch(tmp_path: Path) -> None:
+    """Without a count of the step's documents, the batch is the step."""
+    losses = []
+    for size in (None, 2):
+        trainer = PrefixRollouts(tiny_llama(), config(tmp_path, rollout_batch_size=size))
+        trainer.current_gradient_accumulation_steps = 1  # as Trainer.train sets it
+        losses.append(trainer.training_step(trainer.model, batch_of(texts(9, 30, 17))))
+        losses.append(next(trainer.model.parameters()).grad)
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses[3], losses[1], rtol=1e-4, atol=1e-6)
+
+
+def test_columns_that_cannot_be_split_are_refused(tmp_path: Path) -> None:
+    trainer = PrefixRollouts(tiny_llama(), config(tmp_path, rollout_batch_size=1))
+    batch = batch_of(texts(9, 30)) | {"weights": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"rollout_batch_size=1 .* 2 rows.* weights"):
+        trainer.training_step(trainer.model, batch)
+
+
 @pytest.mark.parametrize("boundaries", ["document_ids", "seq_idx", "position_ids", "eos"])
 @pytest.mark.parametrize("sliding_window", [None, 5])
 def test_packed_documents_train_like_rows_of_their_own(

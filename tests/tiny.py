@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_ebft import EBFTConfig, EBFTTrainer, Rollouts
+from hf_ebft.anchors import find_blocks
+from hf_ebft.documents import Documents
+from hf_ebft.layout import PackedLayout
 
 VOCABULARY = 61
 
@@ -179,3 +182,22 @@ def tiny_tokenizer(vocabulary: int = 300, **special_tokens: str) -> PreTrainedTo
 def logged(trainer: EBFTTrainer, name: str) -> list[float]:
     """All values of a metric in the trainer's log, in order."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def ragged_layout(n_samples: int = 2, length: int = 3, vocabulary: int = 11) -> PackedLayout:
+    """Rows of 14, 5 and 9 tokens, the last one two packed documents: 4, 1, 0 and 1 blocks, or more
+    where rollouts are shorter.
+    """
+    ids = torch.randint(vocabulary, (3, 14))
+    mask = torch.zeros_like(ids)
+    document = torch.zeros_like(ids)
+    for row, width in enumerate((14, 5, 9)):
+        mask[row, :width] = 1
+    document[2, 3:] = 1
+    documents = Documents.from_inputs(
+        {"input_ids": ids, "attention_mask": mask, "document_ids": document}
+    )
+    blocks = find_blocks(documents, stride=3, context_length=2, generate_max_len=length)
+    layout = PackedLayout(documents, blocks, n_samples, length)
+    assert length != 3 or layout.blocks.exists.sum(dim=1).tolist() == [4, 1, 1]
+    return layout

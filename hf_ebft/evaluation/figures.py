@@ -25,7 +25,7 @@ from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
-from hf_ebft.losses import KeptPlaces, policy_log_probs, predicted_targets
+from hf_ebft.log_probs import packed_log_probs, predicted_targets
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rewards import feature_matching_rewards
 from hf_ebft.rollouts import make_generator, sample_rollouts
@@ -182,6 +182,7 @@ def _measure(
         layout,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        chunk_size=settings.log_prob_chunk_size,
         generator=generator,
     )
     features = feature_network.embed(rollouts)
@@ -197,11 +198,10 @@ def _measure(
         )
         for use_whitening in (settings.use_whitening, False)
     )
-    log_probs = policy_log_probs(
+    log_probs = packed_log_probs(
         model,
         forward,
         rollouts,
-        KeptPlaces.of(layout, whole_document=True),
         temperature=settings.temperature,
         with_document=True,
         chunk_size=settings.log_prob_chunk_size,

@@ -70,6 +70,7 @@ def sample_continuations(
         PackedLayout(documents, blocks, n_samples=1, length=length),
         temperature=settings.temperature,
         top_p=settings.top_p,
+        chunk_size=settings.log_prob_chunk_size,
         generator=make_generator(device, seed, STREAM),
     )
     continuations = []

@@ -8,7 +8,8 @@ import torch
 from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
-from hf_ebft.losses import KeptPlaces, policy_gradient_loss, policy_log_probs
+from hf_ebft.log_probs import packed_log_probs
+from hf_ebft.losses import policy_gradient_loss
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.whitening import whiten
@@ -41,9 +42,8 @@ def loss_and_gradients(model, attention, checkpointing=None):
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.train()
-    kept = KeptPlaces.of(rollouts.layout, whole_document=False)
-    log_probs = policy_log_probs(
-        model, forward, rollouts, kept, temperature=0.7, with_document=False, chunk_size=64
+    log_probs = packed_log_probs(
+        model, forward, rollouts, temperature=0.7, with_document=False, chunk_size=64
     ).rollout
     generator = torch.Generator().manual_seed(1)
     advantages = torch.randn(log_probs.shape[:3], generator=generator).to(log_probs.device)
@@ -58,8 +58,8 @@ def assert_agree(left, right, tolerance):
         torch.testing.assert_close(left[1][name], gradient, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_dense_masks_agree_with_the_cpu(attention):
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "split"])
+def test_packed_attention_agrees_with_the_cpu(attention):
     model = tiny_llama()
     reference = loss_and_gradients(copy.deepcopy(model), attention)
     assert_agree(loss_and_gradients(model.to(DEVICE), attention), reference, 1e-4)
