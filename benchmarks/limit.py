@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_ebft.layout import PackedLayout
+from hf_ebft.sharing import adapters_off
 from hf_ebft.support import bare_model, decoder_layers
 
 
@@ -148,7 +149,7 @@ def measure_costs(model: nn.Module, *, adapters: bool = True) -> tuple[Cost, Cos
         for module in owner.modules()
         if isinstance(module, (nn.Linear, Conv1D))
     ]
-    off = contextlib.nullcontext() if adapters else model.disable_adapter()
+    off = contextlib.nullcontext() if adapters else adapters_off(model)
     try:
         with off, torch.enable_grad():
             ids = torch.zeros(1, _PROBE, dtype=torch.long, device=base.device)
@@ -158,7 +159,7 @@ def measure_costs(model: nn.Module, *, adapters: bool = True) -> tuple[Cost, Cos
             hook.remove()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 2 * width * config.num_attention_heads
-    return tuple(
+    forward, backward = (
         Cost(
             per_token=tuple(counts[layer][way] for layer in layers),
             per_pair=attention * (1 + way),
@@ -166,6 +167,7 @@ def measure_costs(model: nn.Module, *, adapters: bool = True) -> tuple[Cost, Cos
         )
         for way in (0, 1)
     )
+    return forward, backward
 
 
 _PROBE = 2
@@ -218,11 +220,12 @@ class MatrixProduct:
     Args:
         device: where.
         dtype: the dtype that the model computes in.
+        size: its rows; None: 2048 on a CPU, 8192 elsewhere.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, size: int | None = None) -> None:
         # Some tenths of a second on two CPU cores, some milliseconds on a GPU.
-        self.size = 2048 if device.type == "cpu" else 8192
+        self.size = size or (2048 if device.type == "cpu" else 8192)
         self._device = device
         shape = (self.size, self.size)
         self._a, self._b = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))

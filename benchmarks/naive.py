@@ -30,6 +30,7 @@ from hf_ebft.advantages import compute_advantages
 from hf_ebft.config import EBFTSettings
 from hf_ebft.features import normalize_layers, pool, token_positions
 from hf_ebft.rewards import Rewards, feature_matching_rewards
+from hf_ebft.sharing import adapters_off
 from hf_ebft.stopwatch import Stopwatch
 from hf_ebft.support import bare_model
 
@@ -142,6 +143,10 @@ class NaiveStep:
         """Sample, reward and leave the gradient in the policy's weights; returns the loss."""
         with self.stopwatch.phase("sampling"):
             batch = [self.sample(document) for document in read_documents(inputs, self.settings)]
+        return self.learn(batch)
+
+    def learn(self, batch: Sequence[Sampled]) -> Tensor:
+        """The step after sampling."""
         with self.stopwatch.phase("features"):
             advantages = [
                 compute_advantages(self.rewards(sampled), self.settings.advantage_estimator)[0]
@@ -177,9 +182,13 @@ class NaiveStep:
             tokens: (n, K, t), those drawn so far.
         """
         drawn = tokens.shape[2]
-        predictors = document.predictors(max(1, drawn))[:, -1]
-        if drawn == 0:
-            predictors = document.ends - 1
+        # The last token of the prefix, then the newest of the rollout.
+        newest = (
+            document.tokens.shape[0]
+            - 1
+            + drawn * torch.arange(1, document.ends.shape[0] + 1, device=tokens.device)
+        )
+        predictors = document.ends - 1 if drawn == 0 else newest
         probabilities = []
         with _evaluating(self.policy):
             for rows in self._row_chunks():
@@ -248,7 +257,7 @@ class NaiveStep:
     def _feature_states(self, document: Document, tokens: Tensor) -> Sequence[Tensor]:
         """The feature layers' hidden states (r, T, H), out of those of all layers."""
         phi = self.policy if self.feature_network is None else self.feature_network
-        off = self.policy.disable_adapter() if phi is self.policy else contextlib.nullcontext()
+        off = adapters_off(phi) if phi is self.policy else contextlib.nullcontext()
         with _evaluating(phi), off:
             backbone = bare_model(phi).base_model
             inputs = self._inputs(document, tokens)

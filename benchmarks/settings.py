@@ -15,7 +15,7 @@ import peft
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_ebft import EBFTConfig, __version__
 
@@ -90,11 +90,13 @@ class ModelSize:
             max_position_embeddings=16384,
             bos_token_id=None,
             eos_token_id=None,
-            attn_implementation="sdpa",
             **(self.shape | shape),
         )
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(self.dtype).train()
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=self.dtype, attn_implementation="sdpa"
+        )
+        return model.train()
 
 
 MODELS = {
@@ -108,6 +110,18 @@ MODELS = {
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
             "initializer_range": 0.3,
+        },
+    ),
+    # For benchmarks/scaling.py: small, so that its fixed costs show.
+    "3m": ModelSize(
+        torch.float32,
+        {
+            "vocab_size": 2048,
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
         },
     ),
     # 10 M parameters.

@@ -19,6 +19,7 @@ figures are medians. The optimizer step is in none of them. The machine should b
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import statistics
@@ -59,7 +60,7 @@ class MeasuredTrainer(EBFTTrainer):
     """The trainer, with the time of `compute_loss` and the last batch's layout noted."""
 
     layout: PackedLayout
-    loss_seconds: float
+    loss_seconds = 0.0
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Timed; the trainer's own phases are parts of it."""
@@ -247,12 +248,14 @@ def measure(preset: Preset, model_size: str, options: Options) -> dict[str, Any]
         documents=options.documents,
         settings={"ce_coef": options.ce_coef, **(options.settings or {})},
     )
-    steps: dict[str, Any] = {"ours": ours}
+    steps: dict[str, OurStep | TheirStep] = {"ours": ours}
     repeats = {"ours": preset.repeats}
+    theirs = None
     if reference is not None:
         phi = None if preset.lora_rank else copy_of(reference).requires_grad_(False)
         naive = NaiveStep(reference, phi, ours.trainer.ebft, rows_at_once=rows_at_once)
-        steps["naive"] = TheirStep(naive, device)
+        theirs = TheirStep(naive, device)
+        steps["naive"] = theirs
         repeats["naive"] = preset.naive_repeats
 
     def batch(length: int) -> dict[str, Tensor]:
@@ -262,13 +265,13 @@ def measure(preset: Preset, model_size: str, options: Options) -> dict[str, Any]
     warm_up = batch(max(shortest, preset.document // 4))
     for step in steps.values():
         step(warm_up)
-    difference = compare(ours, steps["naive"], warm_up) if options.with_naive else None
+    difference = None if theirs is None else compare(ours, theirs, warm_up)
 
     inputs = batch(preset.document)
     peaks = {}
     for name, step in steps.items():
         gc.collect()
-        peaks[name] = peak_bytes(lambda step=step: step(inputs), device)
+        peaks[name] = peak_bytes(functools.partial(step, inputs), device)
 
     product = MatrixProduct(device, size.dtype)
     speeds: list[float] = []
@@ -277,7 +280,6 @@ def measure(preset: Preset, model_size: str, options: Options) -> dict[str, Any]
         for name, step in steps.items():
             if turn < repeats[name]:
                 speeds.append(product.speed())
-                gc.collect()
                 runs[name].append(step(inputs))
     speeds.append(product.speed())
 
