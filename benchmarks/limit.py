@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -126,7 +127,7 @@ def measure_costs(model: nn.Module, *, adapters: bool = True) -> tuple[Cost, Cos
 
     Args:
         model: a causal language model, or a PEFT model of one, whose layers see the whole prefix.
-        adapters: False: a PEFT model with its adapters off.
+        adapters: False: with the adapters of a PEFT model off.
 
     Raises:
         ValueError: layers that see less than the whole prefix.
@@ -149,11 +150,14 @@ def measure_costs(model: nn.Module, *, adapters: bool = True) -> tuple[Cost, Cos
         for module in owner.modules()
         if isinstance(module, (nn.Linear, Conv1D))
     ]
-    off = contextlib.nullcontext() if adapters else adapters_off(model)
+    switch = not adapters and isinstance(model, PeftModel)
+    off = adapters_off(model) if switch else contextlib.nullcontext()
     try:
         with off, torch.enable_grad():
             ids = torch.zeros(1, _PROBE, dtype=torch.long, device=base.device)
-            model(input_ids=ids, use_cache=False)
+            # A mask of one's own: to make one, transformers would look into the values of others.
+            mask = torch.zeros(1, 1, _PROBE, _PROBE, dtype=base.dtype, device=base.device)
+            model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -188,8 +192,7 @@ def _counter(count: list[int], module: nn.Module) -> Any:
 
 def count_step(
     layout: PackedLayout,
-    policy: nn.Module,
-    feature_network: nn.Module,
+    model: nn.Module,
     *,
     n_feature_layers: int,
     with_cross_entropy: bool,
@@ -198,14 +201,14 @@ def count_step(
 
     Args:
         layout: the batch.
-        feature_network: phi; the policy itself where it is the policy without its adapters.
-        n_feature_layers: layers that phi has to run.
+        model: the policy; without its adapters, if it has any, it is the feature network. Its
+            weights are not looked at: it may live on the meta device.
+        n_feature_layers: layers that the feature network has to run.
         with_cross_entropy: whether the loss has a cross-entropy term.
     """
     work = count_work(layout, with_cross_entropy=with_cross_entropy)
-    forward, backward = measure_costs(policy)
-    shared = feature_network is policy
-    features, _ = measure_costs(feature_network, adapters=not shared)
+    forward, backward = measure_costs(model)
+    features, _ = measure_costs(model, adapters=False)
     return {
         "sampling": forward.of(work["sampling"]),
         "features": features.of(work["features"], n_feature_layers),

@@ -15,7 +15,7 @@ import peft
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_ebft import EBFTConfig, __version__
 
@@ -166,7 +166,7 @@ MODELS = {
 }
 
 
-def with_adapters(model: LlamaForCausalLM, rank: int) -> nn.Module:
+def with_adapters(model: PreTrainedModel, rank: int) -> nn.Module:
     """The model with LoRA on all linear layers, or as it is for rank 0."""
     if rank == 0:
         return model

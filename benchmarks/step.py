@@ -49,6 +49,7 @@ from transformers import PrinterCallback
 
 from hf_ebft import EBFTTrainer, Rollouts
 from hf_ebft.layout import PackedLayout
+from hf_ebft.support import bare_model
 
 PHASES = ("sampling", "features", "training_forward", "backward")
 Seconds = dict[str, float]
@@ -113,6 +114,12 @@ class OurStep:
     def policy(self) -> nn.Module:
         """The model that is trained, on its device."""
         return self.trainer.model
+
+    @property
+    def n_feature_layers(self) -> int:
+        """Layers up to the highest one that features are taken from."""
+        n_layers = bare_model(self.policy).config.num_hidden_layers
+        return max(int(fraction * n_layers) for fraction in self.trainer.ebft.feature_layers)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Seconds:
         """One step; seconds by phase and in total."""
@@ -283,12 +290,12 @@ def measure(preset: Preset, model_size: str, options: Options) -> dict[str, Any]
                 runs[name].append(step(inputs))
     speeds.append(product.speed())
 
-    network = ours.trainer.feature_network
+    with torch.device("meta"):
+        shapes = with_adapters(size.build(**(options.shape or {})), preset.lora_rank)
     multiply_adds = count_step(
         ours.trainer.layout,
-        ours.policy,
-        network.model,
-        n_feature_layers=max(network.layer_indices),
+        shapes,
+        n_feature_layers=ours.n_feature_layers,
         with_cross_entropy=options.ce_coef > 0,
     )
     speed = statistics.median(speeds)
