@@ -48,7 +48,9 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from hf_ebft import EBFTTrainer, Rollouts
+from hf_ebft.advantages import compute_advantages
 from hf_ebft.layout import PackedLayout
+from hf_ebft.rewards import feature_matching_rewards
 from hf_ebft.support import bare_model
 
 PHASES = ("sampling", "features", "training_forward", "backward")
@@ -210,6 +212,31 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def reward_seconds(ours: OurStep) -> float:
+    """Seconds that whitening, rewards and advantages of a step take, by the last batch's shapes.
+
+    They are a part of the phase "features".
+    """
+    settings, layout = ours.trainer.ebft, ours.trainer.layout
+    rows, n_samples, n_blocks, _ = layout.rollout_shape
+    width = bare_model(ours.policy).config.hidden_size * len(settings.feature_layers)
+    device = ours.trainer.args.device
+    generated = torch.randn(rows, n_samples, n_blocks, width, device=device)
+    ground_truth = torch.randn(rows, n_blocks, width, device=device)
+    seconds = []
+    for _ in range(6):
+        start = now(device)
+        rewards = feature_matching_rewards(
+            torch.nn.functional.normalize(generated, dim=-1),
+            torch.nn.functional.normalize(ground_truth, dim=-1),
+            use_whitening=settings.use_whitening,
+            whitening_space=settings.whitening_space,
+        )
+        compute_advantages(rewards, settings.advantage_estimator)
+        seconds.append(now(device) - start)
+    return statistics.median(seconds[1:])
+
+
 def medians(runs: list[Seconds]) -> Seconds:
     """The median of each phase, and of the total."""
     return {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]}
@@ -290,6 +317,7 @@ def measure(preset: Preset, model_size: str, options: Options) -> dict[str, Any]
                 runs[name].append(step(inputs))
     speeds.append(product.speed())
 
+    rewards = reward_seconds(ours)
     with torch.device("meta"):
         shapes = with_adapters(size.build(**(options.shape or {})), preset.lora_rank)
     multiply_adds = count_step(
@@ -308,6 +336,8 @@ def measure(preset: Preset, model_size: str, options: Options) -> dict[str, Any]
         "ratio_vs_limit": total["ours"] / total["limit"],
         "memory_ratio_vs_naive": peaks["naive"] / peaks["ours"] if options.with_naive else None,
         "seconds": seconds,
+        "reward_seconds": rewards,
+        "reward_share": rewards / total["ours"],
         "peak_bytes": peaks,
         "difference": None if difference is None else asdict(difference),
         "multiply_adds": multiply_adds,
@@ -354,7 +384,12 @@ def report(figures: Mapping[str, Any]) -> str:
     lines.append(f"| peak memory, MiB | {' | '.join(peaks)} | | | |")
     speed = figures["matrix_product"]["multiply_adds_per_second"]
     settings, where = figures["settings"], figures["machine"]
-    lines += ["", f"Matrix product: {speed / 1e9:.1f} G multiply-adds a second."]
+    lines += [
+        "",
+        f"Matrix product: {speed / 1e9:.1f} G multiply-adds a second.",
+        f"Whitening, rewards and advantages: {figures['reward_seconds']:.4f} s, "
+        f"{figures['reward_share']:.1%} of a step of ours.",
+    ]
     rows = settings["naive_rows_at_once"]
     if rows is not None:
         lines.append(

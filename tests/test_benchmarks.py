@@ -394,6 +394,7 @@ def check_figures(figures: dict[str, Any], *, with_naive: bool) -> None:
     speed = figures["matrix_product"]["multiply_adds_per_second"]
     assert total["limit"] == pytest.approx(sum(figures["multiply_adds"].values()) / speed)
     assert figures["ratio_vs_limit"] == pytest.approx(total["ours"] / total["limit"])
+    assert figures["reward_share"] == pytest.approx(figures["reward_seconds"] / total["ours"])
     if with_naive:
         assert figures["ratio_vs_naive"] == pytest.approx(total["naive"] / total["ours"])
         assert figures["memory_ratio_vs_naive"] == pytest.approx(peaks["naive"] / peaks["ours"])
