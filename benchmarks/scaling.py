@@ -25,14 +25,14 @@ import torch
 from settings import MODELS, Preset, machine
 from step import Options, measure
 
-BASE = Preset(document=512, repeats=3)
+BASE = Preset(document=256, repeats=3)
 MODEL = "3m"
 # What is varied: its label, and the values.
 AXES: dict[str, tuple[str, tuple[int, ...]]] = {
-    "document": ("document tokens S", (256, 512, 1024, 2048)),
+    "document": ("document tokens S", (128, 256, 512, 1024)),
     "n_samples": ("samples n", (2, 4, 8, 16)),
-    "generate_max_len": ("rollout tokens G", (4, 8, 16, 32)),
-    "vocabulary": ("vocabulary V", (2048, 8192, 32768, 131072)),
+    "generate_max_len": ("rollout tokens G", (4, 8, 16)),
+    "vocabulary": ("vocabulary V", (2048, 8192, 32768)),
 }
 QUANTITIES = {
     "seconds": "seconds",
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     for axis in given.axes:
         points = [point(axis, value, given.device) for value in AXES[axis][1][: given.points]]
         curves[axis] = {"points": points, "exponents": exponents(points)}
-    print(table(curves))
+        print(table({axis: curves[axis]}), flush=True)
     if given.json:
         about = {"model": MODEL, "machine": machine(torch.device(given.device))}
         given.json.write_text(json.dumps(about | {"curves": curves}, indent=2) + "\n")
