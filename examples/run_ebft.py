@@ -552,6 +552,7 @@ class Comparison:
                 n_samples=report.report_n_samples,
                 n_draws=report.report_draws,
                 eos_token_id=self.tokenizer.eos_token_id,
+                corpus_whitening=self.trainer.corpus_whitening(),
             )
         )
         if report.report_samples:

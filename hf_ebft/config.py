@@ -88,12 +88,31 @@ class FeatureMatchingArguments:
     whitening_space: WhiteningSpace = field(
         default="feature",
         metadata={
-            "help": "'feature': the paper's equation. 'sample': the variant in its released code."
+            "help": "'feature': each group by its own rollouts, the paper's equation. 'sample': "
+            "the variant in its released code. 'corpus': all by the second moment of the frozen "
+            "network's features over training text, measured once."
         },
     )
     whitening_tolerance: float = field(
         default=DEFAULT_TOLERANCE,
-        metadata={"help": "Singular values below this times the largest one count as zero."},
+        metadata={
+            "help": "'feature' and 'sample': singular values below this times the largest one "
+            "count as zero."
+        },
+    )
+    corpus_whitening_documents: int = field(
+        default=256,
+        metadata={
+            "help": "whitening_space='corpus': training rows to measure the second moment on "
+            "(chosen by seed; all of them if there are fewer)."
+        },
+    )
+    corpus_whitening_shrinkage: float = field(
+        default=0.1,
+        metadata={
+            "help": "whitening_space='corpus': how far the second moment is shrunk towards the "
+            "identity, above 0 and up to 1 (no whitening)."
+        },
     )
     alignment_coef: float = field(
         default=1.0, metadata={"help": "Weight of alignment (2 cos) in the reward."}
@@ -157,6 +176,14 @@ class FeatureMatchingArguments:
                 f"whitening_tolerance={self.whitening_tolerance} must lie between "
                 f"{SMALLEST_TOLERANCE:g} (the rounding of float32 features) and 1: it is relative "
                 f"to the largest singular value; the default is {DEFAULT_TOLERANCE:g}."
+            )
+        _require_count(self, "corpus_whitening_documents")
+        _require_finite(self, "corpus_whitening_shrinkage")
+        if not 0.0 < self.corpus_whitening_shrinkage <= 1.0:
+            raise ValueError(
+                f"corpus_whitening_shrinkage={self.corpus_whitening_shrinkage} must lie in (0, 1]: "
+                "0 would divide by the rounding of directions that no feature uses, 1 is no "
+                "whitening; the default is 0.1."
             )
         if self.feature_dtype not in (None, *FEATURE_DTYPES):
             raise ValueError(
@@ -281,9 +308,7 @@ class StridedArguments:
             "n_samples_per_prompt",
             "log_prob_chunk_size",
         ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+            _require_count(self, name)
         prefix = self.min_completion_prefix
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise ValueError(
@@ -356,6 +381,12 @@ def _require_choice(settings: Any, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(settings, name)
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
+
+
+def _require_count(settings: Any, name: str) -> None:
+    value = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
 def _require_at_least(settings: Any, name: str, least: float) -> None:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from hf_ebft.advantages import compute_advantages
 from hf_ebft.anchors import find_blocks
 from hf_ebft.config import EBFTConfig, EBFTSettings
+from hf_ebft.corpus import choose_rows, from_main_process, measure_corpus_whitening
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import EBFT_COLUMNS, Documents
 from hf_ebft.feature_loading import build_feature_network
@@ -47,6 +48,7 @@ from hf_ebft.stopwatch import Stopwatch
 from hf_ebft.support import bare_model, vocabulary_size
 from hf_ebft.teacher_forcing import teacher_forcing_inputs
 from hf_ebft.verification import verify_packing
+from hf_ebft.whitening import CorpusWhitening
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -97,6 +99,7 @@ class EBFTTrainer(Trainer):
     """
 
     model: nn.Module  # Trainer's own annotation admits None, which it never is here
+    _corpus_whitening: CorpusWhitening | None
 
     # The Trainer has to divide the loss by the accumulation steps; see _share_of_step.
     loss_is_scaled_for_ga = False
@@ -119,6 +122,7 @@ class EBFTTrainer(Trainer):
         _refuse_what_would_be_ignored(args, kwargs)
         _refuse_empty(train_dataset, "train_dataset")
         _refuse_empty(eval_dataset, "eval_dataset")
+        _refuse_missing_corpus(self.ebft, train_dataset)
         _keep_one_device_per_process(args)
         self._given_feature_network = feature_network
         self._constructed = False
@@ -266,6 +270,7 @@ class EBFTTrainer(Trainer):
                 use_whitening=settings.use_whitening,
                 whitening_space=settings.whitening_space,
                 whitening_tolerance=settings.whitening_tolerance,
+                corpus_whitening=self.corpus_whitening(),
             )
             advantages = compute_advantages(rewards, settings.advantage_estimator)
             reference = None
@@ -279,6 +284,32 @@ class EBFTTrainer(Trainer):
                     chunk_size=settings.log_prob_chunk_size,
                 ).rollout
         return rewards, advantages, reference
+
+    def corpus_whitening(self) -> CorpusWhitening | None:
+        """What whitens features by corpus, measured at the first call; None where nothing asks it.
+
+        A collective call: every process must make it together. Rows that fill up the last batches
+        of the processes count twice.
+        """
+        settings = self.ebft
+        if not settings.use_whitening or settings.whitening_space != "corpus":
+            return None
+        if self._corpus_whitening is None:
+            rows = choose_rows(
+                self.train_dataset, settings.corpus_whitening_documents, self.args.seed
+            )
+            # Iterating a DataLoader draws from torch's global generator.
+            with torch.random.fork_rng(devices=[]):
+                loader = self.get_test_dataloader(cast(Any, rows))
+                measured = measure_corpus_whitening(
+                    self.feature_network,
+                    (self._read(self._prepare_inputs(inputs)) for inputs in loader),
+                    settings,
+                    sum_over_processes=self._sum_over_processes,
+                    autocast=self.accelerator.autocast,
+                )
+            self._corpus_whitening = from_main_process(measured)
+        return self._corpus_whitening
 
     def _kept_places(self, rollouts: Rollouts) -> KeptPlaces:
         return KeptPlaces.of(rollouts.layout, whole_document=self.ebft.ce_coef > 0)
@@ -463,6 +494,7 @@ class EBFTTrainer(Trainer):
         self.feature_network = build_feature_network(
             policy, self._given_feature_network, self.ebft, self.accelerator
         )
+        self._corpus_whitening = None  # measured when first needed
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer`'s; the new policy of each ``train()`` is prepared like the first one."""
@@ -519,6 +551,14 @@ def _refuse_empty(dataset: Any, name: str) -> None:
                 f"{name if key == name else f'{name}[{key!r}]'} is empty: there is nothing to "
                 "sample prefixes from. Check the path, the split and any filter."
             )
+
+
+def _refuse_missing_corpus(settings: EBFTSettings, train_dataset: Any) -> None:
+    if settings.use_whitening and settings.whitening_space == "corpus" and train_dataset is None:
+        raise ValueError(
+            "whitening_space='corpus' measures features of training text, and there is no "
+            "train_dataset; pass one, or whiten by group with whitening_space='feature'."
+        )
 
 
 def _refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:

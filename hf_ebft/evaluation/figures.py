@@ -29,6 +29,7 @@ from hf_ebft.losses import KeptPlaces, policy_log_probs, predicted_targets
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rewards import feature_matching_rewards
 from hf_ebft.rollouts import make_generator, sample_rollouts
+from hf_ebft.whitening import CorpusWhitening
 
 # Keeps these rollouts apart from those of training and of the trainer's own evaluation.
 STREAM = 2
@@ -93,6 +94,7 @@ def evaluate_documents(
     n_draws: int = 1,
     eos_token_id: int | None = None,
     seed: int = 0,
+    corpus_whitening: CorpusWhitening | None = None,
 ) -> DocumentFigures:
     """Measure a policy on every document of ``rows``.
 
@@ -112,9 +114,11 @@ def evaluate_documents(
         n_draws: independent groups per block, averaged. More draws, less noise.
         eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
         seed: of the rollouts.
+        corpus_whitening: for settings with ``whitening_space="corpus"``, such as
+            ``trainer.corpus_whitening()``; the same for every policy that is compared.
 
     Raises:
-        ValueError: no rows, or numbers below 1.
+        ValueError: no rows, numbers below 1, or a corpus whitening that is missing.
     """
     numbers = {"batch_size": batch_size, "n_draws": n_draws, "rows": len(rows)}
     numbers["stride"] = stride = settings.stride if stride is None else stride
@@ -152,6 +156,7 @@ def evaluate_documents(
                     feature_network,
                     layout,
                     settings,
+                    corpus_whitening,
                     make_generator(device, seed, STREAM, draw, first),
                 )
                 for draw in range(n_draws)
@@ -173,6 +178,7 @@ def _measure(
     feature_network: FeatureNetwork,
     layout: PackedLayout,
     settings: EBFTSettings,
+    corpus_whitening: CorpusWhitening | None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """One draw of rollouts: each figure as (B, W), NaN where there is none."""
@@ -194,6 +200,7 @@ def _measure(
             use_whitening=use_whitening,
             whitening_space=settings.whitening_space,
             whitening_tolerance=settings.whitening_tolerance,
+            corpus_whitening=corpus_whitening,
         )
         for use_whitening in (settings.use_whitening, False)
     )
