@@ -290,6 +290,14 @@ class StridedArguments:
             "help": "Sample rollouts during evaluation too, for eval_ebft/cfm_loss and friends."
         },
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Also keep an exponential moving average of the trained weights with this "
+            "decay, evaluate and save it (the paper's released configurations: 0.9). Default: "
+            "none, at no cost."
+        },
+    )
     log_prob_chunk_size: int = field(
         default=1024,
         metadata={"help": "Rows of logits that are turned into float32 log-probabilities at once."},
@@ -333,6 +341,9 @@ class StridedArguments:
         if self.document_masking is not None:
             _require_bool(self, "document_masking")
         _require_choice(self, "gather_params_for_sampling", GATHER_PARAMS)
+        if self.ema_decay is not None:
+            _require_finite(self, "ema_decay")
+            check_ema_decay(self.ema_decay)
 
 
 @dataclass
@@ -375,6 +386,19 @@ class EBFTConfig(EBFTSettings, TrainingArguments):
     def __post_init__(self) -> None:
         TrainingArguments.__post_init__(self)
         self.validate()
+
+
+def check_ema_decay(decay: float) -> None:
+    """Refuse a decay that averages nothing.
+
+    Raises:
+        ValueError: outside (0, 1).
+    """
+    if not 0.0 < decay < 1.0:
+        raise ValueError(
+            f"ema_decay={decay} must lie between 0 (the last weights) and 1 (the first ones), "
+            "without both; 0.9 averages over about 10 steps."
+        )
 
 
 def _require_choice(settings: Any, name: str, choices: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_ebft.advantages import compute_advantages
 from hf_ebft.anchors import find_blocks
+from hf_ebft.averaging import EMACallback
 from hf_ebft.config import EBFTConfig, EBFTSettings
 from hf_ebft.corpus import choose_rows, from_main_process, measure_corpus_whitening
 from hf_ebft.data.collator import EBFTDataCollator
@@ -151,6 +152,10 @@ class EBFTTrainer(Trainer):
         self._teacher_forced = False
         self._warned_of_no_blocks = False
         self._gather_for_sampling: bool | None = None
+        self.averaging: EMACallback | None = None
+        if self.ebft.ema_decay is not None:
+            self.averaging = EMACallback(self, self.ebft.ema_decay)
+            self.add_callback(self.averaging)
         self._constructed = True
 
     def compute_loss(
@@ -443,12 +448,17 @@ class EBFTTrainer(Trainer):
 
     # ---- Watching -----------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """`Trainer`'s, started afresh: no earlier run and no loss computed by hand counts."""
+        if self.averaging is not None:
+            named = isinstance(resume_from_checkpoint, str)
+            self.averaging.resume_from = str(resume_from_checkpoint) if named else None
         self._training_metrics.clear()
         self._stopwatch.take()
         self._micro_step = (-1, 0)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """`Trainer`'s step, timed by phase."""

@@ -143,3 +143,34 @@ def resumed(folder, **settings):
     again = make_trainer(folder, **settings)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     return {"whole": summary(whole), "resumed": summary(again)}
+
+
+def averaged(folder, **settings):
+    """Weights and their averages after a run of 4 steps, and after one resumed after 2."""
+    settings = {
+        "ema_decay": 0.7,
+        "evaluation": documents((21, 30), seed=1),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    } | settings
+    whole = make_trainer(folder, **settings)
+    whole.train()
+    again = make_trainer(folder, **settings)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return {
+        name: summary(trainer) | {"averages": full_averages(trainer)}
+        for name, trainer in {"whole": whole, "resumed": again}.items()
+    }
+
+
+def full_averages(trainer):
+    """The averaged weights, whole, by name."""
+    with trainer.averaging.applied():
+        return full_weights(trainer.model)
+
+
+def whitened_by_corpus(folder, **settings):
+    """A run that whitens by the second moment of all training documents."""
+    return trained(folder, whitening_space="corpus", max_steps=2, **settings)
