@@ -25,10 +25,10 @@ from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
-from hf_ebft.losses import KeptPlaces, policy_log_probs, predicted_targets
+from hf_ebft.losses import KeptPlaces, TokenLogProbs, policy_log_probs, predicted_targets
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rewards import feature_matching_rewards
-from hf_ebft.rollouts import make_generator, sample_rollouts
+from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.whitening import CorpusWhitening
 
 # Keeps these rollouts apart from those of training and of the trainer's own evaluation.
@@ -161,7 +161,7 @@ def evaluate_documents(
                 )
                 for draw in range(n_draws)
             ]
-            present = _document_slots(documents)
+            present = document_slots(documents)
             found_rows.append(present.nonzero()[:, 0].cpu() + first)
             for name, values in found.items():
                 mean_over_draws = torch.stack([draw[name] for draw in draws]).mean(dim=0)
@@ -204,18 +204,10 @@ def _measure(
         )
         for use_whitening in (settings.use_whitening, False)
     )
-    log_probs = policy_log_probs(
-        model,
-        forward,
-        rollouts,
-        KeptPlaces.of(layout, whole_document=True),
-        temperature=settings.temperature,
-        with_document=True,
-        chunk_size=settings.log_prob_chunk_size,
-    )
+    log_probs = score_rollouts(model, forward, rollouts, settings, with_document=True)
     assert log_probs.document is not None
     documents, blocks = layout.documents, layout.blocks
-    width = _document_slots(documents).shape[1]
+    width = document_slots(documents).shape[1]
     per_block = {
         "cfm_loss": plain.cfm_loss,
         "cosine_alignment": plain.alignment.mean(dim=1),
@@ -234,7 +226,27 @@ def _measure(
     return figures
 
 
-def _document_slots(documents: Documents) -> Tensor:
+def score_rollouts(
+    model: nn.Module,
+    forward: PackedForward,
+    rollouts: Rollouts,
+    settings: EBFTSettings,
+    *,
+    with_document: bool,
+) -> TokenLogProbs:
+    """Log-probabilities of rollouts at the sampling temperature, and of the document at 1."""
+    return policy_log_probs(
+        model,
+        forward,
+        rollouts,
+        KeptPlaces.of(rollouts.layout, whole_document=with_document),
+        temperature=settings.temperature,
+        with_document=with_document,
+        chunk_size=settings.log_prob_chunk_size,
+    )
+
+
+def document_slots(documents: Documents) -> Tensor:
     """(B, W) bool: which documents each row has."""
     count = documents.document.amax(dim=1) + 1
     return torch.arange(int(count.max()), device=count.device) < count[:, None]
@@ -252,9 +264,17 @@ def _mean_by_document(values: Tensor, counted: Tensor, document: Tensor, width: 
     Returns:
         (B, W) float64, NaN for documents without a value.
     """
+    sums, counts = sums_by_document(values, counted, document, width)
+    return sums / counts
+
+
+def sums_by_document(
+    values: Tensor, counted: Tensor, document: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """Sums and numbers of the values of each document, (B, W) float64; see _mean_by_document."""
     sums = torch.zeros(values.shape[0], width, dtype=torch.float64, device=values.device)
     counts = torch.zeros_like(sums)
     slot = document.clamp(min=0)
     sums.scatter_add_(1, slot, torch.where(counted, values.double(), 0.0))
     counts.scatter_add_(1, slot, counted.double())
-    return sums / counts
+    return sums, counts
