@@ -290,6 +290,13 @@ class StridedArguments:
             "help": "Sample rollouts during evaluation too, for eval_ebft/cfm_loss and friends."
         },
     )
+    log_pictures_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many optimizer steps, write rollouts with their rewards, histograms "
+            "and a heat map of reward by position to TensorBoard. 0: off, and free of cost."
+        },
+    )
     ema_decay: float | None = field(
         default=None,
         metadata={
@@ -321,6 +328,12 @@ class StridedArguments:
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise ValueError(
                 f"min_completion_prefix={prefix!r} must be a whole number of tokens, 0 or more."
+            )
+        pictures = self.log_pictures_steps
+        if isinstance(pictures, bool) or not isinstance(pictures, int) or pictures < 0:
+            raise ValueError(
+                f"log_pictures_steps={pictures!r} must be a whole number of optimizer steps, or 0 "
+                "for no pictures."
             )
         _require_finite(self, "temperature")
         if not self.temperature > 0:

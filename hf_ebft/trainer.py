@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -41,6 +42,8 @@ from hf_ebft.metrics import (
     rollout_metrics,
     token_metrics,
 )
+from hf_ebft.model_card import CardOptions, may_write_card, write_arguments, write_card
+from hf_ebft.pictures import PicturesCallback
 from hf_ebft.policy import PackedForward
 from hf_ebft.rewards import Rewards, feature_matching_rewards
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
@@ -152,6 +155,9 @@ class EBFTTrainer(Trainer):
         self._teacher_forced = False
         self._warned_of_no_blocks = False
         self._gather_for_sampling: bool | None = None
+        self._card_options = CardOptions()
+        if self.ebft.log_pictures_steps > 0:
+            self.add_callback(PicturesCallback(self, self.ebft.log_pictures_steps))
         self.averaging: EMACallback | None = None
         if self.ebft.ema_decay is not None:
             self.averaging = EMACallback(self, self.ebft.ema_decay)
@@ -217,6 +223,7 @@ class EBFTTrainer(Trainer):
         )
         self._warn_of_no_blocks(rollouts)
         outputs = EBFTOutput(rollouts, rewards, advantages, log_probs.rollout, rl_loss, ce_loss, kl)
+        self._tell_callbacks(outputs)
         if num_items_in_batch is not None:
             loss = loss * self._share_of_step(layout.documents, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -478,6 +485,17 @@ class EBFTTrainer(Trainer):
             logs = logs | self._training_metrics.take(self._sum_over_processes)
         super().log(logs, start_time)
 
+    def _tell_callbacks(self, outputs: EBFTOutput) -> None:
+        """Call ``on_ebft_outputs(args, state, control, outputs=...)`` where a callback defines it.
+
+        Once per micro-batch of training, in every process. The tensors are the step's own: detach
+        and copy what is to be kept.
+        """
+        for callback in self.callback_handler.callbacks:
+            listen = getattr(callback, "on_ebft_outputs", None)
+            if listen is not None:
+                listen(self.args, self.state, self.control, outputs=outputs)
+
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
 
@@ -494,6 +512,48 @@ class EBFTTrainer(Trainer):
             int(documents.length.max()),
             settings.context_length + settings.generate_max_len,
             settings.ce_coef,
+        )
+
+    # ---- Saving -------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer`'s, with a model card and the arguments as JSON beside every saved model.
+
+        A README.md that this trainer did not write is left as it is.
+        """
+        folder = Path(str(output_dir or self.args.output_dir))
+        # Asked first: PEFT writes a card of its own while saving, which ours replaces.
+        writes_card = may_write_card(folder)
+        super().save_model(output_dir, _internal_call)
+        if self.is_world_process_zero() and folder.is_dir():
+            write_arguments(folder, self.ebft, self.args)
+            if writes_card:
+                self._write_card(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card into ``output_dir``, unless a README.md is there that is not ours.
+
+        Takes what `Trainer.create_model_card` takes, and keeps it for the cards of later saves.
+        """
+        self._card_options = self._card_options.updated(CardOptions(*args, **kwargs))
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        if may_write_card(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_card(folder)
+        else:
+            logger.warning("The README.md in %s is not ours, so it stays as it is.", folder)
+
+    def _write_card(self, folder: Path) -> None:
+        write_card(
+            folder,
+            self.accelerator.unwrap_model(self.model),
+            self.ebft,
+            self.args,
+            self.state.log_history,
+            self._card_options,
+            self.train_dataset,
         )
 
     # ---- Preparation --------------------------------------------------------------------------

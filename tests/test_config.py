@@ -53,6 +53,7 @@ ON_THE_COMMAND_LINE: dict[str, tuple[str, Any]] = {
     "gather_params_for_sampling": ("false", "false"),
     "eval_rollouts": ("False", False),
     "ema_decay": ("0.9", 0.9),
+    "log_pictures_steps": ("20", 20),
     "log_prob_chunk_size": ("64", 64),
 }
 
@@ -91,6 +92,7 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "gather_params_for_sampling": ("yes", True),
     "eval_rollouts": NO_FLAG,
     "ema_decay": (0.0, 1.0, -0.1, math.nan, math.inf, "1e-2"),
+    "log_pictures_steps": (-1, 2.5, "8", True, None),
     "log_prob_chunk_size": NO_COUNT,
 }
 # Any text may be the name of a model or of a device; these are read when the trainer is built.
