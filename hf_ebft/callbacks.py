@@ -120,12 +120,14 @@ def print_table(title: str, rows: Sequence[tuple[str, str, str, str]], last_line
 
         console = Console()
         if console.is_terminal or console.is_jupyter:
-            table = Table(title=title, title_justify="left", caption=last_line or None)
+            table = Table(title=title, title_justify="left")
             for name, side in zip(SUMMARY_HEAD, ("left", "right", "right", "left"), strict=True):
                 table.add_column(name, justify=side)  # type: ignore[arg-type]
             for row in rows:
                 table.add_row(*row, style=STYLES.get(row[3]))
             console.print(table)
+            if last_line:
+                console.print(last_line, style="dim", highlight=False)
             return
     print("\n" + plain_table(title, rows, last_line), flush=True)
 
