@@ -17,12 +17,14 @@ from accelerate import PartialState
 
 from hf_ebft import EBFTTrainer
 from tests.distributed.runs import (
+    CharacterTokenizer,
     averaged,
     documents,
     make_trainer,
     resumed,
     summary,
     trained,
+    watched,
     whitened_by_corpus,
 )
 
@@ -80,6 +82,11 @@ def averaging(folder):
     }
 
 
+def watching(folder):
+    """Looks at the policy during training."""
+    return watched(folder / "watched", CharacterTokenizer())
+
+
 class CrashOnOneRank(EBFTTrainer):
     """Fails on process 1 alone, in the middle of a step."""
 
@@ -98,6 +105,7 @@ SCENARIOS = {
     "resume": resume,
     "sharding": sharding,
     "averaging": averaging,
+    "watching": watching,
     "crash": crash,
 }
 
