@@ -393,7 +393,7 @@ def to_png(drawing: Drawing, scale: float = 2.0) -> bytes:
     from PIL.Image import Dither  # there if to_image has returned
 
     buffer = BytesIO()
-    image.quantize(256, dither=Dither.NONE).save(buffer, "PNG", optimize=True)
+    image.quantize(64, dither=Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -1,7 +1,10 @@
 """Pictures of rollouts in TensorBoard, read back from the event files."""
 
 import html
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from tiny import config, texts, tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
@@ -274,3 +278,55 @@ def test_an_empty_reward_map_has_no_cells() -> None:
     drawn.add(1, np.empty(0, dtype=np.int64), np.empty(0))
     assert drawn.means().size == 0
     assert drawn.edges() == ([0], [0])
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from tiny import config, texts, tiny_llama
+from hf_ebft import EBFTTrainer
+from hf_ebft.pictures import PicturesCallback
+from transformers import TrainerCallback
+
+class Count(TrainerCallback):
+    blocks = 0
+    def on_ebft_outputs(self, args, state, control, outputs, **_):
+        self.blocks += int(outputs.rollouts.exists.sum()) * (state.global_step == 1)
+
+count = Count()
+args = config(sys.argv[1], report_to=["tensorboard"], max_steps=2, log_pictures_steps=2,
+              per_device_train_batch_size=1)
+# Lengths differ, so the two processes hold different numbers of blocks.
+trainer = EBFTTrainer(tiny_llama(), args, train_dataset=texts(20, 40, 25, 33), callbacks=[count])
+trainer.train()
+trainer.save_model()
+blocks = trainer.accelerator.reduce(torch.tensor(count.blocks), reduction="sum")
+if args.process_index == 0:
+    print("blocks of both:", int(blocks), "own:", count.blocks)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_picture(tmp_path: Path) -> None:
+    """For real, over gloo: all rewards of a step in one histogram, one event file, one card."""
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    root = Path(__file__).parents[1]
+    settings = yaml.safe_load((root / "accelerate_configs" / "ddp_cpu.yaml").read_text())
+    settings |= {"num_processes": 2, "main_process_port": 0}
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(tmp_path / "accelerate.yaml"), str(script), str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = re.search(r"blocks of both: (\d+) own: (\d+)", done.stdout)
+    assert told is not None, done.stdout[-2000:]
+    both, own = int(told[1]), int(told[2])
+    assert own < both
+    (histogram,) = read_events(tmp_path / "out" / "runs").Histograms("train/ebft/rewards")
+    assert histogram.histogram_value.num == 3 * both
+    assert (tmp_path / "out" / "README.md").exists()
