@@ -274,7 +274,7 @@ def test_own_figures_are_shown_and_clocks_are_not() -> None:
     curve = Series((1, 2), (1.0, 2.0))
     names = ["my_score", "eval_bleu", "epoch", "eval_runtime", "train_samples_per_second"]
     charts = charts_of([Run("r", dict.fromkeys(names, curve))])
-    assert [chart.metric.name for chart in charts] == ["eval_bleu", "my_score"]
+    assert [chart.name for chart in charts] == ["eval_bleu", "my_score"]
 
 
 def test_pngs_are_pictures(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,11 @@ from hf_ebft.drawing import (
 )
 from hf_ebft.drawing import Text as DrawnText
 from hf_ebft.history import (
-    EVALUATION_LOSS,
     METRICS,
     PHASES,
     Metric,
     Series,
+    label_of,
     metric_of,
     smooth,
 )
@@ -36,6 +37,16 @@ FEW_POINTS = 24
 PHASE_NAMES = ("rollout", "features", "training")
 # Curves without noise.
 EXACT = ("learning_rate",)
+# The first six of these that a run has make the picture that shows it at a glance.
+OVERVIEW = (
+    "eval_loss",
+    "eval_ebft/cfm_loss",
+    "ebft/cfm_loss",
+    "ebft/alignment",
+    "ebft/ce_loss",
+    "ebft/entropy",
+    "ebft/duplicate_rollouts",
+)
 # Of `Trainer`'s own figures, those that say nothing about learning.
 UNINTERESTING = ("epoch", "total_flos", "train_loss", "step")
 TIMING = ("runtime", "per_second", "preparation_time")
@@ -46,20 +57,19 @@ class Chart:
     """A metric's picture.
 
     Attributes:
+        name: in the log.
         metric: what it shows; made up where the name is not one of ours.
-        held_out: whether the curves are of an evaluation.
         drawing: the picture.
     """
 
+    name: str
     metric: Metric
-    held_out: bool
     drawing: Drawing
 
     @property
     def file_name(self) -> str:
         """For a PNG of its own."""
-        name = self.metric.name.replace("/", "_")
-        return f"eval_{name}.png" if self.held_out else f"{name}.png"
+        return re.sub(r"[^\w.-]", "_", self.name) + ".png"
 
 
 def charts_of(runs: Sequence[Run], smoothing: float | None = None) -> list[Chart]:
@@ -83,21 +93,12 @@ def charts_of(runs: Sequence[Run], smoothing: float | None = None) -> list[Chart
     charts = []
     for name in _names(runs):
         metric = metric_of(name) or Metric(name, name, None, "", "A figure of your own.")
-        held_out = name.startswith("eval_")
         curves: list[Curve] = []
         for number, run in enumerate(runs):
             if name in run.series:
                 curves += _curves(run, number, name, smoothing)
-        label = metric.label
-        if held_out and metric is not EVALUATION_LOSS and metric.name != name:
-            label += ", held-out"
-        charts.append(
-            Chart(
-                metric,
-                held_out,
-                line_chart(label, curves, better=metric.better, unit=metric.unit),
-            )
-        )
+        drawing = line_chart(label_of(name), curves, better=metric.better, unit=metric.unit)
+        charts.append(Chart(name, metric, drawing))
     return charts
 
 
@@ -131,9 +132,9 @@ def write_pngs(
     timing = timing_chart(runs)
     if timing is not None:
         named["timing.png"] = timing
-    six = [chart.drawing for chart in charts if chart.metric.name in OVERVIEW][:9]
-    if six:
-        overview = side_by_side(six, columns=3)
+    shown = [named[chart.file_name] for chart in charts if chart.name in OVERVIEW][:6]
+    if shown:
+        overview = side_by_side(shown, columns=3)
         named["overview.png"] = overview if len(runs) == 1 else _with_legend(overview, runs)
     written = []
     for name, drawing in named.items():
@@ -141,18 +142,6 @@ def write_pngs(
         path.write_bytes(to_png(drawing))
         written.append(path)
     return written
-
-
-#: Metrics of the picture that shows a run at a glance.
-OVERVIEW = (
-    "loss",
-    "ebft/cfm_loss",
-    "ebft/alignment",
-    "ebft/diversity",
-    "ebft/ce_loss",
-    "ebft/entropy",
-    "ebft/duplicate_rollouts",
-)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
