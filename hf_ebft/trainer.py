@@ -460,8 +460,8 @@ class EBFTTrainer(Trainer):
     ) -> TrainOutput:
         """`Trainer`'s, started afresh: no earlier run and no loss computed by hand counts."""
         if self.averaging is not None:
-            named = isinstance(resume_from_checkpoint, str)
-            self.averaging.resume_from = str(resume_from_checkpoint) if named else None
+            unnamed = resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool)
+            self.averaging.resume_from = None if unnamed else str(resume_from_checkpoint)
         self._training_metrics.clear()
         self._stopwatch.take()
         self._micro_step = (-1, 0)
@@ -523,7 +523,7 @@ class EBFTTrainer(Trainer):
         """
         folder = Path(str(output_dir or self.args.output_dir))
         # Asked first: PEFT writes a card of its own while saving, which ours replaces.
-        writes_card = may_write_card(folder)
+        writes_card = self.is_world_process_zero() and may_write_card(folder)
         super().save_model(output_dir, _internal_call)
         if self.is_world_process_zero() and folder.is_dir():
             write_arguments(folder, self.ebft, self.args)

@@ -13,8 +13,18 @@ from tiny import config, texts, tiny_llama
 
 from hf_ebft import EBFTTrainer
 from hf_ebft.drawing import N_SERIES, Line
+from hf_ebft.evaluation.callbacks import RolloutWatcher
 from hf_ebft.history import Series, smooth
-from hf_ebft.report import Run, Sample, charts_of, load_run, load_runs, render_page, write_pngs
+from hf_ebft.report import (
+    Run,
+    Sample,
+    Watched,
+    charts_of,
+    load_run,
+    load_runs,
+    render_page,
+    write_pngs,
+)
 from hf_ebft.report.__main__ import main
 from hf_ebft.report.plots import MOST_POINTS
 
@@ -142,6 +152,24 @@ def test_what_lies_beside_a_run_is_found(tmp_path: Path) -> None:
     assert run.arguments == {"stride": 8}
 
 
+def test_watched_prefixes_are_read_as_the_watcher_writes_them(tmp_path: Path) -> None:
+    args = config(tmp_path, max_steps=4)
+    trainer = EBFTTrainer(tiny_llama(), args, train_dataset=texts(20, 20))
+    watcher = RolloutWatcher(trainer, texts(20, 30), every_steps=2)
+    trainer.add_callback(watcher)
+    trainer.train()
+    trainer.save_state()
+    run = load_run(tmp_path)
+    assert [look.step for look in run.watched] == [0, 0, 2, 2, 4, 4]
+    for look, group in zip(run.watched[-2:], watcher.latest, strict=True):
+        assert look.prefix == " ".join(map(str, group.prefix))
+        assert look.rollout == " ".join(map(str, group.rollouts[0]))
+        assert look.reward == pytest.approx(sum(group.rewards) / len(group.rewards))
+    page = render_page([run])
+    for look in run.watched:
+        assert look.rollout in page
+
+
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
     for name in ("a/out", "b/out"):
         write_state(tmp_path / name, log_of(3))
@@ -182,6 +210,7 @@ def hostile_run(name: str = HOSTILE) -> Run:
         {HOSTILE: HOSTILE, "stride": 8, "feature_model_name_or_path": HOSTILE},
         {HOSTILE: {"before": 1.0, "after": 2.0, "difference": 1.0, "low": 0.5, "high": 1.5}},
         [Sample(HOSTILE, HOSTILE + "\n\tx", HOSTILE, HOSTILE)],
+        [Watched(step, HOSTILE, HOSTILE, HOSTILE, 0.5) for step in range(100)],
         HOSTILE,
     )
 

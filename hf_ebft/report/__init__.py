@@ -8,12 +8,13 @@ Nothing here is needed for training, and a page needs no package beyond the libr
 from hf_ebft.report.health import Finding, examine
 from hf_ebft.report.page import render_page
 from hf_ebft.report.plots import charts_of, write_pngs
-from hf_ebft.report.runs import Run, Sample, load_run, load_runs
+from hf_ebft.report.runs import Run, Sample, Watched, load_run, load_runs
 
 __all__ = [
     "Finding",
     "Run",
     "Sample",
+    "Watched",
     "charts_of",
     "examine",
     "load_run",

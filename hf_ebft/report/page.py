@@ -19,8 +19,12 @@ from hf_ebft.model_card import ARGUMENTS
 from hf_ebft.pictures import visible
 from hf_ebft.report.health import Finding, examine
 from hf_ebft.report.plots import charts_of, timing_chart
-from hf_ebft.report.runs import Run, Sample
+from hf_ebft.report.runs import Run, Sample, Watched
 from hf_ebft.version import __version__
+
+# Of a prefix that is watched: its end, and how often it is shown.
+PREFIX_CHARACTERS = 160
+MOST_LOOKS = 8
 
 STYLE = """
 :root { color-scheme: light dark; %(light)s --card: #f6f7f9; --line: #d9dce1; --serious: #b3261e; }
@@ -92,6 +96,7 @@ def render_page(
         _curves(runs, smoothing),
         _timing(runs),
         _samples(runs),
+        _watched(runs),
         _configuration(runs),
         f'<p class="muted">Written by hf_ebft {_e(__version__)}. The method: Jelassi et al., 2026, '
         '<a href="https://arxiv.org/abs/2603.12248">arXiv 2603.12248</a>.</p>',
@@ -237,6 +242,40 @@ def _sample(sample: Sample) -> str:
         for name, text in dataclasses.asdict(sample).items()
     )
     return f'<div class="sample">{lines}</div>'
+
+
+def _watched(runs: Sequence[Run]) -> str:
+    parts = []
+    for run in runs:
+        by_prefix: dict[tuple[str, str], list[Watched]] = {}
+        for watched in run.watched:
+            by_prefix.setdefault((watched.prefix, watched.ground_truth), []).append(watched)
+        if by_prefix and len(runs) > 1:
+            parts.append(f"<h3>{_e(run.name)}</h3>")
+        for (prefix, truth), seen in by_prefix.items():
+            rows = "".join(
+                f'<tr><td class="number">{look.step}</td><td class="number">{figure(look.reward)}'
+                f"</td><td><code>{_e(visible(look.rollout))}</code></td></tr>"
+                for look in _spread(seen)
+            )
+            parts.append(
+                f'<div class="sample"><div><span class="muted">prefix</span><code>'
+                f"{_e(visible(prefix[-PREFIX_CHARACTERS:]))}</code></div>"
+                f'<div><span class="muted">truth</span><code>{_e(visible(truth))}</code></div>'
+                '<table><tr><th class="number">step</th><th class="number">mean reward</th>'
+                f"<th>first rollout</th></tr>{rows}</table></div>"
+            )
+    if not parts:
+        return ""
+    return "<h2>The same prefixes while training</h2>" + "".join(parts)
+
+
+def _spread(seen: Sequence[Watched]) -> list[Watched]:
+    """The first, the last, and some in between."""
+    if len(seen) <= MOST_LOOKS:
+        return list(seen)
+    last = len(seen) - 1
+    return [seen[round(number * last / (MOST_LOOKS - 1))] for number in range(MOST_LOOKS)]
 
 
 def _configuration(runs: Sequence[Run]) -> str:

@@ -2,22 +2,26 @@
 
 A run is a folder with any of: ``trainer_state.json`` (there or in ``checkpoint-*``), TensorBoard's
 event files, and beside them ``training_args.json`` (written at every save), ``report.json`` and
-``samples.jsonl`` (written by ``examples/run_ebft.py``).
+``samples.jsonl`` (written by ``examples/run_ebft.py``) and ``watched_rollouts.jsonl`` (by
+[`RolloutWatcher`]).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_ebft.evaluation.callbacks import WATCHED_FILE
 from hf_ebft.history import Series, series_of
 from hf_ebft.model_card import ARGUMENTS_NAME
+
+T = TypeVar("T")
 
 STATE_NAME = "trainer_state.json"
 COMPARISON_NAME = "report.json"
@@ -37,6 +41,24 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What a prefix that was watched during training was continued by at a step.
+
+    Attributes:
+        step: of the optimizer.
+        prefix, ground_truth: of the document.
+        rollout: the first of the group.
+        reward: mean over the group.
+    """
+
+    step: int
+    prefix: str
+    ground_truth: str
+    rollout: str
+    reward: float
+
+
+@dataclass(frozen=True)
 class Run:
     """A run, read.
 
@@ -46,6 +68,7 @@ class Run:
         arguments: of the trainer, EBFT's settings included; empty if the run left none.
         comparison: held-out figures before and after, as ``report.json`` holds them; may be empty.
         samples: before and after; may be empty.
+        watched: the same prefixes at several steps; may be empty.
         source: the file or folder that the curves are from.
     """
 
@@ -54,6 +77,7 @@ class Run:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     comparison: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
+    watched: Sequence[Watched] = ()
     source: str = ""
 
     @property
@@ -108,6 +132,7 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
         arguments=_first_json(folders, ARGUMENTS_NAME, dict) or _arguments_of_events(path) or {},
         comparison=_first_json(folders, COMPARISON_NAME, dict) or {},
         samples=_samples(folders),
+        watched=_watched(folders),
         source=str(source),
     )
 
@@ -230,16 +255,42 @@ def _first_json(folders: Sequence[Path], name: str, kind: type) -> Any:
 
 
 def _samples(folders: Sequence[Path]) -> list[Sample]:
+    what = "the texts prefix, before, after and truth"
+    return _json_lines(folders, SAMPLES_NAME, lambda line: Sample(**line), what)
+
+
+def _watched(folders: Sequence[Path]) -> list[Watched]:
+    def read(line: dict[str, Any]) -> Watched:
+        rollouts = line["rollouts"]
+        return Watched(
+            step=int(line["step"]),
+            prefix=_text(line["prefix"]),
+            ground_truth=_text(line["ground_truth"]),
+            rollout=_text(rollouts[0]["text"]),
+            reward=sum(float(rollout["reward"]) for rollout in rollouts) / len(rollouts),
+        )
+
+    what = "step, prefix, ground_truth and rollouts, as RolloutWatcher writes them"
+    return _json_lines(folders, WATCHED_FILE, read, what)
+
+
+def _text(value: str | list[int]) -> str:
+    """Token ids, where a run had no tokenizer, as numbers."""
+    return value if isinstance(value, str) else " ".join(map(str, value))
+
+
+def _json_lines(
+    folders: Sequence[Path], name: str, read: Callable[[dict[str, Any]], T], what: str
+) -> list[T]:
     for folder in folders:
-        path = folder / SAMPLES_NAME
+        path = folder / name
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             try:
-                return [Sample(**json.loads(line)) for line in lines if line.strip()]
-            except (TypeError, json.JSONDecodeError) as error:
+                return [read(json.loads(line)) for line in lines if line.strip()]
+            except (TypeError, ValueError, LookupError) as error:
                 raise ValueError(
-                    f"{path} must hold one JSON object a line, with the texts prefix, before, "
-                    f"after and truth: {error}"
+                    f"{path} must hold one JSON object a line, with {what}: {error}"
                 ) from error
     return []
 
