@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparison.measure()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     comparison.measure()
-    save(trainer, lora)
+    save(trainer, lora, data)
     comparison.show()
     say_where(trainer)
 
@@ -552,6 +552,7 @@ class Comparison:
                 n_samples=report.report_n_samples,
                 n_draws=report.report_draws,
                 eos_token_id=self.tokenizer.eos_token_id,
+                corpus_whitening=self.trainer.corpus_whitening(),
             )
         )
         if report.report_samples:
@@ -589,15 +590,34 @@ class Comparison:
             path = Path(str(args.output_dir), "report.json")
             figures = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
             path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            if self.samples:
+                self.write_samples(path.with_name("samples.jsonl"))
             say(args, f"\nThe figures of the table are in {path}.")
 
+    def write_samples(self, path: Path) -> None:
+        """The samples as JSON lines, which `hf_ebft.report` shows."""
+        decode = self.tokenizer.decode
+        lines = [
+            {
+                "prefix": decode(old.prefix),
+                "before": decode(old.rollout),
+                "after": decode(new.rollout),
+                "truth": decode(old.ground_truth),
+            }
+            for old, new in zip(*self.samples, strict=True)
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
-def save(trainer: EBFTTrainer, lora: LoraArguments) -> None:
-    """The model (or its adapters) and the tokenizer, into output_dir."""
+
+def save(trainer: EBFTTrainer, lora: LoraArguments, data: DataArguments) -> None:
+    """The model (or its adapters), the tokenizer, the card and the log, into output_dir."""
+    name = data.dataset_name_or_path
+    trainer.create_model_card(dataset=Path(name).name if Path(name).exists() else name)
     if lora.lora_merge:
         adapted: Any = trainer.model
         trainer.model = adapted.merge_and_unload()
     trainer.save_model()
+    trainer.save_state()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
 
@@ -618,6 +638,11 @@ def say_where(trainer: EBFTTrainer) -> None:
                 f"The curves are in {callback.logging_dir}; to see them: "
                 f"tensorboard --logdir {args.output_dir}",
             )
+    say(
+        args,
+        f"One page about the run: python -m hf_ebft.report {args.output_dir} "
+        f"--output {Path(str(args.output_dir), 'report.html')}",
+    )
     say(args, f"The model is in {args.output_dir}: AutoModelForCausalLM.from_pretrained loads it.")
 
 

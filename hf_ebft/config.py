@@ -88,12 +88,31 @@ class FeatureMatchingArguments:
     whitening_space: WhiteningSpace = field(
         default="feature",
         metadata={
-            "help": "'feature': the paper's equation. 'sample': the variant in its released code."
+            "help": "'feature': each group by its own rollouts, the paper's equation. 'sample': "
+            "the variant in its released code. 'corpus': all by the second moment of the frozen "
+            "network's features over training text, measured once."
         },
     )
     whitening_tolerance: float = field(
         default=DEFAULT_TOLERANCE,
-        metadata={"help": "Singular values below this times the largest one count as zero."},
+        metadata={
+            "help": "'feature' and 'sample': singular values below this times the largest one "
+            "count as zero."
+        },
+    )
+    corpus_whitening_documents: int = field(
+        default=256,
+        metadata={
+            "help": "whitening_space='corpus': training rows to measure the second moment on "
+            "(chosen by seed; all of them if there are fewer)."
+        },
+    )
+    corpus_whitening_shrinkage: float = field(
+        default=0.1,
+        metadata={
+            "help": "whitening_space='corpus': how far the second moment is shrunk towards the "
+            "identity, above 0 and up to 1 (no whitening)."
+        },
     )
     alignment_coef: float = field(
         default=1.0, metadata={"help": "Weight of alignment (2 cos) in the reward."}
@@ -157,6 +176,14 @@ class FeatureMatchingArguments:
                 f"whitening_tolerance={self.whitening_tolerance} must lie between "
                 f"{SMALLEST_TOLERANCE:g} (the rounding of float32 features) and 1: it is relative "
                 f"to the largest singular value; the default is {DEFAULT_TOLERANCE:g}."
+            )
+        _require_count(self, "corpus_whitening_documents")
+        _require_finite(self, "corpus_whitening_shrinkage")
+        if not 0.0 < self.corpus_whitening_shrinkage <= 1.0:
+            raise ValueError(
+                f"corpus_whitening_shrinkage={self.corpus_whitening_shrinkage} must lie in (0, 1]: "
+                "0 would divide by the rounding of directions that no feature uses, 1 is no "
+                "whitening; the default is 0.1."
             )
         if self.feature_dtype not in (None, *FEATURE_DTYPES):
             raise ValueError(
@@ -281,6 +308,21 @@ class StridedArguments:
             "less often, and a GPU's memory is cut into fewer sizes. The padding is computed, too."
         },
     )
+    log_pictures_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many optimizer steps, write rollouts with their rewards, histograms "
+            "and a heat map of reward by position to TensorBoard. 0: off, and free of cost."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Also keep an exponential moving average of the trained weights with this "
+            "decay, evaluate and save it (the paper's released configurations: 0.9). Default: "
+            "none, at no cost."
+        },
+    )
     log_prob_chunk_size: int = field(
         default=1024,
         metadata={
@@ -304,15 +346,18 @@ class StridedArguments:
             "pad_to_multiple_of",
             "log_prob_chunk_size",
         ):
-            value = getattr(self, name)
-            if name == "rollout_batch_size" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+            if name != "rollout_batch_size" or self.rollout_batch_size is not None:
+                _require_count(self, name)
         prefix = self.min_completion_prefix
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
             raise ValueError(
                 f"min_completion_prefix={prefix!r} must be a whole number of tokens, 0 or more."
+            )
+        pictures = self.log_pictures_steps
+        if isinstance(pictures, bool) or not isinstance(pictures, int) or pictures < 0:
+            raise ValueError(
+                f"log_pictures_steps={pictures!r} must be a whole number of optimizer steps, or 0 "
+                "for no pictures."
             )
         _require_finite(self, "temperature")
         if not self.temperature > 0:
@@ -333,6 +378,9 @@ class StridedArguments:
         if self.document_masking is not None:
             _require_bool(self, "document_masking")
         _require_choice(self, "gather_params_for_sampling", GATHER_PARAMS)
+        if self.ema_decay is not None:
+            _require_finite(self, "ema_decay")
+            check_ema_decay(self.ema_decay)
 
 
 @dataclass
@@ -377,10 +425,29 @@ class EBFTConfig(EBFTSettings, TrainingArguments):
         self.validate()
 
 
+def check_ema_decay(decay: float) -> None:
+    """Refuse a decay that averages nothing.
+
+    Raises:
+        ValueError: outside (0, 1).
+    """
+    if not 0.0 < decay < 1.0:
+        raise ValueError(
+            f"ema_decay={decay} must lie between 0 (the last weights) and 1 (the first ones), "
+            "without both; 0.9 averages over about 10 steps."
+        )
+
+
 def _require_choice(settings: Any, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(settings, name)
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}.")
+
+
+def _require_count(settings: Any, name: str) -> None:
+    value = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
 
 
 def _require_at_least(settings: Any, name: str, least: float) -> None:

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_ebft.whitening import DEFAULT_TOLERANCE, WHITENING_SPACES, WhiteningSpace, whiten
+from hf_ebft.whitening import (
+    DEFAULT_TOLERANCE,
+    WHITENING_SPACES,
+    CorpusWhitening,
+    WhiteningSpace,
+    whiten,
+)
 
 # Features and whitened features have norms of order 1. A vector as short as this is zero but for
 # rounding: its direction means nothing.
@@ -40,6 +46,7 @@ def feature_matching_rewards(
     use_whitening: bool = True,
     whitening_space: WhiteningSpace = "feature",
     whitening_tolerance: float = DEFAULT_TOLERANCE,
+    corpus_whitening: CorpusWhitening | None = None,
 ) -> Rewards:
     """Reward rollouts for features like the ground truth's and unlike each other's.
 
@@ -52,8 +59,9 @@ def feature_matching_rewards(
 
     Without whitening, with unit features and both coefficients 1, the mean over j of
     reward_j * grad log p(rollout j) is an unbiased estimate of minus the gradient of the CFM loss.
-    With whitening, n different rollouts in at least n dimensions have diversity 0: the term then
-    penalises duplicates only.
+    With whitening by group, n different rollouts in at least n dimensions have diversity 0: the
+    term then penalises duplicates only. Whitening by corpus is a fixed map of features instead, to
+    which the sentence about the gradient applies again, with the CFM loss of the mapped features.
 
     The CFM loss ||E[x] - y||^2 (paper eq. 2) is taken from the features as they come in, not from
     the whitened ones, so that it can be compared across steps and runs. Its estimate is the mean
@@ -65,16 +73,18 @@ def feature_matching_rewards(
         ground_truth: (B, K, D) normalised features of the ground-truth windows.
         alignment_coef: weight of the alignment term.
         diversity_coef: weight of the diversity term.
-        use_whitening: whiten each group by its own rollouts first (`hf_ebft.whitening`).
-        whitening_space: "feature" or "sample".
-        whitening_tolerance: singular values below this times the largest count as zero.
+        use_whitening: whiten features first (`hf_ebft.whitening`).
+        whitening_space: "feature" or "sample": each group by its own rollouts; "corpus": all by
+            `corpus_whitening`.
+        whitening_tolerance: by group, singular values below this times the largest count as zero.
+        corpus_whitening: for `whitening_space="corpus"`.
 
     Returns:
         `Rewards` in float32 (float64 if an input is float64).
 
     Raises:
-        ValueError: shapes that do not fit, n or D of 0, features that are not floating point, or
-            an unknown `whitening_space`.
+        ValueError: shapes that do not fit, n or D of 0, features that are not floating point, an
+            unknown `whitening_space`, or "corpus" without `corpus_whitening`.
     """
     _check_features(generated, ground_truth)
     if whitening_space not in WHITENING_SPACES:
@@ -92,10 +102,19 @@ def feature_matching_rewards(
 
     y_BKnD = y_BKD.unsqueeze(2)  # one for all n rollouts
     if use_whitening:
-        x_BKnD, whitened_y = whiten(
-            x_BKnD, y_BKD, space=whitening_space, tolerance=whitening_tolerance
-        )
-        y_BKnD = whitened_y if whitening_space == "sample" else whitened_y.unsqueeze(2)
+        if whitening_space == "corpus":
+            if corpus_whitening is None:
+                raise ValueError(
+                    "whitening_space='corpus' needs corpus_whitening, made from features of "
+                    "training text once (hf_ebft.corpus): pass it, or whiten by group with "
+                    "'feature'"
+                )
+            x_BKnD, y_BKnD = corpus_whitening.apply(x_BKnD), corpus_whitening.apply(y_BKnD)
+        else:
+            x_BKnD, whitened_y = whiten(
+                x_BKnD, y_BKD, space=whitening_space, tolerance=whitening_tolerance
+            )
+            y_BKnD = whitened_y if whitening_space == "sample" else whitened_y.unsqueeze(2)
 
     alignment_BnK = 2 * _cosine(x_BKnD, y_BKnD).transpose(1, 2)
     diversity_BnK = _diversity(x_BKnD).transpose(1, 2)

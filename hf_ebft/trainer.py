@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,7 +20,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_ebft.advantages import compute_advantages
 from hf_ebft.anchors import find_blocks
+from hf_ebft.averaging import EMACallback
 from hf_ebft.config import EBFTConfig, EBFTSettings
+from hf_ebft.corpus import choose_rows, from_main_process, measure_corpus_whitening
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import EBFT_COLUMNS, Documents, split_rows
 from hf_ebft.feature_loading import build_feature_network
@@ -38,6 +41,8 @@ from hf_ebft.metrics import (
     rollout_metrics,
     token_metrics,
 )
+from hf_ebft.model_card import CardOptions, may_write_card, write_arguments, write_card
+from hf_ebft.pictures import PicturesCallback
 from hf_ebft.policy import PackedForward
 from hf_ebft.rewards import Rewards, feature_matching_rewards
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
@@ -46,6 +51,7 @@ from hf_ebft.stopwatch import Stopwatch
 from hf_ebft.support import bare_model, vocabulary_size
 from hf_ebft.teacher_forcing import teacher_forcing_inputs
 from hf_ebft.verification import verify_packing
+from hf_ebft.whitening import CorpusWhitening
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -96,6 +102,7 @@ class EBFTTrainer(Trainer):
     """
 
     model: nn.Module  # Trainer's own annotation admits None, which it never is here
+    _corpus_whitening: CorpusWhitening | None
 
     # The Trainer has to divide the loss by the accumulation steps; see _share_of_step.
     loss_is_scaled_for_ga = False
@@ -118,6 +125,7 @@ class EBFTTrainer(Trainer):
         _refuse_what_would_be_ignored(args, kwargs)
         _refuse_empty(train_dataset, "train_dataset")
         _refuse_empty(eval_dataset, "eval_dataset")
+        _refuse_missing_corpus(self.ebft, train_dataset)
         _keep_one_device_per_process(args)
         self._given_feature_network = feature_network
         self._constructed = False
@@ -146,6 +154,13 @@ class EBFTTrainer(Trainer):
         self._teacher_forced = False
         self._warned_of_no_blocks = False
         self._gather_for_sampling: bool | None = None
+        self._card_options = CardOptions()
+        if self.ebft.log_pictures_steps > 0:
+            self.add_callback(PicturesCallback(self, self.ebft.log_pictures_steps))
+        self.averaging: EMACallback | None = None
+        if self.ebft.ema_decay is not None:
+            self.averaging = EMACallback(self, self.ebft.ema_decay)
+            self.add_callback(self.averaging)
         self._constructed = True
 
     def compute_loss(
@@ -206,6 +221,7 @@ class EBFTTrainer(Trainer):
         )
         self._warn_of_no_blocks(rollouts)
         outputs = EBFTOutput(rollouts, rewards, advantages, log_probs.rollout, rl_loss, ce_loss, kl)
+        self._tell_callbacks(outputs)
         if num_items_in_batch is not None:
             loss = loss * self._share_of_step(layout.documents, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -271,9 +287,36 @@ class EBFTTrainer(Trainer):
                 use_whitening=settings.use_whitening,
                 whitening_space=settings.whitening_space,
                 whitening_tolerance=settings.whitening_tolerance,
+                corpus_whitening=self.corpus_whitening(),
             )
             advantages = compute_advantages(rewards, settings.advantage_estimator)
         return rewards, advantages, features.reference_log_probs
+
+    def corpus_whitening(self) -> CorpusWhitening | None:
+        """What whitens features by corpus, measured at the first call; None where nothing asks it.
+
+        A collective call: every process must make it together. Rows that fill up the last batches
+        of the processes count twice.
+        """
+        settings = self.ebft
+        if not settings.use_whitening or settings.whitening_space != "corpus":
+            return None
+        if self._corpus_whitening is None:
+            rows = choose_rows(
+                self.train_dataset, settings.corpus_whitening_documents, self.args.seed
+            )
+            # Iterating a DataLoader draws from torch's global generator.
+            with torch.random.fork_rng(devices=[]):
+                loader = self.get_test_dataloader(cast(Any, rows))
+                measured = measure_corpus_whitening(
+                    self.feature_network,
+                    (self._read(self._prepare_inputs(inputs)) for inputs in loader),
+                    settings,
+                    sum_over_processes=self._sum_over_processes,
+                    autocast=self.accelerator.autocast,
+                )
+            self._corpus_whitening = from_main_process(measured)
+        return self._corpus_whitening
 
     def _read(self, inputs: dict[str, Any]) -> Documents:
         return Documents.from_inputs(
@@ -409,12 +452,17 @@ class EBFTTrainer(Trainer):
 
     # ---- Watching -----------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """`Trainer`'s, started afresh: no earlier run and no loss computed by hand counts."""
+        if self.averaging is not None:
+            unnamed = resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool)
+            self.averaging.resume_from = None if unnamed else str(resume_from_checkpoint)
         self._training_metrics.clear()
         self._stopwatch.take()
         self._micro_step = (-1, 0)
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(
         self,
@@ -448,6 +496,17 @@ class EBFTTrainer(Trainer):
             logs = logs | self._training_metrics.take(self._sum_over_processes)
         super().log(logs, start_time)
 
+    def _tell_callbacks(self, outputs: EBFTOutput) -> None:
+        """Call ``on_ebft_outputs(args, state, control, outputs=...)`` where a callback defines it.
+
+        Once per micro-batch of training, in every process. The tensors are the step's own: detach
+        and copy what is to be kept.
+        """
+        for callback in self.callback_handler.callbacks:
+            listen = getattr(callback, "on_ebft_outputs", None)
+            if listen is not None:
+                listen(self.args, self.state, self.control, outputs=outputs)
+
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums, reduction="sum")
 
@@ -466,6 +525,48 @@ class EBFTTrainer(Trainer):
             settings.ce_coef,
         )
 
+    # ---- Saving -------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer`'s, with a model card and the arguments as JSON beside every saved model.
+
+        A README.md that this trainer did not write is left as it is.
+        """
+        folder = Path(str(output_dir or self.args.output_dir))
+        # Asked first: PEFT writes a card of its own while saving, which ours replaces.
+        writes_card = self.is_world_process_zero() and may_write_card(folder)
+        super().save_model(output_dir, _internal_call)
+        if self.is_world_process_zero() and folder.is_dir():
+            write_arguments(folder, self.ebft, self.args)
+            if writes_card:
+                self._write_card(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card into ``output_dir``, unless a README.md is there that is not ours.
+
+        Takes what `Trainer.create_model_card` takes, and keeps it for the cards of later saves.
+        """
+        self._card_options = self._card_options.updated(CardOptions(*args, **kwargs))
+        if not self.is_world_process_zero():
+            return
+        folder = Path(str(self.args.output_dir))
+        if may_write_card(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_card(folder)
+        else:
+            logger.warning("The README.md in %s is not ours, so it stays as it is.", folder)
+
+    def _write_card(self, folder: Path) -> None:
+        write_card(
+            folder,
+            self.accelerator.unwrap_model(self.model),
+            self.ebft,
+            self.args,
+            self.state.log_history,
+            self._card_options,
+            self.train_dataset,
+        )
+
     # ---- Preparation --------------------------------------------------------------------------
 
     def _prepare_networks(self, policy: nn.Module) -> None:
@@ -474,6 +575,7 @@ class EBFTTrainer(Trainer):
         self.feature_network = build_feature_network(
             policy, self._given_feature_network, self.ebft, self.accelerator
         )
+        self._corpus_whitening = None  # measured when first needed
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer`'s; the new policy of each ``train()`` is prepared like the first one."""
@@ -530,6 +632,14 @@ def _refuse_empty(dataset: Any, name: str) -> None:
                 f"{name if key == name else f'{name}[{key!r}]'} is empty: there is nothing to "
                 "sample prefixes from. Check the path, the split and any filter."
             )
+
+
+def _refuse_missing_corpus(settings: EBFTSettings, train_dataset: Any) -> None:
+    if settings.use_whitening and settings.whitening_space == "corpus" and train_dataset is None:
+        raise ValueError(
+            "whitening_space='corpus' measures features of training text, and there is no "
+            "train_dataset; pass one, or whiten by group with whitening_space='feature'."
+        )
 
 
 def _refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:

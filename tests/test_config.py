@@ -30,6 +30,8 @@ ON_THE_COMMAND_LINE: dict[str, tuple[str, Any]] = {
     "use_whitening": ("False", False),
     "whitening_space": ("sample", "sample"),
     "whitening_tolerance": ("1e-4", 1e-4),
+    "corpus_whitening_documents": ("32", 32),
+    "corpus_whitening_shrinkage": ("0.5", 0.5),
     "alignment_coef": ("0.5", 0.5),
     "diversity_coef": ("0", 0.0),
     "advantage_estimator": ("group_norm", "group_norm"),
@@ -52,6 +54,8 @@ ON_THE_COMMAND_LINE: dict[str, tuple[str, Any]] = {
     "eval_rollouts": ("False", False),
     "rollout_batch_size": ("2", 2),
     "pad_to_multiple_of": ("64", 64),
+    "ema_decay": ("0.9", 0.9),
+    "log_pictures_steps": ("20", 20),
     "log_prob_chunk_size": ("64", 64),
 }
 
@@ -67,6 +71,8 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "use_whitening": NO_FLAG,
     "whitening_space": ("features",),
     "whitening_tolerance": (0.0, 1.0, -1e-5, 1e-9, *NOT_A_NUMBER),
+    "corpus_whitening_documents": NO_COUNT,
+    "corpus_whitening_shrinkage": (0.0, 1.1, -0.1, *NOT_A_NUMBER),
     "alignment_coef": (-0.1, *NOT_A_NUMBER),
     "diversity_coef": (-0.1, *NOT_A_NUMBER),
     "advantage_estimator": ("ppo",),
@@ -89,6 +95,8 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "eval_rollouts": NO_FLAG,
     "rollout_batch_size": NO_COUNT[:-1],
     "pad_to_multiple_of": NO_COUNT,
+    "ema_decay": (0.0, 1.0, -0.1, math.nan, math.inf, "1e-2"),
+    "log_pictures_steps": (-1, 2.5, "8", True, None),
     "log_prob_chunk_size": NO_COUNT,
 }
 # Any text may be the name of a model or of a device; these are read when the trainer is built.

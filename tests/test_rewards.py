@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_ebft.rewards import feature_matching_rewards
-from hf_ebft.whitening import WHITENING_SPACES
+from hf_ebft.whitening import GROUP_WHITENING_SPACES
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,7 +63,7 @@ def rewards_by_loops(
     return {"reward": reward, "alignment": alignment, "diversity": diversity, "cfm_loss": cfm_loss}
 
 
-@pytest.mark.parametrize("whitening_space", [None, *WHITENING_SPACES])
+@pytest.mark.parametrize("whitening_space", [None, *GROUP_WHITENING_SPACES])
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
 @pytest.mark.parametrize("duplicates", [False, True])
 def test_equals_plain_loops(whitening_space: str | None, n: int, duplicates: bool) -> None:
@@ -113,7 +113,7 @@ def test_tolerance_is_handed_on() -> None:
 
 
 @pytest.mark.parametrize("use_whitening", [False, True])
-@pytest.mark.parametrize("whitening_space", WHITENING_SPACES)
+@pytest.mark.parametrize("whitening_space", GROUP_WHITENING_SPACES)
 def test_degenerate_groups_are_finite(use_whitening: bool, whitening_space: str) -> None:
     generated, ground_truth = unit(1, 6, 5, 4), unit(1, 5, 4, seed=1)  # n > D
     generated[:, :, 1] = generated[:, :1, 1]  # all rollouts equal
@@ -173,7 +173,7 @@ def test_half_precision_and_autocast_lose_nothing_more(use_whitening: bool) -> N
 @given(
     n=st.integers(1, 6),
     width=st.integers(1, 12),
-    space=st.sampled_from([None, *WHITENING_SPACES]),
+    space=st.sampled_from([None, *GROUP_WHITENING_SPACES]),
     seed=st.integers(0, 2**31),
 )
 def test_order_of_the_rollouts_does_not_matter(

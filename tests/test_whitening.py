@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_ebft import whitening
-from hf_ebft.whitening import WHITENING_SPACES, Whitened, whiten
+from hf_ebft.whitening import GROUP_WHITENING_SPACES, Whitened, whiten
 
 
 def whiten_by_svd(
@@ -62,7 +62,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-@pytest.mark.parametrize("space", WHITENING_SPACES)
+@pytest.mark.parametrize("space", GROUP_WHITENING_SPACES)
 @pytest.mark.parametrize("group", GROUPS)
 def test_equals_the_svd(group: str, space: str, scale: float) -> None:
     generated = GROUPS[group] * scale
@@ -73,7 +73,7 @@ def test_equals_the_svd(group: str, space: str, scale: float) -> None:
     assert_close(whitened.ground_truth, expected.ground_truth, 2e-7)
 
 
-@pytest.mark.parametrize("space", WHITENING_SPACES)
+@pytest.mark.parametrize("space", GROUP_WHITENING_SPACES)
 @pytest.mark.parametrize("distance", [3e-5, 1e-4])
 def test_singular_values_just_above_the_tolerance_keep_five_digits(
     space: str, distance: float
@@ -88,7 +88,7 @@ def test_singular_values_just_above_the_tolerance_keep_five_digits(
 
 @settings(deadline=None)  # machines may be busy
 @given(
-    space=st.sampled_from(WHITENING_SPACES),
+    space=st.sampled_from(GROUP_WHITENING_SPACES),
     n_rollouts=st.integers(1, 8),
     width=st.integers(1, 24),
     data=st.data(),
@@ -111,7 +111,7 @@ def test_equals_the_svd_for_any_group(
     assert_close(whitened.ground_truth, expected.ground_truth)
 
 
-@pytest.mark.parametrize("space", WHITENING_SPACES)
+@pytest.mark.parametrize("space", GROUP_WHITENING_SPACES)
 @pytest.mark.parametrize("leading", [(), (3,), (2, 5), (2, 0)])
 @pytest.mark.parametrize("slice_values", [1, 150, 2**21])
 def test_groups_are_independent_whatever_the_slices(
@@ -145,7 +145,7 @@ def test_groups_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batches == [(508, 4, 4)]
 
 
-@pytest.mark.parametrize("space", WHITENING_SPACES)
+@pytest.mark.parametrize("space", GROUP_WHITENING_SPACES)
 def test_no_matrix_of_feature_dimensions(space: str) -> None:
     """At this width a D x D matrix would take 160 GB."""
     generated = unit(2, 2, 200_000)
@@ -154,7 +154,7 @@ def test_no_matrix_of_feature_dimensions(space: str) -> None:
     torch.testing.assert_close(products, torch.eye(2).expand(2, 2, 2), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("space", WHITENING_SPACES)
+@pytest.mark.parametrize("space", GROUP_WHITENING_SPACES)
 def test_different_rollouts_become_orthonormal(space: str) -> None:
     # Anything but orthogonal before: rollouts that share most of their feature.
     generated = F.normalize(unit(10, 1, 64) + 0.3 * unit(10, 6, 64, seed=1), dim=-1)
@@ -164,7 +164,7 @@ def test_different_rollouts_become_orthonormal(space: str) -> None:
     torch.testing.assert_close(whitened @ whitened.mT, identity, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("space", WHITENING_SPACES)
+@pytest.mark.parametrize("space", GROUP_WHITENING_SPACES)
 @pytest.mark.parametrize("rounding", [0.0, 1e-7])
 def test_duplicates_share_a_dimension(space: str, rounding: float) -> None:
     """1/m among m duplicates, also where the batch they were computed in rounded them apart."""
@@ -176,7 +176,7 @@ def test_duplicates_share_a_dimension(space: str, rounding: float) -> None:
     torch.testing.assert_close(whitened @ whitened.mT, expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("space", WHITENING_SPACES)
+@pytest.mark.parametrize("space", GROUP_WHITENING_SPACES)
 def test_zero_features_stay_zero(space: str) -> None:
     generated = torch.stack((torch.zeros(4, 16), unit(4, 16)))
     whitened = whiten(generated, unit(2, 16, seed=1), space=space)
@@ -185,7 +185,7 @@ def test_zero_features_stay_zero(space: str) -> None:
     assert_close(whitened.generated[1], whiten_by_svd(generated[1], unit(16), space).generated)
 
 
-@pytest.mark.parametrize("space", WHITENING_SPACES)
+@pytest.mark.parametrize("space", GROUP_WHITENING_SPACES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_non_finite_features_spoil_their_own_group_only(space: str, bad: float) -> None:
     generated, ground_truth = unit(3, 4, 16), unit(3, 16, seed=1)
@@ -214,7 +214,7 @@ def test_symmetries(seed: int, scale: float) -> None:
     assert_close(moved.ground_truth, expected.ground_truth @ rotation)
 
 
-@pytest.mark.parametrize("space", WHITENING_SPACES)
+@pytest.mark.parametrize("space", GROUP_WHITENING_SPACES)
 def test_whitening_twice_changes_nothing(space: str) -> None:
     once = whiten(unit(5, 40), unit(40, seed=1), space=space)
     twice = whiten(once.generated, unit(40, seed=1), space=space)
@@ -237,7 +237,7 @@ def test_a_higher_tolerance_drops_more() -> None:
     assert whitened.generated[0] @ whitened.generated[3] > 0.4  # duplicates again
 
 
-@pytest.mark.parametrize("space", WHITENING_SPACES)
+@pytest.mark.parametrize("space", GROUP_WHITENING_SPACES)
 def test_half_precision_and_autocast_lose_nothing_more(space: str) -> None:
     generated, ground_truth = unit(3, 4, 64).bfloat16(), unit(3, 64, seed=1).bfloat16()
     expected = whiten(generated.float(), ground_truth.float(), space=space)

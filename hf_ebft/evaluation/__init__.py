@@ -1,19 +1,49 @@
-"""Paired comparison of two policies on held-out text."""
+"""Looking at policies: figures with intervals, several models side by side, samples, metrics."""
 
-from hf_ebft.evaluation.bootstrap import PairedDifference, paired_bootstrap
+from hf_ebft.evaluation.bootstrap import (
+    Interval,
+    PairedDifference,
+    mean_bootstrap,
+    paired_bootstrap,
+)
+from hf_ebft.evaluation.completions import (
+    CompletionMetrics,
+    corpus_bleu,
+    exact_match,
+    pass_at_k,
+)
 from hf_ebft.evaluation.figures import FIGURES, DocumentFigures, evaluate_documents
-from hf_ebft.evaluation.samples import Continuation, sample_continuations
+from hf_ebft.evaluation.models import ModelFigures, measure_model
+from hf_ebft.evaluation.samples import (
+    Continuation,
+    RolloutGroup,
+    sample_continuations,
+    sample_groups,
+)
 from hf_ebft.evaluation.summary import compare, format_samples, format_table
+from hf_ebft.evaluation.table import ModelComparison, compare_models
 
 __all__ = [
     "FIGURES",
+    "CompletionMetrics",
     "Continuation",
     "DocumentFigures",
+    "Interval",
+    "ModelComparison",
+    "ModelFigures",
     "PairedDifference",
+    "RolloutGroup",
     "compare",
+    "compare_models",
+    "corpus_bleu",
     "evaluate_documents",
+    "exact_match",
     "format_samples",
     "format_table",
+    "mean_bootstrap",
+    "measure_model",
     "paired_bootstrap",
+    "pass_at_k",
     "sample_continuations",
+    "sample_groups",
 ]

@@ -1,4 +1,4 @@
-"""Is a difference more than the noise of the documents it was measured on?"""
+"""How far is a figure, or a difference, more than the noise of the documents it was measured on?"""
 
 from __future__ import annotations
 
@@ -41,10 +41,64 @@ class PairedDifference:
         return self.low > ROUNDING or self.high < -ROUNDING
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A mean over documents and its bootstrap interval.
+
+    Attributes:
+        mean: over the documents that have the figure.
+        low, high: bounds of the interval.
+        n_documents: documents that entered.
+        n_groups: groups that were resampled.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n_documents: int
+    n_groups: int
+
+
+def mean_bootstrap(
+    values: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    n_resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap of a mean over documents; see [`paired_bootstrap`] for the kind of interval.
+
+    Args:
+        values: (N,) figures; NaN where a document has none.
+        weights: (N,) how much each document counts, such as its tokens; default: alike.
+        groups: (N,) labels of what is resampled as a whole.
+        n_resamples: bootstrap resamples.
+        confidence: of the interval.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: shapes that differ, fewer than two groups with a figure, or settings out of
+            range.
+    """
+    paired = paired_bootstrap(
+        np.zeros_like(np.asarray(values, dtype=np.float64)),
+        values,
+        weights=weights,
+        groups=groups,
+        n_resamples=n_resamples,
+        confidence=confidence,
+        seed=seed,
+    )
+    return Interval(paired.after, paired.low, paired.high, paired.n_documents, paired.n_groups)
+
+
 def paired_bootstrap(
     before: ArrayLike,
     after: ArrayLike,
     *,
+    weights: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     n_resamples: int = 10_000,
     confidence: float = 0.95,
@@ -59,6 +113,7 @@ def paired_bootstrap(
     Args:
         before: (N,) figures; NaN where a document has none.
         after: (N,) figures of the same documents.
+        weights: (N,) how much each document counts, such as its tokens; default: alike.
         groups: (N,) labels of what is resampled as a whole, such as the file that rows were cut
             from: neighbours resemble each other, and counting them as independent would make the
             interval too narrow. Default: every document by itself.
@@ -72,10 +127,12 @@ def paired_bootstrap(
     """
     old, new = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     labels = np.arange(old.size) if groups is None else np.asarray(groups)
-    if not old.shape == new.shape == labels.shape or old.ndim != 1:
+    weight = np.ones(old.shape) if weights is None else np.asarray(weights, dtype=np.float64)
+    if not old.shape == new.shape == labels.shape == weight.shape or old.ndim != 1:
         raise ValueError(
-            f"before, after and groups must be of one shape (documents,), not {old.shape}, "
-            f"{new.shape} and {labels.shape}: measure both on the same rows."
+            f"before, after, groups and weights must be of one shape (documents,), not "
+            f"{old.shape}, {new.shape}, {labels.shape} and {weight.shape}: measure both on the "
+            "same rows."
         )
     if n_resamples < 1 or not 0.0 < confidence < 1.0:
         raise ValueError(
@@ -83,22 +140,22 @@ def paired_bootstrap(
             "and 1; 10000 and 0.95 are usual."
         )
     paired = ~(np.isnan(old) | np.isnan(new))
-    old, new = old[paired], new[paired]
+    old, new, weight = old[paired], new[paired], weight[paired]
     _, group = np.unique(labels[paired], return_inverse=True)
-    sizes = np.bincount(group).astype(np.float64)
+    sizes = np.bincount(group, weights=weight).astype(np.float64)
     if len(sizes) < 2:
         raise ValueError(
             f"There are {len(old)} documents in {len(sizes)} group(s) with a figure before and "
             "after; an interval needs at least 2 groups. Evaluate on more text."
         )
-    sums = np.bincount(group, weights=new - old).astype(np.float64)
+    sums = np.bincount(group, weights=weight * (new - old)).astype(np.float64)
     means = _resampled_means(sums, sizes, n_resamples, np.random.default_rng(seed))
     tail = _expanded_tail((1 - confidence) / 2, len(sizes))
     low, high = np.quantile(means, [tail, 1 - tail])
     return PairedDifference(
-        before=float(old.mean()),
-        after=float(new.mean()),
-        difference=float((new - old).mean()),
+        before=float(np.average(old, weights=weight)),
+        after=float(np.average(new, weights=weight)),
+        difference=float(np.average(new - old, weights=weight)),
         low=float(low),
         high=float(high),
         n_documents=len(old),

@@ -25,10 +25,11 @@ from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import packed_log_probs, predicted_targets
+from hf_ebft.log_probs import TokenLogProbs, packed_log_probs, predicted_targets
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rewards import feature_matching_rewards
-from hf_ebft.rollouts import make_generator, sample_rollouts
+from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+from hf_ebft.whitening import CorpusWhitening
 
 # Keeps these rollouts apart from those of training and of the trainer's own evaluation.
 STREAM = 2
@@ -93,6 +94,7 @@ def evaluate_documents(
     n_draws: int = 1,
     eos_token_id: int | None = None,
     seed: int = 0,
+    corpus_whitening: CorpusWhitening | None = None,
 ) -> DocumentFigures:
     """Measure a policy on every document of ``rows``.
 
@@ -112,9 +114,11 @@ def evaluate_documents(
         n_draws: independent groups per block, averaged. More draws, less noise.
         eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
         seed: of the rollouts.
+        corpus_whitening: for settings with ``whitening_space="corpus"``, such as
+            ``trainer.corpus_whitening()``; the same for every policy that is compared.
 
     Raises:
-        ValueError: no rows, or numbers below 1.
+        ValueError: no rows, numbers below 1, or a corpus whitening that is missing.
     """
     numbers = {"batch_size": batch_size, "n_draws": n_draws, "rows": len(rows)}
     numbers["stride"] = stride = settings.stride if stride is None else stride
@@ -152,11 +156,12 @@ def evaluate_documents(
                     feature_network,
                     layout,
                     settings,
+                    corpus_whitening,
                     make_generator(device, seed, STREAM, draw, first),
                 )
                 for draw in range(n_draws)
             ]
-            present = _document_slots(documents)
+            present = document_slots(documents)
             found_rows.append(present.nonzero()[:, 0].cpu() + first)
             for name, values in found.items():
                 mean_over_draws = torch.stack([draw[name] for draw in draws]).mean(dim=0)
@@ -173,6 +178,7 @@ def _measure(
     feature_network: FeatureNetwork,
     layout: PackedLayout,
     settings: EBFTSettings,
+    corpus_whitening: CorpusWhitening | None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """One draw of rollouts: each figure as (B, W), NaN where there is none."""
@@ -195,20 +201,14 @@ def _measure(
             use_whitening=use_whitening,
             whitening_space=settings.whitening_space,
             whitening_tolerance=settings.whitening_tolerance,
+            corpus_whitening=corpus_whitening,
         )
         for use_whitening in (settings.use_whitening, False)
     )
-    log_probs = packed_log_probs(
-        model,
-        forward,
-        rollouts,
-        temperature=settings.temperature,
-        with_document=True,
-        chunk_size=settings.log_prob_chunk_size,
-    )
+    log_probs = score_rollouts(model, forward, rollouts, settings, with_document=True)
     assert log_probs.document is not None
     documents, blocks = layout.documents, layout.blocks
-    width = _document_slots(documents).shape[1]
+    width = document_slots(documents).shape[1]
     per_block = {
         "cfm_loss": plain.cfm_loss,
         "cosine_alignment": plain.alignment.mean(dim=1),
@@ -227,7 +227,26 @@ def _measure(
     return figures
 
 
-def _document_slots(documents: Documents) -> Tensor:
+def score_rollouts(
+    model: nn.Module,
+    forward: PackedForward,
+    rollouts: Rollouts,
+    settings: EBFTSettings,
+    *,
+    with_document: bool,
+) -> TokenLogProbs:
+    """Log-probabilities of rollouts at the sampling temperature, and of the document at 1."""
+    return packed_log_probs(
+        model,
+        forward,
+        rollouts,
+        temperature=settings.temperature,
+        with_document=with_document,
+        chunk_size=settings.log_prob_chunk_size,
+    )
+
+
+def document_slots(documents: Documents) -> Tensor:
     """(B, W) bool: which documents each row has."""
     count = documents.document.amax(dim=1) + 1
     return torch.arange(int(count.max()), device=count.device) < count[:, None]
@@ -245,9 +264,17 @@ def _mean_by_document(values: Tensor, counted: Tensor, document: Tensor, width: 
     Returns:
         (B, W) float64, NaN for documents without a value.
     """
+    sums, counts = sums_by_document(values, counted, document, width)
+    return sums / counts
+
+
+def sums_by_document(
+    values: Tensor, counted: Tensor, document: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """Sums and numbers of the values of each document, (B, W) float64; see _mean_by_document."""
     sums = torch.zeros(values.shape[0], width, dtype=torch.float64, device=values.device)
     counts = torch.zeros_like(sums)
     slot = document.clamp(min=0)
     sums.scatter_add_(1, slot, torch.where(counted, values.double(), 0.0))
     counts.scatter_add_(1, slot, counted.double())
-    return sums / counts
+    return sums, counts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +14,12 @@ from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import Documents
 from hf_ebft.evaluation.figures import STREAM, Collator, Rows
+from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
 from hf_ebft.policy import PackedForward
-from hf_ebft.rollouts import make_generator, sample_rollouts
+from hf_ebft.rewards import feature_matching_rewards
+from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+from hf_ebft.whitening import CorpusWhitening
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,47 @@ class Continuation:
     prefix: list[int]
     rollout: list[int]
     ground_truth: list[int]
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The rollouts of one prefix, as token ids, and what they were rewarded.
+
+    Attributes:
+        row: which of the rows the prefix is from.
+        prefix, ground_truth: of the document.
+        rollouts: n continuations.
+        rewards, alignments, diversities: of each rollout.
+        cfm_loss: of the group.
+    """
+
+    row: int
+    prefix: list[int]
+    ground_truth: list[int]
+    rollouts: list[list[int]]
+    rewards: list[float]
+    alignments: list[float]
+    diversities: list[float]
+    cfm_loss: float
+
+    def to_dict(self, decode: Callable[[list[int]], str] | None = None) -> dict[str, Any]:
+        """Plain data.
+
+        Args:
+            decode: token ids to text; None keeps the ids.
+        """
+        show: Callable[[list[int]], Any] = decode or list
+        numbers = zip(self.rollouts, self.rewards, self.alignments, self.diversities, strict=True)
+        return {
+            "row": self.row,
+            "prefix": show(self.prefix),
+            "ground_truth": show(self.ground_truth),
+            "cfm_loss": self.cfm_loss,
+            "rollouts": [
+                {"text": show(ids), "reward": reward, "alignment": a, "diversity": d}
+                for ids, reward, a, d in numbers
+            ],
+        }
 
 
 def sample_continuations(
@@ -47,6 +93,101 @@ def sample_continuations(
         eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
         seed: of the rollouts; the same seed gives two policies the same random numbers.
     """
+    rollouts = _continue_rows(
+        model,
+        rows,
+        settings,
+        n_samples=1,
+        length=length,
+        data_collator=data_collator,
+        eos_token_id=eos_token_id,
+        seed=seed,
+    )
+    return [
+        Continuation(
+            prefix=_prefix(rollouts, row),
+            rollout=rollouts.tokens[row, 0, 0].tolist(),
+            ground_truth=_ground_truth(rollouts, row),
+        )
+        for row in _continued(rollouts)
+    ]
+
+
+def sample_groups(
+    model: nn.Module,
+    feature_network: FeatureNetwork,
+    rows: Rows,
+    settings: EBFTSettings,
+    *,
+    n_samples: int | None = None,
+    length: int | None = None,
+    data_collator: Collator | None = None,
+    corpus_whitening: CorpusWhitening | None = None,
+    eos_token_id: int | None = None,
+    seed: int = 0,
+) -> list[RolloutGroup]:
+    """Several rollouts after a prefix in the middle of each row, with their rewards.
+
+    Args:
+        model: the policy.
+        feature_network: phi.
+        rows: tokenized rows, sampled in one batch; a row without room for a block is left out.
+        settings: where blocks lie, how rollouts are sampled, embedded and rewarded.
+        n_samples: rollouts of each group; default ``n_samples_per_prompt``.
+        length: tokens of a rollout; default ``generate_max_len``.
+        data_collator: default [`EBFTDataCollator`].
+        corpus_whitening: for ``whitening_space="corpus"``.
+        eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
+        seed: of the rollouts.
+    """
+    rollouts = _continue_rows(
+        model,
+        rows,
+        settings,
+        n_samples=settings.n_samples_per_prompt if n_samples is None else n_samples,
+        length=length,
+        data_collator=data_collator,
+        eos_token_id=eos_token_id,
+        seed=seed,
+    )
+    features = feature_network.embed(rollouts)
+    rewards = feature_matching_rewards(
+        features.generated,
+        features.ground_truth,
+        alignment_coef=settings.alignment_coef,
+        diversity_coef=settings.diversity_coef,
+        use_whitening=settings.use_whitening,
+        whitening_space=settings.whitening_space,
+        whitening_tolerance=settings.whitening_tolerance,
+        corpus_whitening=corpus_whitening,
+    )
+    return [
+        RolloutGroup(
+            row=row,
+            prefix=_prefix(rollouts, row),
+            ground_truth=_ground_truth(rollouts, row),
+            rollouts=rollouts.tokens[row, :, 0].tolist(),
+            rewards=rewards.reward[row, :, 0].tolist(),
+            alignments=rewards.alignment[row, :, 0].tolist(),
+            diversities=rewards.diversity[row, :, 0].tolist(),
+            cfm_loss=float(rewards.cfm_loss[row, 0]),
+        )
+        for row in _continued(rollouts)
+    ]
+
+
+def _continue_rows(
+    model: nn.Module,
+    rows: Rows,
+    settings: EBFTSettings,
+    *,
+    n_samples: int,
+    length: int | None,
+    data_collator: Collator | None,
+    eos_token_id: int | None,
+    seed: int,
+) -> Rollouts:
+    """Rollouts of the middle block of each row, K = 1."""
     length = settings.generate_max_len if length is None else length
     device = next(model.parameters()).device
     batch = (data_collator or EBFTDataCollator())([rows[i] for i in range(len(rows))])
@@ -64,27 +205,31 @@ def sample_continuations(
             min_completion_prefix=settings.min_completion_prefix,
         )
     )
-    rollouts = sample_rollouts(
+    return sample_rollouts(
         model,
         PackedForward.of(model, settings.packed_attention),
-        PackedLayout(documents, blocks, n_samples=1, length=length),
+        PackedLayout(documents, blocks, n_samples=n_samples, length=length),
         temperature=settings.temperature,
         top_p=settings.top_p,
         chunk_size=settings.log_prob_chunk_size,
         generator=make_generator(device, seed, STREAM),
     )
-    continuations = []
-    for row in blocks.exists[:, 0].nonzero()[:, 0].tolist():
-        ids = documents.input_ids[row].tolist()
-        end, prefix_length = int(blocks.column[row, 0]), int(blocks.position[row, 0])
-        continuations.append(
-            Continuation(
-                prefix=ids[end - prefix_length : end],
-                rollout=rollouts.tokens[row, 0, 0].tolist(),
-                ground_truth=ids[end : end + length],
-            )
-        )
-    return continuations
+
+
+def _continued(rollouts: Rollouts) -> list[int]:
+    """Rows that had room for a block."""
+    return rollouts.exists[:, 0].nonzero()[:, 0].tolist()
+
+
+def _prefix(rollouts: Rollouts, row: int) -> list[int]:
+    blocks = rollouts.layout.blocks
+    end, length = int(blocks.column[row, 0]), int(blocks.position[row, 0])
+    return rollouts.layout.documents.input_ids[row, end - length : end].tolist()
+
+
+def _ground_truth(rollouts: Rollouts, row: int) -> list[int]:
+    start = int(rollouts.layout.blocks.column[row, 0])
+    return rollouts.layout.documents.input_ids[row, start : start + rollouts.layout.length].tolist()
 
 
 def _middle_block(blocks: Blocks) -> Blocks:

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_ebft import EBFTConfig, EBFTTrainer
+from hf_ebft.evaluation import CompletionMetrics, exact_match
+from hf_ebft.evaluation.callbacks import CompletionMetricsCallback, RolloutWatcher
 
 VOCABULARY = 61
 MOST_BLOCKS = 64
@@ -143,3 +145,73 @@ def resumed(folder, **settings):
     again = make_trainer(folder, **settings)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     return {"whole": summary(whole), "resumed": summary(again)}
+
+
+def averaged(folder, **settings):
+    """Weights and their averages after a run of 4 steps, and after one resumed after 2."""
+    settings = {
+        "ema_decay": 0.7,
+        "evaluation": documents((21, 30), seed=1),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    } | settings
+    whole = make_trainer(folder, **settings)
+    whole.train()
+    again = make_trainer(folder, **settings)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return {
+        name: summary(trainer) | {"averages": full_averages(trainer)}
+        for name, trainer in {"whole": whole, "resumed": again}.items()
+    }
+
+
+def full_averages(trainer):
+    """The averaged weights, whole, by name."""
+    with trainer.averaging.applied():
+        return full_weights(trainer.model)
+
+
+def whitened_by_corpus(folder, **settings):
+    """A run that whitens by the second moment of all training documents."""
+    return trained(folder, whitening_space="corpus", max_steps=2, **settings)
+
+
+def watched(folder, tokenizer, **settings):
+    """What two looks during a run of 2 steps see: rollouts of prefixes, completions of prompts."""
+    trainer = make_trainer(
+        folder,
+        max_steps=2,
+        evaluation=documents((21, 30), seed=1),
+        eval_strategy="steps",
+        eval_steps=2,
+        **settings,
+    )
+    trainer.processing_class = tokenizer
+    watcher = RolloutWatcher(trainer, documents((20, 31), seed=5), every_steps=1)
+    prompts = ["\x01\x02\x03", "\x05", "\x07\x04"]
+    scores = CompletionMetrics({"exact": exact_match})
+    generation = {"max_new_tokens": 4, "batch_size": 1}
+    generator = CompletionMetricsCallback(trainer, scores, prompts, prompts, **generation)
+    trainer.add_callback(watcher)
+    trainer.add_callback(generator)
+    trainer.train()
+    groups = [group.to_dict() for group in watcher.latest]
+    return summary(trainer) | {"groups": groups, "completions": generator.completions}
+
+
+class CharacterTokenizer:
+    """Token ids are the characters' numbers."""
+
+    pad_token_id = 0
+    eos_token_id = None
+
+    def __call__(self, text):
+        return {"input_ids": [ord(character) for character in text]}
+
+    def decode(self, ids):
+        return "".join(chr(int(i)) for i in ids)
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [self.decode(row) for row in rows]

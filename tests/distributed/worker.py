@@ -17,11 +17,15 @@ from accelerate import PartialState
 
 from hf_ebft import EBFTTrainer
 from tests.distributed.runs import (
+    CharacterTokenizer,
+    averaged,
     documents,
     make_trainer,
     resumed,
     summary,
     trained,
+    watched,
+    whitened_by_corpus,
 )
 
 
@@ -69,6 +73,20 @@ def sharding(folder):
     }
 
 
+def averaging(folder):
+    """Averaged weights and whitening by corpus, full weights and adapters."""
+    return {
+        "plain": averaged(folder / "plain"),
+        "adapters": averaged(folder / "adapters", peft=True),
+        "corpus": whitened_by_corpus(folder / "corpus"),
+    }
+
+
+def watching(folder):
+    """Looks at the policy during training."""
+    return watched(folder / "watched", CharacterTokenizer())
+
+
 class CrashOnOneRank(EBFTTrainer):
     """Fails on process 1 alone, in the middle of a step."""
 
@@ -82,7 +100,14 @@ def crash(folder):
     make_trainer(folder, trainer_class=CrashOnOneRank).train()
 
 
-SCENARIOS = {"basics": basics, "resume": resume, "sharding": sharding, "crash": crash}
+SCENARIOS = {
+    "basics": basics,
+    "resume": resume,
+    "sharding": sharding,
+    "averaging": averaging,
+    "watching": watching,
+    "crash": crash,
+}
 
 if __name__ == "__main__":
     scenario, target = sys.argv[1], Path(sys.argv[2])

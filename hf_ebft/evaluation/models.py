@@ -1,0 +1,404 @@
+"""Several models side by side on the same text: cross-entropy, and rollouts of several lengths.
+
+Every model continues the same prefixes of the same documents, with generators of the same seeds,
+and one frozen feature network reads them all. A model's rollouts are sampled once, at the greatest
+length; shorter ones are their beginnings, so that a curve over lengths follows the same rollouts as
+they drift.
+
+Dimension letters: B rows of a batch, S tokens of a row, K blocks, n samples, G rollout length,
+W most documents in a row, N documents in all, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hf_ebft.anchors import Blocks, find_blocks
+from hf_ebft.config import EBFTSettings
+from hf_ebft.data.collator import EBFTDataCollator
+from hf_ebft.documents import Documents
+from hf_ebft.evaluation.figures import (
+    Collator,
+    Rows,
+    document_slots,
+    score_rollouts,
+    sums_by_document,
+)
+from hf_ebft.feature_network import FeatureNetwork
+from hf_ebft.heads import ToLogits
+from hf_ebft.layout import PackedLayout
+from hf_ebft.log_probs import predicted_targets, target_log_probs
+from hf_ebft.policy import PackedForward, inference_mode_of
+from hf_ebft.rewards import feature_matching_rewards
+from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+from hf_ebft.whitening import CorpusWhitening
+
+# Keeps these rollouts apart from all others.
+STREAM = 4
+LENGTHS = (8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is measured.
+
+    Attributes:
+        label: for people.
+        better: "lower" or "higher"; "" where neither is.
+    """
+
+    label: str
+    better: str
+
+
+#: Of the text itself, by teacher forcing at temperature 1: means over tokens.
+TEXT_FIGURES = {
+    "cross_entropy": Figure("cross-entropy, nats/token", "lower"),
+    "cross_entropy_completion": Figure("cross-entropy of completions", "lower"),
+}
+#: Of rollouts: means over the blocks of a document, then over documents.
+ROLLOUT_FIGURES = {
+    "cfm_loss": Figure("CFM loss", "lower"),
+    "cosine_alignment": Figure("alignment, 2 cos unwhitened", "higher"),
+    "cosine_alignment_best": Figure("alignment unwhitened, best of n", "higher"),
+    "dot_diversity": Figure("diversity, 2 dot unwhitened", ""),
+    "reward": Figure("reward as trained, mean", "higher"),
+    "reward_best": Figure("reward as trained, best of n", "higher"),
+    "alignment": Figure("alignment as rewarded", "higher"),
+    "diversity": Figure("diversity as rewarded", ""),
+    "duplicates": Figure("share of duplicate rollouts", "lower"),
+    "entropy": Figure("entropy of rollouts, nats/token", ""),
+}
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """Figures of one model on N documents, in the order of the rows.
+
+    Attributes:
+        row: (N,) int64, which row each document is in.
+        document: (N,) a digest of each document's tokens: equal for equal documents.
+        blocks: (N,) int64, prefixes that were continued in each document; 0 for those without room.
+        text: name in ``TEXT_FIGURES`` -> (N,) float64, NaN where a document has none.
+        tokens: the same names -> (N,) float64, the tokens that each is a mean over.
+        rollouts: length -> name in ``ROLLOUT_FIGURES`` -> (N,) float64, NaN without blocks.
+    """
+
+    row: NDArray[np.int64]
+    document: NDArray[np.str_]
+    blocks: NDArray[np.int64]
+    text: dict[str, NDArray[np.float64]]
+    tokens: dict[str, NDArray[np.float64]]
+    rollouts: dict[int, dict[str, NDArray[np.float64]]]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+def measure_model(
+    model: nn.Module,
+    feature_network: FeatureNetwork,
+    rows: Rows,
+    settings: EBFTSettings,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    n_draws: int = 1,
+    seed: int = 0,
+    tokens_at_once: int = 4096,
+    data_collator: Collator | None = None,
+    corpus_whitening: CorpusWhitening | None = None,
+    eos_token_id: int | None = None,
+) -> ModelFigures:
+    """Measure one model; call it once for each, with the same other arguments.
+
+    Prefixes are those that have room for the greatest length, so that all lengths continue the same
+    ones; documents without such a prefix have no figures of rollouts (``blocks`` is 0 there).
+
+    Args:
+        model: a causal language model, not wrapped; a PEFT model is one. Its mode is left as it is.
+        feature_network: phi, the same for all models.
+        rows: tokenized rows, as for training.
+        settings: ``stride``, ``context_length``, ``n_samples_per_prompt``, ``temperature``,
+            features, whitening and coefficients; ``generate_max_len`` is not read.
+        lengths: of rollouts, ascending.
+        n_draws: independent groups per prefix, averaged.
+        seed: of the rollouts.
+        tokens_at_once: bounds the memory: rollout tokens (of a few prefixes), or tokens of text,
+            in one forward pass. At least one prefix, and one row, is always taken.
+        data_collator: default [`EBFTDataCollator`].
+        corpus_whitening: for ``whitening_space="corpus"``.
+        eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
+
+    Raises:
+        ValueError: no rows, lengths that do not ascend, numbers below 1, or no document with room
+            for the greatest length.
+    """
+    _check(rows, lengths, n_draws, tokens_at_once)
+    collate = data_collator or EBFTDataCollator()
+    forward = PackedForward.of(model, settings.packed_attention)
+    device = next(model.parameters()).device
+    measurer = _Measurer(
+        model,
+        forward,
+        feature_network,
+        settings,
+        lengths,
+        n_draws,
+        tokens_at_once,
+        corpus_whitening,
+    )
+    parts: list[_Part] = []
+    with inference_mode_of(model):
+        for row in range(len(rows)):
+            # One row after the other: whatever the others are, a row gets the same random numbers.
+            batch = collate([rows[row]])
+            documents = Documents.from_inputs(
+                {name: value.to(device) for name, value in batch.items()},
+                document_masking=settings.document_masking,
+                eos_token_id=eos_token_id,
+            )
+            parts.append(measurer.measure(documents, row, seed))
+    whole = _join(parts, lengths)
+    if not whole.blocks.any():
+        raise ValueError(
+            f"None of the {len(whole)} documents has room for a prefix of {settings.context_length}"
+            f" and a rollout of {max(lengths)} tokens, so nothing could be compared over lengths: "
+            "take longer rows, or leave out the greatest lengths."
+        )
+    return whole
+
+
+@dataclass(frozen=True)
+class _Part:
+    """[`ModelFigures`] of one row, figures as (W,) tensors."""
+
+    row: int
+    document: list[str]
+    blocks: Tensor
+    text: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+    rollouts: dict[int, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Measurer:
+    """What stays the same from row to row."""
+
+    model: nn.Module
+    forward: PackedForward
+    feature_network: FeatureNetwork
+    settings: EBFTSettings
+    lengths: Sequence[int]
+    n_draws: int
+    tokens_at_once: int
+    corpus_whitening: CorpusWhitening | None
+
+    def measure(self, documents: Documents, row: int, seed: int) -> _Part:
+        """All figures of the documents of one row."""
+        settings, longest = self.settings, max(self.lengths)
+        width = document_slots(documents).shape[1]
+        text, tokens = self._text_figures(documents, width)
+        blocks = find_blocks(
+            documents,
+            stride=settings.stride,
+            context_length=settings.context_length,
+            generate_max_len=longest,
+            min_completion_prefix=settings.min_completion_prefix,
+        )
+        empty = torch.zeros(1, width, dtype=torch.float64, device=documents.input_ids.device)
+        sums = {g: dict.fromkeys(ROLLOUT_FIGURES, empty) for g in self.lengths}
+        count = empty
+        for draw in range(self.n_draws):
+            for part, some in enumerate(self._portions(blocks)):
+                if not some.exists.any():
+                    continue
+                generator = make_generator(some.column.device, seed, STREAM, draw, row, part)
+                for g, figures in self._rollout_figures(documents, some, generator).items():
+                    for name, values in figures.items():
+                        total, n = sums_by_document(values, some.exists, some.document, width)
+                        sums[g][name] = sums[g][name] + total
+                count = count + n
+        return _Part(
+            row=row,
+            document=_digests(documents, width),
+            blocks=(count[0] / self.n_draws).round(),
+            text=text,
+            tokens=tokens,
+            rollouts={
+                g: {name: (total / count)[0] for name, total in figures.items()}
+                for g, figures in sums.items()
+            },
+        )
+
+    def _portions(self, blocks: Blocks) -> Iterator[Blocks]:
+        """The blocks, as many at a time as memory is to hold."""
+        tokens = self.settings.n_samples_per_prompt * max(self.lengths)
+        size = max(1, self.tokens_at_once // tokens)
+        for first in range(0, blocks.exists.shape[1], size):
+            yield Blocks(
+                *(getattr(blocks, f.name)[:, first : first + size] for f in fields(Blocks))
+            )
+
+    def _rollout_figures(
+        self, documents: Documents, blocks: Blocks, generator: torch.Generator
+    ) -> dict[int, dict[str, Tensor]]:
+        """Length -> figure -> (1, K)."""
+        settings = self.settings
+        n_samples, longest = settings.n_samples_per_prompt, max(self.lengths)
+        sampled = sample_rollouts(
+            self.model,
+            self.forward,
+            PackedLayout(documents, blocks, n_samples, longest),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            chunk_size=settings.log_prob_chunk_size,
+            generator=generator,
+        )
+        scored = score_rollouts(self.model, self.forward, sampled, settings, with_document=False)
+        surprise = -scored.rollout.double().cumsum(dim=-1)
+        found = {}
+        for g in self.lengths:
+            beginnings = Rollouts(
+                tokens=sampled.tokens[..., :g].contiguous(),
+                exists=sampled.exists,
+                layout=PackedLayout(documents, blocks, n_samples, g),
+            )
+            found[g] = self._reward_figures(beginnings)
+            found[g]["entropy"] = surprise[..., g - 1].mean(dim=1) / g
+            found[g]["duplicates"] = _duplicates(beginnings.tokens)
+        return found
+
+    def _reward_figures(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        settings = self.settings
+        features = self.feature_network.embed(rollouts)
+        rewarded, plain = (
+            feature_matching_rewards(
+                features.generated,
+                features.ground_truth,
+                alignment_coef=settings.alignment_coef,
+                diversity_coef=settings.diversity_coef,
+                use_whitening=use_whitening,
+                whitening_space=settings.whitening_space,
+                whitening_tolerance=settings.whitening_tolerance,
+                corpus_whitening=self.corpus_whitening,
+            )
+            for use_whitening in (settings.use_whitening, False)
+        )
+        return {
+            "cfm_loss": plain.cfm_loss,
+            "cosine_alignment": plain.alignment.mean(dim=1),
+            "cosine_alignment_best": plain.alignment.amax(dim=1),
+            "dot_diversity": plain.diversity.mean(dim=1),
+            "reward": rewarded.reward.mean(dim=1),
+            "reward_best": rewarded.reward.amax(dim=1),
+            "alignment": rewarded.alignment.mean(dim=1),
+            "diversity": rewarded.diversity.mean(dim=1),
+        }
+
+    def _text_figures(
+        self, documents: Documents, width: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Mean -log p of the tokens of each document, and how many they are."""
+        input_ids = documents.input_ids
+        # The last token predicts nothing.
+        places = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
+
+        def log_probs(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
+            found = target_log_probs(
+                states.flatten(0, 1),
+                torch.arange(states.shape[:2].numel(), device=states.device),
+                input_ids[:, 1:].reshape(-1, 1),
+                to_logits,
+                temperature=1.0,
+                chunk_size=self.tokens_at_once,
+            )
+            return [found.view(states.shape[:2])]
+
+        no_blocks = find_blocks(
+            documents, stride=1, context_length=input_ids.shape[1], generate_max_len=1
+        )
+        part = PackedLayout(documents, no_blocks, n_samples=1, length=1).document_part
+        (scored,) = self.forward.through_head(self.model, input_ids, part, places, log_probs)
+        surprise = nn.functional.pad(-scored, (1, 0))
+        predicted = (documents.document >= 0) & (documents.position > 0)
+        # A completion is what follows a prompt; where nothing is masked, there is none.
+        completion = predicted_targets(documents) & (documents.completion_start > 0)
+        figures, tokens = {}, {}
+        for name, counted in zip(TEXT_FIGURES, (predicted, completion), strict=True):
+            sums, counts = sums_by_document(surprise, counted, documents.document, width)
+            figures[name], tokens[name] = (sums / counts)[0], counts[0]
+        return figures, tokens
+
+
+def _duplicates(tokens: Tensor) -> Tensor:
+    """(B, n, K, G) -> (B, K): share of a group's rollouts that repeat an earlier one."""
+    same = (tokens[:, :, None] == tokens[:, None, :]).all(dim=-1)  # (B, n, n, K)
+    earlier = torch.ones(same.shape[1:3], dtype=torch.bool, device=same.device).tril(-1)
+    return (same & earlier[None, :, :, None]).any(dim=2).double().mean(dim=1)
+
+
+def _digests(documents: Documents, width: int) -> list[str]:
+    """A digest of the tokens of each document of a row."""
+    ids, document = documents.input_ids[0].cpu().numpy(), documents.document[0].cpu().numpy()
+    return [
+        hashlib.sha256(ids[document == slot].astype("<i8").tobytes()).hexdigest()[:16]
+        for slot in range(width)
+    ]
+
+
+def _join(parts: list[_Part], lengths: Sequence[int]) -> ModelFigures:
+    def joined(tensors: list[Tensor]) -> NDArray[np.float64]:
+        return torch.cat(tensors).double().cpu().numpy()
+
+    return ModelFigures(
+        row=np.concatenate([np.full(len(part.document), part.row) for part in parts]),
+        document=np.array([digest for part in parts for digest in part.document]),
+        blocks=joined([part.blocks for part in parts]).astype(np.int64),
+        text={name: joined([part.text[name] for part in parts]) for name in TEXT_FIGURES},
+        tokens={name: joined([part.tokens[name] for part in parts]) for name in TEXT_FIGURES},
+        rollouts={
+            g: {
+                name: joined([part.rollouts[g][name] for part in parts]) for name in ROLLOUT_FIGURES
+            }
+            for g in lengths
+        },
+    )
+
+
+def _check(rows: Rows, lengths: Sequence[int], n_draws: int, tokens_at_once: int) -> None:
+    numbers = {"n_draws": n_draws, "tokens_at_once": tokens_at_once, "rows": len(rows)}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1 to measure anything.")
+    ascending = list(lengths) == sorted(set(lengths))
+    if not lengths or not ascending or min(lengths) < 1:
+        raise ValueError(
+            f"lengths={list(lengths)} must be whole numbers of tokens in ascending order, such as "
+            "8 16 32."
+        )
+
+
+def same_documents(measured: Mapping[str, ModelFigures]) -> None:
+    """Refuse models that were measured on different documents or lengths.
+
+    Raises:
+        ValueError: naming the models.
+    """
+    first_name, first = next(iter(measured.items()))
+    for name, other in measured.items():
+        same = (other.document.tolist(), other.row.tolist()) == (
+            first.document.tolist(),
+            first.row.tolist(),
+        )
+        if not same or other.rollouts.keys() != first.rollouts.keys():
+            raise ValueError(
+                f"{name!r} and {first_name!r} were measured on different documents or lengths, so "
+                "their differences mean nothing: pass the same rows and lengths to measure_model."
+            )

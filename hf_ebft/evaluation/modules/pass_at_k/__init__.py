@@ -1,0 +1,1 @@
+"""A module of `evaluate`; see `hf_ebft.evaluation.modules`."""

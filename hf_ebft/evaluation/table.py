@@ -1,0 +1,307 @@
+"""Several measured models in one table: intervals, paired differences; JSON, Markdown, PNG."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hf_ebft.evaluation.bootstrap import mean_bootstrap, paired_bootstrap
+from hf_ebft.evaluation.models import (
+    ROLLOUT_FIGURES,
+    TEXT_FIGURES,
+    Figure,
+    ModelFigures,
+    same_documents,
+)
+
+# exp of these is also shown.
+PERPLEXITIES = {
+    "cross_entropy": ("perplexity", Figure("perplexity", "lower")),
+    "cross_entropy_completion": (
+        "perplexity_completion",
+        Figure("perplexity of completions", "lower"),
+    ),
+}
+FIGURES = TEXT_FIGURES | dict(PERPLEXITIES.values()) | ROLLOUT_FIGURES
+# Curves in the PNG.
+PLOTTED = (
+    "cfm_loss",
+    "cosine_alignment",
+    "dot_diversity",
+    "reward",
+    "reward_best",
+    "entropy",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One figure of one model.
+
+    Attributes:
+        model: its name.
+        figure: name in ``FIGURES``.
+        length: tokens of the rollouts; None for figures of the text itself.
+        value: mean over documents (over tokens, for figures of the text).
+        low, high: bounds of its interval.
+        difference, difference_low, difference_high: from the first model, paired by document; None
+            for the first model and for perplexities, whose interval would be that of the
+            cross-entropy again.
+        beyond_noise: whether the interval of the difference leaves out zero.
+        n_documents, n_groups: that entered, and that were resampled.
+    """
+
+    model: str
+    figure: str
+    length: int | None
+    value: float
+    low: float
+    high: float
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+    beyond_noise: bool
+    n_documents: int
+    n_groups: int
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """The table.
+
+    Attributes:
+        models: names; differences are from the first.
+        lengths: of the rollouts.
+        counts: ``documents``; ``duplicates``, documents that are equal to an earlier one;
+            ``skipped``, documents without room for a rollout of the greatest length; ``prefixes``
+            that were continued; ``groups`` that the bootstrap resampled at most.
+        entries: every figure of every model.
+        settings: whatever the caller wants to be on record.
+    """
+
+    models: list[str]
+    lengths: list[int]
+    counts: dict[str, int]
+    entries: list[Entry]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, model: str, figure: str, length: int | None = None) -> Entry:
+        """One entry.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for entry in self.entries:
+            if (entry.model, entry.figure, entry.length) == (model, figure, length):
+                return entry
+        raise KeyError(f"no {figure!r} of {model!r} at length {length}")
+
+    def to_json(self) -> str:
+        """Everything; numbers that do not exist are null."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """Tables: text, then one for each figure of rollouts, with a line for each length."""
+        counts = self.counts
+        lines = [
+            f"{counts['documents']} documents ({counts['duplicates']} equal to an earlier one), "
+            f"{counts['prefixes']} prefixes; {counts['skipped']} documents are too short for a "
+            f"rollout of {max(self.lengths)} tokens and count for the text only.",
+            "",
+            f"Value [95 % interval] for {self.models[0]}; value, difference from "
+            f"{self.models[0]} [95 % interval of the difference] for the others. Bold: beyond the "
+            "noise of the documents.",
+            "",
+        ]
+        found = {entry.figure for entry in self.entries}
+        text = [name for name in FIGURES if name in found and name not in ROLLOUT_FIGURES]
+        lines += self._table("text", [(FIGURES[name].label, name, None) for name in text])
+        for name, figure in ROLLOUT_FIGURES.items():
+            better = f", {figure.better} is better" if figure.better else ""
+            lines += [f"**{figure.label}{better}**", ""]
+            lines += self._table("rollout tokens", [(str(g), name, g) for g in self.lengths])
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Curves over the length of rollouts, with intervals, as PNG. Needs matplotlib."""
+        from matplotlib.backends.backend_agg import (  # type: ignore[import-not-found,unused-ignore]
+            FigureCanvasAgg,
+        )
+        from matplotlib.figure import (  # type: ignore[import-not-found,unused-ignore]
+            Figure as Canvas,
+        )
+
+        # Without pyplot, which would open a display and keep the figure.
+        canvas = Canvas(figsize=(12, 6.5), layout="constrained")
+        FigureCanvasAgg(canvas)
+        for name, axes in zip(PLOTTED, canvas.subplots(2, 3).flat, strict=True):
+            for model in self.models:
+                curve = [self.get(model, name, g) for g in self.lengths]
+                (line,) = axes.plot(
+                    self.lengths, [entry.value for entry in curve], marker="o", label=model
+                )
+                axes.fill_between(
+                    self.lengths,
+                    [entry.low for entry in curve],
+                    [entry.high for entry in curve],
+                    color=line.get_color(),
+                    alpha=0.15,
+                )
+            figure = ROLLOUT_FIGURES[name]
+            arrow = {"lower": " \u2193", "higher": " \u2191", "": ""}[figure.better]
+            axes.set_title(figure.label + arrow)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(self.lengths, [str(g) for g in self.lengths])
+            axes.set_xlabel("rollout tokens")
+        canvas.axes[0].legend()
+        canvas.savefig(path, dpi=120)
+
+    def save(self, folder: str | os.PathLike[str], *, png: bool = True) -> list[Path]:
+        """Write ``evaluation.json``, ``evaluation.md`` and, if wanted, ``evaluation.png``."""
+        paths = [Path(folder, f"evaluation.{kind}") for kind in ("json", "md")]
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        paths[0].write_text(self.to_json(), encoding="utf-8")
+        paths[1].write_text(self.to_markdown(), encoding="utf-8")
+        if png:
+            paths.append(Path(folder, "evaluation.png"))
+            self.plot(paths[-1])
+        return paths
+
+    def _table(self, corner: str, rows: list[tuple[str, str, int | None]]) -> list[str]:
+        lines = [
+            f"| {corner} | {' | '.join(self.models)} |",
+            f"|---|{'---|' * len(self.models)}",
+        ]
+        for label, figure, length in rows:
+            cells = [_cell(self.get(model, figure, length)) for model in self.models]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        return [*lines, ""]
+
+
+def compare_models(
+    measured: Mapping[str, ModelFigures],
+    *,
+    groups: ArrayLike | None = None,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+    settings: dict[str, Any] | None = None,
+) -> ModelComparison:
+    """Intervals of every figure, and paired differences from the first model.
+
+    Args:
+        measured: name -> figures from [`measure_model`], of the same documents.
+        groups: (N,) what each document is a part of (the file it was cut from, say); resampled as
+            a whole. Default: each by itself, equal documents together.
+        n_resamples: of the bootstrap.
+        seed: of the resampling, the same for every figure.
+        settings: put on record in the result.
+
+    Raises:
+        ValueError: no models, different documents, or too few of them for an interval.
+    """
+    if not measured:
+        raise ValueError("measured holds no models: pass {name: measure_model(...), ...}.")
+    same_documents(measured)
+    first = next(iter(measured.values()))
+    labels = np.asarray(first.document if groups is None else groups)
+    options: dict[str, Any] = {"groups": labels, "n_resamples": n_resamples, "seed": seed}
+    entries: list[Entry] = []
+    for model, figures in measured.items():
+        base = None if figures is first else first
+        for name in TEXT_FIGURES:
+            if np.isnan(figures.text[name]).all():
+                continue  # no completion is marked
+            before = None if base is None else base.text[name]
+            weights = np.nan_to_num(figures.tokens[name])
+            entry = _entry(model, name, None, before, figures.text[name], weights, options)
+            entries += [entry, _perplexity(entry)]
+        for g, by_name in figures.rollouts.items():
+            for name, values in by_name.items():
+                before = None if base is None else base.rollouts[g][name]
+                entries.append(_entry(model, name, g, before, values, None, options))
+    return ModelComparison(
+        models=list(measured),
+        lengths=list(first.rollouts),
+        counts={
+            "documents": len(first),
+            "duplicates": len(first) - len(set(first.document.tolist())),
+            "skipped": int((first.blocks == 0).sum()),
+            "prefixes": int(first.blocks.sum()),
+            "groups": len(set(labels.tolist())),
+        },
+        entries=entries,
+        settings=settings or {},
+    )
+
+
+def _entry(
+    model: str,
+    name: str,
+    length: int | None,
+    before: NDArray[np.float64] | None,
+    values: NDArray[np.float64],
+    weights: NDArray[np.float64] | None,
+    options: dict[str, Any],
+) -> Entry:
+    own = mean_bootstrap(values, weights=weights, **options)
+    paired = None
+    if before is not None:
+        paired = paired_bootstrap(before, values, weights=weights, **options)
+    return Entry(
+        model=model,
+        figure=name,
+        length=length,
+        value=own.mean,
+        low=own.low,
+        high=own.high,
+        difference=paired.difference if paired else None,
+        difference_low=paired.low if paired else None,
+        difference_high=paired.high if paired else None,
+        beyond_noise=paired.beyond_noise if paired else False,
+        n_documents=own.n_documents,
+        n_groups=own.n_groups,
+    )
+
+
+def _perplexity(entry: Entry) -> Entry:
+    """exp of a cross-entropy and of the bounds of its interval."""
+    return Entry(
+        model=entry.model,
+        figure=PERPLEXITIES[entry.figure][0],
+        length=None,
+        value=math.exp(entry.value),
+        low=math.exp(entry.low),
+        high=math.exp(entry.high),
+        difference=None,
+        difference_low=None,
+        difference_high=None,
+        beyond_noise=entry.beyond_noise,
+        n_documents=entry.n_documents,
+        n_groups=entry.n_groups,
+    )
+
+
+def _cell(entry: Entry) -> str:
+    value = _number(entry.value)
+    if entry.difference is None:
+        value = f"**{value}**" if entry.beyond_noise else value
+        return f"{value} [{_number(entry.low)}, {_number(entry.high)}]"
+    difference = _number(entry.difference, "+")
+    difference = f"**{difference}**" if entry.beyond_noise else difference
+    low, high = entry.difference_low, entry.difference_high
+    assert low is not None and high is not None
+    return f"{value}, {difference} [{_number(low, '+')}, {_number(high, '+')}]"
+
+
+def _number(value: float, sign: str = "") -> str:
+    """Four decimals, one for large numbers."""
+    digits = 4 if abs(value) < 100 else 1
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0 turns -0.0 into 0.0

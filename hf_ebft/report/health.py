@@ -1,0 +1,340 @@
+"""Does a run look unhealthy, and what to change if it does.
+
+Each rule is a function of a run. It speaks up on what the run's last fifth shows (or on how that
+differs from its first fifth), says what it saw, and what to do about it. The thresholds are the
+constants below; docs/report.md says what they were held against.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_ebft.history import FEWEST_POINTS, METRIC_BY_NAME, PHASES, Change, ends, smooth
+from hf_ebft.report.runs import Run
+
+Severity = Literal["serious", "warning", "note"]
+
+# Share of rollouts that repeat another of their group, of the most that can: (n - 1) / n.
+MANY_DUPLICATES, NEARLY_ALL_DUPLICATES = 0.5, 0.8
+# Share of groups whose advantages are all zero.
+MANY_ZERO_ADVANTAGES, NEARLY_ALL_ZERO_ADVANTAGES = 0.5, 0.95
+# Standard deviation of advantages; rewards are of order 1.
+NO_SPREAD = 1e-3
+# Nats per token that the cross-entropy rises above its best.
+RISE_OF_CROSS_ENTROPY, STEEP_RISE_OF_CROSS_ENTROPY = 0.2, 1.0
+# Nats per token at the sampling temperature, and share of what it was.
+HARDLY_ANY_ENTROPY, SMALL_SHARE_OF_ENTROPY = 0.1, 0.4
+FALL_OF_ALIGNMENT = 0.05
+RISE_OF_CFM_LOSS = 0.02
+GROWTH_OF_GRADIENT = 10.0
+LARGE_KL = 1.0  # nats per token
+MOST_OF_THE_TIME = 0.7
+MANY_DOCUMENTS_WITHOUT_BLOCKS = 0.2
+# Diversity below this all along is the identity of whitened, distinct rollouts.
+NO_DIVERSITY = 0.02
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to look at.
+
+    Attributes:
+        severity: "serious": the run is not learning what it should; "warning": it may not be;
+            "note": normal, but good to know.
+        title: in a few words.
+        evidence: the figures.
+        advice: what to change.
+    """
+
+    severity: Severity
+    title: str
+    evidence: str
+    advice: str
+
+
+Rule = Callable[[Run], Finding | None]
+
+
+def examine(run: Run) -> list[Finding]:
+    """Everything that the rules have to say, the most serious first."""
+    found = [finding for rule in RULES if (finding := rule(run)) is not None]
+    order: list[Severity] = ["serious", "warning", "note"]
+    return sorted(found, key=lambda finding: order.index(finding.severity))
+
+
+def no_ebft_figures(run: Run) -> Finding | None:
+    """The log is not EBFT's."""
+    if any(name.startswith("ebft/") for name in run.series):
+        return None
+    return Finding(
+        "note",
+        "No EBFT figures",
+        "The log has no ebft/* figures, so most rules have nothing to go by.",
+        "Was this run trained by EBFTTrainer? With logging_steps too large, nothing may have been "
+        "logged yet.",
+    )
+
+
+def few_points(run: Run) -> Finding | None:
+    """Too little was logged to judge trends."""
+    count = max((len(s) for name, s in run.series.items() if name.startswith("ebft/")), default=0)
+    if count == 0 or count >= FEWEST_POINTS:
+        return None
+    return Finding(
+        "note",
+        "Too few points for trends",
+        f"The log has {count} points; trends are judged from {FEWEST_POINTS} on.",
+        "Lower logging_steps, or train for longer.",
+    )
+
+
+def not_finite(run: Run) -> Finding | None:
+    """NaN or infinite figures."""
+    bad: dict[str, list[int]] = {}
+    for name, series in run.series.items():
+        for step, value in zip(series.steps, series.values, strict=True):
+            if not math.isfinite(value):
+                bad.setdefault(name, []).append(step)
+    if not bad:
+        return None
+    listed = "; ".join(
+        f"{name} at step {', '.join(map(str, steps[:5]))}{' ...' if len(steps) > 5 else ''}"
+        for name, steps in list(bad.items())[:4]
+    )
+    return Finding(
+        "serious",
+        "Figures that are not finite",
+        f"{listed}.",
+        "Lower learning_rate, raise warmup_steps or set max_grad_norm; with fp16, train in bf16. "
+        "Go on from a checkpoint before the first such step.",
+    )
+
+
+def duplicate_rollouts(run: Run) -> Finding | None:
+    """Rollouts of a group repeat each other."""
+    change = _ends(run, "ebft/duplicate_rollouts")
+    if change is None or not _trains_on_rewards(run):
+        return None
+    n_samples = run.arguments.get("n_samples_per_prompt")
+    most = (n_samples - 1) / n_samples if n_samples and n_samples > 1 else 1.0
+    if change.last < MANY_DUPLICATES * most:
+        return None
+    temperature = run.arguments.get("temperature")
+    now = f" (now {temperature:g})" if temperature else ""
+    return Finding(
+        "serious" if change.last >= NEARLY_ALL_DUPLICATES * most else "warning",
+        "Rollouts repeat each other",
+        f"{change.last:.0%} of the rollouts equal an earlier one of their group"
+        + (f"; with {n_samples} a group, {most:.0%} is all that can." if n_samples else "."),
+        f"Raise temperature{now}, or generate_max_len. If the share grew during the run, see "
+        "entropy: lower learning_rate or raise ce_coef.",
+    )
+
+
+def zero_advantages(run: Run) -> Finding | None:
+    """Groups teach nothing because their rollouts are all worth the same."""
+    idle, spread = _ends(run, "ebft/zero_advantage_groups"), _ends(run, "ebft/advantages_std")
+    if not _trains_on_rewards(run):
+        return None
+    no_spread = spread is not None and spread.last < NO_SPREAD
+    many = idle is not None and idle.last >= MANY_ZERO_ADVANTAGES
+    if not no_spread and not many:
+        return None
+    nearly_all = no_spread or (idle is not None and idle.last >= NEARLY_ALL_ZERO_ADVANTAGES)
+    evidence = [f"{idle.last:.0%} of the groups have no advantage" if idle is not None else ""]
+    evidence.append(f"advantages spread by {spread.last:.2g}" if spread is not None else "")
+    return Finding(
+        "serious" if nearly_all else "warning",
+        "Hardly any advantages",
+        f"{'; '.join(part for part in evidence if part)}.",
+        "Such groups give no gradient. Raise temperature or n_samples_per_prompt; if rollouts "
+        "differ and advantages don't, look at feature_layers and embed_method.",
+    )
+
+
+def diverging_cross_entropy(run: Run) -> Finding | None:
+    """The text itself becomes less likely under the policy."""
+    for name in ("eval_loss", "ebft/ce_loss"):
+        series = run.series.get(name)
+        if series is None or len(series.finite()) < 2:
+            continue
+        finite, change = series.finite(), ends(series)
+        best = min(value for value in smooth(finite.values))
+        noise = 0.0 if math.isnan(change.noise) else 2 * change.noise
+        rise = change.last - best
+        if rise <= max(RISE_OF_CROSS_ENTROPY, noise):
+            return None
+        where = "held-out text" if name == "eval_loss" else "the training text"
+        return Finding(
+            "serious" if rise > STEEP_RISE_OF_CROSS_ENTROPY else "warning",
+            "The cross-entropy rises",
+            f"On {where} it is {change.last:.3g} nats a token, {rise:.2g} above its best "
+            f"(perplexity times {math.exp(min(rise, 50.0)):.3g}).",
+            "Raise ce_coef (the paper tries 0.03 and 0.1) or kl_coef, lower learning_rate, or use "
+            "more documents per step. Per-group whitening raises it more than "
+            "use_whitening=false does in small runs.",
+        )
+    return None
+
+
+def collapsed_entropy(run: Run) -> Finding | None:
+    """The policy has become all but deterministic."""
+    change = _ends(run, "ebft/entropy")
+    if change is None or not _trains_on_rewards(run):
+        return None
+    fell = change.first > 0 and change.last < SMALL_SHARE_OF_ENTROPY * change.first
+    # Text that can be predicted is learned that way, too: then the CFM loss falls along.
+    cfm_loss = _ends(run, "ebft/cfm_loss")
+    learning = (
+        cfm_loss is not None and cfm_loss.verdict(METRIC_BY_NAME["ebft/cfm_loss"]) == "better"
+    )
+    if change.last >= HARDLY_ANY_ENTROPY and (not fell or learning):
+        return None
+    return Finding(
+        "serious" if change.last < HARDLY_ANY_ENTROPY else "warning",
+        "The entropy has collapsed",
+        f"Rollouts have {change.last:.2g} nats a token, {change.first:.2g} at the start.",
+        "Raise temperature if it began like this. If it fell: lower learning_rate, raise ce_coef, "
+        "diversity_coef or n_samples_per_prompt, or set use_whitening=false (whitened rollouts "
+        "have no diversity term until they repeat).",
+    )
+
+
+def falling_alignment(run: Run) -> Finding | None:
+    """Rollouts look less and less like the truth."""
+    change = _ends(run, "ebft/alignment")
+    if change is None or not _trains_on_rewards(run):
+        return None
+    if change.difference > -FALL_OF_ALIGNMENT or not change.beyond_noise:
+        return None
+    return Finding(
+        "warning",
+        "Alignment falls",
+        f"From {change.first:.3g} to {change.last:.3g}.",
+        "The policy gradient is not finding its way: lower learning_rate, use more documents per "
+        "step or more n_samples_per_prompt. Check alignment_coef against diversity_coef.",
+    )
+
+
+def rising_cfm_loss(run: Run) -> Finding | None:
+    """What is trained for becomes worse."""
+    change = _ends(run, "ebft/cfm_loss")
+    if change is None or not _trains_on_rewards(run):
+        return None
+    if change.difference < RISE_OF_CFM_LOSS or not change.beyond_noise:
+        return None
+    return Finding(
+        "warning",
+        "The CFM loss rises",
+        f"From {change.first:.3g} to {change.last:.3g}.",
+        "Lower learning_rate or use more documents per step. With whitening the reward is not the "
+        "gradient of this loss: compare use_whitening=false or whitening_space=corpus.",
+    )
+
+
+def growing_gradient(run: Run) -> Finding | None:
+    """The gradient's norm grows by orders of magnitude."""
+    change = _ends(run, "grad_norm")
+    if change is None or change.first <= 0 or change.last < GROWTH_OF_GRADIENT * change.first:
+        return None
+    return Finding(
+        "warning",
+        "The gradient grows",
+        f"Its norm went from {change.first:.3g} to {change.last:.3g} (before clipping).",
+        "Lower learning_rate; keep max_grad_norm at 1 or below.",
+    )
+
+
+def large_kl(run: Run) -> Finding | None:
+    """The policy is far from where it started, in spite of a penalty."""
+    change = _ends(run, "ebft/kl")
+    if change is None or change.last < LARGE_KL:
+        return None
+    return Finding(
+        "warning",
+        "Far from the reference",
+        f"The KL divergence to the feature network is {change.last:.3g} nats a token.",
+        "Raise kl_coef or lower learning_rate.",
+    )
+
+
+def rollouts_take_the_time(run: Run) -> Finding | None:
+    """Sampling is most of a step."""
+    spent = [_ends(run, name) for name in PHASES]
+    if any(change is None for change in spent):
+        return None
+    seconds = [change.last for change in spent if change is not None]
+    share = seconds[0] / sum(seconds) if sum(seconds) > 0 else 0.0
+    if share < MOST_OF_THE_TIME:
+        return None
+    return Finding(
+        "note",
+        "Sampling takes most of the time",
+        f"{share:.0%} of a micro-batch ({seconds[0]:.2g} of {sum(seconds):.2g} s).",
+        "Each token of a rollout costs a forward pass, whatever the number of blocks: lower "
+        "generate_max_len, or raise per_device_train_batch_size, so that a pass does more. Under "
+        "FSDP2, set gather_params_for_sampling=true.",
+    )
+
+
+def documents_without_blocks(run: Run) -> Finding | None:
+    """Much of the text is too short to be sampled from."""
+    change = _ends(run, "ebft/documents_without_blocks")
+    if change is None or change.last < MANY_DOCUMENTS_WITHOUT_BLOCKS:
+        return None
+    return Finding(
+        "warning",
+        "Documents without blocks",
+        f"{change.last:.0%} of the documents are too short for a rollout.",
+        "They train by cross-entropy only (not at all with ce_coef=0). Lower context_length, "
+        "min_completion_prefix or generate_max_len, or leave such documents out.",
+    )
+
+
+def no_diversity_term(run: Run) -> Finding | None:
+    """Whitening per group makes the diversity term a constant zero."""
+    series = run.series.get("ebft/diversity")
+    settings = run.arguments
+    whitens = settings.get("use_whitening") and settings.get("whitening_space") != "corpus"
+    if series is None or not whitens or not settings.get("diversity_coef"):
+        return None
+    values = series.finite().values
+    if not values or max(map(abs, values)) > NO_DIVERSITY:
+        return None
+    return Finding(
+        "note",
+        "The diversity term is zero throughout",
+        f"At most {max(map(abs, values)):.2g}: whitened rollouts that differ are orthonormal.",
+        "Normal with per-group whitening: only alignment is rewarded then. For a diversity term "
+        "that works, compare use_whitening=false or whitening_space=corpus.",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    no_ebft_figures,
+    few_points,
+    not_finite,
+    duplicate_rollouts,
+    zero_advantages,
+    diverging_cross_entropy,
+    collapsed_entropy,
+    falling_alignment,
+    rising_cfm_loss,
+    growing_gradient,
+    large_kl,
+    rollouts_take_the_time,
+    documents_without_blocks,
+    no_diversity_term,
+)
+
+
+def _ends(run: Run, name: str) -> Change | None:
+    series = run.series.get(name)
+    return None if series is None or not len(series.finite()) else ends(series)
+
+
+def _trains_on_rewards(run: Run) -> bool:
+    return bool(run.arguments.get("rl_coef", 1.0))

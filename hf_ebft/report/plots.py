@@ -1,0 +1,204 @@
+"""Charts of one or several runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_ebft.drawing import (
+    N_SERIES,
+    Curve,
+    Drawing,
+    line_chart,
+    rectangle,
+    side_by_side,
+    stacked_bars,
+    to_png,
+)
+from hf_ebft.drawing import Text as DrawnText
+from hf_ebft.history import (
+    METRICS,
+    PHASES,
+    Metric,
+    Series,
+    label_of,
+    metric_of,
+    smooth,
+)
+from hf_ebft.report.runs import Run
+
+# A curve is drawn with about so many points; more cannot be seen, and make pages heavy.
+MOST_POINTS = 400
+# Curves of so few points get dots.
+FEW_POINTS = 24
+PHASE_NAMES = ("rollout", "features", "training")
+# Curves without noise.
+EXACT = ("learning_rate",)
+# The first six of these that a run has make the picture that shows it at a glance.
+OVERVIEW = (
+    "eval_loss",
+    "eval_ebft/cfm_loss",
+    "ebft/cfm_loss",
+    "ebft/alignment",
+    "ebft/ce_loss",
+    "ebft/entropy",
+    "ebft/duplicate_rollouts",
+)
+# Of `Trainer`'s own figures, those that say nothing about learning.
+UNINTERESTING = ("epoch", "total_flos", "train_loss", "step")
+TIMING = ("runtime", "per_second", "preparation_time")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A metric's picture.
+
+    Attributes:
+        name: in the log.
+        metric: what it shows; made up where the name is not one of ours.
+        drawing: the picture.
+    """
+
+    name: str
+    metric: Metric
+    drawing: Drawing
+
+    @property
+    def file_name(self) -> str:
+        """For a PNG of its own."""
+        return re.sub(r"[^\w.-]", "_", self.name) + ".png"
+
+
+def charts_of(runs: Sequence[Run], smoothing: float | None = None) -> list[Chart]:
+    """One chart per metric that any run has: held-out figures first, then the most telling.
+
+    Each run keeps its colour and dashes throughout. Raw points are drawn pale behind their
+    exponential moving average; curves of few points are drawn as they are.
+
+    Args:
+        runs: at most ``N_SERIES`` of them, to be told apart.
+        smoothing: weight of the past, see :func:`hf_ebft.history.smooth`.
+
+    Raises:
+        ValueError: more runs than there are colours, or a weight out of range.
+    """
+    if len(runs) > N_SERIES:
+        raise ValueError(
+            f"{len(runs)} runs are more than can be told apart in one chart; show at most "
+            f"{N_SERIES} at a time."
+        )
+    charts = []
+    for name in _names(runs):
+        metric = metric_of(name) or Metric(name, name, None, "", "A figure of your own.")
+        curves: list[Curve] = []
+        for number, run in enumerate(runs):
+            if name in run.series:
+                curves += _curves(run, number, name, smoothing)
+        drawing = line_chart(label_of(name), curves, better=metric.better, unit=metric.unit)
+        charts.append(Chart(name, metric, drawing))
+    return charts
+
+
+def timing_chart(runs: Sequence[Run]) -> Drawing | None:
+    """Mean seconds of a micro-batch by phase, one bar per run; None if no run timed itself."""
+    bars = []
+    for run in runs:
+        spent = [run.series[name].finite().values for name in PHASES if name in run.series]
+        if len(spent) == len(PHASES) and all(spent):
+            bars.append((run.name, [math.fsum(values) / len(values) for values in spent]))
+    if not bars:
+        return None
+    return stacked_bars("Time of a micro-batch by phase", bars, PHASE_NAMES, unit="s")
+
+
+def write_pngs(
+    runs: Sequence[Run], folder: str | Path, smoothing: float | None = None
+) -> list[Path]:
+    """Write a PNG per metric, ``timing.png``, and ``overview.png`` with the most telling ones.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ImportError: Pillow is not installed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    charts = charts_of(runs, smoothing)
+    named = {chart.file_name: chart.drawing for chart in charts}
+    timing = timing_chart(runs)
+    if timing is not None:
+        named["timing.png"] = timing
+    shown = [named[chart.file_name] for chart in charts if chart.name in OVERVIEW][:6]
+    if shown:
+        overview = side_by_side(shown, columns=3)
+        named["overview.png"] = overview if len(runs) == 1 else _with_legend(overview, runs)
+    written = []
+    for name, drawing in named.items():
+        path = folder / name
+        path.write_bytes(to_png(drawing))
+        written.append(path)
+    return written
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Logged names in the order in which they are shown."""
+    known = [metric.name for metric in METRICS]
+    ordered = ["eval_loss", *(f"eval_{name}" for name in known[:5] if name != "loss"), *known]
+    rest = sorted({name for run in runs for name in run.series} - set(ordered) - set(PHASES))
+    own = [
+        name
+        for name in rest
+        # The evaluation of a diagnostic says what its training curve says.
+        if not (name.startswith("eval_ebft/") or name in UNINTERESTING or name.endswith(TIMING))
+    ]
+    names = [*ordered, *own]
+    return [name for name in names if any(name in run.series for run in runs)]
+
+
+def _curves(run: Run, number: int, name: str, smoothing: float | None) -> list[Curve]:
+    series = run.series[name]
+    if name in EXACT:
+        thin = _thin(series)
+        return [Curve(run.name, number, thin.steps, thin.values)]
+    if len(series) <= FEW_POINTS and smoothing is None:
+        return [Curve(run.name, number, series.steps, series.values, marked=True)]
+    smoothed = Series(series.steps, tuple(smooth(series.values, smoothing)))
+    raw, line = _thin(series), _thin(smoothed)
+    return [
+        Curve(run.name, number, raw.steps, raw.values, faint=True),
+        # Where the raw curve has a gap, the average would cover it up with a straight line.
+        Curve(run.name, number, line.finite().steps, line.finite().values),
+    ]
+
+
+def _thin(series: Series) -> Series:
+    """Fewer points, among them the extremes of each stretch and all that are not finite."""
+    if len(series) <= MOST_POINTS:
+        return series
+    kept: list[int] = []
+    stretch = math.ceil(2 * len(series) / MOST_POINTS)
+    for first in range(0, len(series), stretch):
+        places = range(first, min(first + stretch, len(series)))
+        finite = [place for place in places if math.isfinite(series.values[place])]
+        chosen = set(places) - set(finite)
+        if finite:
+            chosen.add(min(finite, key=lambda place: series.values[place]))
+            chosen.add(max(finite, key=lambda place: series.values[place]))
+        kept += sorted(chosen)
+    return Series(
+        tuple(series.steps[place] for place in kept), tuple(series.values[place] for place in kept)
+    )
+
+
+def _with_legend(drawing: Drawing, runs: Sequence[Run]) -> Drawing:
+    legend = Drawing(drawing.width, 24, "runs")
+    x = 58.0
+    for number, run in enumerate(runs):
+        legend.shapes.append(rectangle(x, 6, 12, 12, f"series{number}"))
+        legend.shapes.append(DrawnText((x + 18, 16), run.name, "ink", 12))
+        x += 42 + 7 * len(run.name)
+    return side_by_side([legend, drawing], columns=1, gap=6)
