@@ -1,8 +1,8 @@
 """Settings of rollouts sampled by a stock ``vllm serve``, declared once.
 
-They come as a mixin: `EBFTGRPOConfig` inherits them, and whoever trains with TRL's own trainer holds
-them in a plain `VLLMServerSettings`. This file imports neither TRL nor vLLM, so that the script that
-starts the server can read it anywhere.
+They come as a mixin: `EBFTGRPOConfig` inherits them, and whoever trains with TRL's own trainer
+holds them in a plain `VLLMServerSettings`. This file imports neither TRL nor vLLM, so that the
+script that starts the server can read it anywhere.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 class VLLMServerArguments:
     """Rollouts from a stock vLLM server over HTTP, weights sent through a folder.
 
-    The server needs no extension and no NCCL; it has to see ``vllm_sync_dir``. Fields with the names
-    of TRL's (``vllm_server_base_url``, ``_host``, ``_port``, ``_timeout``) have TRL's meaning and
-    defaults.
+    The server needs no extension and no NCCL; it has to see ``vllm_sync_dir``. Fields with the
+    names of TRL's (``vllm_server_base_url``, ``_host``, ``_port``, ``_timeout``) have TRL's meaning
+    and defaults.
     """
 
     vllm_lora_sync: bool = field(
@@ -92,7 +92,7 @@ class VLLMServerArguments:
     )
     vllm_max_lora_rank: int = field(
         default=16,
-        metadata={"help": "The server's --max-lora-rank; adapters above it are refused."},
+        metadata={"help": "The server's --max-lora-rank: the highest rank it takes."},
     )
     vllm_handshake_tolerance: float | None = field(
         default=None,
