@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import GRPOConfig
+from trl import GRPOConfig  # type: ignore[attr-defined]  # re-exported lazily
 
 from hf_ebft.config import FeatureMatchingArguments
 from hf_ebft.features import EMBED_METHODS, EmbedMethod
+from hf_ebft.structured.vllm_settings import VLLMServerArguments
 
 
 @dataclass
@@ -116,7 +117,7 @@ def refuse_groups_that_do_not_sum_to_zero(
 
 
 @dataclass
-class EBFTGRPOConfig(StructuredSettings, GRPOConfig):
+class EBFTGRPOConfig(VLLMServerArguments, StructuredSettings, GRPOConfig):
     """`trl.GRPOConfig` plus the settings of EBFT on prompts with ground-truth completions.
 
     > [!NOTE]
@@ -159,6 +160,7 @@ class EBFTGRPOConfig(StructuredSettings, GRPOConfig):
         """
         assert self.num_generations is not None  # GRPOConfig has checked it
         self.validate_for(self.num_generations, "num_generations")
+        self.validate_vllm_server()
         evaluated = self.num_generations_eval
         if evaluated is not None and evaluated < 2:
             raise ValueError(
