@@ -12,6 +12,9 @@ import torch
 
 pytest.importorskip("trl")
 
+from vllm_server import fake_server
+from vllm_server.fake_server import FakeVLLM, serving
+
 from hf_ebft.structured.vllm_client import (
     BadAnswer,
     ModelNotServed,
@@ -22,8 +25,6 @@ from hf_ebft.structured.vllm_client import (
     VLLMServerError,
 )
 from hf_ebft.structured.vllm_settings import VLLMServerSettings
-from vllm_server import fake_server
-from vllm_server.fake_server import FakeVLLM, serving
 
 SAMPLING = Sampling(max_tokens=5, temperature=0.7, stop_token_ids=(0,), seed=3)
 PROMPT = [5, 6, 7]

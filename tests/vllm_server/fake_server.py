@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
-
 from tiny import tiny_llama, tiny_tokenizer
+from transformers import LlamaForCausalLM
 
 VOCABULARY = 300
 SPECIAL = {"eos_token": "<eos>", "pad_token": "<pad>"}
