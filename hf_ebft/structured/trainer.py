@@ -109,11 +109,11 @@ class EBFTGRPOTrainer(StalenessCorrection, GRPOTrainer):
         column, train_dataset = _with_ground_truth(train_dataset, args, "train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
-                name: _with_ground_truth(dataset, args, f"eval_dataset[{name!r}]")[1]
+                name: _with_ground_truth(dataset, args, f"eval_dataset[{name!r}]", column)[1]
                 for name, dataset in eval_dataset.items()
             }
         elif eval_dataset is not None:
-            eval_dataset = _with_ground_truth(eval_dataset, args, "eval_dataset")[1]
+            eval_dataset = _with_ground_truth(eval_dataset, args, "eval_dataset", column)[1]
         self._column = column
         super().__init__(
             model=cast(Any, model),
@@ -319,8 +319,17 @@ class EBFTGRPOTrainer(StalenessCorrection, GRPOTrainer):
         return build_placed_network(self.model, given, args, self.accelerator, make)
 
 
-def _with_ground_truth(dataset: Any, args: EBFTGRPOConfig, name: str) -> tuple[str, Any]:
-    """The column of the ground truth, and the dataset with it under a name that TRL passes on."""
+def _with_ground_truth(
+    dataset: Any, args: EBFTGRPOConfig, name: str, wanted: str | None = None
+) -> tuple[str, Any]:
+    """The column of the ground truth, and the dataset with it under a name that TRL passes on.
+
+    Args:
+        dataset: what was given.
+        args: with ``ground_truth_column``.
+        name: of the dataset, for messages.
+        wanted: what the column is to be called; default: what it is called, if TRL passes that on.
+    """
     if dataset is None:
         raise ValueError(f"{name} is missing: EBFT learns from prompts and their ground truths.")
     columns = dataset.column_names or list(next(iter(dataset)))
@@ -330,14 +339,16 @@ def _with_ground_truth(dataset: Any, args: EBFTGRPOConfig, name: str) -> tuple[s
         column = ground_truth_column(columns, args.ground_truth_column)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if column != WITHHELD_COLUMN:
+    wanted = wanted or (GROUND_TRUTH if column == WITHHELD_COLUMN else column)
+    if column == wanted:
         return column, dataset
-    if GROUND_TRUTH in columns:
+    if wanted in columns:
         raise ValueError(
-            f"{name}: TRL keeps the column {WITHHELD_COLUMN!r} from rewards, and the name "
-            f"{GROUND_TRUTH!r} that it would get instead is taken; remove one of the two columns."
+            f"{name}: the column {column!r} has to be called {wanted!r} while training (TRL keeps "
+            f"{WITHHELD_COLUMN!r} from rewards, and all datasets need one name), but that name is "
+            "taken; remove one of the two columns."
         )
-    return GROUND_TRUTH, dataset.rename_column(WITHHELD_COLUMN, GROUND_TRUTH)
+    return wanted, dataset.rename_column(column, wanted)
 
 
 def _refuse_tools(kwargs: dict[str, Any]) -> None:
