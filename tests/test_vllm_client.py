@@ -207,7 +207,7 @@ def test_a_server_that_never_comes_up_is_a_clear_error():
         vllm_server_timeout=0.2,
     )
     client = VLLMClient(settings, pause=lambda seconds: time.sleep(0.05))
-    with pytest.raises(ServerUnavailable, match=r"no vLLM server is up .*serve_vllm\.py"):
+    with pytest.raises(VLLMServerError, match=r"no vLLM server is up .*serve_vllm\.py"):
         client.wait_until_ready()
 
 

@@ -39,7 +39,11 @@ class VLLMServerError(RuntimeError):
     """Something between the trainer and the vLLM server went wrong, in words for its user."""
 
 
-class ServerUnavailable(VLLMServerError):
+class ServerGone(VLLMServerError):
+    """The server went away; when it is back, the weights can be sent again."""
+
+
+class ServerUnavailable(ServerGone):
     """No usable answer, after all retries: the server is down, restarting or out of reach."""
 
 
@@ -57,7 +61,7 @@ class RequestRefused(VLLMServerError):
         self.reason = reason
 
 
-class ModelNotServed(RequestRefused):
+class ModelNotServed(RequestRefused, ServerGone):
     """The server does not know a model or adapter that it was given earlier: it was restarted."""
 
 
@@ -131,7 +135,7 @@ class VLLMClient:
         """Wait for the server to answer, with a message now and then.
 
         Raises:
-            ServerUnavailable: it is not up after ``vllm_server_timeout`` seconds.
+            VLLMServerError: it is not up after ``vllm_server_timeout`` seconds.
         """
         timeout = self._settings.vllm_server_timeout
         started = time.monotonic()
@@ -144,7 +148,7 @@ class VLLMClient:
                 cause = error
             now = time.monotonic()
             if now - started >= timeout:
-                raise ServerUnavailable(
+                raise VLLMServerError(
                     f"no vLLM server is up at {self.url} after {timeout:g} s ({cause}). Start one "
                     "with `python examples/serve_vllm.py --config YOUR.yaml`, check "
                     "vllm_server_base_url, or raise vllm_server_timeout for a model that loads "

@@ -6,7 +6,10 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_ebft.structured.vllm_rollouts import VLLMRollouts
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,13 @@ class Following:
 
 
 class StalenessAware(ABC):
-    """A trainer that corrects for rollouts older than its policy and can say what comes next."""
+    """A trainer that corrects for rollouts older than its policy and can say what comes next.
+
+    Attributes:
+        server_rollouts: where its completions come from, once they do; set by these themselves.
+    """
+
+    server_rollouts: VLLMRollouts | None = None
 
     @abstractmethod
     def rollout_budget(self, inputs: list[dict[str, Any]] | None = None) -> int:

@@ -24,9 +24,9 @@ from transformers import ProcessorMixin
 
 from hf_ebft.structured.vllm_client import (
     Completion,
-    ModelNotServed,
     Sampling,
     ServedModel,
+    ServerGone,
     ServerUnavailable,
     VLLMClient,
     VLLMServerError,
@@ -163,13 +163,22 @@ class VLLMRollouts:
     ) -> list[Completion]:
         """Sample a completion for each prompt of token ids, from weights that are sent if due.
 
-        For rollouts of several turns. All processes call this together; a process may have none.
+        For rollouts of several turns. All processes call this together.
 
         Args:
             prompt_ids: token ids of each prompt.
             max_tokens: most tokens of a completion.
             trainer: TRL's.
+
+        Raises:
+            ValueError: ``async_prefetch`` is on, which cannot know the turns to come.
+            VLLMServerError: on every process, if the batch cannot be completed.
         """
+        if self.settings.async_prefetch:
+            raise ValueError(
+                "async_prefetch=True samples whole completions ahead, and what later turns follow "
+                "is not known then; leave it off for rollouts of several turns."
+            )
         self._start(trainer)
         training = trainer.model.training
         self._sync_if_due(trainer, fresh=not training)
@@ -200,25 +209,50 @@ class VLLMRollouts:
 
     # ---- Start -------------------------------------------------------------------------------
 
+    def check(self, trainer: Any) -> None:
+        """Refuse a trainer whose options or policy cannot work with a server.
+
+        Raises:
+            ValueError: naming the option, the reason and what to write instead.
+        """
+        check_trainer(trainer, self.settings)
+        self._kind.check(trainer.accelerator.unwrap_model(trainer.model), self.settings)
+
+    @property
+    def _kind(self) -> type[AdapterSync] | type[FullWeightSync]:
+        return AdapterSync if self.settings.vllm_lora_sync else FullWeightSync
+
     def _start(self, trainer: Any) -> None:
         if self._sync is not None:
             return
-        check_trainer(trainer, self.settings)
-        kind = AdapterSync if self.settings.vllm_lora_sync else FullWeightSync
-        sync = kind(self.client, self.settings, trainer.args.output_dir)
-        sync.check(trainer.accelerator.unwrap_model(trainer.model))
+        self.check(trainer)
+        if isinstance(trainer, StalenessAware):
+            trainer.server_rollouts = self
         self._pool = ThreadPoolExecutor(
             self.settings.vllm_max_concurrent_requests, thread_name_prefix="vllm"
         )
-        self._sync = sync
+        self._sync = self._kind(self.client, self.settings, trainer.args.output_dir)
         atexit.register(self.close)
 
-    def _introduce(self, trainer: Any) -> ServedModel:
-        """Wait for the server and make sure that it is the right one, on the main process."""
+    def _meet(self, trainer: Any) -> tuple[ServedModel, float | None]:
+        """Wait for the server and make sure that it is the right one, on the main process.
+
+        Returns:
+            Its base model, and when it started.
+        """
         self.client.wait_until_ready()
+        start = self.client.start_time()
+        if self._served is not None and start is not None and start == self._server_start:
+            return self._served, start
         served = self.client.base_model()
         check_tokenizer(self.client, served, tokenizer_of(trainer))
-        return served
+        if self.settings.vllm_full_sync and start is None:
+            raise VLLMServerError(
+                f"the vLLM server at {self.client.url} does not say when it started "
+                "(process_start_time_seconds in /metrics), so a restart, which would bring its old "
+                "weights back, could not be seen. Start it with one API server process."
+            )
+        return served, start
 
     # ---- Weights -----------------------------------------------------------------------------
 
@@ -253,42 +287,36 @@ class VLLMRollouts:
         if self._prefetched is not None:
             # Requests under way must not see their weights exchanged.
             wait_for(self._prefetched.futures)
-        accelerator, model = trainer.accelerator, trainer.model
-        policy = accelerator.unwrap_model(model)
-        assert self._sync is not None
-        if self._served is None or self._version is None:
-            self._served = on_main_process(lambda: self._introduce(trainer))
-        name = self._sync.publish(policy, accelerator, trainer.model_wrapped, self._served)
-        self._handshake(name, trainer, when)
+        for attempt in range(RECOVERIES + 1):
+            try:
+                self._served, self._server_start = on_main_process(lambda: self._meet(trainer))
+                name = self._publish(trainer, self._served)
+                self._handshake(name, trainer, self._served, when)
+                break
+            except ServerGone as error:
+                if attempt == RECOVERIES:
+                    raise
+                logger.warning("the vLLM server went away while it got weights: %s", error)
         self._version = Version(name, trainer.state.global_step)
         self._note("vllm/sync_seconds", time.monotonic() - started)
 
-    def _handshake(self, name: str, trainer: Any, when: str) -> None:
-        served, temperature = self._served, trainer.temperature
-        assert served is not None
-        rows = trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().num_embeddings
+    def _publish(self, trainer: Any, served: ServedModel) -> str:
+        assert self._sync is not None
+        accelerator = trainer.accelerator
+        policy = accelerator.unwrap_model(trainer.model)
+        return self._sync.publish(policy, accelerator, trainer.model_wrapped, served)
+
+    def _handshake(self, name: str, trainer: Any, served: ServedModel, when: str) -> None:
+        args, settings, model = trainer.args, self.settings, trainer.model
+        rows = trainer.accelerator.unwrap_model(model).get_input_embeddings().num_embeddings
         prompt = probe_prompt(tokenizer_of(trainer), rows, served.max_length)
-
-        def ask() -> tuple[float | None, Completion]:
-            start = self.client.start_time()
-            if self.settings.vllm_full_sync and start is None:
-                raise VLLMServerError(
-                    f"the vLLM server at {self.client.url} does not say when it started "
-                    "(process_start_time_seconds in /metrics), so a restart, which would bring "
-                    "its old weights back, could not be seen. Start it with one API server process "
-                    "and without --disable-log-stats."
-                )
-            return start, sample_probe(self.client, name, prompt, temperature)
-
-        self._server_start, completion = on_main_process(ask)
-        found = compare(trainer.model, trainer.accelerator.device, prompt, completion, temperature)
-        args, settings = trainer.args, self.settings
+        temperature = trainer.temperature
+        completion = on_main_process(
+            lambda: sample_probe(self.client, name, prompt, temperature),
+        )
+        found = compare(model, trainer.accelerator.device, prompt, completion, temperature)
         tolerance = tolerance_for(
-            trainer.model,
-            args.bf16,
-            args.fp16,
-            settings.vllm_dtype,
-            settings.vllm_handshake_tolerance,
+            model, args.bf16, args.fp16, settings.vllm_dtype, settings.vllm_handshake_tolerance
         )
         self._note("vllm/handshake_difference", found.mean)
         on_main_process(
@@ -369,14 +397,14 @@ class VLLMRollouts:
         for attempt in range(RECOVERIES + 1):
             lost, failure = self._outcome(pending)
             anything_lost = any(gather_object([bool(lost)]))
+            if attempt == RECOVERIES and failure is None and lost:
+                failure = ServerUnavailable(
+                    f"one batch lost the vLLM server at {self.client.url} {RECOVERIES + 1} times; "
+                    f"the last time: {pending.futures[lost[0]].exception()}"
+                )
             raise_together(failure)
             if not anything_lost:
                 break
-            if attempt == RECOVERIES:
-                raise ServerUnavailable(
-                    f"the vLLM server at {self.client.url} went away {RECOVERIES + 1} times during "
-                    "one batch; look into its log."
-                )
             self._recover(trainer)
             for index in lost:
                 pending.futures[index] = self._ask(pending, index)
@@ -390,7 +418,7 @@ class VLLMRollouts:
         failure: Exception | None = None
         for index, future in enumerate(pending.futures):
             error = future.exception()
-            if isinstance(error, (ModelNotServed, ServerUnavailable)):
+            if isinstance(error, ServerGone):
                 lost.append(index)
             elif error is not None:
                 assert isinstance(error, Exception)

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from hf_ebft.structured.vllm_client import ServedModel, VLLMClient, VLLMServerError
+from hf_ebft.structured.vllm_client import ServedModel, ServerGone, VLLMClient, VLLMServerError
 from hf_ebft.structured.vllm_settings import VLLMServerArguments
 
 logger = logging.getLogger(__name__)
@@ -59,9 +59,10 @@ def on_main_process(action: Callable[[], T]) -> T:
     """Run an action on the main process and give its result to all; all must call this together.
 
     Raises:
-        VLLMServerError: on every process, if the action failed; on the main one what it raised.
+        VLLMServerError: on every process, if the action failed (`ServerGone` if it failed by that);
+            on the main one what it raised.
     """
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None, False]  # result, message of a failure, whether it is gone
     error: Exception | None = None
     if PartialState().is_main_process:
         try:
@@ -69,11 +70,13 @@ def on_main_process(action: Callable[[], T]) -> T:
         except Exception as failure:
             error = failure
             outcome[1] = f"{type(failure).__name__}: {failure}"
+            outcome[2] = isinstance(failure, ServerGone)
     broadcast_object_list(outcome)
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise VLLMServerError(f"the main process failed: {outcome[1]}")
+        kind = ServerGone if outcome[2] else VLLMServerError
+        raise kind(f"the main process failed: {outcome[1]}")
     return outcome[0]
 
 
@@ -198,8 +201,9 @@ class WeightSync(ABC):
         self.folder = Path(os.path.abspath(parent)) / self.run
         self.versions = 0
 
+    @staticmethod
     @abstractmethod
-    def check(self, policy: Any) -> None:
+    def check(policy: Any, settings: VLLMServerArguments) -> None:
         """Refuse a policy that cannot be sent.
 
         Raises:
@@ -261,14 +265,15 @@ class AdapterSync(WeightSync):
         super().__init__(client, settings, output_dir)
         self._sent: list[Path] = []
 
-    def check(self, policy: Any) -> None:
+    @staticmethod
+    def check(policy: Any, settings: VLLMServerArguments) -> None:
         """See `WeightSync.check`."""
         if not isinstance(policy, PeftModel):
             raise ValueError(
                 f"vllm_lora_sync sends an adapter, and the policy ({type(policy).__name__}) has "
                 "none; give the trainer a peft_config, or use vllm_full_sync."
             )
-        check_adapter(policy, self.settings.vllm_max_lora_rank)
+        check_adapter(policy, settings.vllm_max_lora_rank)
 
     def publish(
         self, policy: Any, accelerator: Accelerator, wrapped: Any, served: ServedModel
@@ -306,7 +311,8 @@ class AdapterSync(WeightSync):
 class FullWeightSync(WeightSync):
     """Sends all weights; the server has one version at a time, under its base model's name."""
 
-    def check(self, policy: Any) -> None:
+    @staticmethod
+    def check(policy: Any, settings: VLLMServerArguments) -> None:
         """See `WeightSync.check`."""
         if isinstance(policy, PeftModel):
             raise ValueError(

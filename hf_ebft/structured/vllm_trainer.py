@@ -40,6 +40,11 @@ class StalenessCorrection(StalenessAware, Base):
     _look_ahead: LookAhead | None = None
     _drawn = 0
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.rollout_func, VLLMRollouts):
+            self.rollout_func.check(self)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -48,7 +53,7 @@ class StalenessCorrection(StalenessAware, Base):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """The loss of a batch, with the server's log-probs (B, T) as those of the old policy."""
-        if isinstance(self.rollout_func, VLLMRollouts):
+        if self.server_rollouts is not None:
             # The one place that knows TRL's names in a batch: what rollout_func returned as
             # `logprobs`, and what the ratio is taken against.
             inputs = {**inputs, "old_per_token_logps": inputs["sampling_per_token_logps"]}
@@ -71,12 +76,19 @@ class StalenessCorrection(StalenessAware, Base):
         steps = cast("GRPOConfig", self.args).steps_per_generation
         assert steps is not None  # GRPOConfig has worked it out
         every = steps * self.num_iterations
+        # What comes after the last step is never trained on.
+        steps_left = self.state.max_steps - self.state.global_step - 1
+        end = len(drawn) + steps_left * self.args.gradient_accumulation_steps
         rollouts.following.clear()
         for place in range(len(drawn)):
             if (self._drawn + place) % every == 0:
                 later = place + every
-                inside = later < len(drawn)
-                batch = drawn[later] if inside else ahead.peek(later - len(drawn))
+                if later >= end:
+                    batch = None
+                elif later < len(drawn):
+                    batch = drawn[later]
+                else:
+                    batch = ahead.peek(later - len(drawn))
                 rollouts.following.append(None if batch is None else self._follows(batch))
         self._drawn += len(drawn)
         return drawn, items
@@ -91,12 +103,12 @@ class StalenessCorrection(StalenessAware, Base):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """TRL's loop; the server samples with the same seeds in every evaluation."""
-        if isinstance(self.rollout_func, VLLMRollouts):
-            self.rollout_func.start_evaluation()
+        if self.server_rollouts is not None:
+            self.server_rollouts.start_evaluation()
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log TRL's figures and those of the rollouts (``vllm/...``)."""
-        if isinstance(self.rollout_func, VLLMRollouts):
-            logs = {**logs, **self.rollout_func.figures()}
+        if self.server_rollouts is not None and cast(nn.Module, self.model).training:
+            logs = {**logs, **self.server_rollouts.figures()}
         super().log(logs, start_time)
