@@ -160,7 +160,7 @@ class EBFTGRPOConfig(VLLMServerArguments, StructuredSettings, GRPOConfig):
         """
         assert self.num_generations is not None  # GRPOConfig has checked it
         self.validate_for(self.num_generations, "num_generations")
-        self.validate_vllm_server()
+        self.validate_vllm_server(self.use_vllm)
         evaluated = self.num_generations_eval
         if evaluated is not None and evaluated < 2:
             raise ValueError(

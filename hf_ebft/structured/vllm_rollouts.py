@@ -480,11 +480,7 @@ def check_trainer(trainer: Any, settings: VLLMServerArguments) -> None:
         ValueError: naming the option, the reason and what to write instead.
     """
     args = trainer.args
-    if args.use_vllm:
-        raise ValueError(
-            "use_vllm=True is TRL's own vLLM, which sends weights by NCCL or lives in the trainer; "
-            "for a stock server with vllm_lora_sync or vllm_full_sync leave use_vllm at False."
-        )
+    settings.validate_vllm_server(args.use_vllm)
     for name, plain in PLAIN_SAMPLING.items():
         value = getattr(args, name)
         if value not in plain:

@@ -131,8 +131,11 @@ class VLLMServerArguments:
             return self.vllm_server_base_url.rstrip("/")
         return f"http://{self.vllm_server_host}:{self.vllm_server_port}"
 
-    def validate_vllm_server(self) -> None:
+    def validate_vllm_server(self, use_vllm: bool = False) -> None:
         """Check the fields of this group.
+
+        Args:
+            use_vllm: TRL's switch for its own vLLM.
 
         Raises:
             ValueError: naming the field, the value, the reason and what to write instead.
@@ -145,6 +148,12 @@ class VLLMServerArguments:
                 "vllm_lora_sync and vllm_full_sync are both on, but a policy is sent either as an "
                 "adapter or as full weights; keep vllm_lora_sync with a PEFT policy and "
                 "vllm_full_sync without one."
+            )
+        if self.samples_on_server and use_vllm:
+            raise ValueError(
+                "use_vllm=True is TRL's own vLLM, which sends weights by NCCL or lives in the "
+                "trainer; for a stock server with vllm_lora_sync or vllm_full_sync leave use_vllm "
+                "at False."
             )
         if not self.samples_on_server:
             self._refuse_unused()
