@@ -17,7 +17,7 @@ def test_defaults_are_trls_but_for_scaled_rewards(tmp_path):
     ours, theirs = EBFTGRPOConfig(**cpu), GRPOConfig(**cpu)
     differing = {
         name for name, value in vars(theirs).items() if vars(ours)[name] != value
-    } - {"logging_dir"}  # fmt: skip
+    } - {"distributed_state"}  # fmt: skip
     assert differing == {"scale_rewards"}
     assert ours.scale_rewards == "none"
     assert ours.embed_method == "last_token"

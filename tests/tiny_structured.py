@@ -80,7 +80,7 @@ class Recorder:
     """Mixed into one of TRL's trainers, keeps what its loss was computed from.
 
     Attributes:
-        seen: for every micro-batch, its rows as (prompt ids, completion ids, advantage).
+        seen: for every micro-batch of training, its rows as (prompt ids, completion ids, advantage).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -94,6 +94,8 @@ class Recorder:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = []
         for row in range(len(inputs["advantages"])):
             prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
