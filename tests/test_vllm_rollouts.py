@@ -1,6 +1,7 @@
 """Rollouts from a server in TRL's trainer: right completions, weights, ratios, and recovery."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 pytest.importorskip("trl")
 
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from vllm_server import fake_server
 from vllm_server.fake_server import serving, small_policy, small_tokenizer
 from vllm_server.training import (
@@ -24,7 +25,7 @@ from vllm_server.training import (
 
 from hf_ebft.structured.vllm_client import BadAnswer, RequestRefused, VLLMServerError
 from hf_ebft.structured.vllm_rollouts import VLLMRollouts, runs_of, tokenize_prompts
-from hf_ebft.structured.vllm_settings import VLLMServerSettings
+from hf_ebft.structured.vllm_settings import VLLMServerArguments, VLLMServerSettings
 
 # TRL says that rollout_func is experimental; the tests below would notice a change.
 pytestmark = pytest.mark.filterwarnings("ignore:.*rollout_func.*:UserWarning")
@@ -552,3 +553,29 @@ def test_turns_of_chats_are_not_prefetched(start):
     trainer = start({"async_prefetch": True})
     with pytest.raises(ValueError, match="several turns"):
         trainer.rollout_func.sample([[3, 4]], 4, trainer)
+
+
+@dataclass
+class ServerConfig(VLLMServerArguments, GRPOConfig):
+    """As `EBFTGRPOConfig` has them."""
+
+
+def test_a_server_that_nobody_asks_is_refused(tmp_path):
+    def constant(prompts, trainer):
+        ids = tokenize_prompts(prompts, trainer)
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [[5]] * len(ids),
+            "logprobs": [[-1.0]] * len(ids),
+        }
+
+    trainer = make_trainer(
+        small_policy(),
+        small_tokenizer(),
+        constant,
+        tmp_path,
+        config=ServerConfig,
+        vllm_lora_sync=True,
+    )
+    with pytest.raises(ValueError, match="does not sample from the server"):
+        trainer.train()

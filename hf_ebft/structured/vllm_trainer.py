@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ebft.structured.vllm_prefetch import Following, LookAhead, StalenessAware
 from hf_ebft.structured.vllm_rollouts import VLLMRollouts
+from hf_ebft.structured.vllm_settings import VLLMServerArguments
 
 if TYPE_CHECKING:
     from trl.trainer.grpo_config import GRPOConfig
@@ -53,13 +54,26 @@ class StalenessCorrection(StalenessAware, Base):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """The loss of a batch, with the server's log-probs (B, T) as those of the old policy."""
-        if self.server_rollouts is not None:
+        if self.server_rollouts is None:
+            self._refuse_unused_server()
+        else:
             # The one place that knows TRL's names in a batch: what rollout_func returned as
             # `logprobs`, and what the ratio is taken against.
             inputs = {**inputs, "old_per_token_logps": inputs["sampling_per_token_logps"]}
         return super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+
+    def _refuse_unused_server(self) -> None:
+        """Raise if a server is asked for in the settings and another source of rollouts is used."""
+        args: Any = self.args
+        if isinstance(args, VLLMServerArguments) and args.samples_on_server:
+            raise ValueError(
+                "vllm_lora_sync or vllm_full_sync is on, but this trainer's rollout_func does not "
+                "sample from the server; leave rollout_func unset, hand it VLLMRollouts(args) (for "
+                "several turns MultiTurnRollouts(generate_on_server(VLLMRollouts(args)))), or turn "
+                "the sync off."
+            )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

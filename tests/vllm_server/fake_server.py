@@ -121,6 +121,9 @@ class FakeVLLM:
     def answer(self, path, payload):
         if path == "/health":
             return 200, ""
+        if path == "/test/restart":
+            self.restart()
+            return 200, ""
         if path == "/metrics":
             return 200, f"# HELP x\nprocess_start_time_seconds {self.started}\nother 1\n"
         if path == "/v1/models":

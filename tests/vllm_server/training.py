@@ -50,7 +50,16 @@ def parity(completion_ids, **columns):
 
 
 def make_trainer(
-    model, tokenizer, settings, folder, *, kind=CorrectingTrainer, peft="lora", rows=None, **options
+    model,
+    tokenizer,
+    rollouts,
+    folder,
+    *,
+    kind=CorrectingTrainer,
+    config=GRPOConfig,
+    peft="lora",
+    rows=None,
+    **options,
 ):
     """A trainer of 4 completions a prompt, 2 prompts a step, on the CPU."""
     defaults = {
@@ -75,12 +84,12 @@ def make_trainer(
         return kind(
             model=model,
             reward_funcs=parity,
-            args=GRPOConfig(**(defaults | options)),
+            args=config(**(defaults | options)),
             train_dataset=Dataset.from_list(rows or [{"prompt": text} for text in PROMPTS]),
             eval_dataset=Dataset.from_list([{"prompt": text} for text in PROMPTS[:2]]),
             processing_class=tokenizer,
             peft_config=lora() if peft == "lora" else peft,
-            rollout_func=settings if callable(settings) else rollouts_for(settings),
+            rollout_func=rollouts,
         )
 
 
