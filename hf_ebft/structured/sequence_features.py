@@ -6,7 +6,7 @@ hidden width, F = layers * H, D width of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -119,13 +119,12 @@ class SequenceFeatureNetwork(FrozenNetwork):
             )
         return features
 
-    def _in_step(self, batches: list[list[TokenSequence]]) -> Iterator[list[TokenSequence]]:
+    def _in_step(self, batches: list[list[TokenSequence]]) -> list[list[TokenSequence]]:
         """The batches; where forward passes are collective, as many as on any other process."""
-        yield from batches
-        if is_sharded(self.model):
-            most = int(gather(torch.tensor([len(batches)], device=self.device)).max())
-            for _ in range(most - len(batches)):
-                yield batches[0]
+        if not is_sharded(self.model):
+            return batches
+        most = int(gather(torch.tensor([len(batches)], device=self.device)).max())
+        return batches + [batches[0]] * (most - len(batches))
 
     def _embed_batch(self, batch: list[TokenSequence]) -> Tensor:
         """(B, D) float32."""
