@@ -31,7 +31,7 @@ class RawDataset:
 
     Attributes:
         records: the rows, in any indexable container (a list, a `datasets.Dataset`).
-        columns: ``(text column,)``, or ``(prompt column, completion column)``.
+        columns: ``(text column,)``, or those of a prompt, its completion and what belongs to them.
         name: where it comes from, for messages.
     """
 
@@ -42,7 +42,7 @@ class RawDataset:
     @property
     def has_prompts(self) -> bool:
         """Whether rows are prompts with completions instead of documents."""
-        return len(self.columns) == len(PAIR_COLUMNS)
+        return len(self.columns) > 1
 
     def __len__(self) -> int:
         return len(self.records)
