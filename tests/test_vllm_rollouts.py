@@ -518,6 +518,30 @@ def test_full_weights_without_a_start_time_are_refused(fake, start):
     refused(start, VLLMServerError, "does not say when it started", **full())
 
 
+def test_tied_embeddings_on_a_cpu_server_are_refused(fake, start):
+    tied = small_policy(tie_word_embeddings=True)
+    refused(start, VLLMServerError, "keeps the old head", model=tied, **full())
+
+
+def test_tied_embeddings_elsewhere_are_reloaded(fake, start, caplog):
+    fake.original = small_policy(tie_word_embeddings=True).eval()
+    fake.restart()
+    fake.device = "cuda"
+    trainer = start(**full(model=small_policy(tie_word_embeddings=True)))
+    assert trainer.rollout_func([PROMPTS[0]], trainer)["completion_ids"][0]
+    assert "old head" not in caplog.text
+
+
+def test_tied_embeddings_on_a_server_that_says_nothing_are_warned_of(fake, start, caplog):
+    fake.original = small_policy(tie_word_embeddings=True).eval()
+    fake.restart()
+    fake.fail("/server_info", fake_server.status(404))
+    trainer = start(**full(model=small_policy(tie_word_embeddings=True)))
+    with caplog.at_level(logging.WARNING):
+        trainer.rollout_func([PROMPTS[0]], trainer)
+    assert "keep the old head" in caplog.text
+
+
 # ---- Options that cannot work --------------------------------------------------------------------
 
 

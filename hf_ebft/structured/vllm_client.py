@@ -213,6 +213,18 @@ class VLLMClient:
         found = re.search(r"^process_start_time_seconds (\S+)$", text, re.MULTILINE)
         return None if found is None else float(found.group(1))
 
+    def device(self) -> str | None:
+        """The kind of device that the server computes on; None where it does not say.
+
+        Only a server in development mode says.
+        """
+        path = "/server_info?config_format=json"
+        try:
+            answer = self._request("GET", path, None, "tell its configuration")
+            return str(answer["vllm_config"]["device_config"]["device"])
+        except (RequestRefused, KeyError, TypeError):
+            return None
+
     def tokenize(self, model: str, text: str) -> list[int]:
         """Token ids of a text by the server's tokenizer, without special tokens around it."""
         payload = {"model": model, "prompt": text, "add_special_tokens": False}

@@ -246,6 +246,7 @@ class VLLMRollouts:
             return self._served, start
         served = self.client.base_model()
         check_tokenizer(self.client, served, tokenizer_of(trainer))
+        self._kind.check_server(trainer.accelerator.unwrap_model(trainer.model), self.client)
         if self.settings.vllm_full_sync and start is None:
             raise VLLMServerError(
                 f"the vLLM server at {self.client.url} does not say when it started "

@@ -210,6 +210,15 @@ class WeightSync(ABC):
             ValueError: naming what stands in the way, and what to do instead.
         """
 
+    @staticmethod
+    @abstractmethod
+    def check_server(policy: Any, client: VLLMClient) -> None:
+        """Refuse a server that cannot take this policy's weights, on the main process.
+
+        Raises:
+            VLLMServerError: what stands in the way, and what to do instead.
+        """
+
     @abstractmethod
     def publish(
         self, policy: Any, accelerator: Accelerator, wrapped: Any, served: ServedModel
@@ -275,6 +284,10 @@ class AdapterSync(WeightSync):
             )
         check_adapter(policy, settings.vllm_max_lora_rank)
 
+    @staticmethod
+    def check_server(policy: Any, client: VLLMClient) -> None:
+        """Nothing: the server checks what it loads, and says what is wrong."""
+
     def publish(
         self, policy: Any, accelerator: Accelerator, wrapped: Any, served: ServedModel
     ) -> str:
@@ -324,11 +337,27 @@ class FullWeightSync(WeightSync):
                 f"vllm_full_sync saves the policy with save_pretrained, which a "
                 f"{type(policy).__name__} does not have; train a transformers model."
             )
-        if policy.config.get_text_config(decoder=True).tie_word_embeddings:
+
+    @staticmethod
+    def check_server(policy: Any, client: VLLMClient) -> None:
+        """See `WeightSync.check_server`."""
+        if not policy.config.get_text_config(decoder=True).tie_word_embeddings:
+            return
+        device = client.device()
+        if device == "cpu":
+            # Seen in vLLM 0.31; small updates would stay below the tolerance in bfloat16.
+            raise VLLMServerError(
+                f"the policy ties its head to its embeddings, and the vLLM server at {client.url} "
+                "runs on a CPU, where it silently keeps the old head when weights are reloaded; "
+                "serve and train a copy of the model saved with tie_word_embeddings=False, or "
+                "train an adapter (vllm_lora_sync)."
+            )
+        if device is None:
             logger.warning(
-                "the policy ties its head to its embeddings. A vLLM server on a CPU keeps the old "
-                "head when weights are reloaded; there, serve and train a copy saved with "
-                "tie_word_embeddings=False."
+                "the policy ties its head to its embeddings, and the vLLM server at %s does not "
+                "say what it runs on; on a CPU it would keep the old head when weights are "
+                "reloaded.",
+                client.url,
             )
 
     def publish(

@@ -52,6 +52,7 @@ class FakeVLLM:
         self.tokenizer = small_tokenizer() if tokenizer is None else tokenizer
         self.max_length = max_length
         self.max_rank = max_rank
+        self.device = "cpu"
         self.raw_log_probs = False
         self.ignore_adapters = False
         self.started = 1000.0
@@ -126,6 +127,8 @@ class FakeVLLM:
             return 200, ""
         if path == "/metrics":
             return 200, f"# HELP x\nprocess_start_time_seconds {self.started}\nother 1\n"
+        if path == "/server_info":
+            return 200, {"vllm_config": {"device_config": {"device": self.device}}}
         if path == "/v1/models":
             base = {"id": "base", "root": "/models/base", "parent": None}
             adapters = [{"id": name, "root": "x", "parent": "base"} for name in self.adapters]
