@@ -89,3 +89,18 @@ def test_prefetching_on_two_processes(tmp_path):
     assert ranks[0]["vllm/prefetch_missed"] == []
     # Three steps of one prompt on each process; seeds differ everywhere.
     assert len(rollouts) == len({payload["seed"] for payload in rollouts}) == 6
+
+
+def test_one_process_that_loses_the_server_has_all_send_weights_again(tmp_path):
+    with serving() as fake:
+        ranks = launched("one_loses", fake.url, tmp_path, "ddp_cpu.yaml")
+    assert [rank["steps"] for rank in ranks] == [2, 2]
+    assert ranks[0]["restarts"] == [1]
+
+
+def test_a_prompt_too_long_on_one_process_stops_all(tmp_path):
+    with serving() as fake:
+        ranks = launched("one_gets_a_long_prompt", fake.url, tmp_path, "ddp_cpu.yaml")
+    errors = sorted(rank["error"] for rank in ranks)
+    assert errors[0].startswith("VLLMServerError: another process failed: ValueError")
+    assert "--max-model-len" in errors[1]

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 RECOVERIES = 3
 """How often one batch may lose its server before the run stops."""
+COUNTED = ("vllm/retries", "vllm/restarts", "vllm/prefetch_missed")
 PLAIN_SAMPLING: dict[str, tuple[Any, ...]] = {
     "top_p": (1.0,),
     "top_k": (0,),
@@ -190,10 +191,18 @@ class VLLMRollouts:
         self._evaluation_calls = 0
 
     def figures(self) -> dict[str, float]:
-        """Means since the last call, for the log: staleness, seconds, differences, restarts."""
-        means = {name: sum(values) / len(values) for name, values in self._figures.items()}
+        """What happened since the last call, for the log.
+
+        Returns:
+            ``vllm/...``: sums of what is counted (retries, restarts, batches sampled in vain),
+            means of the rest (staleness in optimizer steps, seconds, nats).
+        """
+        found = {
+            name: sum(values) / (1 if name in COUNTED else len(values))
+            for name, values in self._figures.items()
+        }
         self._figures.clear()
-        return means
+        return found
 
     def close(self) -> None:
         """Unload what was sent, remove its folders. The next call would start afresh."""
@@ -272,15 +281,23 @@ class VLLMRollouts:
         # A second `train()` starts to count again.
         if age < 0 or age >= (1 if fresh else self.settings.vllm_sync_interval):
             self._send_weights(trainer, f"after step {step}")
-        elif self.settings.vllm_full_sync and on_main_process(self._server_is_new):
+        elif self._server_forgot():
             self._recover(trainer)
 
-    def _server_is_new(self) -> bool:
-        """Whether the server was restarted since it got the weights.
+    def _server_forgot(self) -> bool:
+        """Whether the server lost full weights. All processes call this together.
 
-        A restarted server answers under the base model's name with the weights it started from.
+        A restarted server answers under the base model's name, from the weights it started with.
+        (It does not know the name of an adapter that it lost, which needs no asking.)
         """
-        return self.client.start_time() != self._server_start
+
+        def restarted_or_down() -> bool:
+            try:
+                return self.client.start_time() != self._server_start
+            except ServerUnavailable:
+                return True
+
+        return self.settings.vllm_full_sync and on_main_process(restarted_or_down)
 
     def _send_weights(self, trainer: Any, when: str) -> None:
         """Publish the policy and compare log-probs. All processes call this together."""
@@ -345,16 +362,18 @@ class VLLMRollouts:
         trainer: Any,
         training: bool,
     ) -> Pending:
-        """Send the requests of one batch and return at once."""
+        """Send the requests of one batch and return at once. All processes call this together."""
         assert self._served is not None and self._version is not None
         longest = max((len(ids) for ids in prompt_ids), default=0)
         limit = self._served.max_length
+        too_long = None
         if limit is not None and longest + max_tokens > limit:
-            raise ValueError(
+            too_long = ValueError(
                 f"a prompt of {longest} tokens with a completion of {max_tokens} does not fit the "
                 f"vLLM server's --max-model-len {limit}; raise that, shorten the prompts or lower "
                 "max_completion_length."
             )
+        raise_together(too_long)
         runs = runs_of(prompt_ids)
         seeds = self._seeds(len(runs), trainer, training)
         samplings = [
@@ -399,9 +418,10 @@ class VLLMRollouts:
             lost, failure = self._outcome(pending)
             anything_lost = any(gather_object([bool(lost)]))
             if attempt == RECOVERIES and failure is None and lost:
+                cause = pending.futures[lost[0]].exception() or "it was restarted"
                 failure = ServerUnavailable(
                     f"one batch lost the vLLM server at {self.client.url} {RECOVERIES + 1} times; "
-                    f"the last time: {pending.futures[lost[0]].exception()}"
+                    f"the last time: {cause}"
                 )
             raise_together(failure)
             if not anything_lost:
@@ -414,7 +434,10 @@ class VLLMRollouts:
         return [completion for future in pending.futures for completion in future.result()]
 
     def _outcome(self, pending: Pending) -> tuple[list[int], Exception | None]:
-        """Which requests must be sent again, and what cannot be helped."""
+        """Which requests must be sent again, and what cannot be helped.
+
+        All processes call this together.
+        """
         lost = []
         failure: Exception | None = None
         for index, future in enumerate(pending.futures):
@@ -424,16 +447,9 @@ class VLLMRollouts:
             elif error is not None:
                 assert isinstance(error, Exception)
                 failure = error
-        # With full weights a restarted server answers, from the weights it started with.
-        if self.settings.vllm_full_sync and not lost and on_main_process(self._restarted_or_down):
+        if self._server_forgot():
             lost = list(range(len(pending.futures)))
         return lost, failure
-
-    def _restarted_or_down(self) -> bool:
-        try:
-            return self._server_is_new()
-        except ServerUnavailable:
-            return True
 
     # ---- Prefetching -------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ if os.environ.get("HF_EBFT_TEST_FSDP_ON_CPU"):
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from hf_ebft.structured.vllm_client import BadAnswer
+from hf_ebft.structured.vllm_client import BadAnswer, ServerUnavailable
 from vllm_server.fake_server import small_policy, small_tokenizer
 from vllm_server.training import (
     logged,
@@ -100,6 +100,48 @@ def prefetched(url, folder):
     return {name: logged(trainer, name) for name in names}
 
 
+def one_loses(url, folder):
+    """One process cannot reach the server for a while; weights are sent by all together."""
+    rollouts = rollouts_for(settings_for(url, folder, vllm_full_sync=True))
+    trainer = make_trainer(
+        small_policy(),
+        small_tokenizer(),
+        rollouts,
+        folder,
+        peft=None,
+        per_device_train_batch_size=4,
+        max_steps=2,
+    )
+    if PartialState().process_index == 1:
+        real = rollouts.client.complete
+        failures = [ServerUnavailable("out of reach")]
+
+        def failing(model, prompt, count, sampling):
+            if failures and not sampling.ignore_stop:
+                raise failures.pop()
+            return real(model, prompt, count, sampling)
+
+        rollouts.client.complete = failing
+    trainer.train()
+    rollouts.close()
+    return {"restarts": logged(trainer, "vllm/restarts"), "steps": trainer.state.global_step}
+
+
+def one_gets_a_long_prompt(url, folder):
+    """A prompt that does not fit, on one process."""
+    rollouts = rollouts_for(settings_for(url, folder))
+    rows = [{"prompt": "short"}, {"prompt": "def f(x): " * 120}]
+    trainer = make_trainer(
+        small_policy(),
+        small_tokenizer(),
+        rollouts,
+        folder,
+        rows=rows,
+        per_device_train_batch_size=4,
+    )
+    return failure_of(trainer)
+
+
 def one_fails(url, folder):
     """A process gets a bad answer; none may go on or wait for it."""
     rollouts = rollouts_for(settings_for(url, folder))
@@ -115,6 +157,11 @@ def one_fails(url, folder):
             raise BadAnswer("no token ids")
 
         rollouts.client.complete = failing
+    return failure_of(trainer)
+
+
+def failure_of(trainer):
+    """How training ends."""
     try:
         trainer.train()
     except Exception as error:
@@ -124,7 +171,10 @@ def one_fails(url, folder):
 
 if __name__ == "__main__":
     scenario, url, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    scenarios = (adapters, full_weights, prefetched, one_fails)
+    scenarios = (
+        *(adapters, full_weights, prefetched),
+        *(one_fails, one_loses, one_gets_a_long_prompt),
+    )
     seen = {run.__name__: run for run in scenarios}[scenario](url, folder)
     torch.save(seen, folder / f"rank{PartialState().process_index}.pt")
     PartialState().wait_for_everyone()
