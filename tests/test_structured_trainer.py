@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from hf_ebft.structured import EBFTGRPOTrainer, FeatureMatchingReward
+from hf_ebft.structured import EBFTGRPOTrainer, FeatureMatchingReward, MultiTurnRollouts
 from hf_ebft.structured.reward import frozen_copy
 from tests.tiny import logged, weights_of
 from tests.tiny_structured import (
@@ -465,6 +465,22 @@ def test_chats_train(tmp_path):
     trainer.train()
     prompt = trainer.seen[0][0][0]
     assert tokenizer().decode(prompt).endswith("<|end|>\n<|assistant|>")
+    assert np.isfinite(logged(trainer, "ebft/cfm_loss")).all()
+
+
+def test_chats_of_several_turns_train(tmp_path):
+    """Replies are generated on top of generated ones; the ground truth is a list of replies."""
+    prompt = [{"role": "user", "content": "count"}, {"role": "user", "content": "more"}]
+    data = Dataset.from_dict(
+        {"prompt": [prompt] * 4, "ground_truth": [["one", f"two{n}"] for n in range(4)]}
+    )
+    trainer = make(
+        tmp_path, data=data, ce_coef=0.1, trainer={"rollout_func": MultiTurnRollouts()}, max_steps=1
+    )
+    trainer.train()
+    prompt_ids, completion_ids, _ = trainer.seen[0][0]
+    assert tokenizer().decode(prompt_ids) == "<|user|>count<|end|>\n<|assistant|>"
+    assert "<|user|>more<|end|>\n<|assistant|>" in tokenizer().decode(completion_ids)
     assert np.isfinite(logged(trainer, "ebft/cfm_loss")).all()
 
 

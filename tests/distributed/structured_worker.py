@@ -31,7 +31,13 @@ def advantages(folder):
             num_iterations=2,
         ),
         "out_of_step": run(folder / "out", **OUT_OF_STEP),
-        "adapters": run(folder / "adapters", peft_config=lora(LoraConfig), ce_coef=0.1),
+        # Checkpointing, because the cross-entropy is a second forward pass before one backward.
+        "adapters": run(
+            folder / "adapters",
+            peft_config=lora(LoraConfig),
+            ce_coef=0.1,
+            gradient_checkpointing=True,
+        ),
         "evaluated": run(folder / "evaluated", eval_strategy="steps", eval_steps=1, ce_coef=0.1),
         "cross_entropy": cross_entropy_run(folder / "ce"),
         "adaptive": run(
@@ -46,7 +52,7 @@ def advantages(folder):
 def sharded(folder):
     """A feature network that FSDP2 shards, and batches that differ in number between processes."""
     return {
-        "replicated": run(folder / "replicated", feature_placement="same_device"),
+        "replicated": run(folder / "replicated", feature_placement="same_device", ce_coef=0.1),
         "sharded": run(folder / "sharded", feature_placement="sharded", feature_batch_tokens=30),
     }
 
