@@ -139,6 +139,52 @@ def test_strided_training_on_functions_runs(tmp_path: Path) -> None:
     assert figures["cfm_loss"]["n_documents"] > 0
 
 
+def train_tiny(tmp_path: Path, rows: list[dict[str, Any]], **changed: Any) -> dict[str, Any]:
+    """Two steps of structured mode on the small model with a chat template; its last log."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    data, model = tmp_path / "data.jsonl", tmp_path / "model"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny_model")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(model)
+    AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny_model").save_pretrained(model)
+    options = SMALL | {"max_steps": 2, "report_rows": 0, "logging_steps": 1, "use_cpu": "true"}
+    options |= {"num_generations": 4, "max_completion_length": 6, "bf16": "false"}
+    options |= {"dataset_name_or_path": data, "model_name_or_path": model, "save_steps": 2}
+    options |= {"output_dir": tmp_path / "out"} | changed
+    run_ebft.main([f"--{name}={value}" for name, value in options.items()])
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    log: dict[str, Any] = state["log_history"][1]
+    return log
+
+
+def test_chats_of_several_turns_are_trained(tmp_path: Path) -> None:
+    """From ShareGPT's columns to a step of training, the later turns on top of the earlier."""
+    chats = [
+        [("human", f"Say {n}"), ("gpt", f"{n}"), ("human", "Again"), ("gpt", f"{n} and {n}")]
+        for n in range(8)
+    ]
+    rows = [{"conversations": [{"from": a, "value": b} for a, b in chat]} for chat in chats]
+    settings = json.dumps({"messages_column": "conversations", "turn": "all"})
+    log = train_tiny(tmp_path, rows, transform="chat", transform_args=settings)
+    # Two replies of at most 6 tokens, and nothing else, count as the completion.
+    assert 2 <= log["completions/mean_length"] <= 12
+    assert log["ebft/alignment"] != 0
+
+
+def test_thinking_can_be_kept_out_of_features(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{n} + 1 =", "ground_truth": f"<think>one more</think>{n + 1}"}
+        for n in range(8)
+    ]
+    changed = {"transform": "reasoning", "transform_args": json.dumps({"thinking": "strip"})}
+    assert train_tiny(tmp_path, rows, **changed)["ebft/without_answer"] == 0
+
+
 # ---- What structured mode refuses ---------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """Transforms of data sets: what each makes of a row, and what it says of rows it cannot use."""
 
+import ast
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -138,7 +140,13 @@ def test_thinking_in_chats_is_stripped_or_kept_by_choice(separate: bool) -> None
         True,
     )
     assert (stripped["ground_truth"], stripped["embed_thinking"]) == ("Bye", False)
-    assert chat(row, turn="all", thinking="strip")["ground_truth"] == ["Hello", "Bye"]
+    everything = chat(row, turn="all", thinking="keep")
+    assert everything["ground_truth"] == [
+        "<think>\nHm.\n</think>\n\nHello",
+        "<think>\nHm.\n</think>\n\nBye",
+    ]
+    with pytest.raises(ValueError, match="think before each reply"):
+        chat(row, turn="all", thinking="strip")
 
 
 # ---- Thinking -------------------------------------------------------------------------------
@@ -361,6 +369,24 @@ def test_every_transform_works_in_dataset_map(
     plain = data.map(transform, fn_kwargs=settings, remove_columns=data.column_names)
     expected = [transform(row, **settings) for row in rows * 3]
     assert list(plain) == list(transform_rows(data, transform, **settings)) == expected
+
+
+def test_examples_of_the_documentation_are_true() -> None:
+    """Every call in docs/data.md that is followed by its result as a comment."""
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    checked = 0
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        known: dict[str, Any] = dict(TRANSFORMS)
+        for code, result in re.findall(r"((?:^[^#\n].*\n)+)((?:^#.*\n)+)", block, flags=re.M):
+            if not result.startswith("# {"):
+                continue
+            *before, call = ast.parse(code).body
+            exec(compile(ast.Module(before, []), "data.md", "exec"), known)
+            assert isinstance(call, ast.Expr)
+            made = eval(compile(ast.Expression(call.value), "data.md", "eval"), known)
+            assert made == ast.literal_eval(result.replace("#", "")), code
+            checked += 1
+    assert checked == 6
 
 
 # ---- Tokens for strided mode --------------------------------------------------------------------

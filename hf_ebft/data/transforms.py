@@ -199,7 +199,7 @@ def chat(
         thinking: what becomes of the thinking of reasoning models in replies, between
             ``<think>`` tags or in a ``reasoning_content`` of a message; see :func:`reasoning`.
             Earlier replies of the prompt lose theirs, as chat templates do it. Needed where there
-            is any.
+            is any; ``"strip"`` is not for ``turn="all"``.
 
     Returns:
         ``prompt`` (messages), ``ground_truth`` (text; a list of them with ``"all"``), and
@@ -213,6 +213,11 @@ def chat(
     if turn not in ("first", "last", "all"):
         raise ValueError(f"turn={turn!r} is unknown; choose first, last or all.")
     _check_thinking(thinking)
+    if turn == "all" and thinking == "strip":
+        raise ValueError(
+            "thinking='strip' needs one answer after the thinking, and chats of several turns "
+            "(turn='all') think before each reply; use turn='last', or thinking='keep'."
+        )
     messages = [
         _message(message, index, number, messages_column, thinking)
         for number, message in enumerate(_messages(row, messages_column, index))
