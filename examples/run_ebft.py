@@ -12,8 +12,8 @@ code below. `structured` is for prompts with ground truths, sampled as whole com
 GRPOTrainer; it is `structured_mode.py` beside this file. Without `--mode` the columns of the data
 set decide, and the script says how.
 
-The options are those of the four groups below and of `hf_ebft.EBFTConfig` (strided: all of
-`transformers.TrainingArguments`) or `hf_ebft.structured.EBFTGRPOConfig` (structured: all of
+The options are those of the four groups in `run_options.py` and of `hf_ebft.EBFTConfig` (strided:
+all of `transformers.TrainingArguments`) or `hf_ebft.structured.EBFTGRPOConfig` (structured: all of
 `trl.GRPOConfig`). `--config run.yaml` holds the same names; the command line wins.
 
 Held-out text is measured before and after training on the same rows, with the same random numbers
@@ -64,6 +64,7 @@ from hf_ebft.data import (
     tokenize_and_cut,
     tokenize_prompt_completion,
 )
+from hf_ebft.data.sources import TEXT_COLUMNS
 from hf_ebft.evaluation import (
     Continuation,
     DocumentFigures,
@@ -78,7 +79,6 @@ from hf_ebft.evaluation import (
 # read as text of which only the completion is learned.
 GROUND_TRUTHS = ("ground_truth", "answer")
 COMPLETION = "completion"
-TEXTS = ("text", "content", "code")
 # With fewer documents than this behind the measured rows, rows are resampled instead.
 FEWEST_DOCUMENTS = 8
 
@@ -150,7 +150,7 @@ def mode_of(table: Table) -> tuple[Mode, str]:
         ValueError: columns for both modes.
     """
     truths = [name for name in GROUND_TRUTHS if name in table.columns]
-    texts = [name for name in TEXTS if name in table.columns]
+    texts = [name for name in TEXT_COLUMNS if name in table.columns]
     if "prompt" in table.columns and truths:
         if texts:
             raise ValueError(

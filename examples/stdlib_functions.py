@@ -11,7 +11,7 @@ from pathlib import Path
 import stdlib_text
 
 # Short enough for completions of a few dozen tokens, long enough to be more than `pass`.
-BODY_CHARACTERS = range(20, 161)
+BODY_CHARACTERS = range(20, 101)
 HEAD_CHARACTERS = range(1, 301)
 # Longer files have most of the functions, and take most of the time to parse.
 FILE_CHARACTERS = range(1, 20_001)
