@@ -14,6 +14,7 @@ import argparse
 import random
 import tempfile
 import time
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -158,9 +159,10 @@ def figures(
     repeated = [row for row in rows for _ in range(completions)]
     prompts = [row["prompt"] for row in repeated]
     truths = [row["ground_truth"] for row in repeated]
+    generate = cast(Any, model).generate  # its self is typed as a protocol
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
-        sampled = model.generate(
+        sampled = generate(
             **tokenizer(prompts, return_tensors="pt", return_token_type_ids=False),
             do_sample=True,
             top_k=0,

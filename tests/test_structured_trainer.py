@@ -256,6 +256,17 @@ def test_given_network_and_name_are_used(tmp_path):
     assert_advantages(named.seen[0], expected)
 
 
+def test_policy_and_tokenizer_by_name(tmp_path):
+    policy().save_pretrained(tmp_path / "policy")
+    tokenizer().save_pretrained(tmp_path / "policy")
+    trainer = RecordedEBFT(
+        str(tmp_path / "policy"), config(tmp_path, max_steps=1), train_dataset=rows()
+    )
+    trainer.train()
+    expected = expected_advantages(policy(), trainer.seen[0], rows(), n_samples=4)
+    assert_advantages(trainer.seen[0], expected)
+
+
 # ---- Cross-entropy ----------------------------------------------------------------------------
 
 
