@@ -73,6 +73,8 @@ def test_model_is_copied_as_it_is_and_a_network_is_taken():
     assert call(reward) == before
     again = FeatureMatchingReward(reward.network, tokenizer())
     assert again.network is reward.network
+    with pytest.raises(ValueError, match="embed_method cannot be set for a finished"):
+        FeatureMatchingReward(reward.network, tokenizer(), embed_method="concat")
 
 
 def test_name_is_loaded_with_its_tokenizer(tmp_path):
@@ -222,6 +224,7 @@ def test_fingerprints_tell_values_apart_and_are_the_same_everywhere():
         ({"feature_batch_tokens": 0}, "feature_batch_tokens=0"),
         ({"advantage_estimator": "reinforce"}, "subtract a baseline"),
         ({"kl_coef": 0.1}, "`beta`"),
+        ({"ce_coef": 0.1}, "a reward cannot"),
         ({"ground_truth_column": "prompt"}, "cannot hold the ground truth"),
         ({"alignment_coef": 0.0, "diversity_coef": 0.0}, "nothing to learn"),
     ],

@@ -35,6 +35,16 @@ WITHHELD_COLUMN = "completion"
 Baseline = Literal["group_mean", "leave_one_out"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
+# Settings that a finished network has behind it.
+NETWORK_OPTIONS = (
+    "feature_layers",
+    "feature_normalization",
+    "feature_placement",
+    "feature_dtype",
+    "embed_method",
+    "feature_batch_tokens",
+)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -114,7 +124,10 @@ class FeatureMatchingReward:
                 f"trainer_baseline={trainer_baseline!r} is unknown; choose group_mean "
                 "(GRPOTrainer) or leave_one_out (RLOOTrainer)."
             )
-        self.settings = StructuredSettings(**options) if settings is None else settings
+        if settings is None:
+            _refuse_unused(options, model_or_feature_network)
+            settings = StructuredSettings(**options)
+        self.settings = settings
         # Until the first batch shows it, a size that every estimator accepts.
         self.settings.validate_for(num_generations or 4, "num_generations")
         self.trainer_baseline = trainer_baseline
@@ -424,6 +437,21 @@ def restore_forward(duplicate: nn.Module) -> None:
     forward = vars(bare).get("forward")
     if isinstance(forward, MethodType) and "fused_lm_head" in forward.__func__.__code__.co_varnames:
         del bare.forward
+
+
+def _refuse_unused(options: dict[str, Any], given: Any) -> None:
+    """Raise for options that nothing would read."""
+    if options.get("ce_coef"):
+        raise ValueError(
+            f"ce_coef={options['ce_coef']} adds a term to the loss, which a reward cannot; use "
+            "EBFTGRPOTrainer."
+        )
+    settled = [name for name in NETWORK_OPTIONS if name in options]
+    if settled and isinstance(given, SequenceFeatureNetwork):
+        raise ValueError(
+            f"{', '.join(settled)} cannot be set for a finished SequenceFeatureNetwork; give them "
+            "to its constructor instead."
+        )
 
 
 def _refuse_placements_of_the_trainer(settings: StructuredSettings) -> None:
