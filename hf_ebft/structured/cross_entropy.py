@@ -1,6 +1,7 @@
 """Cross-entropy of ground-truth completions, teacher-forced.
 
-Dimension letters: B rows, L tokens of a row, P places whose logits are kept, V vocabulary.
+Dimension letters: B rows, L tokens of a row, P places whose logits are kept, T targets in all rows,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from hf_ebft.losses import log_normalizer
 from hf_ebft.structured.encoding import Example
 from hf_ebft.support import bare_model
 
@@ -59,9 +60,22 @@ def ground_truth_nll(
         logits_BPV = model(**inputs, logits_to_keep=places_P).logits
     else:
         logits_BPV = model(**inputs).logits[:, places_P]
-    next_ids_BP = input_ids_BL[:, first:].to(device)
     is_target_BP = is_target_BL[:, first:].to(device)
-    chosen_BP = logits_BPV.gather(-1, next_ids_BP[..., None]).squeeze(-1).float()
-    nll_BP = log_normalizer(logits_BPV, 1.0, CHUNK_SIZE) - chosen_BP
-    counts_B = is_target_BP.sum(dim=1).clamp(min=1)
-    return torch.where(is_target_BP, nll_BP, 0.0).sum(dim=1) / counts_B
+    logits_TV = logits_BPV[is_target_BP]
+    targets_T = input_ids_BL[:, first:].to(device)[is_target_BP]
+    nll_T = torch.cat(
+        [
+            checkpoint(_chunk_nll, logits, targets, use_reentrant=False, preserve_rng_state=False)
+            for logits, targets in zip(
+                logits_TV.split(CHUNK_SIZE), targets_T.split(CHUNK_SIZE), strict=True
+            )
+        ]
+    )
+    row_T = is_target_BP.nonzero()[:, 0]
+    summed_B = torch.zeros(len(examples), device=device).index_add(0, row_T, nll_T)
+    return summed_B / is_target_BP.sum(dim=1).clamp(min=1)
+
+
+def _chunk_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target, (T, V) and (T,) -> (T,) float32; recomputed in the backward pass."""
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
