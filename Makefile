@@ -9,20 +9,26 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
 # What the demo needs, and what development needs on top.
 DEMO_EXTRAS ?= examples
-EXTRAS ?= examples,gguf,quantization,test,dev
+EXTRAS ?= examples,plots,structured,gguf,quantization,test,dev
 ACCELERATE_CONFIG ?= accelerate_configs/cpu.yaml
 # Test processes, one thread each: for models this small, processes pay and threads do not.
 JOBS ?= 2
+# PRESET: paper, translation, long, wide, lora; MODEL: 10m, smollm2, 1b (for a GPU)
+PRESET ?= paper
+MODEL ?= 10m
+BENCH_ARGS ?=
 # More arguments for pytest, for example PYTEST_ARGS="tests/test_layout.py -x"
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 DEMO_STAMP := $(VENV)/.hf_ebft-installed-for-demo
 STAMP := $(VENV)/.hf_ebft-installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.hf_ebft-installed
 LAUNCH := $(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/run_ebft.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help install demo test test-slow lint style clean
+.PHONY: help install demo test test-slow bench vllm-env test-vllm lint style clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +56,21 @@ test: $(STAMP) ## the default suite: no slow, GPU or vLLM tests
 test-slow: $(STAMP) ## the slow tests only
 	$(PYTEST) -m "slow and not gpu and not vllm" $(PYTEST_ARGS)
 
+bench: $(STAMP) ## time and memory of a step, against the naive order of work and the limit
+	$(BIN)/python benchmarks/step.py --preset $(PRESET) --model $(MODEL) --json bench-$(PRESET)-$(MODEL).json $(BENCH_ARGS)
+
+$(VLLM_STAMP): requirements-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet -r requirements-vllm.txt
+# The builds that it pulls in do not import beside a CPU torch, and nothing needs them.
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton
+	@touch $@
+
+vllm-env: $(VLLM_STAMP) ## .venv-vllm with a CPU build of vLLM (2.5 GB), for the tests marked vllm
+
+test-vllm: $(STAMP) $(VLLM_STAMP) ## structured mode with a real vLLM server on the CPU, minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/vllm_server $(PYTEST_ARGS)
+
 lint: $(STAMP) ## ruff, the formatting and mypy; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +82,4 @@ style: $(STAMP) ## sort imports, apply safe fixes and format, in place
 
 clean: ## remove builds and caches; .venv and training outputs stay
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -not -path "./$(VLLM_VENV)/*" -prune -exec rm -rf {} +

@@ -25,6 +25,8 @@ from typing import Any, Literal
 
 import run_ebft
 import torch
+from run_loading import load_split
+from run_options import STDLIB, DataArguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_ebft.config import EBFTSettings
@@ -49,7 +51,7 @@ class EvaluationArguments:
         }
     )
     dataset_name_or_path: str = field(
-        default=run_ebft.STDLIB + "topics",
+        default=STDLIB + "topics",
         metadata={"help": "Held-out text, named as for examples/run_ebft.py."},
     )
     dataset_config_name: str | None = field(
@@ -226,15 +228,15 @@ def evaluation_settings(args: EvaluationArguments) -> EBFTSettings:
 def load_rows(args: EvaluationArguments, tokenizer: Any) -> TokenizedRows:
     """Rows of held-out text, spread over documents; short ones are kept, for their text."""
     name = args.dataset_name_or_path
-    split = args.split or ("report" if name.startswith(run_ebft.STDLIB) else "train")
-    data = run_ebft.DataArguments(
+    split = args.split or ("report" if name.startswith(STDLIB) else "train")
+    data = DataArguments(
         dataset_name_or_path=name,
         dataset_config_name=args.dataset_config_name,
         text_column=args.text_column,
         sequence_len=args.sequence_len,
         keep_short=True,
     )
-    raw = run_ebft.load_split(name, split, data)
+    raw = run_ebft.raw_text(load_split(name, split, data), data, tokenizer)
     settings: Any = evaluation_settings(args)
     rows = run_ebft.tokenize(raw, tokenizer, data, settings)
     print(f"Held-out text, {raw.name}: {rows.counts}", flush=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,15 +15,17 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_ebft.config import EBFTSettings
-from hf_ebft.feature_network import FeatureNetwork
+from hf_ebft.config import EBFTSettings, FeatureMatchingArguments
+from hf_ebft.feature_network import FeatureNetwork, FrozenNetwork
 from hf_ebft.placement import Facts, Placement, choose_placement, free_memory, visible_devices
-from hf_ebft.sharding import copy_from_main_process, full_bytes, shard
+from hf_ebft.sharding import copy_from_main_process, full_bytes, is_sharded, shard
 from hf_ebft.sharing import why_not_shareable
 from hf_ebft.support import bare_model, vocabulary_size
 from hf_ebft.verification import verify_packing
 
 logger = logging.getLogger(__name__)
+
+Network = TypeVar("Network", bound=FrozenNetwork)
 
 RAM_EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -31,6 +33,35 @@ RAM_EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 def build_feature_network(
     policy: nn.Module, given: nn.Module | None, settings: EBFTSettings, accelerator: Accelerator
 ) -> FeatureNetwork:
+    """The feature network that the settings ask for, for packed rows, placed and frozen.
+
+    Arguments, errors and what processes must do: see :func:`build_placed_network`.
+    """
+
+    def make(model: nn.Module, *, shared: bool) -> FeatureNetwork:
+        return FeatureNetwork(
+            model,
+            feature_layers=settings.feature_layers,
+            embed_method=settings.embed_method,
+            normalization=settings.feature_normalization,
+            packed_attention=settings.packed_attention,
+            shared=shared,
+        )
+
+    network = build_placed_network(policy, given, settings, accelerator, make)
+    is_own = given is not None or settings.feature_model_name_or_path is not None
+    if is_own and settings.verify_packing and not is_sharded(network.model):
+        verify_packing(network.model, network.forward)
+    return network
+
+
+def build_placed_network(
+    policy: nn.Module,
+    given: nn.Module | None,
+    settings: FeatureMatchingArguments,
+    accelerator: Accelerator,
+    make: Callable[..., Network],
+) -> Network:
     """The feature network that the settings ask for, placed and frozen.
 
     Every process calls this once, before the policy is wrapped, and comes to the same placement.
@@ -41,6 +72,7 @@ def build_feature_network(
         copy.
         settings: the trainer's.
         accelerator: the trainer's.
+        make: ``make(model, shared=...)`` freezes a model into a network.
 
     Raises:
         ValueError: two networks asked for, another vocabulary, or a placement that is not possible.
@@ -50,20 +82,12 @@ def build_feature_network(
     placement = choose_placement(settings.feature_placement, facts)
     if accelerator.is_main_process:
         logger.info(placement.describe(facts))
-    keywords: dict[str, Any] = {
-        "feature_layers": settings.feature_layers,
-        "embed_method": settings.embed_method,
-        "normalization": settings.feature_normalization,
-        "packed_attention": settings.packed_attention,
-    }
     if placement.kind == "shared":
-        return FeatureNetwork(policy, shared=True, **keywords)
-    network = FeatureNetwork(
-        own if own is not None else _copy_of(policy, settings, accelerator), **keywords
+        return make(policy, shared=True)
+    network = make(
+        own if own is not None else _copy_of(policy, settings, accelerator), shared=False
     )
     _place(network, placement, settings)
-    if own is not None and settings.verify_packing and placement.kind != "sharded":
-        verify_packing(network.model, network.forward)
     return network
 
 
@@ -74,7 +98,7 @@ def ram_efficient_fsdp(accelerator: Accelerator) -> bool:
 
 
 def _load_own(
-    given: nn.Module | None, policy: nn.Module, settings: EBFTSettings
+    given: nn.Module | None, policy: nn.Module, settings: FeatureMatchingArguments
 ) -> nn.Module | None:
     """The user's network, or None for a copy of the policy."""
     path = settings.feature_model_name_or_path
@@ -93,7 +117,7 @@ def _load_own(
     return given
 
 
-def _load(path: str, settings: EBFTSettings, policy_dtype: torch.dtype) -> nn.Module:
+def _load(path: str, settings: FeatureMatchingArguments, policy_dtype: torch.dtype) -> nn.Module:
     dtype = getattr(torch, settings.feature_dtype) if settings.feature_dtype else policy_dtype
     arguments: dict[str, Any] = {"dtype": dtype}
     if settings.feature_quantization is not None:
@@ -122,7 +146,9 @@ def _loading_on_every_process() -> Iterator[None]:
             os.environ[RAM_EFFICIENT_LOADING] = before
 
 
-def _copy_of(policy: nn.Module, settings: EBFTSettings, accelerator: Accelerator) -> nn.Module:
+def _copy_of(
+    policy: nn.Module, settings: FeatureMatchingArguments, accelerator: Accelerator
+) -> nn.Module:
     if ram_efficient_fsdp(accelerator) and accelerator.num_processes > 1:
         duplicate = copy_from_main_process(policy)
     else:
@@ -132,7 +158,9 @@ def _copy_of(policy: nn.Module, settings: EBFTSettings, accelerator: Accelerator
     return duplicate
 
 
-def _place(network: FeatureNetwork, placement: Placement, settings: EBFTSettings) -> None:
+def _place(
+    network: FrozenNetwork, placement: Placement, settings: FeatureMatchingArguments
+) -> None:
     if settings.feature_quantization is None:  # bitsandbytes places its weights while loading
         network.model.to(placement.device)
     if placement.kind == "sharded":
@@ -140,7 +168,10 @@ def _place(network: FeatureNetwork, placement: Placement, settings: EBFTSettings
 
 
 def _gather_facts(
-    policy: nn.Module, own: nn.Module | None, settings: EBFTSettings, accelerator: Accelerator
+    policy: nn.Module,
+    own: nn.Module | None,
+    settings: FeatureMatchingArguments,
+    accelerator: Accelerator,
 ) -> Facts:
     """Facts, equal on every process: the main process judges, the least memory counts."""
     if own is not None:

@@ -1,7 +1,8 @@
 """phi, the frozen feature network, and its forward pass over packed rows.
 
 It needs no head and no layer above the highest one whose features are used, and keeps hidden states
-only where an embedding is read.
+only where an embedding is read. What does not depend on the shape of the rows is `FrozenNetwork`,
+which structured mode builds on too.
 
 Dimension letters: B rows, R packed row, P places kept, m layers, H hidden width, T token positions
 that the pooling reads, F = m * H, D embedding width, V vocabulary.
@@ -52,8 +53,8 @@ class FeaturePass:
     reference_log_probs: Tensor | None
 
 
-class FeatureNetwork:
-    """A frozen causal language model that embeds rollouts and ground truth.
+class FrozenNetwork:
+    """A frozen causal language model whose hidden states can be read at chosen places.
 
     It is deliberately no ``nn.Module``: a trainer that holds one does not wrap, optimize or save
     it.
@@ -63,11 +64,109 @@ class FeatureNetwork:
         shared.
         feature_layers: fractions of depth; layer index ``int(fraction * L)`` into transformers'
             ``hidden_states`` (0 is the embedding output, L the last one, after the final norm).
-        embed_method: pooling over the tokens of a block.
         normalization: see :func:`hf_ebft.features.normalize_layers`.
-        packed_attention: attention implementation for the packed row.
         shared: ``model`` is the policy, a PEFT model whose base serves as the network: it is left
             as it is, and read with its adapters switched off.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        feature_layers: Sequence[float],
+        normalization: FeatureNormalization,
+        shared: bool = False,
+    ) -> None:
+        self.model = model if shared else model.eval().requires_grad_(False)
+        self.backbone = backbone(model)
+        self.layers = decoder_layers(model)
+        self.layer_indices = [int(fraction * len(self.layers)) for fraction in feature_layers]
+        self.normalization = normalization
+        self.shared = shared
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """No gradient; a shared policy as it was before training, then as it is again."""
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if self.shared:
+                stack.enter_context(inference_mode_of(self.model))
+                stack.enter_context(adapters_off(self.model))
+            yield
+
+    def _read_layers(
+        self, run: Callable[[], Any], places: Tensor, *, to_the_end: bool
+    ) -> list[Tensor]:
+        """Hidden states (B, P, H) of every feature layer at ``places`` (B, P) of a forward pass.
+
+        Args:
+            run: makes the pass over B rows.
+            places: (B, P) int64.
+            to_the_end: whether the pass must not stop after the highest feature layer.
+        """
+        rows = torch.arange(places.shape[0], device=places.device)[:, None]
+        kept: dict[int, Tensor] = {}
+        stop_early = not to_the_end and len(self.layers) not in self.layer_indices
+        with (
+            self._capture(kept, rows, places, stop_early=stop_early),
+            contextlib.suppress(_TopLayerReached),
+        ):
+            run()
+        return [kept[index] for index in self.layer_indices]
+
+    @contextlib.contextmanager
+    def _capture(
+        self, kept: dict[int, Tensor], rows: Tensor, places: Tensor, *, stop_early: bool
+    ) -> Iterator[None]:
+        """Hooks that keep the wanted hidden states at ``places`` and end the pass after the last
+        one.
+
+        Hooks on the layers see the same values as transformers' ``hidden_states``; the last entry
+        of those is taken after the final norm, hence from the backbone's output.
+        """
+        n_layers, top = len(self.layers), max(self.layer_indices)
+
+        def keep(index: int, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            if index in self.layer_indices:
+                kept[index] = state[rows, places]
+            if stop_early and index == top:
+                raise _TopLayerReached
+
+        def embedding_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keep(0, args[0] if args else kwargs["hidden_states"])
+
+        def layer_hook(index: int) -> Any:
+            return lambda _module, _args, output: keep(index, output)
+
+        def last_hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            keep(n_layers, output.last_hidden_state)
+
+        hooks = [self.layers[0].register_forward_pre_hook(embedding_hook, with_kwargs=True)]
+        hooks += [
+            layer.register_forward_hook(layer_hook(index))
+            for index, layer in enumerate(self.layers, start=1)
+            if index < n_layers
+        ]
+        hooks.append(self.backbone.register_forward_hook(last_hook))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class FeatureNetwork(FrozenNetwork):
+    """A `FrozenNetwork` that embeds rollouts and ground truth of packed rows.
+
+    Args:
+        model, feature_layers, normalization, shared: see `FrozenNetwork`.
+        embed_method: pooling over the tokens of a block.
+        packed_attention: attention implementation for the packed row.
 
     Raises:
         ValueError: the network cannot be exact on packed rows.
@@ -83,24 +182,16 @@ class FeatureNetwork:
         packed_attention: str = "auto",
         shared: bool = False,
     ) -> None:
-        self.model = model if shared else model.eval().requires_grad_(False)
         self.forward = PackedForward.of(model, packed_attention)
-        self.backbone = backbone(model)
-        self.layers = decoder_layers(model)
-        self.layer_indices = [int(fraction * len(self.layers)) for fraction in feature_layers]
+        super().__init__(
+            model, feature_layers=feature_layers, normalization=normalization, shared=shared
+        )
         self.embed_method = embed_method
-        self.normalization = normalization
-        self.shared = shared
 
     @classmethod
     def from_policy(cls, policy: nn.Module, **settings: Any) -> FeatureNetwork:
         """A frozen copy of the policy as it is now (adapters of a PEFT model included)."""
         return cls(copy.deepcopy(policy), **settings)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network computes."""
-        return next(self.model.parameters()).device
 
     def embed(
         self, rollouts: Rollouts, score: Callable[..., TokenLogProbs] | None = None
@@ -143,79 +234,28 @@ class FeatureNetwork:
             reference_log_probs=None if reference is None else reference.rollout.to(home),
         )
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """No gradient; a shared policy as it was before training, then as it is again."""
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            if self.shared:
-                stack.enter_context(inference_mode_of(self.model))
-                stack.enter_context(adapters_off(self.model))
-            yield
-
     def _hidden_states(
         self, rollouts: Rollouts, places: Tensor, score: Callable[..., TokenLogProbs] | None
     ) -> tuple[list[Tensor], TokenLogProbs | None]:
         """Hidden states (B, P, H) of every feature layer at ``places`` (B, P)."""
-        rows = torch.arange(places.shape[0], device=places.device)[:, None]
-        kept: dict[int, Tensor] = {}
         part = rollouts.layout.row_part
         input_ids = rollouts.layout.input_ids(rollouts.tokens)
         # FSDP2 counts on every pass to go through its root and to the end.
         whole = score is not None or is_sharded(self.model)
-        stop_early = not whole and len(self.layers) not in self.layer_indices
-        reference = None
-        with self._capture(kept, rows, places, stop_early=stop_early):
+        reference: TokenLogProbs | None = None
+
+        def run() -> None:
+            nonlocal reference
             if score is not None:
                 reference = score(self.model, self.forward, rollouts, part=part)
             elif whole:
                 self.forward.logits(self.model, input_ids, part, places[0, :1])
             else:
-                with contextlib.suppress(_TopLayerReached):
-                    self.backbone(
-                        input_ids=input_ids,
-                        position_ids=part.queries.position,
-                        attention_mask=self.forward.recipe.masks_of(part),
-                        use_cache=False,
-                    )
-        return [kept[index] for index in self.layer_indices], reference
+                self.backbone(
+                    input_ids=input_ids,
+                    position_ids=part.queries.position,
+                    attention_mask=self.forward.recipe.masks_of(part),
+                    use_cache=False,
+                )
 
-    @contextlib.contextmanager
-    def _capture(
-        self, kept: dict[int, Tensor], rows: Tensor, places: Tensor, *, stop_early: bool
-    ) -> Iterator[None]:
-        """Hooks that keep the wanted hidden states at ``places`` and end the pass after the last
-        one.
-
-        Hooks on the layers see the same values as transformers' ``hidden_states``; the last entry
-        of those is taken after the final norm, hence from the backbone's output.
-        """
-        n_layers, top = len(self.layers), max(self.layer_indices)
-
-        def keep(index: int, output: Any) -> None:
-            state = output[0] if isinstance(output, tuple) else output
-            if index in self.layer_indices:
-                kept[index] = state[rows, places]
-            if stop_early and index == top:
-                raise _TopLayerReached
-
-        def embedding_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            keep(0, args[0] if args else kwargs["hidden_states"])
-
-        def layer_hook(index: int) -> Any:
-            return lambda _module, _args, output: keep(index, output)
-
-        def last_hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            keep(n_layers, output.last_hidden_state)
-
-        hooks = [self.layers[0].register_forward_pre_hook(embedding_hook, with_kwargs=True)]
-        hooks += [
-            layer.register_forward_hook(layer_hook(index))
-            for index, layer in enumerate(self.layers, start=1)
-            if index < n_layers
-        ]
-        hooks.append(self.backbone.register_forward_hook(last_hook))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return self._read_layers(run, places, to_the_end=whole), reference

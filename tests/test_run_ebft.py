@@ -24,6 +24,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import run_ebft  # noqa: E402  (a script beside its own modules)
+import run_options  # noqa: E402
 
 VOCABULARY = 300
 PAIRS = [
@@ -311,7 +312,7 @@ def test_a_setting_that_cannot_work_is_the_library_s_to_refuse() -> None:
 
 
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    actions = run_ebft.Parser()._actions
+    actions = run_options.Parser()._actions
     assert len(actions) > 150
     unexplained = [action.dest for action in actions if not (action.help or "").strip()]
     assert unexplained == []
@@ -331,14 +332,6 @@ def test_no_options_mean_the_demo() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((EXAMPLES / "configs").glob("*.yaml")), ids=lambda p: p.name
-)
-def test_the_configurations_that_ship_can_be_read(path: Path) -> None:
-    groups = parse(f"--config={path}")
-    run_ebft.check(groups[1], groups[2], groups[3])
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--lora_merge"], "lora_merge=True has nothing to merge"),
@@ -350,6 +343,88 @@ def test_the_configurations_that_ship_can_be_read(path: Path) -> None:
 def test_combinations_that_fail_late_are_refused_early(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_ebft.main(arguments)
+
+
+# ---- Mode -------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "a", "ground_truth": "b"}
+
+
+@pytest.mark.parametrize(
+    ("record", "mode", "why"),
+    [
+        ({"text": "a"}, "strided", "there are no prompts"),
+        ({"code": "a", "id": 1}, "strided", "there are no prompts"),
+        (GOOD, "structured", "columns are 'prompt' and 'ground_truth'"),
+        ({"prompt": "a", "answer": "b", "id": 1}, "structured", "'prompt' and 'answer'"),
+        ({"prompt": "a", "completion": "b"}, "strided", "for whole completions .* structured"),
+    ],
+)
+def test_columns_say_the_mode(tmp_path: Path, record: dict[str, Any], mode: str, why: str) -> None:
+    data = table(tmp_path / "data.jsonl", [record] * 3)
+    chosen, reason, opened = run_ebft.choose_mode([f"--dataset_name_or_path={data}"])
+    assert chosen == mode and re.search(why, reason) and opened is not None
+
+
+def test_the_mode_is_said(
+    tmp_path: Path, model_folder: str, text_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = options(model_folder, text_file, tmp_path / "out", report_rows=0, max_steps=1)
+    run_ebft.main(argv(run))
+    assert "Mode: strided (there are no prompts with ground truths)." in capsys.readouterr().out
+
+
+def test_an_explicit_mode_opens_nothing(tmp_path: Path) -> None:
+    """From the command line, which wins, or from the file."""
+    file = config_file(tmp_path, "mode: structured\ndataset_name_or_path: missing.jsonl\n")
+    assert run_ebft.choose_mode([file]) == ("structured", "as --mode says", None)
+    assert run_ebft.choose_mode([file, "--mode=strided"])[0] == "strided"
+    assert run_ebft.choose_mode([])[0] == "strided"
+    text = ["--dataset_name_or_path=missing.jsonl", "--text_column=body"]
+    assert run_ebft.choose_mode(text) == ("strided", "the text is in the column 'body'", None)
+
+
+def test_contradictory_columns_are_refused(tmp_path: Path) -> None:
+    data = table(tmp_path / "data.jsonl", [GOOD | {"text": "c"}] * 3)
+    with pytest.raises(ValueError, match="say which by --mode"):
+        run_ebft.choose_mode([f"--dataset_name_or_path={data}"])
+
+
+def test_an_unknown_mode_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_ebft.main(["--mode=chunked"])
+    assert "mode='chunked' is unknown; choose strided or structured" in capsys.readouterr().err
+
+
+def test_strided_mode_does_without_trl(tmp_path: Path, model_folder: str, text_file: str) -> None:
+    run = options(model_folder, text_file, tmp_path / "out", report_rows=0, max_steps=1)
+    program = (
+        f"import sys; sys.modules['trl'] = None; sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        f"import run_ebft; run_ebft.main({argv(run)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_transforms_make_rows_of_any_columns(tmp_path: Path, model_folder: str) -> None:
+    """Strided here: the ground truth is the completion that is learned, bad rows are counted."""
+    rows = [{"q": f"{n} + 1 =", "a": f" {n + 1}, of course" if n % 4 else ""} for n in range(40)]
+    data = table(tmp_path / "data.jsonl", rows)
+    settings = {"question_column": "q", "answer_column": "a"}
+    changed: dict[str, Any] = {"transform": "question_answer", "mode": "strided"}
+    changed |= {"eval_fraction": 0.2, "transform_args": json.dumps(settings)}
+    with pytest.raises(ValueError, match=r"question_answer: Row 0: column 'a' is blank"):
+        rows_of(model_folder, data, tmp_path, **changed)
+    train, held_out = rows_of(model_folder, data, tmp_path, bad_rows="skip", **changed)
+    assert train.counts.documents + held_out.counts.documents == 30
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    row = train[0]
+    learned = row["input_ids"][row["labels"] != -100]
+    assert tokenizer.decode(learned) == " 2, of course<eos>"
+    with pytest.raises(ValueError, match="transform='answers' is unknown; choose one of question"):
+        rows_of(model_folder, data, tmp_path, transform="answers")
+    with pytest.raises(ValueError, match="needs a transform; name one"):
+        rows_of(model_folder, data, tmp_path, transform_args='{"a": 1}')
 
 
 # ---- Data and model ---------------------------------------------------------------------------
@@ -439,7 +514,7 @@ def test_a_tokenizer_without_pad_token_pads_with_eos(
 
 def test_a_model_that_does_not_know_all_tokens_is_refused(tmp_path: Path) -> None:
     tiny_llama(vocabulary=20).save_pretrained(tmp_path)
-    names = run_ebft.ModelArguments(model_name_or_path=str(tmp_path))
+    names = run_options.ModelArguments(model_name_or_path=str(tmp_path))
     with pytest.raises(ValueError, match=r"has 300 tokens, .* embeds 20"):
         run_ebft.load_model(names, 300)
 
@@ -447,7 +522,7 @@ def test_a_model_that_does_not_know_all_tokens_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
 def test_weights_have_the_type_that_was_asked_for(tmp_path: Path, dtype: str) -> None:
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
-    names = run_ebft.ModelArguments(model_name_or_path=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
+    names = run_options.ModelArguments(model_name_or_path=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
     expected = torch.float32 if dtype == "float32" else torch.bfloat16
     assert run_ebft.load_model(names, 20).dtype == expected
 
@@ -487,7 +562,7 @@ def write_gguf(path: Path) -> None:
 def test_a_model_from_a_gguf_file_can_be_trained(tmp_path: Path) -> None:
     """Its weights are unpacked on loading: Trainer refuses packed ones, which take no gradient."""
     write_gguf(tmp_path / "tiny.gguf")
-    names = run_ebft.ModelArguments(model_name_or_path=str(tmp_path), gguf_file="tiny.gguf")
+    names = run_options.ModelArguments(model_name_or_path=str(tmp_path), gguf_file="tiny.gguf")
     model = run_ebft.load_model(names, 64)
     assert model.dtype == torch.float32
     trainer = run_ebft.EBFTTrainer(model, config(tmp_path, max_steps=1), train_dataset=texts(20))

@@ -31,7 +31,7 @@ class RawDataset:
 
     Attributes:
         records: the rows, in any indexable container (a list, a `datasets.Dataset`).
-        columns: ``(text column,)``, or ``("prompt", "completion")``.
+        columns: ``(text column,)``, or those of a prompt, its completion and what belongs to them.
         name: where it comes from, for messages.
     """
 
@@ -42,7 +42,7 @@ class RawDataset:
     @property
     def has_prompts(self) -> bool:
         """Whether rows are prompts with completions instead of documents."""
-        return self.columns == PAIR_COLUMNS
+        return len(self.columns) > 1
 
     def __len__(self) -> int:
         return len(self.records)
@@ -77,6 +77,36 @@ class RawDataset:
         return value
 
 
+@dataclass(frozen=True)
+class Table:
+    """Rows with all their columns, before anybody has said what they are for.
+
+    Attributes:
+        records: the rows, in any indexable container (a list, a `datasets.Dataset`).
+        columns: their names.
+        name: where it comes from, for messages.
+    """
+
+    records: Any
+    columns: tuple[str, ...]
+    name: str
+
+    def text(self, column: str | None = None) -> RawDataset:
+        """The documents, or prompts with completions, as :func:`find_columns` finds them.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return self.take(find_columns(self.columns, column, self.name))
+
+    def take(self, columns: tuple[str, ...]) -> RawDataset:
+        """These columns and no others."""
+        if hasattr(self.records, "select_columns"):  # a datasets.Dataset, which then stays on disk
+            return RawDataset(self.records.select_columns(list(columns)), columns, self.name)
+        records = [{column: record[column] for column in columns} for record in self.records]
+        return RawDataset(records, columns, self.name)
+
+
 def load_text_dataset(
     name_or_path: str,
     split: str = ONLY_SPLIT,
@@ -101,6 +131,28 @@ def load_text_dataset(
         ValueError: no such data, split or column; nothing in it; or undecodable text.
         ImportError: the format needs `datasets`, which is not installed.
     """
+    return load_table(name_or_path, split, config_name=config_name, column=column).text(column)
+
+
+def load_table(
+    name_or_path: str,
+    split: str = ONLY_SPLIT,
+    *,
+    config_name: str | None = None,
+    column: str | None = None,
+) -> Table:
+    """Load rows with all their columns; text files have one, ``text``.
+
+    Args:
+        name_or_path: as for :func:`load_text_dataset`.
+        split: likewise.
+        config_name: likewise.
+        column: a column that has to be there.
+
+    Raises:
+        ValueError: no such data, split or column; nothing in it; or undecodable text.
+        ImportError: the format needs `datasets`, which is not installed.
+    """
     path = Path(name_or_path).expanduser()
     text_files = _text_files(path)
     if text_files:
@@ -113,15 +165,20 @@ def load_text_dataset(
         records: Any = _read_text_files(text_files, str(path))
         columns: tuple[str, ...] = (TEXT_COLUMNS[0],)
     else:
-        table = _load_table(name_or_path, path, split, config_name)
-        columns = find_columns(table.column_names, column, name_or_path)
-        records = table.select_columns(list(columns))
+        records = _load_table(name_or_path, path, split, config_name)
+        columns = tuple(records.column_names)
+    if column is not None and column not in columns:
+        raise ValueError(_no_column(name_or_path, column, columns))
     if len(records) == 0:
         raise ValueError(
             f"{name_or_path} (split {split!r}) is empty: there is no text to sample prefixes from. "
             "Check the path and the split."
         )
-    return RawDataset(records, columns, name_or_path)
+    return Table(records, columns, name_or_path)
+
+
+def _no_column(name: str, column: str, available: Sequence[str]) -> str:
+    return f"{name} has no column {column!r}; it has {', '.join(map(repr, available))}."
 
 
 def find_columns(available: Sequence[str], column: str | None, name: str) -> tuple[str, ...]:
@@ -133,7 +190,7 @@ def find_columns(available: Sequence[str], column: str | None, name: str) -> tup
     listed = ", ".join(map(repr, available))
     if column is not None:
         if column not in available:
-            raise ValueError(f"{name} has no column {column!r}; it has {listed}.")
+            raise ValueError(_no_column(name, column, available))
         return (column,)
     if set(PAIR_COLUMNS) <= set(available):
         return PAIR_COLUMNS
@@ -142,9 +199,9 @@ def find_columns(available: Sequence[str], column: str | None, name: str) -> tup
             return (candidate,)
     if "messages" in available:
         raise ValueError(
-            f"{name} holds chats ('messages'), which are not read directly. Turn them into "
-            "'prompt' and 'completion' columns with tokenizer.apply_chat_template, or name a text "
-            "column."
+            f"{name} holds chats ('messages'), which are not read directly. Turn them into prompts "
+            "and ground truths with hf_ebft.data.chat, into 'prompt' and 'completion' columns with "
+            "tokenizer.apply_chat_template, or name a text column."
         )
     raise ValueError(
         f"{name} has neither a text column ({', '.join(TEXT_COLUMNS)}) nor both of "

@@ -6,8 +6,9 @@ a *row* is one piece or, packed, several.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,7 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_ebft.data.transforms import BadRowError
 from hf_ebft.documents import DOCUMENT_COLUMNS, IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 # Texts handed to the tokenizer at once: enough for its threads, little enough to stop early.
 BATCH = 256
@@ -148,6 +152,70 @@ def tokenize_and_cut(
     Raises:
         ValueError: lengths that do not fit, or no row at all.
     """
+    rows = _cut(documents, tokenizer, sequence_len, min_length, pack, keep_short, max_rows)
+    return _refuse_none(rows)
+
+
+def raw_text(
+    batch: Mapping[str, Sequence[Any]],
+    *,
+    tokenizer: Any,
+    text_column: str = "text",
+    sequence_len: int = 512,
+    min_length: int = 16,
+    keep_short: bool = False,
+) -> dict[str, list[list[int]]]:
+    """:func:`tokenize_and_cut` for ``dataset.map``: rows of strided mode from columns of raw text.
+
+        dataset.map(raw_text, batched=True, remove_columns=dataset.column_names,
+                    fn_kwargs={"tokenizer": tokenizer})
+
+    A text gives as many rows as it fills. What is left out is logged with its number.
+
+    Args:
+        batch: columns of several rows.
+        tokenizer: a transformers tokenizer.
+        text_column: the column with the texts.
+        sequence_len: most tokens of a row.
+        min_length: tokens that one block needs, ``context_length + generate_max_len``; pieces below
+            are dropped.
+        keep_short: keep these, to train by cross-entropy only.
+
+    Returns:
+        ``input_ids``, one list for each row made.
+
+    Raises:
+        ValueError: no such column, a call without ``batched=True``, or a value that is no text.
+    """
+    if text_column not in batch:
+        raise ValueError(f"There is no column {text_column!r}, only {', '.join(map(repr, batch))}.")
+    texts = batch[text_column]
+    if isinstance(texts, str):
+        raise ValueError(
+            "raw_text makes several rows of one text, so dataset.map needs batched=True for it."
+        )
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"Column {text_column!r} holds a {type(text).__name__} in row {number} of the "
+                "batch, not text."
+            )
+    rows = _cut(texts, tokenizer, sequence_len, min_length, False, keep_short, None)
+    if rows.counts.short or rows.counts.empty:
+        logger.info("%s", rows.counts)
+    return {"input_ids": [rows[number]["input_ids"].tolist() for number in range(len(rows))]}
+
+
+def _cut(
+    documents: Iterable[str],
+    tokenizer: Any,
+    sequence_len: int,
+    min_length: int,
+    pack: bool,
+    keep_short: bool,
+    max_rows: int | None,
+) -> TokenizedRows:
+    """:func:`tokenize_and_cut`, where no row at all is a result like others."""
     _check_lengths(sequence_len, min_length, max_rows)
     counts = TokenizationCounts(kept_short=keep_short)
     prefix = _prefix(tokenizer)
@@ -212,11 +280,7 @@ def tokenize_prompt_completion(
         ValueError: lengths that do not fit, a tokenizer without EOS, or no row at all.
     """
     _check_lengths(sequence_len, max(min_length, min_completion), max_rows)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no EOS token, so completions would have no end; set "
-            "tokenizer.eos_token."
-        )
+    _require_eos(tokenizer)
     counts = TokenizationCounts(kept_short=keep_short)
     prefix = _prefix(tokenizer)
     rows: list[dict[str, NDArray[np.int32]]] = []
@@ -243,7 +307,91 @@ def tokenize_prompt_completion(
         labels[:completion_start] = IGNORE_INDEX
         rows.append({"input_ids": input_ids, "labels": labels})
         sources.append((source,))
-    return _finish(rows, sources, counts)
+    return _refuse_none(_finish(rows, sources, counts))
+
+
+def prompt_completion(
+    row: Mapping[str, Any],
+    index: int | None = None,
+    *,
+    tokenizer: Any,
+    prompt_column: str = "prompt",
+    completion_column: str = "completion",
+    sequence_len: int = 512,
+    min_completion: int = 8,
+) -> dict[str, list[int]]:
+    """:func:`tokenize_prompt_completion` for ``dataset.map``, one row at a time.
+
+    A prompt may also be chat messages, which the tokenizer's chat template lays out up to where the
+    assistant is to speak. ``labels`` are -100 on the prompt, so that strided mode has its blocks in
+    the completion only. A completion that does not fit is cut at its end.
+
+    Args:
+        row: one row.
+        index: its number, for messages (``with_indices=True``).
+        tokenizer: a transformers tokenizer with an EOS token.
+        prompt_column: text or messages.
+        completion_column: text.
+        sequence_len: most tokens of a row.
+        min_completion: tokens of the completion that one block needs, ``min_completion_prefix +
+            generate_max_len``.
+
+    Returns:
+        ``input_ids`` and ``labels``.
+
+    Raises:
+        ValueError: a missing column, or a tokenizer without EOS or chat template.
+        BadRowError: a value that is no text, or a completion that is empty or of which too little
+            fits. :func:`transform_rows` can leave out such rows.
+    """
+    _require_eos(tokenizer)
+    where = "A row" if index is None else f"Row {index}"
+    for column in (prompt_column, completion_column):
+        if column not in row:
+            raise ValueError(
+                f"{where} has no column {column!r}; it has {', '.join(map(repr, row))}."
+            )
+    completion = row[completion_column]
+    if not isinstance(completion, str) or not completion:
+        raise BadRowError(f"{where}: column {completion_column!r} holds no text.")
+    prompt = render_prompt(row[prompt_column], tokenizer, f"{where}: column {prompt_column!r}")
+    prompt_ids, completion_ids = next(_encode_pairs([(prompt, completion)], tokenizer))
+    start = len(_prefix(tokenizer)) + len(prompt_ids)
+    whole = [*_prefix(tokenizer), *prompt_ids, *completion_ids, tokenizer.eos_token_id]
+    input_ids = whole[:sequence_len]
+    n_completion = max(0, len(input_ids) - start)
+    if n_completion < min_completion:
+        raise BadRowError(
+            f"{where}: of {len(whole) - start} tokens of the completion {n_completion} fit into "
+            f"sequence_len={sequence_len} after {start} tokens of the prompt, fewer than the "
+            f"{min_completion} that a block needs."
+        )
+    return {"input_ids": input_ids, "labels": [IGNORE_INDEX] * start + input_ids[start:]}
+
+
+def render_prompt(prompt: Any, tokenizer: Any, where: str) -> str:
+    """A prompt as the text that the tokenizer is to encode, without the BOS token that it adds.
+
+    Args:
+        prompt: text, or chat messages.
+        tokenizer: its chat template is used for messages.
+        where: what the prompt is, for errors.
+
+    Raises:
+        ValueError: messages without a chat template.
+        BadRowError: neither text nor messages.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        raise BadRowError(f"{where} holds a {type(prompt).__name__}, neither text nor messages.")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{where} holds chat messages, and the tokenizer has no chat template; set "
+            "tokenizer.chat_template, or give the prompts as text."
+        )
+    text: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token) if _prefix(tokenizer) else text
 
 
 class _Rows:
@@ -305,6 +453,14 @@ def _check_lengths(sequence_len: int, needed: int, max_rows: int | None) -> None
         raise ValueError(f"max_rows={max_rows} must be at least 1; leave it out to take all rows.")
 
 
+def _require_eos(tokenizer: Any) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has no EOS token, so completions would have no end; set "
+            "tokenizer.eos_token."
+        )
+
+
 def _prefix(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text: its BOS token, or nothing."""
     added = tokenizer("").input_ids
@@ -336,10 +492,14 @@ def _finish(
 ) -> TokenizedRows:
     counts.rows = len(rows)
     counts.tokens = sum(len(row["input_ids"]) for row in rows)
-    if not rows:
+    return TokenizedRows(rows, sources, counts)
+
+
+def _refuse_none(rows: TokenizedRows) -> TokenizedRows:
+    if len(rows) == 0:
         raise ValueError(
-            f"No row of text is left ({counts}). Give longer texts, lower context_length, "
+            f"No row of text is left ({rows.counts}). Give longer texts, lower context_length, "
             "generate_max_len or min_completion_prefix, raise sequence_len where prompts fill it, "
             "or keep short pieces for cross-entropy."
         )
-    return TokenizedRows(rows, sources, counts)
+    return rows

@@ -1,0 +1,252 @@
+"""Structured mode of ``run_ebft.py``: prompts with ground truths, on TRL's GRPOTrainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from run_loading import (
+    DATA_SEED,
+    load_model,
+    load_text,
+    load_tokenizer,
+    lora_config,
+    save,
+    say,
+    say_where,
+    shuffled,
+)
+from run_options import DataArguments, LoraArguments, ModelArguments, ReportArguments
+
+from hf_ebft.callbacks import use_compact_progress
+from hf_ebft.data import BadRowError, RawDataset, Table, transform_rows
+from hf_ebft.evaluation import PairedDifference, format_table, paired_bootstrap
+from hf_ebft.structured import EBFTGRPOConfig, EBFTGRPOTrainer, VLLMRollouts
+from hf_ebft.structured.multi_turn import MultiTurnRollouts, generate_on_server
+from hf_ebft.structured.reward import ground_truth_column
+
+GROUND_TRUTH = "ground_truth"
+# Says whether the thinking of reasoning models is embedded; the transforms make it.
+EMBED_THINKING = "embed_thinking"
+# Options of the groups in run_options.py that only strided mode reads.
+STRIDED_ONLY = (
+    "sequence_len",
+    "pack",
+    "keep_short",
+    "text_column",
+    "report_stride",
+    "report_n_samples",
+    "report_draws",
+    "report_samples",
+    "report_sample_len",
+)
+FIGURES = ("cfm_loss", "alignment", "diversity")
+
+
+def run(
+    data: DataArguments,
+    names: ModelArguments,
+    lora: LoraArguments,
+    report: ReportArguments,
+    args: EBFTGRPOConfig,
+    train: Table | None,
+) -> None:
+    """Load, measure, train, measure, save, report.
+
+    Args:
+        data, names, lora, report, args: the options.
+        train: the training data, if it has been opened already.
+    """
+    refuse_strided_options(data, report)
+    tokenizer = load_tokenizer(names, args)
+    tokenizer.padding_side = "left"  # TRL asks for it
+    with args.main_process_first(desc="loading the data"):
+        prompts, held_out = load_prompts(
+            data, args, wants_eval=report.report_rows > 0 or args.do_eval, train=train
+        )
+    trainer = EBFTGRPOTrainer(
+        model=load_model(names, len(tokenizer)),
+        args=args,
+        train_dataset=prompts,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=lora_config(lora),
+        rollout_func=rollouts_for(prompts, args),
+    )
+    use_compact_progress(trainer)
+
+    comparison = Comparison(trainer, held_out, report)
+    comparison.measure()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    comparison.measure()
+    save(trainer, lora, data)
+    comparison.show()
+    say_where(trainer)
+
+
+def refuse_strided_options(data: DataArguments, report: ReportArguments) -> None:
+    """Raise if an option was set that this mode would not read."""
+    for group in (data, report):
+        for field in dataclasses.fields(group):
+            if field.name in STRIDED_ONLY and getattr(group, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name}={getattr(group, field.name)!r} is for strided mode; in "
+                    "structured mode nothing would read it. Leave it out; lengths are set by "
+                    "max_completion_length, and what is printed by log_completions."
+                )
+
+
+# ---- Prompts ----------------------------------------------------------------------------------
+
+
+def load_prompts(
+    data: DataArguments, args: EBFTGRPOConfig, *, wants_eval: bool, train: Table | None = None
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Prompts with ground truths to train on and, if they are wanted, held-out ones."""
+    prompts, held_out = load_text(
+        data, wants_eval, lambda table: read_prompts(table, data, args), train
+    )
+    if data.max_train_rows is not None:
+        prompts = shuffled(prompts).select(range(min(data.max_train_rows, len(prompts))))
+    say(args, f"Training data, {prompts.name}: {len(prompts)} prompts")
+    if held_out is None:
+        return prompts.records, None
+    if data.max_eval_rows is not None:
+        held_out = shuffled(held_out).select(range(min(data.max_eval_rows, len(held_out))))
+    say(args, f"Held-out data, {held_out.name}: {len(held_out)} prompts")
+    return prompts.records, held_out.records
+
+
+def read_prompts(table: Table, data: DataArguments, args: EBFTGRPOConfig) -> RawDataset:
+    """A table's prompts and ground truths, by these names.
+
+    Raises:
+        ValueError: there are none, or one of them is blank (unless such rows are skipped).
+    """
+    if "prompt" not in table.columns:
+        raise ValueError(
+            f"{table.name} has no column 'prompt', only {', '.join(map(repr, table.columns))}. "
+            "Name a transform that makes prompts of them, or use --mode strided for text."
+        )
+    try:
+        truth = ground_truth_column(table.columns, args.ground_truth_column)
+    except ValueError as error:
+        raise ValueError(f"{table.name}: {error}") from error
+    kept = [name for name in ("prompt", truth, EMBED_THINKING) if name in table.columns]
+    records = table.take(tuple(kept)).records
+    if not isinstance(records, datasets.Dataset):
+        records = datasets.Dataset.from_list(records)
+    if truth != GROUND_TRUTH:
+        records = records.rename_column(truth, GROUND_TRUTH)
+    records = transform_rows(records, not_blank, bad_rows=data.bad_rows)
+    args.ground_truth_column = None  # it has the usual name now
+    return RawDataset(records, tuple(records.column_names), table.name)
+
+
+def not_blank(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The row as it is.
+
+    Raises:
+        BadRowError: no prompt or no ground truth.
+    """
+    for name in ("prompt", GROUND_TRUTH):
+        value = row[name]
+        if not (value.strip() if isinstance(value, str) else value):
+            raise BadRowError(f"Row {index}: column {name!r} holds {value!r}.")
+    return dict(row)
+
+
+def rollouts_for(prompts: datasets.Dataset, args: EBFTGRPOConfig) -> Callable[..., Any] | None:
+    """Chats of several turns have rollouts of their own; None is what the trainer has by itself."""
+    truth = prompts[0][GROUND_TRUTH]
+    if not isinstance(truth, list) or not isinstance(truth[0], str):
+        return None
+    generate = generate_on_server(VLLMRollouts(args)) if args.samples_on_server else None
+    return MultiTurnRollouts(generate)
+
+
+# ---- Results ----------------------------------------------------------------------------------
+
+
+class Comparison:
+    """The policy's completions of held-out prompts, before and after.
+
+    Args:
+        trainer: it has the policy as it is, and the reward.
+        held_out: prompts, of which some are measured.
+        report: how.
+    """
+
+    def __init__(
+        self, trainer: EBFTGRPOTrainer, held_out: datasets.Dataset | None, report: ReportArguments
+    ) -> None:
+        self.trainer = trainer
+        self.rows = None
+        if held_out is not None and report.report_rows:
+            count = min(report.report_rows, len(held_out))
+            self.rows = held_out.shuffle(seed=DATA_SEED).select(range(count))
+        self.figures: list[dict[str, NDArray[np.float64]]] = []
+        self.cross_entropy: list[float] = []
+
+    def measure(self) -> None:
+        """Measure the policy as it is now: the same prompts in the same order, with one seed."""
+        if self.rows is None:
+            return
+        say(self.trainer.args, f"Measuring {len(self.rows)} held-out prompts ...")
+        reward: Any = self.trainer.reward
+        score, scored = reward.score, []
+
+        def record(*args: Any, **options: Any) -> Any:
+            scored.append(score(*args, **options))
+            return scored[-1]
+
+        # Evaluation keeps means; the scores themselves allow for intervals.
+        reward.score = record
+        try:
+            metrics = self.trainer.evaluate(eval_dataset=self.rows)
+        finally:
+            reward.score = score
+        self.cross_entropy.append(metrics["eval_ebft/ce_loss"])
+        # (P, n, 1) of each batch, P prompts; the CFM loss is (P, 1).
+        self.figures.append(
+            {
+                name: np.concatenate(
+                    [
+                        getattr(scores.rewards, name).flatten(1).mean(1).double().cpu().numpy()
+                        for scores in scored
+                    ]
+                )
+                for name in FIGURES
+            }
+        )
+
+    def show(self) -> None:
+        """Print the differences, and keep them in report.json."""
+        if self.rows is None:
+            return
+        args = self.trainer.args
+        before, after = self.figures
+        differences: dict[str, PairedDifference] = {
+            name: paired_bootstrap(before[name], after[name]) for name in FIGURES
+        }
+        say(
+            args,
+            f"\nHeld-out prompts, {len(self.rows)}, before and after training: the same prompts, "
+            "random numbers and feature\nnetwork. Intervals by bootstrap over prompts; * marks a "
+            "change beyond the noise.\n\n"
+            + format_table(differences)
+            + "\nCross-entropy of the ground truths, nats/token: {:.4f}, {:.4f}".format(
+                *self.cross_entropy
+            ),
+        )
+        if args.process_index == 0:
+            path = Path(str(args.output_dir), "report.json")
+            figures = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
+            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            say(args, f"\nThe figures of the table are in {path}.")

@@ -1,0 +1,63 @@
+"""``hf-ebft``: what is done from the command line beside training.
+
+hf-ebft convert axolotl.yaml --output run.yaml
+python -m hf_ebft convert axolotl.yaml          # the same, printed
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from hf_ebft.conversion import Conversion, convert_axolotl, to_yaml
+from hf_ebft.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = ArgumentParser(prog="hf-ebft", description="Energy-based fine-tuning.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser(
+        "convert",
+        help="turn an axolotl configuration (rl: ebft) into one of examples/run_ebft.py",
+        description="Writes the options and names every key that could not be carried over.",
+    )
+    convert.add_argument("file", type=Path, help="axolotl's YAML")
+    convert.add_argument("--output", type=Path, help="file to write; default: print")
+    arguments = parser.parse_args(argv)
+    try:
+        conversion = convert_axolotl(read(arguments.file))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        print(f"hf-ebft convert: {arguments.file}: {error}", file=sys.stderr)
+        return 2
+    text = to_yaml(conversion, arguments.file.name)
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        arguments.output.write_text(text, encoding="utf-8")
+    print(summary(conversion), file=sys.stderr)
+    return 0
+
+
+def read(path: Path) -> Mapping[str, object]:
+    """A YAML file with 'key: value' lines.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, Mapping):
+        raise ValueError("it does not hold lines of the form 'key: value'.")
+    return config
+
+
+def summary(conversion: Conversion) -> str:
+    """What was carried over and what was not, for the terminal."""
+    left = [f"  {key}: {why}" for key, why in conversion.left.items()]
+    head = f"{len(conversion.carried)} keys carried over, {len(left)} not"
+    return "\n".join([f"{head}:" if left else f"{head}.", *left])

@@ -1,0 +1,6 @@
+"""Configurations of other programs, turned into those of ``examples/run_ebft.py``."""
+
+from hf_ebft.conversion.axolotl import Conversion, convert_axolotl
+from hf_ebft.conversion.report import to_yaml
+
+__all__ = ["Conversion", "convert_axolotl", "to_yaml"]

@@ -1,0 +1,429 @@
+"""axolotl's ``rl: ebft`` configurations as options of ``examples/run_ebft.py``.
+
+Every key of the file ends up in one of two places: among the options, or in the list of those that
+could not be carried over, with the reason. Where a default differs, axolotl's is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Keys that mean the same in both modes: axolotl's name -> ours.
+SAME: dict[str, str] = {
+    "base_model": "model_name_or_path",
+    "revision_of_model": "model_revision",
+    "tokenizer_config": "tokenizer_name_or_path",
+    "trust_remote_code": "trust_remote_code",
+    "attn_implementation": "attn_implementation",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "num_epochs": "num_train_epochs",
+    "max_steps": "max_steps",
+    "learning_rate": "learning_rate",
+    "optimizer": "optim",
+    "optim_args": "optim_args",
+    "lr_scheduler": "lr_scheduler_type",
+    "lr_scheduler_kwargs": "lr_scheduler_kwargs",
+    "warmup_steps": "warmup_steps",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "adam_beta1": "adam_beta1",
+    "adam_beta2": "adam_beta2",
+    "adam_epsilon": "adam_epsilon",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    "lora_r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "output_dir": "output_dir",
+    "logging_steps": "logging_steps",
+    "save_steps": "save_steps",
+    "save_strategy": "save_strategy",
+    "save_total_limit": "save_total_limit",
+    "eval_steps": "eval_steps",
+    "eval_strategy": "eval_strategy",
+    "resume_from_checkpoint": "resume_from_checkpoint",
+    "seed": "seed",
+    "tf32": "tf32",
+    "wandb_name": "run_name",
+    "hub_model_id": "hub_model_id",
+    "dataloader_num_workers": "dataloader_num_workers",
+    "dataloader_pin_memory": "dataloader_pin_memory",
+    "dataloader_prefetch_factor": "dataloader_prefetch_factor",
+    "dataloader_drop_last": "dataloader_drop_last",
+    "ddp_timeout": "ddp_timeout",
+}
+#: Keys of ``ebft`` that both modes have.
+EBFT_SAME = (
+    "feature_layers",
+    "embed_method",
+    "use_whitening",
+    "alignment_coef",
+    "diversity_coef",
+    "ce_coef",
+)
+#: Keys of ``ebft`` for strided mode; the names are ours.
+EBFT_STRIDED = (
+    "stride",
+    "context_length",
+    "generate_max_len",
+    "n_samples_per_prompt",
+    "temperature",
+    "top_p",
+    "rl_coef",
+    "advantage_estimator",
+    "min_completion_prefix",
+)
+#: Keys of ``ebft`` for structured mode; the names are ours.
+EBFT_STRUCTURED = ("adaptive_max_tokens", "gt_length_multiplier")
+#: axolotl's defaults that are not ours, with the modes that have the option.
+OTHER_DEFAULTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "use_whitening": (False, ("strided", "structured")),
+    "adaptive_max_tokens": (True, ("structured",)),
+}
+#: Keys of ``trl`` that `trl.GRPOConfig` and ours have by the same name.
+TRL_SAME = (
+    "num_generations",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "beta",
+    "num_iterations",
+    "mask_truncated_completions",
+    "log_completions",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "vllm_mode",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+)
+#: Keys of ``vllm`` that ``examples/serve_vllm.py`` reads from our file.
+VLLM_SAME: dict[str, str] = {
+    "gpu_memory_utilization": "vllm_gpu_memory_utilization",
+    "tensor_parallel_size": "vllm_tensor_parallel_size",
+    "max_model_len": "vllm_max_model_length",
+    "port": "vllm_server_port",
+}
+#: Keys without a place here, and why.
+NO_PLACE: dict[str, str] = {
+    "chat_template": "the tokenizer's own template is used; set it with the tokenizer",
+    "special_tokens": "the tokenizer's own are used; without a pad token it pads with EOS",
+    "torch_compile": "strided mode compiles what it needs itself",
+    "ddp": "accelerate launch and its configuration decide how processes share the work",
+    "device_map": "accelerate decides where the model is",
+    "deepspeed": "not supported; see accelerate_configs/ for DDP and FSDP2",
+    "fsdp": "see accelerate_configs/fsdp2*.yaml, given to accelerate launch",
+    "fsdp_config": "see accelerate_configs/fsdp2*.yaml, given to accelerate launch",
+    "fsdp_version": "see accelerate_configs/fsdp2*.yaml, given to accelerate launch",
+    "sample_packing": "packing is `pack: true`, for strided mode on text",
+    "dataset_prepared_path": "datasets caches what it has prepared by itself",
+    "wandb_entity": "set the environment variable WANDB_ENTITY",
+    "load_in_8bit": "quantized policies are loaded in a script, not from the command line",
+    "load_in_4bit": "quantized policies are loaded in a script, not from the command line",
+}
+
+
+@dataclass
+class Conversion:
+    """A configuration in our options, and what became of every key of the other.
+
+    Attributes:
+        options: for ``examples/run_ebft.py --config``.
+        carried: the other's key (``ebft.stride``) -> our option.
+        left: keys that could not be carried over -> why.
+        notes: what means something else here, in sentences.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    carried: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def carry(self, key: str, option: str, value: Any) -> None:
+        """Write an option for a key."""
+        self.options[option] = value
+        self.carried[key] = option
+
+    def leave(self, key: str, why: str) -> None:
+        """Say why a key has no option."""
+        self.left[key] = why
+
+
+def convert_axolotl(config: Mapping[str, Any]) -> Conversion:
+    """Turn an axolotl configuration with ``rl: ebft`` into ours.
+
+    Raises:
+        ValueError: another training method, or a configuration of another shape.
+    """
+    if config.get("rl") != "ebft":
+        raise ValueError(
+            f"rl: {config.get('rl')!r} is not EBFT; only configurations with 'rl: ebft' can be "
+            "converted."
+        )
+    for section in ("ebft", "trl", "vllm"):
+        if not isinstance(config.get(section) or {}, Mapping):
+            raise ValueError(f"{section} must hold 'key: value' lines, not {config[section]!r}.")
+    result = Conversion()
+    ebft = dict(config.get("ebft") or {})
+    mode = ebft.pop("mode", "structured")
+    if mode not in ("strided", "structured"):
+        raise ValueError(f"ebft.mode is {mode!r}; it can be strided or structured.")
+    result.options["mode"] = mode
+    result.carried["rl"] = "mode"
+    if "mode" in (config.get("ebft") or {}):
+        result.carried["ebft.mode"] = "mode"
+    for key, value in config.items():
+        if key in ("rl", "ebft", "trl", "vllm"):
+            continue
+        _top(result, key, value, config, mode)
+    _ebft(result, ebft, mode)
+    _trl(result, dict(config.get("trl") or {}), dict(config.get("vllm") or {}), mode)
+    _report_to(result, config)
+    return result
+
+
+def _top(result: Conversion, key: str, value: Any, config: Mapping[str, Any], mode: str) -> None:
+    """A key outside the sections."""
+    if value is None:
+        result.leave(key, "it is empty")
+    elif key in SAME and SAME[key] in result.options:
+        result.leave(key, f"{SAME[key]} is said by another key already")
+    elif key in SAME:
+        result.carry(key, SAME[key], value)
+    elif key in NO_PLACE and value is False:
+        result.leave(key, "false is the default")
+    elif key in NO_PLACE:
+        result.leave(key, NO_PLACE[key])
+    elif key == "sequence_len":
+        if mode == "strided":
+            result.carry(key, "sequence_len", value)
+        else:
+            result.leave(key, "prompts are not cut; max_completion_length bounds completions")
+    elif key == "datasets":
+        _datasets(result, value, mode)
+    elif key == "val_set_size":
+        _val_set_size(result, value)
+    elif key == "adapter":
+        if value == "lora":
+            result.carry(key, "use_peft", True)
+        else:
+            result.leave(key, f"{value} is not supported from the command line, lora is")
+    elif key == "lora_target_linear":
+        if value:
+            result.carry(key, "lora_target_modules", ["all-linear"])
+        else:
+            result.leave(key, "lora_target_modules says which modules get adapters")
+    elif key == "lora_target_modules":
+        result.carry(key, key, value if isinstance(value, list) else [value])
+    elif key in ("bf16", "fp16", "torch_dtype"):
+        _precision(result, key, config)
+    elif key == "flash_attention":
+        _flash_attention(result, value, mode)
+    elif key in ("use_tensorboard", "use_wandb", "wandb_project"):
+        pass  # together, at the end
+    else:
+        result.leave(key, "there is no such option here")
+
+
+def _datasets(result: Conversion, entries: Any, mode: str) -> None:
+    if not isinstance(entries, list) or not entries or not isinstance(entries[0], Mapping):
+        result.leave("datasets", "it holds no list of data sets with a path")
+        return
+    for number in range(1, len(entries)):
+        result.leave(f"datasets[{number}]", "one data set is read; join them into one first")
+    names = {"path": "dataset_name_or_path", "name": "dataset_config_name"}
+    names |= {"split": "train_split", "train_on_split": "train_split"}
+    for key, value in entries[0].items():
+        path = f"datasets[0].{key}"
+        if key in names:
+            result.carry(path, names[key], value)
+        elif key == "type":
+            _transform(result, path, value, entries[0].get("path"), mode)
+        else:
+            result.leave(path, "there is no such option here")
+
+
+def _transform(result: Conversion, key: str, transform: Any, dataset: Any, mode: str) -> None:
+    """The transforms of axolotl's examples; others are code, which cannot be converted."""
+    if transform in ("ebft_opencode.transform", "ebft_strided_structured.transform"):
+        settings: dict[str, Any] = {"question_column": "input", "answer_column": "output"}
+        if transform == "ebft_opencode.transform":
+            settings["chat"] = True
+        result.carry(key, "transform", "question_answer")
+        result.options["transform_args"] = settings
+        if mode == "structured":
+            result.notes.append(
+                "Prompts are chat messages: the model's tokenizer needs a chat template. For a "
+                "base model without one drop 'chat' from transform_args."
+            )
+    elif transform == "ebft_pretrain.transform":
+        column = "question" if "swallow_code" in str(dataset) else "text"
+        result.carry(key, "text_column", column)
+        result.notes.append(
+            f"Text is read from the column {column!r}; axolotl takes 'question' where there is "
+            "one, else 'text'. Long documents continue in the next row here instead of ending."
+        )
+    else:
+        result.leave(
+            key,
+            "it is code; use one of the transforms in docs/data.md, or a data set with prompts and "
+            "ground truths",
+        )
+
+
+def _val_set_size(result: Conversion, value: Any) -> None:
+    if not 0 <= value <= 0.5:
+        result.leave("val_set_size", "held-out rows are a share of at most 0.5 here: eval_fraction")
+        return
+    result.carry("val_set_size", "eval_fraction", value)
+    if value == 0:
+        result.options["report_rows"] = 0
+        result.notes.append(
+            "Nothing is held out (val_set_size 0), so there is no report before and after "
+            "training; set eval_fraction or eval_split, and drop report_rows: 0, to get one."
+        )
+
+
+def _precision(result: Conversion, key: str, config: Mapping[str, Any]) -> None:
+    """bf16 and fp16; with adapters the weights themselves are loaded in that type."""
+    value = config[key]
+    names = {"bf16": "bfloat16", "fp16": "float16"}
+    if key == "torch_dtype":
+        result.carry(key, "dtype", str(value).removeprefix("torch."))
+    elif value not in (True, "auto", "full"):
+        result.carry(key, key, False)
+    elif config.get("adapter") is not None and key == "bf16":
+        # Adapters stay float32 in a model loaded in bfloat16, so no second copy is needed.
+        result.carry(key, "dtype", names[key])
+        result.options["bf16"] = False
+    else:
+        result.carry(key, key, True)
+    if value == "auto":
+        result.notes.append(f"{key}: auto is taken as true; set it to false on a device without.")
+
+
+def _flash_attention(result: Conversion, value: Any, mode: str) -> None:
+    if mode == "strided":
+        result.leave("flash_attention", "packed rows need a mask; packed_attention chooses")
+    elif value:
+        result.carry("flash_attention", "attn_implementation", "flash_attention_2")
+    else:
+        result.leave("flash_attention", "false is the default")
+
+
+def _ebft(result: Conversion, ebft: dict[str, Any], mode: str) -> None:
+    by_mode: dict[str, tuple[str, ...]] = {
+        "strided": EBFT_STRIDED,
+        "structured": EBFT_STRUCTURED,
+    }
+    own = by_mode.pop(mode)
+    (other,) = by_mode.values()
+    for key, value in ebft.items():
+        if value is None:
+            result.leave(f"ebft.{key}", "it is empty")
+        elif key in EBFT_SAME or key in own:
+            result.carry(f"ebft.{key}", key, value)
+        elif key in other:
+            result.leave(f"ebft.{key}", f"axolotl does not read it in {mode} mode either")
+        else:
+            result.leave(f"ebft.{key}", "there is no such option here")
+    for key, (default, modes) in OTHER_DEFAULTS.items():
+        if mode in modes and key not in result.options:
+            result.options[key] = default
+            result.notes.append(f"{key}: {str(default).lower()} is axolotl's default, not ours.")
+    if mode == "strided" and result.options.get("embed_method") == "completion_mean":
+        del result.options["embed_method"], result.carried["ebft.embed_method"]
+        result.leave("ebft.embed_method", "completion_mean is for structured mode")
+
+
+def _trl(result: Conversion, trl: dict[str, Any], vllm: dict[str, Any], mode: str) -> None:
+    if mode == "strided":
+        for section, keys in (("trl", trl), ("vllm", vllm)):
+            for key in keys:
+                result.leave(f"{section}.{key}", "strided mode samples by itself, without TRL")
+        return
+    # axolotl serves adapters from files where a key or the server's module says so.
+    lora_sync = trl.get("vllm_lora_sync") is True or "lora" in str(vllm.get("serve_module"))
+    for key, value in trl.items():
+        path = f"trl.{key}"
+        if value is None:
+            result.leave(path, "it is empty")
+        elif key == "scale_rewards":
+            result.leave(
+                path,
+                "advantages are not divided by a standard deviation; advantage_estimator: "
+                "group_norm is the estimator that does",
+            )
+        elif key == "use_vllm" and value and lora_sync:
+            result.carry(path, "vllm_lora_sync", True)
+        elif key == "use_vllm":
+            result.carry(path, key, value)
+        elif key in ("vllm_lora_sync", "vllm_sync_interval", "async_prefetch"):
+            if lora_sync:
+                result.carry(path, key, value)
+            else:
+                result.leave(path, "it needs vllm_lora_sync: true here")
+        elif key == "vllm_server_host" and value == "0.0.0.0":
+            result.carry(path, key, "127.0.0.1")
+        elif key in TRL_SAME:
+            result.carry(path, key, value)
+        else:
+            result.leave(path, "there is no such option here")
+    for key, value in vllm.items():
+        path = f"vllm.{key}"
+        if key == "serve_module":
+            if lora_sync:
+                result.carry(path, "vllm_lora_sync", True)
+            else:
+                result.leave(path, "examples/serve_vllm.py, or TRL's server, is started instead")
+        elif key in VLLM_SAME and value is not None:
+            if VLLM_SAME[key] in result.options:
+                result.leave(path, f"trl.{VLLM_SAME[key]} says it already")
+            else:
+                result.carry(path, VLLM_SAME[key], value)
+        else:
+            result.leave(path, "give it to examples/serve_vllm.py after --, as vLLM calls it")
+    if trl.get("use_vllm") and not lora_sync:
+        result.options["vllm_mode"] = result.options.get("vllm_mode", "server")
+    rank = result.options.get("lora_r", 0)
+    if lora_sync and rank > 16:
+        result.options["vllm_max_lora_rank"] = next(
+            (served for served in (32, 64, 128, 256, 512) if served >= rank), 512
+        )
+
+
+def _report_to(result: Conversion, config: Mapping[str, Any]) -> None:
+    """Where curves go; several keys of axolotl's make one list."""
+    targets = []
+    for key, target in (("use_tensorboard", "tensorboard"), ("use_wandb", "wandb")):
+        if key in config:
+            if config[key]:
+                targets.append(target)
+                result.carried[key] = "report_to"
+            else:
+                result.leave(key, "false is the default")
+    if "wandb_project" in config:
+        if config["wandb_project"]:
+            targets.append("wandb")
+            result.carried["wandb_project"] = "report_to"
+            result.notes.append(
+                "The project's name is read from the environment: WANDB_PROJECT="
+                f"{config['wandb_project']}."
+            )
+        else:
+            result.leave("wandb_project", "it is empty")
+    result.options["report_to"] = sorted(set(targets)) or "none"

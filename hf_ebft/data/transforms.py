@@ -1,0 +1,497 @@
+"""From the columns that data sets have to the ones that structured mode trains on.
+
+Every transform is a plain function of one row, for ``dataset.map``:
+
+    dataset = dataset.map(question_answer, with_indices=True, remove_columns=dataset.column_names)
+
+and takes its settings by keyword (``fn_kwargs={"answer_column": "solution"}``). With
+``with_indices=True`` its errors say which row they are about. It returns a ``prompt``, as text or
+as chat messages, and the ``ground_truth`` to match. :func:`transform_rows` does the same in one
+call and can leave out bad rows, counting them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from string import Formatter
+from typing import Any, Literal
+
+from hf_ebft.data.thinking import join_thinking, split_thinking
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, str]
+Transform = Callable[..., dict[str, Any]]
+
+#: Names of languages that the translation prompt spells out; others are given by ``languages``.
+LANGUAGES: dict[str, str] = {
+    "ar": "Arabic",
+    "cs": "Czech",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "hi": "Hindi",
+    "is": "Icelandic",
+    "it": "Italian",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ru": "Russian",
+    "tr": "Turkish",
+    "uk": "Ukrainian",
+    "zh": "Chinese",
+}
+#: The instruction of the ALMA models (arXiv 2309.11674).
+TRANSLATION_PROMPT = (
+    "Translate this from {source_language} to {target_language}:\n"
+    "{source_language}: {source}\n"
+    "{target_language}:"
+)
+# The names that other formats of chats give to the three roles.
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+class BadRowError(ValueError):
+    """A row that cannot be used, while others of the same data set may be."""
+
+
+def question_answer(
+    row: Mapping[str, Any],
+    index: int | None = None,
+    *,
+    question_column: str = "input",
+    answer_column: str = "output",
+    prompt_template: str | None = None,
+    chat: bool = False,
+    system_prompt: str | None = None,
+) -> dict[str, Any]:
+    """Questions with answers, such as OpenCodeInstruct's ``input`` and ``output``.
+
+    Args:
+        row: one row.
+        index: its number, for messages.
+        question_column: the question or instruction.
+        answer_column: the ground truth.
+        prompt_template: text with the names of columns in braces, ``"Q: {input}\\nA:"`` for
+            example. Default: the question as it is.
+        chat: make the prompt a chat message of the user.
+        system_prompt: a system message before it; needs ``chat``.
+
+    Returns:
+        ``prompt`` (text, or messages with ``chat``) and ``ground_truth`` (text).
+
+    Raises:
+        ValueError: a column or template that does not fit the data set.
+        BadRowError: a question or answer that is missing, blank or no text.
+    """
+    _refuse_system_prompt(chat, system_prompt)
+    if prompt_template is None:
+        prompt = _text(row, question_column, index)
+    else:
+        fields = _fields(prompt_template)
+        prompt = prompt_template.format(**{name: _text(row, name, index) for name in fields})
+    return {
+        "prompt": _chat_prompt(prompt, system_prompt) if chat else prompt,
+        "ground_truth": _text(row, answer_column, index),
+    }
+
+
+def translation(
+    row: Mapping[str, Any],
+    index: int | None = None,
+    *,
+    source: str,
+    target: str,
+    translation_column: str = "translation",
+    prompt_template: str = TRANSLATION_PROMPT,
+    languages: Mapping[str, str] | None = None,
+    chat: bool = False,
+    system_prompt: str | None = None,
+) -> dict[str, Any]:
+    """Translation pairs, ``{"translation": {"de": ..., "en": ...}}``, as WMT and ALMA have them.
+
+    Args:
+        row: one row.
+        index: its number, for messages.
+        source: code of the language to translate from.
+        target: code of the language to translate to.
+        translation_column: the column with a text by language code.
+        prompt_template: text with ``{source}``, ``{source_language}`` and ``{target_language}`` in
+            braces. Default: the instruction of the ALMA models.
+        languages: names of languages by code, on top of the ones in ``LANGUAGES``.
+        chat: make the prompt a chat message of the user.
+        system_prompt: a system message before it; needs ``chat``.
+
+    Returns:
+        ``prompt`` and ``ground_truth``, which as plain text begins with a space, as a text after
+        the prompt's colon does.
+
+    Raises:
+        ValueError: a column, language or template that does not fit the data set.
+        BadRowError: a translation that is missing, blank or no text.
+    """
+    _refuse_system_prompt(chat, system_prompt)
+    if source == target:
+        raise ValueError(f"source and target are both {source!r}; name two languages.")
+    names = LANGUAGES | dict(languages or {})
+    for code in (source, target):
+        if code not in names:
+            raise ValueError(
+                f"There is no name for the language {code!r}; give it as "
+                f"languages={{{code!r}: 'its name'}}."
+            )
+    pair = _value(row, translation_column, index)
+    if not isinstance(pair, Mapping):
+        raise BadRowError(
+            f"{_where(index)}: column {translation_column!r} holds a {type(pair).__name__}, not a "
+            "text by language code."
+        )
+    values = {
+        "source": _text(pair, source, index, within=translation_column),
+        "source_language": names[source],
+        "target_language": names[target],
+    }
+    unknown = _fields(prompt_template) - values.keys()
+    if unknown:
+        raise ValueError(
+            f"prompt_template has {{{sorted(unknown)[0]}}}; what it can hold is "
+            f"{', '.join(f'{{{name}}}' for name in values)}."
+        )
+    prompt = prompt_template.format(**values)
+    answer = _text(pair, target, index, within=translation_column)
+    return {
+        "prompt": _chat_prompt(prompt, system_prompt) if chat else prompt,
+        "ground_truth": answer if chat else f" {answer.lstrip()}",
+    }
+
+
+def chat(
+    row: Mapping[str, Any],
+    index: int | None = None,
+    *,
+    messages_column: str = "messages",
+    turn: Literal["first", "last", "all"] = "last",
+    thinking: Literal["strip", "keep"] | None = None,
+) -> dict[str, Any]:
+    """Chats: lists of messages ``{"role", "content"}``, or ``{"from", "value"}`` as ShareGPT has.
+
+    What follows the last reply of the assistant has no ground truth and is not used.
+
+    Args:
+        row: one row.
+        index: its number, for messages.
+        messages_column: the column with the messages.
+        turn: which reply is learned. ``"first"``: the prompt is what comes before the first reply.
+            ``"last"``: the prompt is the whole chat before the last reply, earlier replies as they
+            stand in the data. ``"all"``: the prompt is the chat without any reply and the ground
+            truth is the list of replies, for :class:`hf_ebft.structured.MultiTurnRollouts`, which
+            continues from the replies that it has generated.
+        thinking: what becomes of the thinking of reasoning models in replies, between
+            ``<think>`` tags or in a ``reasoning_content`` of a message; see :func:`reasoning`.
+            Earlier replies of the prompt lose theirs, as chat templates do it. Needed where there
+            is any; ``"strip"`` is not for ``turn="all"``.
+
+    Returns:
+        ``prompt`` (messages), ``ground_truth`` (text; a list of them with ``"all"``), and
+        ``embed_thinking`` if ``thinking`` was given.
+
+    Raises:
+        ValueError: a column or setting that does not fit the data set.
+        BadRowError: a chat without reply, with unknown roles or without text in a message, or, for
+            ``"all"``, one in which user and assistant do not take turns.
+    """
+    if turn not in ("first", "last", "all"):
+        raise ValueError(f"turn={turn!r} is unknown; choose first, last or all.")
+    _check_thinking(thinking)
+    if turn == "all" and thinking == "strip":
+        raise ValueError(
+            "thinking='strip' needs one answer after the thinking, and chats of several turns "
+            "(turn='all') think before each reply; use turn='last', or thinking='keep'."
+        )
+    messages = [
+        _message(message, index, number, messages_column, thinking)
+        for number, message in enumerate(_messages(row, messages_column, index))
+    ]
+    replies = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if not replies:
+        raise BadRowError(
+            f"{_where(index)}: column {messages_column!r} holds no reply of the assistant."
+        )
+    result: dict[str, Any]
+    if turn == "all":
+        _check_turns(messages[: replies[-1] + 1], index, messages_column)
+        prompt = [message for message in messages[: replies[-1]] if message["role"] != "assistant"]
+        result = {"prompt": prompt, "ground_truth": [messages[n]["content"] for n in replies]}
+    else:
+        reply = replies[0 if turn == "first" else -1]
+        prompt = [_without_thinking(message) for message in messages[:reply]]
+        if not any(message["role"] == "user" for message in prompt):
+            raise BadRowError(
+                f"{_where(index)}: column {messages_column!r} has no message of the user before "
+                f"the {turn} reply."
+            )
+        result = {"prompt": prompt, "ground_truth": messages[reply]["content"]}
+    return result if thinking is None else result | {"embed_thinking": thinking == "keep"}
+
+
+def reasoning(
+    row: Mapping[str, Any],
+    index: int | None = None,
+    *,
+    thinking: Literal["strip", "keep"],
+    prompt_column: str = "prompt",
+    answer_column: str = "ground_truth",
+    thinking_column: str | None = None,
+) -> dict[str, Any]:
+    """Answers with the thinking that led to them, as data for reasoning models has it.
+
+    ``"strip"``: only answers are compared. The ground truth loses its thinking here, and
+    ``embed_thinking=False`` tells structured mode to take the thinking out of rollouts before they
+    reach the feature network. ``"keep"``: both are embedded with their thinking. Either way the
+    policy gradient covers all that the policy has sampled.
+
+    Args:
+        row: one row.
+        index: its number, for messages.
+        thinking: ``"strip"`` or ``"keep"``.
+        prompt_column: the prompt, text or messages.
+        answer_column: the reply, with its thinking between ``<think>`` tags unless there is a
+            ``thinking_column``.
+        thinking_column: a column of its own with the thinking, such as ``reasoning_content``.
+
+    Returns:
+        ``prompt``, ``ground_truth`` (text) and ``embed_thinking`` (bool).
+
+    Raises:
+        ValueError: a column or setting that does not fit the data set.
+        BadRowError: a value that is missing, blank or no text; thinking that never ends; or, to
+            ``"keep"`` it, a reply without any.
+    """
+    _check_thinking(thinking)
+    answer = _text(row, answer_column, index)
+    try:
+        thought, answer = split_thinking(answer)
+    except ValueError as error:
+        raise BadRowError(f"{_where(index)}: column {answer_column!r}: {error}") from error
+    if thinking_column is not None:
+        if thought is not None:
+            raise BadRowError(
+                f"{_where(index)}: thinking stands in {answer_column!r} and in {thinking_column!r}."
+            )
+        thought = _text(row, thinking_column, index)
+    if not answer.strip():
+        raise BadRowError(f"{_where(index)}: column {answer_column!r} has no answer.")
+    if thinking == "keep":
+        if thought is None:
+            raise BadRowError(f"{_where(index)}: column {answer_column!r} has no thinking to keep.")
+        answer = join_thinking(thought, answer)
+    return {
+        "prompt": _value(row, prompt_column, index),
+        "ground_truth": answer,
+        "embed_thinking": thinking == "keep",
+    }
+
+
+#: The transforms by name, for configuration files.
+TRANSFORMS: dict[str, Transform] = {
+    "question_answer": question_answer,
+    "translation": translation,
+    "chat": chat,
+    "reasoning": reasoning,
+}
+
+
+def transform_rows(
+    rows: Any,
+    transform: Transform,
+    *,
+    bad_rows: Literal["raise", "skip"] = "raise",
+    **settings: Any,
+) -> Any:
+    """Apply a transform to all rows; the columns that it does not return are dropped.
+
+    Args:
+        rows: a ``datasets.Dataset``, or a list of rows.
+        transform: a function of a row and its number, such as those of this module.
+        bad_rows: ``"raise"`` the first :class:`BadRowError`, or ``"skip"`` such rows and log how
+            many there were, with the first reason. Settings that do not fit are errors either way.
+        settings: passed to the transform.
+
+    Returns:
+        What was given, transformed: a ``datasets.Dataset`` or a list.
+
+    Raises:
+        ValueError: no rows, or none that could be used.
+    """
+    if bad_rows not in ("raise", "skip"):
+        raise ValueError(f"bad_rows={bad_rows!r} is unknown; choose raise or skip.")
+    total = len(rows)
+    if total == 0:
+        raise ValueError("There are no rows to transform; check the path and the split.")
+    is_dataset = hasattr(rows, "map")
+    kept = rows
+    if bad_rows == "skip":
+        good, reason = _good_rows(rows, transform, settings)
+        if not good:
+            raise ValueError(f"None of {total} rows could be used. {reason}")
+        if len(good) < total:
+            logger.warning("%d of %d rows were left out. %s", total - len(good), total, reason)
+            kept = rows.select(good) if is_dataset else [rows[number] for number in good]
+    if is_dataset:
+        return kept.map(
+            transform, with_indices=True, fn_kwargs=settings, remove_columns=kept.column_names
+        )
+    return [transform(row, number, **settings) for number, row in enumerate(kept)]
+
+
+def _good_rows(
+    rows: Any, transform: Transform, settings: dict[str, Any]
+) -> tuple[list[int], str | None]:
+    """Numbers of the rows that can be used, and what was wrong with the first that cannot."""
+    good, reason = [], None
+    for number, row in enumerate(rows):
+        try:
+            transform(row, number, **settings)
+            good.append(number)
+        except BadRowError as error:
+            reason = reason or str(error)
+    return good, reason
+
+
+def _where(index: int | None) -> str:
+    return "A row" if index is None else f"Row {index}"
+
+
+def _value(row: Mapping[str, Any], column: str, index: int | None) -> Any:
+    if column not in row:
+        listed = ", ".join(map(repr, row))
+        raise ValueError(f"{_where(index)} has no column {column!r}; it has {listed}.")
+    return row[column]
+
+
+def _text(
+    row: Mapping[str, Any], column: str, index: int | None, *, within: str | None = None
+) -> str:
+    """A text that is not blank; ``within`` names the column whose entry ``column`` is."""
+    name = f"column {column!r}" if within is None else f"{column!r} of column {within!r}"
+    if within is None or column in row:
+        value = _value(row, column, index)
+    else:
+        raise BadRowError(f"{_where(index)}: {name} is missing; there is {', '.join(row)}.")
+    if isinstance(value, (list, tuple)) and index is None and within is None:
+        raise ValueError(
+            f"{name} holds a list: transforms take one row at a time, so leave batched=False."
+        )
+    if not isinstance(value, str):
+        raise BadRowError(f"{_where(index)}: {name} holds a {type(value).__name__}, not text.")
+    if not value.strip():
+        raise BadRowError(f"{_where(index)}: {name} is blank.")
+    return value
+
+
+def _fields(template: str) -> set[str]:
+    """Names in braces of a template."""
+    names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    if not names or not all(name.isidentifier() for name in names):
+        raise ValueError(
+            f"prompt_template={template!r} has to name columns in braces, such as {{input}}; write "
+            "{{ and }} for braces that are meant as such."
+        )
+    return names
+
+
+def _refuse_system_prompt(chat: bool, system_prompt: str | None) -> None:
+    if system_prompt is not None and not chat:
+        raise ValueError(
+            "system_prompt needs chat=True; for prompts of plain text put it into prompt_template."
+        )
+
+
+def _chat_prompt(prompt: str, system_prompt: str | None) -> list[Message]:
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def _check_thinking(thinking: str | None) -> None:
+    if thinking not in (None, "strip", "keep"):
+        raise ValueError(f"thinking={thinking!r} is unknown; choose strip or keep.")
+
+
+def _messages(row: Mapping[str, Any], column: str, index: int | None) -> Sequence[Any]:
+    messages = _value(row, column, index)
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise BadRowError(f"{_where(index)}: column {column!r} holds no list of messages.")
+    if isinstance(messages[0], (list, tuple)) and index is None:
+        raise ValueError(
+            f"column {column!r} holds a list of chats: transforms take one row at a time, so leave "
+            "batched=False."
+        )
+    return messages
+
+
+def _message(
+    message: Any, index: int | None, number: int, column: str, thinking: str | None
+) -> Message:
+    """A message by role and content, whatever it was written as."""
+    where = f"{_where(index)}: message {number} of column {column!r}"
+    if not isinstance(message, Mapping):
+        raise BadRowError(f"{where} is a {type(message).__name__}, not a role with content.")
+    said = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if said not in _ROLES:
+        raise BadRowError(
+            f"{where} has the role {said!r}; known are {', '.join(_ROLES)}. Tool calls are not "
+            "supported."
+        )
+    role = _ROLES[said]
+    if not isinstance(content, str) or not content.strip():
+        raise BadRowError(f"{where} ({role}) has no text.")
+    if role == "assistant":
+        content = _reply(content, message.get("reasoning_content"), where, thinking)
+    return {"role": role, "content": content}
+
+
+def _reply(content: str, thought: str | None, where: str, thinking: str | None) -> str:
+    """A reply with or without its thinking."""
+    try:
+        inner, answer = split_thinking(content)
+    except ValueError as error:
+        raise BadRowError(f"{where}: {error}") from error
+    thought = thought or inner
+    if thought is None:
+        return content
+    if thinking is None:
+        raise ValueError(
+            f"{where} holds thinking; say thinking='strip' (answers alone are compared) or "
+            "thinking='keep'."
+        )
+    if not answer.strip():
+        raise BadRowError(f"{where} has no answer after its thinking.")
+    return join_thinking(thought, answer) if thinking == "keep" else answer
+
+
+def _without_thinking(message: Message) -> Message:
+    if message["role"] != "assistant":
+        return message
+    return {"role": "assistant", "content": split_thinking(message["content"])[1]}
+
+
+def _check_turns(messages: Sequence[Message], index: int | None, column: str) -> None:
+    """Refuse a chat that is not user, assistant, user, assistant, ... after a system message."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2):
+        raise BadRowError(
+            f"{_where(index)}: column {column!r} has the roles {', '.join(roles)}; for turn='all' "
+            "user and assistant have to take turns, after at most one system message."
+        )

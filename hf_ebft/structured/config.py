@@ -1,0 +1,205 @@
+"""What a user may set in structured mode: `trl.GRPOConfig` plus the settings of EBFT."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig  # type: ignore[attr-defined]  # re-exported lazily
+
+from hf_ebft.config import FeatureMatchingArguments
+from hf_ebft.features import EMBED_METHODS, EmbedMethod
+from hf_ebft.structured.vllm_settings import VLLMServerArguments
+
+
+@dataclass
+class StructuredArguments:
+    """Where the ground truth is found, how sequences are embedded, how long completions may be."""
+
+    embed_method: EmbedMethod = field(
+        default="last_token",
+        metadata={
+            "help": "How the token features of prompt + completion become one embedding: "
+            "'last_token', 'completion_mean' (mean over the completion), 'mean_pooling' (mean over "
+            "prompt and completion) or 'concat' (tokens at 25, 50 and 75 % of the whole)."
+        },
+    )
+    ground_truth_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the dataset with the ground-truth completion. Default: the one of "
+            "'ground_truth', 'completion' and 'answer' that the dataset has."
+        },
+    )
+    feature_batch_tokens: int = field(
+        default=8192,
+        metadata={
+            "help": "Most tokens, padding included, that the feature network reads at once "
+            "(a single longer sequence is read alone). Bounds its memory, changes no result."
+        },
+    )
+
+    def validate_structured(self) -> None:
+        """Check the fields of this group.
+
+        Raises:
+            ValueError: naming the field, the value, the reason and what to write instead.
+        """
+        if self.embed_method not in EMBED_METHODS:
+            raise ValueError(
+                f"embed_method={self.embed_method!r} is unknown; choose one of "
+                f"{', '.join(EMBED_METHODS)}."
+            )
+        tokens = self.feature_batch_tokens
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(
+                f"feature_batch_tokens={tokens!r} must be a whole number of tokens, at least 1."
+            )
+        column = self.ground_truth_column
+        if column is not None and (not isinstance(column, str) or column in ("", "prompt")):
+            raise ValueError(
+                f"ground_truth_column={column!r} cannot hold the ground truth; name the column of "
+                "the dataset that does, or leave it unset."
+            )
+
+
+@dataclass
+class StructuredSettings(StructuredArguments, FeatureMatchingArguments):
+    """Every setting of feature-matching rewards on sequences, without TRL's.
+
+    An `EBFTGRPOConfig` is one; `FeatureMatchingReward` on its own makes one from its options.
+    """
+
+    def validate_for(self, n_samples: int, n_samples_name: str) -> None:
+        """Check all settings for groups of ``n_samples`` completions.
+
+        Raises:
+            ValueError: naming the setting, the value, the reason and what to write instead.
+        """
+        self.validate_structured()
+        self.validate_feature_matching(n_samples, n_samples_name)
+        if self.kl_coef != 0 or self.kl_estimator != "k3":
+            raise ValueError(
+                f"kl_coef={self.kl_coef} and kl_estimator={self.kl_estimator!r} belong to strided "
+                "mode; TRL's trainers penalise the KL divergence from the initial policy by "
+                "`beta`, with their own estimator. Set beta and leave these two unset."
+            )
+        if self.advantage_estimator == "reinforce":
+            raise ValueError(
+                "advantage_estimator='reinforce' keeps the reward as it is, but TRL's trainers "
+                "subtract a baseline from every reward; use 'rloo' or 'group_norm'."
+            )
+        if self.alignment_coef == 0 and self.diversity_coef == 0:
+            raise ValueError(
+                "alignment_coef=0 and diversity_coef=0 make every reward 0: nothing to learn from. "
+                "Raise one of these."
+            )
+        refuse_groups_that_do_not_sum_to_zero(self, n_samples, n_samples_name)
+
+
+def refuse_groups_that_do_not_sum_to_zero(
+    settings: FeatureMatchingArguments, n_samples: int, n_samples_name: str
+) -> None:
+    """Refuse the one case in which TRL's group mean would change an advantage.
+
+    Raises:
+        ValueError: two completions with a diversity term.
+    """
+    if n_samples == 2 and settings.advantage_estimator == "rloo" and settings.diversity_coef > 0:
+        raise ValueError(
+            f"{n_samples_name}=2 with diversity_coef={settings.diversity_coef}: the diversity of a "
+            "pair is one and the same number for both, its leave-one-out baseline (paper, eq. 94) "
+            "is 0, and the group mean that TRL subtracts would remove the penalty without a trace. "
+            f"Advantages sum to zero, and so pass TRL unchanged, for 3 or more completions: set "
+            f"{n_samples_name} to 3 or more (the paper uses 4), or diversity_coef=0."
+        )
+
+
+@dataclass
+class EBFTGRPOConfig(VLLMServerArguments, StructuredSettings, GRPOConfig):
+    """`trl.GRPOConfig` plus the settings of EBFT on prompts with ground-truth completions.
+
+    > [!NOTE]
+    > Different from `GRPOConfig`: `scale_rewards` defaults to `"none"`. Feature matching hands TRL
+    > finished advantages; dividing them by the standard deviation of their group would be another
+    > estimator, which exists by its own name: `advantage_estimator="group_norm"`.
+    """
+
+    scale_rewards: str = field(
+        default="none",
+        metadata={
+            "help": "Must stay off ('none' or False): feature matching hands TRL finished "
+            "advantages. For advantages over the group's standard deviation, set "
+            "advantage_estimator to 'group_norm'."
+        },
+    )
+    adaptive_max_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the completions of a batch be gt_length_multiplier times as long as its "
+            "longest ground truth, and at most max_completion_length."
+        },
+    )
+    gt_length_multiplier: float = field(
+        default=1.5,
+        metadata={
+            "help": "Budget of adaptive_max_tokens, in lengths of the batch's longest ground truth."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        GRPOConfig.__post_init__(self)
+        self.validate()
+
+    def validate(self) -> None:
+        """Check all settings together.
+
+        Raises:
+            ValueError: naming the setting, the value, the reason and what to write instead.
+        """
+        assert self.num_generations is not None  # GRPOConfig has checked it
+        self.validate_for(self.num_generations, "num_generations")
+        self.validate_vllm_server(self.use_vllm)
+        evaluated = self.num_generations_eval
+        if evaluated is not None and evaluated < 2:
+            raise ValueError(
+                f"num_generations_eval={evaluated} has no pairs of completions to estimate the CFM "
+                "loss from; set it to 2 or more, or leave it unset for num_generations."
+            )
+        if self.scale_rewards != "none":
+            raise ValueError(
+                f"scale_rewards={self.scale_rewards!r} would divide finished advantages by a "
+                "standard deviation, so that the gradient is no longer the one asked for. Leave it "
+                "at 'none'; for advantages over the group's standard deviation, set "
+                "advantage_estimator='group_norm'."
+            )
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r} would divide "
+                "finished advantages by standard deviations; leave it at 'sum_then_normalize'."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would drop the ground truth from the dataset before "
+                "the reward sees it; leave it at False."
+            )
+        if not isinstance(self.adaptive_max_tokens, bool):
+            raise ValueError(
+                f"adaptive_max_tokens={self.adaptive_max_tokens!r} must be True or False."
+            )
+        if not _is_positive(self.gt_length_multiplier):
+            raise ValueError(
+                f"gt_length_multiplier={self.gt_length_multiplier!r} must be a number above 0: "
+                "tokens to generate for each token of the longest ground truth."
+            )
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            raise ValueError(
+                f"max_completion_length={self.max_completion_length} must be at least 1: a "
+                "completion without tokens has no features."
+            )
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0

@@ -1,0 +1,213 @@
+"""From prompts and ground truths to token ids, as TRL and the policy make them.
+
+A completion is sampled token by token after the prompt's ids, so no token ever spans the seam
+between prompt and completion. The ground truth has to be laid out in the same way: the ids of the
+prompt as TRL makes them, then the ids of the ground truth alone, then the token that ends a
+finished completion. (Tokenizing prompt + ground truth as one text may merge over the seam.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hf_ebft.structured.multi_turn import unfold
+
+# Tokenizers that put a space before every text are given this one first; it merges with nothing.
+SEAM = "\n"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its ground truth as token ids.
+
+    Attributes:
+        prompt_ids: as TRL feeds them to the policy.
+        truth_ids: of the ground-truth completion, the end-of-sequence token included.
+        is_target: for each of ``truth_ids``, whether an assistant wrote it. Only turns of others
+            inside a ground truth of several messages are not.
+    """
+
+    prompt_ids: tuple[int, ...]
+    truth_ids: tuple[int, ...]
+    is_target: tuple[bool, ...]
+
+
+class ExampleEncoder:
+    """Encodes prompts as TRL does, and ground truths as the policy would have written them.
+
+    Args:
+        tokenizer: the policy's.
+        eos_token_ids: ids that end a completion, besides the tokenizer's own.
+        chat_template_kwargs: TRL's, given to the chat template.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"processing_class is a {type(tokenizer).__name__}; structured mode embeds text "
+                "only and needs the policy's tokenizer."
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The tokenizer has no eos_token, so no completion would ever be finished and no "
+                "ground truth could end like one; set tokenizer.eos_token."
+            )
+        self.tokenizer = tokenizer
+        self._eos = int(tokenizer.eos_token_id)
+        self._ends = {self._eos, *eos_token_ids}
+        self._template_options = chat_template_kwargs or {}
+        self._prepends_space = self._decode(self._ids("a") + self._ids("b")) != "ab"
+
+    def encode(self, prompts: Sequence[Any], truths: Sequence[Any]) -> list[Example]:
+        """Encode rows; equal neighbours (a prompt's completions) are encoded once.
+
+        Args:
+            prompts: texts, or conversations as lists of messages.
+            truths: ground-truth completions: texts; after a conversation also lists of messages,
+                or of replies, one for each message of the user in the prompt.
+
+        Raises:
+            ValueError: a row that cannot be encoded, with the reason.
+        """
+        examples: list[Example] = []
+        for index, (prompt, truth) in enumerate(zip(prompts, truths, strict=True)):
+            same = index > 0 and prompt == prompts[index - 1] and truth == truths[index - 1]
+            examples.append(examples[-1] if same else self._encode_one(prompt, truth))
+        return examples
+
+    def _encode_one(self, prompt: Any, truth: Any) -> Example:
+        if not isinstance(truth, str) and not (isinstance(truth, list) and truth):
+            raise ValueError(
+                f"The ground truth of the prompt {_shown(prompt)} is {truth!r}; it must be a text "
+                "or a list of messages. Filter out rows without one."
+            )
+        if isinstance(prompt, str):
+            prompt_ids = list(self.tokenizer(text=prompt)["input_ids"])
+            pieces = [(self._ended(self._text_ids(prompt, truth)), True)]
+        else:
+            if isinstance(truth, str):
+                truth = [{"role": "assistant", "content": truth}]
+            elif isinstance(truth[0], str):
+                prompt, truth = unfold(prompt, truth)
+            prompt_ids = self._prompt_ids(prompt)
+            pieces = self._turns(prompt, truth)
+        return Example(
+            prompt_ids=tuple(prompt_ids),
+            truth_ids=tuple(token for ids, _ in pieces for token in ids),
+            is_target=tuple(target for ids, target in pieces for _ in ids),
+        )
+
+    def _prompt_ids(self, prompt: list[dict[str, Any]]) -> list[int]:
+        encoded: Any = self.tokenizer.apply_chat_template(
+            conversation=[prompt],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **self._template_options,
+        )
+        return list(encoded["input_ids"][0])
+
+    def _text_ids(self, prompt: str, truth: Any) -> list[int]:
+        if not isinstance(truth, str):
+            raise ValueError(
+                f"The prompt {_shown(prompt)} is a text, its ground truth a list of messages; make "
+                "both texts or both messages."
+            )
+        return self._continuation_ids(truth)
+
+    def _turns(
+        self, prompt: list[dict[str, Any]], messages: list[dict[str, Any]]
+    ) -> list[tuple[list[int], bool]]:
+        """Token ids of the ground truth's messages, and whether an assistant wrote them."""
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"The ground truth of the prompt {_shown(prompt)} ends with a message of the "
+                f"{messages[-1]['role']}; it must end with one of the assistant."
+            )
+        pieces: list[tuple[list[int], bool]] = []
+        text = self._render(prompt, generation=True)
+        for end, message in enumerate(messages, start=1):
+            by_assistant = message["role"] == "assistant"
+            next_by_assistant = end < len(messages) and messages[end]["role"] == "assistant"
+            longer = self._render(
+                prompt + messages[:end], generation=not by_assistant and next_by_assistant
+            )
+            if not longer.startswith(text):
+                raise ValueError(
+                    "The chat template changes what came before when a message follows, so the "
+                    f"ground truth does not continue the prompt: {_shown(text)} is no beginning of "
+                    f"{_shown(longer)}. Use a template that keeps it (see chat_template_kwargs), "
+                    "or render prompt and ground truth to texts in the dataset."
+                )
+            ids = self._continuation_ids(longer[len(text) :])
+            text = longer
+            if not by_assistant:
+                pieces.append((ids, False))
+                continue
+            # A completion ends with its end-of-turn token; what templates write after it (a
+            # newline) is nobody's turn.
+            ended = self._ended(ids)
+            pieces.append((ended, True))
+            if end < len(messages):
+                pieces.append((ids[len(ended) :], False))
+        return pieces
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Up to the last end-of-sequence token, which is added where there is none."""
+        places = [place for place, token in enumerate(ids) if token in self._ends]
+        return ids[: places[-1] + 1] if places else [*ids, self._eos]
+
+    def _render(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
+        rendered = self.tokenizer.apply_chat_template(
+            conversation=messages,
+            add_generation_prompt=generation,
+            tokenize=False,
+            **self._template_options,
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _continuation_ids(self, text: str) -> list[int]:
+        """Ids of a text that continues another, without the space some tokenizers put before."""
+        if not self._prepends_space:
+            return self._ids(text)
+        seam, ids = self._ids(SEAM), self._ids(SEAM + text)
+        if ids[: len(seam)] != seam:
+            raise ValueError(
+                f"The tokenizer merges a newline with the text {_shown(text)}, so its ids cannot "
+                "be told from those of the text before; use a tokenizer that splits at newlines."
+            )
+        return ids[len(seam) :]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text=text, add_special_tokens=False)["input_ids"])
+
+    def _decode(self, ids: list[int]) -> str:
+        decoded = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert isinstance(decoded, str)
+        return decoded
+
+
+def text_of(truth: Any) -> str:
+    """A ground truth as text, for tables."""
+    if isinstance(truth, str):
+        return truth
+    return "\n".join(part if isinstance(part, str) else str(part["content"]) for part in truth)
+
+
+def _shown(value: Any, most: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."

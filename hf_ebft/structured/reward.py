@@ -1,0 +1,486 @@
+"""Feature matching as a reward function of TRL's trainers.
+
+Dimension letters: R rows (completions) of this process, P prompts of all processes, n completions
+of a prompt, D width of an embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Literal, cast, get_args
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_ebft.advantages import compute_advantages
+from hf_ebft.data.thinking import answer_start
+from hf_ebft.metrics import PREFIX, ZERO_ADVANTAGE
+from hf_ebft.rewards import Rewards, feature_matching_rewards
+from hf_ebft.structured.config import StructuredSettings, refuse_groups_that_do_not_sum_to_zero
+from hf_ebft.structured.encoding import Example, ExampleEncoder, text_of
+from hf_ebft.structured.groups import fingerprints, gather_rows, group_size, own_rows
+from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
+from hf_ebft.support import bare_model
+
+GROUND_TRUTH_COLUMNS = ("ground_truth", "completion", "answer")
+# TRL hands the other columns of the dataset to reward functions, but not this one.
+WITHHELD_COLUMN = "completion"
+
+Baseline = Literal["group_mean", "leave_one_out"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+
+# Settings that a finished network has behind it.
+NETWORK_OPTIONS = (
+    "feature_layers",
+    "feature_normalization",
+    "feature_placement",
+    "feature_dtype",
+    "embed_method",
+    "feature_batch_tokens",
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the completions of all processes are worth.
+
+    Attributes:
+        rewards: fields (P, n, 1), cfm_loss (P, 1).
+        advantages: (P, n, 1).
+        duplicates: (P, n) bool, completions that repeat an earlier one of their group.
+        has_answer: (P * n,) bool, false for completions that were still thinking at their end.
+        examples: R of them, this process' prompts and ground truths.
+    """
+
+    rewards: Rewards
+    advantages: Tensor
+    duplicates: Tensor
+    has_answer: Tensor
+    examples: list[Example]
+
+
+class FeatureMatchingReward:
+    """Rewards completions for features like the ground truth's and unlike each other's.
+
+    A reward function for TRL's `GRPOTrainer` and `RLOOTrainer`. Both subtract a baseline of their
+    own from what it returns, which would undo the one of the paper (eq. 94), so it returns what
+    becomes the wanted advantage A *after* that. A sums to zero over every group of n >= 3, hence:
+
+    - `GRPOTrainer` subtracts the group's mean: A - mean(A) = A, so A is returned. Its
+      ``scale_rewards`` must be off.
+    - `RLOOTrainer` subtracts the mean of the others: A_j - (0 - A_j) / (n - 1) = A_j n / (n - 1),
+      so A (n - 1) / n is returned, with ``trainer_baseline="leave_one_out"``. Its
+      ``normalize_advantages`` and ``reward_clip_range`` must be off.
+
+    The ground truth is read from a column of the dataset, which TRL passes by name (all but one
+    called ``completion``: rename that). The trainers' `reward` is then the mean advantage, about 0;
+    the reward of the paper is the metric ``ebft/mean_reward``.
+
+    Args:
+        model_or_feature_network: the frozen network phi, or what to make it from: a model, of which
+            a frozen copy is taken as it is now (so the policy itself may be given), or the name of
+            one. Embeddings are those of the policy's token ids: one tokenizer for both.
+        processing_class: the policy's tokenizer, as the trainer has it. Default: the one at the
+            model's name or path.
+        num_generations: completions per prompt in training. Default: the runs of equal prompts in a
+            batch; give it if a dataset may hold a row twice.
+        num_generations_eval: the same for evaluation; default: as in training.
+        trainer_baseline: what the trainer subtracts from rewards: `group_mean` (`GRPOTrainer`) or
+            `leave_one_out` (`RLOOTrainer`).
+        chat_template_kwargs: the trainer's.
+        eos_token_ids: ids that end a completion, besides the tokenizer's own. Default: those that
+            the model declares.
+        settings: all settings at once, instead of **options.
+        **options: fields of `StructuredSettings`, such as ``embed_method`` or ``use_whitening``.
+
+    Raises:
+        ValueError: settings that cannot work.
+        TypeError: an unknown option.
+    """
+
+    def __init__(
+        self,
+        model_or_feature_network: SequenceFeatureNetwork | nn.Module | str,
+        processing_class: Any = None,
+        *,
+        num_generations: int | None = None,
+        num_generations_eval: int | None = None,
+        trainer_baseline: Baseline = "group_mean",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+        settings: StructuredSettings | None = None,
+        **options: Any,
+    ) -> None:
+        if settings is not None and options:
+            raise TypeError(f"settings and {', '.join(options)} are both given; keep one.")
+        if trainer_baseline not in BASELINES:
+            raise ValueError(
+                f"trainer_baseline={trainer_baseline!r} is unknown; choose group_mean "
+                "(GRPOTrainer) or leave_one_out (RLOOTrainer)."
+            )
+        if settings is None:
+            _refuse_unused(options, model_or_feature_network)
+            settings = StructuredSettings(**options)
+        self.settings = settings
+        # Until the first batch shows it, a size that every estimator accepts.
+        self.settings.validate_for(num_generations or 4, "num_generations")
+        self.trainer_baseline = trainer_baseline
+        self.network = _network_of(model_or_feature_network, self.settings)
+        self.encoder = ExampleEncoder(
+            _tokenizer_of(self.network.model) if processing_class is None else processing_class,
+            eos_token_ids=(
+                _eos_token_ids(self.network.model) if eos_token_ids is None else eos_token_ids
+            ),
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        self.column = self.settings.ground_truth_column
+        self.num_generations = num_generations
+        # What a trainer that knows more than TRL passes may set for the batch to come.
+        self.group_sizes: tuple[int | None, ...] = (num_generations, num_generations_eval)
+        self.completion_budget: int | None = None
+        # TRL names metrics and columns of the completions table after the function.
+        self.__name__ = "feature_matching"
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """TRL's signature of a reward function.
+
+        Every process must call it together, with equally many completions.
+
+        Args:
+            prompts: R prompts, each repeated for its completions.
+            completions: R completions as text or messages; not read, the ids are.
+            completion_ids: R lists of token ids.
+            log_metric, log_extra: TRL's channels for metrics and for the completions table.
+            **columns: the dataset's other columns, R values each. Besides the ground truth,
+                ``embed_thinking``, ``completion_mask`` and ``rollout_prompt_ids`` are read, see
+                `score`.
+
+        Returns:
+            R numbers.
+
+        Raises:
+            ValueError: no ground truth among the columns, or rows that are no groups.
+        """
+        start = time.perf_counter()
+        truths = columns[ground_truth_column(columns, self.column)]
+        scores = self.score(
+            prompts,
+            completion_ids,
+            truths,
+            embed_thinking=columns.get("embed_thinking"),
+            completion_mask=columns.get("completion_mask"),
+            rollout_prompt_ids=columns.get("rollout_prompt_ids"),
+        )
+        seconds = time.perf_counter() - start
+        if log_metric is not None:
+            for name, value in self._metrics(scores).items():
+                log_metric(PREFIX + name, value)
+            log_metric(PREFIX + "seconds_features", seconds)
+        rewards, advantages = scores.rewards, scores.advantages
+        if log_extra is not None:
+            log_extra("ground_truth", [text_of(truth) for truth in truths])
+            for name, values in (
+                ("alignment", rewards.alignment),
+                ("diversity", rewards.diversity),
+            ):
+                log_extra(name, [round(value, 4) for value in self._own(values, len(prompts))])
+        if self.trainer_baseline == "leave_one_out":
+            n_samples = advantages.shape[1]
+            advantages = advantages * ((n_samples - 1) / n_samples)
+        return self._own(advantages, len(prompts))
+
+    def score(
+        self,
+        prompts: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        truths: Sequence[Any],
+        *,
+        embed_thinking: Sequence[bool] | None = None,
+        completion_mask: Sequence[Sequence[int]] | None = None,
+        rollout_prompt_ids: Sequence[Sequence[int]] | None = None,
+    ) -> Scores:
+        """Embed this process' completions, and compare those of all processes in their groups.
+
+        A collective call.
+
+        Args:
+            prompts, completion_ids: as in `__call__`.
+            truths: R ground truths.
+            embed_thinking: whether what a completion thinks before its answer is embedded too; the
+                ground truth is embedded as it stands. Default: it is.
+            completion_mask: 1 on tokens that the policy sampled, 0 on messages between its replies.
+            rollout_prompt_ids: what the completions were sampled after, to be checked.
+        """
+        settings = self.settings
+        device = PartialState().device
+        examples = self.encoder.encode(prompts, truths)
+        _refuse_other_prompts(examples, rollout_prompt_ids)
+        n_local = len(examples)
+        sampled = [
+            self._sequence(
+                examples[row],
+                tuple(completion_ids[row]),
+                embed_thinking is None or embed_thinking[row],
+                None if completion_mask is None else completion_mask[row],
+            )
+            for row in range(n_local)
+        ]
+        known = [_ground_truth_sequence(example) for example in examples]
+        has_answer = torch.tensor([sequence is not None for sequence in sampled], device=device)
+        embedded = self.network.embed(known + [s for s in sampled if s is not None]).to(device)
+        truth_RD = embedded[:n_local]
+        # Without an answer no features: no alignment with anything.
+        generated_RD = torch.zeros_like(truth_RD)
+        generated_RD[has_answer] = embedded[n_local:]
+
+        n_samples = self._group_size(gather_rows(fingerprints(examples, device)))
+        groups = (-1, n_samples)
+        # One block per prompt: K = 1.
+        rewards = feature_matching_rewards(
+            gather_rows(generated_RD).unflatten(0, groups)[:, :, None],
+            gather_rows(truth_RD).unflatten(0, groups)[:, :1],
+            alignment_coef=settings.alignment_coef,
+            diversity_coef=settings.diversity_coef,
+            use_whitening=settings.use_whitening,
+            whitening_space=settings.whitening_space,
+            whitening_tolerance=settings.whitening_tolerance,
+        )
+        tokens = [tuple(ids) for ids in completion_ids]
+        tokens_Pn = gather_rows(fingerprints(tokens, device)).unflatten(0, groups)
+        same_Pnn = tokens_Pn[:, :, None] == tokens_Pn[:, None, :]
+        return Scores(
+            rewards=rewards,
+            advantages=compute_advantages(rewards, settings.advantage_estimator),
+            duplicates=same_Pnn.tril(-1).any(dim=2),
+            has_answer=gather_rows(has_answer),
+            examples=examples,
+        )
+
+    def _sequence(
+        self,
+        example: Example,
+        completion: tuple[int, ...],
+        with_thinking: bool,
+        mask: Sequence[int] | None,
+    ) -> TokenSequence | None:
+        """What is embedded of a completion; None if it has not come to its answer."""
+        start = 0
+        if not with_thinking:
+            start = answer_start(example.prompt_ids, completion, self.encoder.tokenizer)
+            if start == len(completion) > 0:
+                return None
+        others = () if mask is None else mask[start:]
+        return TokenSequence(
+            prompt_ids=example.prompt_ids,
+            completion_ids=completion[start:],
+            not_averaged=frozenset(
+                place for place, by_policy in enumerate(others) if not by_policy
+            ),
+        )
+
+    def _group_size(self, prompts: Tensor) -> int:
+        size = group_size(prompts, self.group_sizes)
+        if size < 2:
+            raise ValueError(
+                "Each prompt comes with one completion, so there is no other to compare it with; "
+                "set the trainer's num_generations to 3 or more (the paper uses 4)."
+            )
+        if self.num_generations in (None, size):
+            refuse_groups_that_do_not_sum_to_zero(self.settings, size, "num_generations")
+        return size
+
+    def _metrics(self, scores: Scores) -> dict[str, float]:
+        """Means over the completions of all processes, the same numbers on each."""
+        rewards, advantages = scores.rewards, scores.advantages
+        idle = (advantages.abs() <= ZERO_ADVANTAGE).all(dim=1)
+        lengths = [len(example.truth_ids) for example in scores.examples]
+        metrics = {
+            "alignment": rewards.alignment.mean().item(),
+            "diversity": rewards.diversity.mean().item(),
+            "mean_reward": rewards.reward.mean().item(),
+            "cfm_loss": rewards.cfm_loss.mean().item(),
+            "advantages_std": advantages.std(correction=0).item(),
+            "duplicate_rollouts": scores.duplicates.float().mean().item(),
+            "zero_advantage_groups": idle.float().mean().item(),
+            "without_answer": 1 - scores.has_answer.float().mean().item(),
+            # Of this process; TRL averages over processes.
+            "ground_truth_length": sum(lengths) / len(lengths),
+        }
+        if self.completion_budget is not None:
+            longer = sum(length > self.completion_budget for length in lengths)
+            metrics["ground_truths_over_budget"] = longer / len(lengths)
+        return metrics
+
+    def _own(self, values: Tensor, n_local: int) -> list[float]:
+        """(P, n, 1) of all processes -> R numbers of this one."""
+        return own_rows(values.flatten(), n_local, PartialState().process_index).tolist()
+
+
+def _ground_truth_sequence(example: Example) -> TokenSequence:
+    return TokenSequence(
+        prompt_ids=example.prompt_ids,
+        completion_ids=example.truth_ids,
+        not_averaged=frozenset(
+            place for place, is_target in enumerate(example.is_target) if not is_target
+        ),
+    )
+
+
+def _refuse_other_prompts(
+    examples: list[Example], rollout_prompt_ids: Sequence[Sequence[int]] | None
+) -> None:
+    for example, ids in zip(examples, rollout_prompt_ids or (), strict=bool(rollout_prompt_ids)):
+        if tuple(ids) != example.prompt_ids:
+            raise ValueError(
+                f"The rollout function sampled after a prompt of {len(ids)} tokens that is not the "
+                f"one of {len(example.prompt_ids)} tokens that the ground truth continues; both "
+                "must use the trainer's tokenizer and chat template."
+            )
+
+
+def ground_truth_column(columns: Any, wanted: str | None) -> str:
+    """The column with the ground truth.
+
+    Args:
+        columns: names of the columns there are.
+        wanted: the one that was asked for, or None.
+
+    Raises:
+        ValueError: there is none, or more than one to choose from.
+    """
+    names = sorted(columns)
+    if wanted is not None:
+        if wanted in columns:
+            return wanted
+        raise ValueError(
+            f"The dataset has no column {wanted!r} (ground_truth_column); it has {names}."
+            + _about_withheld(wanted)
+        )
+    found = [name for name in GROUND_TRUTH_COLUMNS if name in columns]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"The columns {', '.join(found)} may all hold the ground truth; say which by "
+            "ground_truth_column."
+        )
+    raise ValueError(
+        f"None of the columns {names} holds the ground truth; name one of them "
+        f"{' or '.join(GROUND_TRUTH_COLUMNS)}, or say which by ground_truth_column."
+        + _about_withheld(WITHHELD_COLUMN)
+    )
+
+
+def _about_withheld(name: str) -> str:
+    if name != WITHHELD_COLUMN:
+        return ""
+    return (
+        f" (TRL keeps a column called {WITHHELD_COLUMN!r} from reward functions: rename it where "
+        "FeatureMatchingReward is used on its own.)"
+    )
+
+
+def _network_of(
+    given: SequenceFeatureNetwork | nn.Module | str, settings: StructuredSettings
+) -> SequenceFeatureNetwork:
+    if isinstance(given, SequenceFeatureNetwork):
+        return given
+    _refuse_placements_of_the_trainer(settings)
+    state = PartialState()
+    dtype = None if settings.feature_dtype is None else getattr(torch, settings.feature_dtype)
+    if isinstance(given, str):
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(given, dtype=dtype or "auto")
+    else:
+        model = frozen_copy(given)
+        if dtype is not None:
+            model = model.to(dtype)
+    placement = settings.feature_placement
+    wanted = placement not in ("auto", "same_device")
+    return SequenceFeatureNetwork(
+        model.to(torch.device(placement) if wanted else state.device),
+        feature_layers=settings.feature_layers,
+        embed_method=settings.embed_method,
+        normalization=settings.feature_normalization,
+        batch_tokens=settings.feature_batch_tokens,
+    )
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that computes with its own weights."""
+    duplicate = copy.deepcopy(model)
+    restore_forward(duplicate)
+    return duplicate
+
+
+def restore_forward(duplicate: nn.Module) -> None:
+    """Give a copied model its class' forward again where it had TRL's, in place.
+
+    TRL replaces the forward of a policy by a closure over the policy's own. A deep copy takes the
+    closure along, and would run the weights that are being trained.
+    """
+    bare = bare_model(duplicate)
+    forward = vars(bare).get("forward")
+    if isinstance(forward, MethodType) and "fused_lm_head" in forward.__func__.__code__.co_varnames:
+        del bare.forward
+
+
+def _refuse_unused(options: dict[str, Any], given: Any) -> None:
+    """Raise for options that nothing would read."""
+    if options.get("ce_coef"):
+        raise ValueError(
+            f"ce_coef={options['ce_coef']} adds a term to the loss, which a reward cannot; use "
+            "EBFTGRPOTrainer."
+        )
+    settled = [name for name in NETWORK_OPTIONS if name in options]
+    if settled and isinstance(given, SequenceFeatureNetwork):
+        raise ValueError(
+            f"{', '.join(settled)} cannot be set for a finished SequenceFeatureNetwork; give them "
+            "to its constructor instead."
+        )
+
+
+def _refuse_placements_of_the_trainer(settings: StructuredSettings) -> None:
+    if settings.feature_placement in ("shared", "second_device", "sharded"):
+        raise ValueError(
+            f"feature_placement={settings.feature_placement!r} needs EBFTGRPOTrainer, which knows "
+            "the policy and the processes; with FeatureMatchingReward alone write a device such "
+            "as 'cuda:1' or 'cpu'."
+        )
+    if settings.feature_model_name_or_path is not None or settings.feature_quantization is not None:
+        raise ValueError(
+            "feature_model_name_or_path and feature_quantization are for EBFTGRPOTrainer; give "
+            "FeatureMatchingReward the name of the model, or the loaded model, itself."
+        )
+
+
+def _tokenizer_of(model: nn.Module) -> Any:
+    path = bare_model(model).config.name_or_path
+    if not path:
+        raise ValueError(
+            "The model does not say where it was loaded from, so its tokenizer is not known; pass "
+            "processing_class."
+        )
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _eos_token_ids(model: nn.Module) -> list[int]:
+    """Ids that the model declares to end a completion, as TRL reads them."""
+    declared = cast(Any, bare_model(model).generation_config).eos_token_id
+    if declared is None:
+        return []
+    return [declared] if isinstance(declared, int) else list(declared)

@@ -1,0 +1,189 @@
+"""Features of whole sequences, prompt + completion, from the frozen feature network.
+
+Dimension letters: N sequences, B rows of one pass, L tokens of a row, T places read of a row, H
+hidden width, F = layers * H, D width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from torch import Tensor, nn
+
+from hf_ebft.feature_network import FrozenNetwork
+from hf_ebft.features import (
+    EmbedMethod,
+    FeatureNormalization,
+    normalize_layers,
+    pool,
+    token_positions,
+)
+from hf_ebft.sharding import is_sharded
+from hf_ebft.support import bare_model
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A prompt and a completion, sampled or true, as token ids.
+
+    Attributes:
+        prompt_ids: of the prompt.
+        completion_ids: of the completion.
+        not_averaged: places in the completion that `completion_mean` leaves out, because others
+            wrote them (messages of the user between replies).
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    not_averaged: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+class SequenceFeatureNetwork(FrozenNetwork):
+    """A `FrozenNetwork` that embeds sequences.
+
+    The embedding of a sequence is that of a plain forward pass over the sequence alone: rows are
+    padded on the right, where a causal model never looks, and positions count from the first token.
+
+    Args:
+        model, feature_layers, normalization, shared: see `FrozenNetwork`.
+        embed_method: `last_token` takes the last token of the completion: the end-of-sequence
+            token of a finished one, whatever was last of one that ran out of budget.
+            `completion_mean` averages the completion's tokens, `mean_pooling` also the prompt's,
+            `concat` joins the tokens at 25, 50 and 75 % of the whole.
+        batch_tokens: most tokens, padding included, of one forward pass.
+        autocast: a context for the forward passes.
+
+    Raises:
+        ValueError: the model reads in both directions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        feature_layers: Sequence[float],
+        embed_method: EmbedMethod,
+        normalization: FeatureNormalization,
+        batch_tokens: int,
+        shared: bool = False,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        _refuse_bidirectional(model)
+        super().__init__(
+            model, feature_layers=feature_layers, normalization=normalization, shared=shared
+        )
+        self.embed_method = embed_method
+        self.batch_tokens = batch_tokens
+        self.autocast = autocast
+
+    def embed(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Embed sequences; equal ones are read once and get the very same embedding.
+
+        Under FSDP2 every process must call this together.
+
+        Args:
+            sequences: N of them, each with at least one completion token.
+
+        Returns:
+            (N, D) float32, on the network's device.
+
+        Raises:
+            ValueError: an empty completion.
+            FloatingPointError: features that are not finite.
+        """
+        if any(not sequence.completion_ids for sequence in sequences):
+            raise ValueError(
+                "A completion has no tokens, hence no features. A finished completion holds at "
+                "least its end-of-sequence token: whatever sampled it must return that one too."
+            )
+        distinct = sorted(set(sequences), key=len)
+        batches = _batches(distinct, self.batch_tokens)
+        with self._reading(), self.autocast():
+            embedded = [self._embed_batch(batch) for batch in self._in_step(batches)]
+        place = {sequence: index for index, sequence in enumerate(distinct)}
+        # Passes beyond one's own batches keep other processes company; nobody reads them.
+        rows = torch.tensor([place[sequence] for sequence in sequences], device=self.device)
+        features = torch.cat(embedded)[rows]
+        if not bool(torch.isfinite(features).all()):
+            raise FloatingPointError(
+                "The feature network gives features that are not finite; in float16 load it in "
+                "bfloat16 or float32 instead (feature_dtype)."
+            )
+        return features
+
+    def _in_step(self, batches: list[list[TokenSequence]]) -> list[list[TokenSequence]]:
+        """The batches; where forward passes are collective, as many as on any other process."""
+        if not is_sharded(self.model):
+            return batches
+        most = int(gather(torch.tensor([len(batches)], device=self.device)).max())
+        return batches + [batches[0]] * (most - len(batches))
+
+    def _embed_batch(self, batch: list[TokenSequence]) -> Tensor:
+        """(B, D) float32."""
+        width = max(len(sequence) for sequence in batch)
+        input_ids_BL = torch.zeros(len(batch), width, dtype=torch.long)
+        attends_BL = torch.zeros(len(batch), width, dtype=torch.long)
+        for row, sequence in enumerate(batch):
+            tokens = torch.tensor(sequence.prompt_ids + sequence.completion_ids)
+            input_ids_BL[row, : len(tokens)] = tokens
+            attends_BL[row, : len(tokens)] = 1
+        places = [_places(sequence, self.embed_method) for sequence in batch]
+        most = max(len(read) for read in places)
+        places_BT = torch.tensor([read + [0] * (most - len(read)) for read in places])
+        read_BT = torch.tensor(
+            [[True] * len(read) + [False] * (most - len(read)) for read in places]
+        )
+
+        away = self.device
+        hidden = self._read_layers(
+            lambda: self._forward(input_ids_BL.to(away), attends_BL.to(away)),
+            places_BT.to(away),
+            to_the_end=is_sharded(self.model),
+        )
+        features_BTF = normalize_layers(hidden, self.normalization)
+        if self.embed_method in ("last_token", "concat"):
+            return pool(features_BTF, self.embed_method)
+        read_BT = read_BT.to(away)
+        summed_BF = (features_BTF * read_BT[..., None]).sum(dim=1)
+        return summed_BF / read_BT.sum(dim=1, keepdim=True)
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        # FSDP2 counts on every pass to go through its root.
+        (self.model if is_sharded(self.model) else self.backbone)(**arguments)
+
+
+def _places(sequence: TokenSequence, embed_method: EmbedMethod) -> list[int]:
+    """Places of the tokens that the pooling reads."""
+    if embed_method == "completion_mean":
+        start, length = len(sequence.prompt_ids), len(sequence.completion_ids)
+        return [start + place for place in range(length) if place not in sequence.not_averaged]
+    return token_positions(embed_method, len(sequence))
+
+
+def _batches(by_length: list[TokenSequence], batch_tokens: int) -> list[list[TokenSequence]]:
+    """Neighbours in length together, each batch within ``batch_tokens`` when padded."""
+    batches: list[list[TokenSequence]] = []
+    for sequence in by_length:
+        if batches and (len(batches[-1]) + 1) * len(sequence) <= batch_tokens:
+            batches[-1].append(sequence)
+        else:
+            batches.append([sequence])
+    return batches
+
+
+def _refuse_bidirectional(model: nn.Module) -> None:
+    config = bare_model(model).config
+    if config.is_encoder_decoder or getattr(config, "is_causal", True) is False:
+        raise ValueError(
+            f"{type(bare_model(model)).__name__} is no causal language model: its features of a "
+            "token would depend on the tokens after it, and on padding. Choose a causal one."
+        )

@@ -1,0 +1,370 @@
+"""`EBFTGRPOTrainer`: TRL's `GRPOTrainer` with feature matching as its reward.
+
+Sampling, clipping, loss types, vLLM and logging are TRL's. What is added: the reward with its
+frozen network, a cross-entropy term on the ground truth, a budget that follows the ground truth's
+length, and evaluation with a fixed seed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate.utils import gather
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+from trl import GRPOTrainer  # type: ignore[attr-defined]  # re-exported lazily
+
+from hf_ebft.feature_loading import build_placed_network
+from hf_ebft.metrics import MetricAccumulator, Ratio
+from hf_ebft.structured.config import EBFTGRPOConfig
+from hf_ebft.structured.cross_entropy import ground_truth_nll
+from hf_ebft.structured.encoding import Example
+from hf_ebft.structured.reward import (
+    WITHHELD_COLUMN,
+    FeatureMatchingReward,
+    ground_truth_column,
+    restore_forward,
+)
+from hf_ebft.structured.sequence_features import SequenceFeatureNetwork
+from hf_ebft.structured.vllm_rollouts import VLLMRollouts
+from hf_ebft.structured.vllm_trainer import StalenessCorrection
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+# Where the ground truth stands while training, if its own column is one that TRL withholds.
+GROUND_TRUTH = "ground_truth"
+
+
+class EBFTGRPOTrainer(StalenessCorrection, GRPOTrainer):
+    """TRL's `GRPOTrainer` that fine-tunes by feature matching.
+
+    The advantages in its loss are those of the paper (leave-one-out, eq. 94), exactly.
+
+    Args:
+        model: the policy: a causal language model, a PEFT model of one, or a name or path.
+        args: settings; TRL's and EBFT's.
+        train_dataset, eval_dataset: with ``prompt`` (text, or messages) and a ground truth (text,
+            or messages) in ``ground_truth``, ``completion`` or ``answer``, or in
+            ``args.ground_truth_column``.
+        processing_class: the policy's tokenizer.
+        feature_network: frozen network phi with the policy's tokenizer. Default: the model at
+            ``feature_model_name_or_path`` if set, else the policy as it is now, placed by
+            ``feature_placement``.
+        peft_config: wraps `model` by PEFT first.
+        reward_funcs: further rewards, added to the feature-matching advantage. The baseline of
+            these is GRPO's group mean; ``reward_weights`` then starts with the weight of feature
+            matching.
+        rollout_func: TRL's: ``rollout_func(prompts, trainer)`` samples instead of the policy. It
+            may read ``trainer.completion_budget``. Default: `VLLMRollouts` with ``vllm_lora_sync``
+            or ``vllm_full_sync``.
+        **kwargs: everything else that `GRPOTrainer` takes but tools and environments.
+
+    Attributes:
+        reward: the `FeatureMatchingReward`.
+        feature_network: its `SequenceFeatureNetwork`.
+        completion_budget: tokens that a completion of the current batch may have.
+
+    Raises:
+        ValueError: settings, model, feature network or dataset that cannot work.
+        TypeError: ``args`` that is no `EBFTGRPOConfig`.
+    """
+
+    args: EBFTGRPOConfig
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: EBFTGRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        feature_network: nn.Module | None = None,
+        peft_config: PeftConfig | None = None,
+        reward_funcs: Any = None,
+        rollout_func: Callable[..., dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = EBFTGRPOConfig(output_dir="tmp_trainer") if args is None else args
+        if not isinstance(args, EBFTGRPOConfig):
+            raise TypeError(
+                f"args is a {type(args).__name__}; EBFTGRPOTrainer needs an EBFTGRPOConfig, which "
+                "takes all fields of GRPOConfig."
+            )
+        _refuse_tools(kwargs)
+        if rollout_func is None and args.samples_on_server:
+            rollout_func = VLLMRollouts(args)
+        others = _as_list(reward_funcs)
+        if others and kwargs.get("reward_processing_classes") is not None:
+            classes = [None, *_as_list(kwargs["reward_processing_classes"])]
+            kwargs["reward_processing_classes"] = classes
+        column, train_dataset = _with_ground_truth(train_dataset, args, "train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: _with_ground_truth(dataset, args, f"eval_dataset[{name!r}]", column)[1]
+                for name, dataset in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = _with_ground_truth(eval_dataset, args, "eval_dataset", column)[1]
+        self._column = column
+        super().__init__(
+            model=cast(Any, model),
+            reward_funcs=cast(Any, [self.feature_matching, *others]),
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            rollout_func=rollout_func,
+            **kwargs,
+        )
+        self.feature_network = self._build_network(feature_network)
+        self.reward = FeatureMatchingReward(
+            self.feature_network,
+            self.processing_class,
+            num_generations=self.num_generations,
+            chat_template_kwargs=cast("dict[str, Any]", self.chat_template_kwargs),
+            eos_token_ids=self.eos_token_ids,
+            settings=args,
+        )
+        self.reward.column = column
+        self._set_budget(self._most_tokens)
+        self._metrics_of_loss = {
+            mode: MetricAccumulator(self.accelerator.device) for mode in ("train", "eval")
+        }
+        self._rows: Sequence[dict[str, Any]] = ()
+        self._micro_step = 0
+
+    def feature_matching(
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        **columns: Any,
+    ) -> list[float]:
+        """The reward function that TRL calls; see `FeatureMatchingReward`."""
+        self.reward.group_sizes = (self._group_size,)
+        return self.reward(prompts, completions, completion_ids, **columns)
+
+    # ---- Loss ---------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """TRL's loss, plus ``ce_coef`` times the cross-entropy of the ground truth.
+
+        The cross-entropy is a mean over the prompts of the optimizer step (of the batch, in
+        evaluation), each the mean over its ground truth's tokens, at temperature 1. A prompt counts
+        once, not once per completion, and is read once.
+        """
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        training = self.model.training
+        if training and self.args.ce_coef == 0:
+            return loss
+        examples, n_prompts = self._ground_truths()
+        # Without a prompt of its own a process still makes the pass: it is a collective call.
+        nll = ground_truth_nll(
+            model, self.model, examples or self._any_ground_truth(), self.accelerator.device
+        )
+        total = nll.sum() if examples else nll.sum() * 0
+        # DDP and FSDP average gradients over processes, so each gives its part times their number.
+        cross_entropy = total * (self.accelerator.num_processes / n_prompts)
+        shares = self.current_gradient_accumulation_steps if training else 1
+        self._metrics_of_loss["train" if training else "eval"].add(
+            {
+                "ce_loss": Ratio(total.detach(), len(examples)),
+                "rl_loss": Ratio(loss.detach() * shares, 1),
+            }
+        )
+        return loss + self.args.ce_coef * cross_entropy
+
+    def _ground_truths(self) -> tuple[list[Example], float]:
+        """This process' share of the prompts of a micro-batch, and what to divide their sum by.
+
+        The rows are those of a whole generation batch, which `steps_per_generation` micro-batches
+        train on. Their prompts are dealt out to these, so that each is read once in every pass over
+        the generation batch. An optimizer step of `gradient_accumulation_steps` micro-batches has
+        that fraction of the prompts.
+        """
+        size, n_local = self._group_size, len(self._rows)
+        n_prompts = n_local * self.accelerator.num_processes / size
+        # A group that began on an earlier process is that one's.
+        first = -(n_local * self.accelerator.process_index) % size
+        mine = self._rows[first::size]
+        if self.model.training:
+            steps = self.args.steps_per_generation
+            assert steps is not None  # GRPOConfig has worked it out
+            mine = mine[self._micro_step % steps :: steps]
+            n_prompts *= self.current_gradient_accumulation_steps / steps
+        return self._encode(mine), n_prompts
+
+    def _any_ground_truth(self) -> list[Example]:
+        return self._encode(self._rows[:1])
+
+    def _encode(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+        return self.reward.encoder.encode(
+            [row["prompt"] for row in rows], [row[self._column] for row in rows]
+        )
+
+    # ---- Steps --------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """TRL's step; the rows of the generation batch are kept for budget and cross-entropy."""
+        self._rows = inputs
+        steps = self.args.steps_per_generation
+        assert steps is not None
+        if self._micro_step % (steps * self.num_iterations) == 0:  # as TRL decides to sample
+            self._set_budget(self.rollout_budget(inputs))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_step += 1
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """TRL's step, with the rows kept as in `training_step`."""
+        self._rows = inputs
+        self._set_budget(self.rollout_budget(inputs))
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """TRL's loop, sampling with a fixed seed and leaving the random state of training alone."""
+        device = self.accelerator.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices=devices, device_type=_forked_type(device)):
+            torch.manual_seed(self.args.seed + self.args.process_index)
+            return super().evaluation_loop(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `ebft/ce_loss` and `ebft/rl_loss`, means over all processes, to TRL's log."""
+        mode = "train" if self.model.training else "eval"
+        means = self._metrics_of_loss[mode].take(
+            lambda sums: self.accelerator.reduce(sums, reduction="sum")
+        )
+        prefix = "" if mode == "train" else "eval_"
+        logs.update({prefix + name: value for name, value in means.items()})
+        super().log(logs, start_time)
+
+    @property
+    def _group_size(self) -> int:
+        return cast(int, self.num_generations if self.model.training else self.num_generations_eval)
+
+    @property
+    def _most_tokens(self) -> int:
+        assert self.max_completion_length is not None  # EBFTGRPOConfig has checked it
+        return self.max_completion_length
+
+    # ---- Length of completions ----------------------------------------------------------------
+
+    def rollout_budget(self, inputs: list[dict[str, Any]] | None = None) -> int:
+        """Most tokens of a completion of the batch at hand, or of another one.
+
+        With ``adaptive_max_tokens``, as the longest ground truth of all processes suggests: a
+        collective call.
+
+        Args:
+            inputs: rows of this process.
+        """
+        if inputs is None:
+            return self.completion_budget
+        if not self.args.adaptive_max_tokens:
+            return self._most_tokens
+        longest = max(len(example.truth_ids) for example in self._encode(inputs))
+        longest = int(gather(torch.tensor([longest], device=self.accelerator.device)).max())
+        return min(self._most_tokens, math.ceil(self.args.gt_length_multiplier * longest))
+
+    def _set_budget(self, tokens: int) -> None:
+        self.completion_budget = self.reward.completion_budget = tokens
+        if self.use_vllm:
+            self.vllm_generation.max_completion_length = tokens
+        else:
+            self.generation_config.max_new_tokens = tokens
+
+    # ---- Preparation --------------------------------------------------------------------------
+
+    def _build_network(self, given: nn.Module | None) -> SequenceFeatureNetwork:
+        args = self.args
+
+        def make(model: nn.Module, *, shared: bool) -> SequenceFeatureNetwork:
+            if not shared:
+                restore_forward(model)
+            return SequenceFeatureNetwork(
+                model,
+                feature_layers=args.feature_layers,
+                embed_method=args.embed_method,
+                normalization=args.feature_normalization,
+                batch_tokens=args.feature_batch_tokens,
+                shared=shared,
+                autocast=self.accelerator.autocast,
+            )
+
+        return build_placed_network(self.model, given, args, self.accelerator, make)
+
+
+def _with_ground_truth(
+    dataset: Any, args: EBFTGRPOConfig, name: str, wanted: str | None = None
+) -> tuple[str, Any]:
+    """The column of the ground truth, and the dataset with it under a name that TRL passes on.
+
+    Args:
+        dataset: what was given.
+        args: with ``ground_truth_column``.
+        name: of the dataset, for messages.
+        wanted: what the column is to be called; default: what it is called, if TRL passes that on.
+    """
+    if dataset is None:
+        raise ValueError(f"{name} is missing: EBFT learns from prompts and their ground truths.")
+    columns = dataset.column_names or list(next(iter(dataset)))
+    try:
+        if "prompt" not in columns:
+            raise ValueError(f"There is no column 'prompt', only {sorted(columns)}.")
+        column = ground_truth_column(columns, args.ground_truth_column)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    wanted = wanted or (GROUND_TRUTH if column == WITHHELD_COLUMN else column)
+    if column == wanted:
+        return column, dataset
+    if wanted in columns:
+        raise ValueError(
+            f"{name}: the column {column!r} has to be called {wanted!r} while training (TRL keeps "
+            f"{WITHHELD_COLUMN!r} from rewards, and all datasets need one name), but that name is "
+            "taken; remove one of the two columns."
+        )
+    return wanted, dataset.rename_column(column, wanted)
+
+
+def _refuse_tools(kwargs: dict[str, Any]) -> None:
+    for name in ("tools", "environment_factory"):
+        if kwargs.get(name):
+            raise ValueError(
+                f"{name} changes the prompt while completions are sampled, so the ground truth "
+                "would no longer continue what the policy saw; leave it out."
+            )
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _forked_type(device: torch.device) -> str:
+    return "cuda" if device.type == "cpu" else device.type
