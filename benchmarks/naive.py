@@ -8,9 +8,11 @@ log-softmax over the vocabulary for the whole row. What it computes is what the 
 log-probabilities, rewards and gradients agree for the same rollouts (tests/test_benchmarks.py).
 
 Where that order of work leaves a choice, the lighter one is taken: a row holds only the tokens that
-are drawn so far, no document is padded, the samples of a document share one mask, attention is
-PyTorch's fused one (no matrix of scores is kept), the feature pass has no head. Nothing here knows
-the library's layout; anchors and visibility follow from their definition.
+are drawn so far, no document is padded, the samples of a document share one mask, the feature pass
+has no head. Attention is the model's own: the released code loads its models with eager attention
+(github.com/sjelassi/ebft_openrlhf, openrlhf/models/actor.py: "flash_attention_2", which takes no
+such mask, or else "eager"); with sdpa no matrix of scores is kept. Nothing here knows the library's
+layout; anchors and visibility follow from their definition.
 
 Dimension letters: S document tokens, K blocks, n samples, G rollout length, t tokens drawn so far,
 r rows computed at once, T = S + K * t tokens of a row, V vocabulary, D feature width.
@@ -271,11 +273,15 @@ class NaiveStep:
         steps = torch.arange(drawn, device=tokens.device)
         places = torch.arange(document.tokens.shape[0], device=tokens.device)
         position = torch.cat([places, (document.ends[:, None] + steps).flatten()])
-        visible = dense_visibility(document, drawn)[None, None]
+        mask = dense_visibility(document, drawn)[None, None]
+        if bare_model(self.policy).config._attn_implementation == "eager":
+            dtype = bare_model(self.policy).dtype
+            lowest = torch.finfo(dtype).min
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, lowest)
         return {
             "input_ids": torch.cat([document.tokens.expand(n_rows, -1), tokens.flatten(1)], dim=1),
             "position_ids": position.expand(n_rows, -1),
-            "attention_mask": visible.expand(n_rows, -1, -1, -1),
+            "attention_mask": mask.expand(n_rows, -1, -1, -1),
             "use_cache": False,
         }
 

@@ -194,11 +194,14 @@ CPU_BUDGET = 8 * 2**30
 DEVICE_SHARE = 0.7
 
 
-def naive_rows_at_once(preset: Preset, model: LlamaForCausalLM, device: torch.device) -> int:
+def naive_rows_at_once(
+    preset: Preset, model: LlamaForCausalLM, device: torch.device, attention: str
+) -> int:
     """How many of the n rows a pass of the naive step holds: all, if an estimate fits the budget.
 
     The estimate is what a training pass keeps for its backward: about ten hidden states and four
-    intermediate ones per layer, and three copies of the logits, of which two in float32. On a CPU
+    intermediate ones per layer, three copies of the logits, of which two in float32, and with eager
+    attention two matrices of scores per layer and head. On a CPU
     the budget is fixed, so that figures can be compared; on a GPU it follows its memory.
     """
     config = model.config
@@ -206,6 +209,9 @@ def naive_rows_at_once(preset: Preset, model: LlamaForCausalLM, device: torch.de
     kept = config.num_hidden_layers * per_layer * model.dtype.itemsize
     logits = config.vocab_size * (2 * torch.float32.itemsize + model.dtype.itemsize)
     row = preset.naive_row * (kept + logits)
+    if attention == "eager":
+        heads = config.num_hidden_layers * config.num_attention_heads
+        row += 2 * heads * preset.naive_row**2 * model.dtype.itemsize
     budget = CPU_BUDGET
     if device.type == "cuda":
         budget = int(DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory)

@@ -252,6 +252,7 @@ class Options:
         device: "cpu" or "cuda".
         with_naive: measure the naive step too.
         naive_rows: rows that it computes at once; None: by an estimate of its memory.
+        naive_attention: its attention implementation; "eager" is the released code's.
         settings: more fields of the `EBFTConfig` of ours.
         shape: overrides of the model's shape.
     """
@@ -261,6 +262,7 @@ class Options:
     device: str = "cpu"
     with_naive: bool = True
     naive_rows: int | None = None
+    naive_attention: str = "eager"
     settings: Mapping[str, Any] | None = None
     shape: Mapping[str, Any] | None = None
 
@@ -271,7 +273,9 @@ def measure(preset: Preset, model_size: str, options: Options) -> dict[str, Any]
     size = MODELS[model_size]
     base = size.build(**(options.shape or {}))
     vocabulary = base.config.vocab_size
-    rows_at_once = options.naive_rows or naive_rows_at_once(preset, base, device)
+    rows_at_once = options.naive_rows or naive_rows_at_once(
+        preset, base, device, options.naive_attention
+    )
     model = with_adapters(base, preset.lora_rank)
     reference = copy_of(model).to(device) if options.with_naive else None
 
@@ -286,6 +290,7 @@ def measure(preset: Preset, model_size: str, options: Options) -> dict[str, Any]
     repeats = {"ours": preset.repeats}
     theirs = None
     if reference is not None:
+        bare_model(reference).set_attn_implementation(options.naive_attention)
         phi = None if preset.lora_rank else copy_of(reference).requires_grad_(False)
         naive = NaiveStep(reference, phi, ours.trainer.ebft, rows_at_once=rows_at_once)
         theirs = TheirStep(naive, device)
@@ -352,6 +357,7 @@ def measure(preset: Preset, model_size: str, options: Options) -> dict[str, Any]
             "documents": options.documents,
             "ce_coef": options.ce_coef,
             "naive_rows_at_once": rows_at_once if options.with_naive else None,
+            "naive_attention": options.naive_attention if options.with_naive else None,
             "model": model_size,
             "parameters": sum(weight.numel() for weight in base.parameters()),
             "shape": {**size.shape, **(options.shape or {})},
@@ -393,8 +399,9 @@ def report(figures: Mapping[str, Any]) -> str:
     rows = settings["naive_rows_at_once"]
     if rows is not None:
         lines.append(
-            f"Naive: {rows} of {settings['preset']['n_samples']} rows at once; largest difference "
-            f"of log-probabilities {figures['difference']['log_probs']:.1e}, of rewards "
+            f"Naive: {settings['naive_attention']} attention, {rows} of "
+            f"{settings['preset']['n_samples']} rows at once; largest difference of "
+            f"log-probabilities {figures['difference']['log_probs']:.1e}, of rewards "
             f"{figures['difference']['rewards']:.1e}."
         )
     lines.append(
@@ -419,6 +426,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="Timed steps of ours.")
     parser.add_argument("--naive-repeats", type=int, help="Timed steps of the naive order of work.")
     parser.add_argument("--naive-rows", type=int, help="Rows that it computes at once.")
+    parser.add_argument(
+        "--naive-attention",
+        choices=("eager", "sdpa"),
+        default="eager",
+        help="Its attention; eager is the released code's.",
+    )
     parser.add_argument("--skip-naive", action="store_true", help="Only ours and the limit.")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads.")
     parser.add_argument(
@@ -452,6 +465,7 @@ def main(arguments: list[str] | None = None) -> None:
             device=given.device,
             with_naive=not given.skip_naive,
             naive_rows=given.naive_rows,
+            naive_attention=given.naive_attention,
             settings=dict(setting(text) for text in given.set),
         ),
     )

@@ -28,6 +28,7 @@ from hf_ebft import EBFTTrainer, Rollouts
 from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout, sees
+from hf_ebft.support import bare_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -58,7 +59,12 @@ class GivenRollouts(EBFTTrainer):
 
 
 def trainer_and_naive(
-    folder: Path, *, lora: bool = False, rows_at_once: int | None = None, **options: Any
+    folder: Path,
+    *,
+    lora: bool = False,
+    rows_at_once: int | None = None,
+    attention: str = "sdpa",
+    **options: Any,
 ) -> tuple[GivenRollouts, naive.NaiveStep]:
     """A trainer, and the naive step over copies of its networks."""
     trainer = GivenRollouts(
@@ -74,6 +80,9 @@ def trainer_and_naive(
     theirs = naive.NaiveStep(
         settings.copy_of(trainer.model), phi, trainer.ebft, rows_at_once=rows_at_once
     )
+    for network in (theirs.policy, phi):
+        if network is not None:
+            bare_model(network).set_attn_implementation(attention)
     return trainer, theirs
 
 
@@ -92,7 +101,7 @@ def sampled_by(
     "options",
     [
         {},
-        {"ce_coef": 0.3, "rows_at_once": 1},
+        {"ce_coef": 0.3, "rows_at_once": 1, "attention": "eager"},
         {"ce_coef": 0.3, "lora": True, "rows_at_once": 2},
         {"embed_method": "mean_pooling", "advantage_estimator": "group_norm", "temperature": 1.3},
     ],

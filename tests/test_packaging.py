@@ -22,7 +22,12 @@ import hf_ebft
 ROOT = Path(__file__).parents[1]
 
 # Distributions whose import name differs from their own.
-IMPORT_NAMES = {"pyyaml": "yaml", "pytest-xdist": "xdist", "pre-commit": "pre_commit"}
+IMPORT_NAMES = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "pytest-xdist": "xdist",
+    "pre-commit": "pre_commit",
+}
 
 
 def _setup_cfg() -> configparser.RawConfigParser:

@@ -4,6 +4,8 @@ accelerate turns an FSDP configuration into plain DDP where there is no accelera
 distributed type after the process group is up makes it take the FSDP2 path over gloo instead.
 """
 
+from typing import Any
+
 import accelerate
 from accelerate.utils import DistributedType
 
@@ -12,7 +14,7 @@ def enable() -> None:
     """Patch the class, not an instance: `TrainingArguments` makes the state anew."""
     original = accelerate.PartialState.__init__
 
-    def init(self, *args, **kwargs):
+    def init(self: accelerate.PartialState, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
             self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
