@@ -6,6 +6,7 @@ Q tokens of a row that are continued, N rows of logits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,14 +132,18 @@ def draw(probabilities: Tensor, generator: torch.Generator, each: int = 1) -> Te
     """Tokens drawn from each distribution: (N, V) -> (N, each) int64.
 
     The token at which the cumulated probability first passes a uniform number: one random number
-    per token, where `torch.multinomial` takes one per entry of the vocabulary. Sums are in double
+    per token, where `torch.multinomial` takes one per entry of the vocabulary. The vocabulary is
+    summed in parts, and only the part that holds the token is cumulated. Sums are in double
     precision, so that rare tokens at the end of a large vocabulary keep their share.
 
     Raises:
         FloatingPointError: the distribution holds NaN, which torch would report as a device assert.
     """
-    cumulated = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulated[..., -1:]
+    rows, vocabulary = probabilities.shape
+    width = math.isqrt(vocabulary)
+    parts = nn.functional.pad(probabilities, (0, -vocabulary % width)).view(rows, -1, width)
+    up_to_part = parts.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    total = up_to_part[:, -1:]
     if bool(torch.isnan(total).any()):
         raise FloatingPointError(
             "The policy's logits are not finite, so no rollout can be sampled. Its weights have "
@@ -146,8 +151,17 @@ def draw(probabilities: Tensor, generator: torch.Generator, each: int = 1) -> Te
             "fp16, train in bf16."
         )
     uniform = torch.rand(
-        (len(total), each), generator=generator, dtype=torch.float64, device=total.device
+        (rows, each), generator=generator, dtype=torch.float64, device=probabilities.device
     )
-    # Rounding must not push the threshold up to the total, which no token passes.
-    threshold = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, threshold, right=True)
+    threshold = torch.minimum(uniform * total, _just_below(total))
+    part = torch.searchsorted(up_to_part, threshold, right=True)
+    before_part = nn.functional.pad(up_to_part, (1, 0)).gather(1, part)
+    inside = parts.gather(1, part[..., None].expand(-1, -1, width))
+    inside = inside.cumsum(dim=-1, dtype=torch.float64)
+    left = torch.minimum((threshold - before_part)[..., None], _just_below(inside[..., -1:]))
+    return part * width + torch.searchsorted(inside, left, right=True)[..., 0]
+
+
+def _just_below(total: Tensor) -> Tensor:
+    """The next smaller number: rounding must not take a threshold to a total that none passes."""
+    return total.nextafter(torch.zeros_like(total))

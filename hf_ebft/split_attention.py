@@ -27,7 +27,7 @@ from torch import Tensor
 TILE_ROWS = {"cpu": 256, "cuda": 2048}
 # A tile computes every column that any of its groups sees. With at least so many tiles, what it
 # computes in vain is at most about one part in as many.
-MOST_OF_A_ROW = 8
+MOST_OF_A_ROW = 12
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 # Distributions whose import name differs from their own.
 IMPORT_NAMES = {
+    "huggingface-hub": "huggingface_hub",
     "pillow": "PIL",
     "pyyaml": "yaml",
     "pytest-xdist": "xdist",
