@@ -38,6 +38,7 @@ import memory  # noqa: E402
 import naive  # noqa: E402
 import scaling  # noqa: E402
 import settings  # noqa: E402
+import steady  # noqa: E402
 import step  # noqa: E402
 
 # Blocks need 4 + 3 tokens: the last document has none.
@@ -536,3 +537,17 @@ def test_scaling_writes_a_curve(
     pytest.importorskip("matplotlib")
     scaling.plot({"document": curve}, tmp_path / "scaling.svg")
     assert (tmp_path / "scaling.svg").stat().st_size > 1000
+
+
+def test_steady_counts_shapes_and_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Padded to a multiple, documents of 40 to 70 tokens make at most two widths."""
+    path = tmp_path / "steady.json"
+    arguments = ["--steps", "6", "--model", "tiny", "--shortest", "40", "--longest", "70"]
+    arguments += ["--device", "cpu", "--threads", "1", "--json", str(path)]
+    steady.main([*arguments, "--pad-to-multiple-of", "40"])
+    padded = json.loads(path.read_text())
+    assert padded["shapes"] <= 2 < 6 == len(padded["steps"])
+    assert padded["steps"][-1]["bytes"] > 0 and padded["graphs_of_halves"] == [0, 0]
+    assert "of peak memory from the first half" in capsys.readouterr().out
