@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows of scores that a tile has per head, about: enough for an efficient matrix product, and few
-# enough for the scores to stay in a CPU's cache, or in a small part of a GPU's memory.
+# Rows of scores that a tile has per query head, at most about: enough for an efficient matrix
+# product, and few enough for the scores to stay in a CPU's cache, or in a small part of a GPU's
+# memory.
 TILE_ROWS = {"cpu": 256, "cuda": 2048}
-# A tile computes every column that any of its groups sees. With at least so many tiles, what it
-# computes in vain is at most about one part in as many.
-MOST_OF_A_ROW = 12
+# A tile computes every column that any of its groups sees. With so many tiles, what it computes in
+# vain is about one part in as many; but tiles below the second number cost more than they save.
+TILES, FEWEST_ROWS = 12, 128
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def make_tiles(stretches: Stretches, first_query: int, *, own: bool) -> Iterator
     n_groups, per_group = high.shape[1], stretches.per_group
     n_queries = per_group[0] * per_group[1]
     rows = TILE_ROWS["cpu" if low.device.type == "cpu" else "cuda"]
-    size = max(1, min(rows // n_queries, -(-n_groups // MOST_OF_A_ROW)))
+    size = max(-(-n_groups // TILES), FEWEST_ROWS // n_queries)
+    size = max(1, min(rows // n_queries, size))
     # Bounds over the groups that are there: the whole tile's columns, and those that all see.
     # One trip to the host for all tiles.
     far = torch.iinfo(torch.int32).max
