@@ -108,8 +108,10 @@ class OurStep:
             ),
         )
         self.trainer.remove_callback(PrinterCallback)
-        # Trainer sets it when a run starts.
+        # Trainer does both when a run starts.
         self.trainer.current_gradient_accumulation_steps = 1
+        if settings.get("gradient_checkpointing"):
+            bare_model(model).gradient_checkpointing_enable({"use_reentrant": False})
         hold_gradients(self.trainer.model)
 
     @property

@@ -196,8 +196,9 @@ def set_packed_attention(model: nn.Module, choice: str) -> str:
 
     Args:
         model: the policy or feature network, bare or wrapped by PEFT.
-        choice: "split", "sdpa", "eager", "flex_attention", or "auto": split in place of sdpa where
-            the model can, the model's own where that is sdpa or eager, else sdpa, else eager.
+        choice: "split", "sdpa", "eager", "flex_attention"; "dense": the model's own where that is
+            sdpa or eager, else sdpa, else eager; "auto": the same with split in place of sdpa where
+            the model can.
 
     Returns:
         The implementation in use, by transformers' name.
@@ -208,7 +209,8 @@ def set_packed_attention(model: nn.Module, choice: str) -> str:
     base = bare_model(model)
     config = base.config.get_text_config(decoder=True)
     before = config._attn_implementation or "eager"
-    wanted = ["sdpa", "eager"] if choice == "auto" else [SPLIT if choice == "split" else choice]
+    chooses = choice in ("auto", "dense")
+    wanted = ["sdpa", "eager"] if chooses else [SPLIT if choice == "split" else choice]
     if before == SPLIT and choice == "auto":
         wanted = [SPLIT]
     elif before in wanted:
@@ -223,7 +225,7 @@ def set_packed_attention(model: nn.Module, choice: str) -> str:
         )
     if choice == "auto" and taken == "sdpa" and _takes(base, SPLIT, []):
         taken = SPLIT
-    if choice == "auto" and before not in ("sdpa", taken):
+    if chooses and before not in ("sdpa", SPLIT, taken):
         logger.warning(
             "Attention of %s switched from %s to %s, which can express the packed mask.",
             type(base).__name__,

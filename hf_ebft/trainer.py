@@ -570,7 +570,10 @@ class EBFTTrainer(Trainer):
     # ---- Preparation --------------------------------------------------------------------------
 
     def _prepare_networks(self, policy: nn.Module) -> None:
-        self._forward = PackedForward.of(policy, self.ebft.packed_attention)
+        attention: str = self.ebft.packed_attention
+        if self.args.torch_compile and attention == "auto":
+            attention = "dense"  # TorchDynamo cannot carry the plan of split attention
+        self._forward = PackedForward.of(policy, attention)
         self._vocabulary_size = vocabulary_size(policy)
         self.feature_network = build_feature_network(
             policy, self._given_feature_network, self.ebft, self.accelerator
@@ -616,6 +619,12 @@ def _refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any
         raise ValueError(
             "compute_loss_func would replace the EBFT loss; drop it, or override compute_loss in a "
             "subclass of EBFTTrainer."
+        )
+    if args.torch_compile and isinstance(args, EBFTSettings) and args.packed_attention == "split":
+        raise ValueError(
+            "torch_compile=True with packed_attention='split': TorchDynamo cannot trace what split "
+            "attention hands through the model. Use packed_attention='auto' (dense masks while "
+            "compiling), or 'flex_attention' on a GPU."
         )
     if args.label_smoothing_factor != 0:
         raise ValueError(

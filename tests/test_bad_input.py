@@ -369,3 +369,8 @@ def test_rollouts_that_are_no_token_ids_are_refused(tmp_path: Path, dtype: torch
     trainer = Wrong(tiny_llama(), config(tmp_path))
     with pytest.raises(ValueError, match=rf"tokens .*{dtype}.*torch.int64"):
         trainer.compute_loss(trainer.model, {"input_ids": IDS})
+
+
+def test_compiled_split_attention_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="torch_compile=True with packed_attention='split'"):
+        EBFTTrainer(tiny_llama(), config(tmp_path, torch_compile=True, packed_attention="split"))

@@ -5,6 +5,8 @@ No test here knows the right numbers; each compares two runs that have to agree.
 
 import copy
 import dataclasses
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -620,3 +622,20 @@ def test_collator_pads_on_the_right_and_marks_padding() -> None:
     batch = EBFTDataCollator()(rows)
     assert batch["input_ids"].tolist() == [rows[0]["input_ids"], [*rows[1]["input_ids"], 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+def test_a_compiled_policy_trains_the_same(tmp_path: Path) -> None:
+    """Two steps of different lengths: minutes, nearly all of it compilation."""
+    weights = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        args = config(tmp_path, torch_compile=compiled, max_steps=2, ce_coef=0.1)
+        trainer = EBFTTrainer(
+            tiny_llama(num_hidden_layers=1), args, train_dataset=texts(40, 33, 27, 21)
+        )
+        trainer.train()
+        weights.append(weights_of(trainer.model))
+    torch._dynamo.reset()
+    assert_same_tensors(weights[1], weights[0], relative=1e-4)
