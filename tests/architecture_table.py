@@ -15,6 +15,8 @@ import transformers
 from architectures import LIMIT, MODEL_TYPES, NOT_BUILT, tiny_model
 from exactness import Case, Verdict, judge, ragged_batch
 
+from hf_ebft.support import set_packed_attention
+
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 # Longest document of the case; its packed row is more than twice as long.
 LONGEST = 43
@@ -31,9 +33,9 @@ rounding: every model type of `MODEL_FOR_CAUSAL_LM_MAPPING` in transformers {ver
 Measured in float32 on tiny random models (4 layers, windows of 7 tokens, documents of up to
 {longest} tokens, packed rows of {row}): the largest difference of a log-probability over the whole
 vocabulary, in the training pass and in the cached sampler, and of a coordinate of an embedding
-(hidden states of the first, middle and last layer), with each attention implementation out of sdpa
-and eager that the model has, and with configured lengths above and below those of the documents and
-the row. The tests allow 1e-4; a wrong mask costs more than 1.
+(hidden states of the first, middle and last layer), with each attention implementation out of
+split, sdpa and eager that the model has, and with configured lengths above and below those of the
+documents and the row. The tests allow 1e-4; a wrong mask costs more than 1.
 
 A model that is not exact raises a `ValueError` that says why: when the trainer is built, or, where
 it is exact up to some length, at the first batch that is longer. For architectures that are not
@@ -45,14 +47,20 @@ before it trains (`verify_packing`).
 
 
 def build_and_judge(model_type: str, *, limit: int, attention: str | None) -> Verdict | None:
-    """Verdict on a type; None if it does not have this attention implementation."""
+    """Verdict on a type; None if it does not have this attention implementation.
+
+    Split attention takes the place of sdpa; sdpa itself is with a dense mask.
+    """
+    loaded = "sdpa" if attention == "split" else attention
     try:
-        model = tiny_model(model_type, limit=limit, attention=attention)
+        model = tiny_model(model_type, limit=limit, attention=loaded)
+        if attention == "split":
+            set_packed_attention(model, "split")
     except ValueError:
         if attention is None:
             raise
         return None
-    return judge(model, CASE)
+    return judge(model, CASE, "dense" if attention == "sdpa" else "auto")
 
 
 def all_verdicts(model_type: str) -> list[Verdict]:
@@ -63,7 +71,13 @@ def all_verdicts(model_type: str) -> list[Verdict]:
         return [ample]
     others = [
         build_and_judge(model_type, limit=limit, attention=attention)
-        for limit, attention in [(LIMIT, None), (SHORT, None), (LIMIT, "eager"), (LIMIT, "sdpa")]
+        for limit, attention in [
+            (LIMIT, None),
+            (SHORT, None),
+            (LIMIT, "eager"),
+            (LIMIT, "sdpa"),
+            (LIMIT, "split"),
+        ]
     ]
     return [ample, *(verdict for verdict in others if verdict is not None)]
 

@@ -169,14 +169,16 @@ def training_log_probs(
     return logits.float().log_softmax(-1)[rows, kept.index_of[layout.predictor]]
 
 
-def measure(model: nn.Module, case: Case, *, with_features: bool = True) -> Differences:
+def measure(
+    model: nn.Module, case: Case, *, with_features: bool = True, packed_attention: str = "auto"
+) -> Differences:
     """Run a case through sampler, training pass and feature network, and against the oracle.
 
     Raises:
         ValueError: the library refuses the model, or the batch for being too long for it.
         AssertionError: it finds other blocks than the definition does.
     """
-    forward, layout = PackedForward.of(model), case.layout()
+    forward, layout = PackedForward.of(model, packed_attention), case.layout()
     rollouts, sampled = sample(model, forward, layout)
     model.train()
     with torch.no_grad():
@@ -188,6 +190,7 @@ def measure(model: nn.Module, case: Case, *, with_features: bool = True) -> Diff
             feature_layers=FEATURE_LAYERS,
             embed_method="last_token",
             normalization="per_layer",
+            packed_attention=packed_attention,
         )
         features = network.embed(rollouts)
 
@@ -239,10 +242,10 @@ class Verdict:
     without_features: str = ""
 
 
-def judge(model: nn.Module, case: Case) -> Verdict:
+def judge(model: nn.Module, case: Case, packed_attention: str = "auto") -> Verdict:
     """Pass a model through everything that a trainer asks of it, and measure it if it passes."""
     try:
-        forward = PackedForward.of(model)
+        forward = PackedForward.of(model, packed_attention)
         verify_packing(model, forward)
     except ValueError as error:
         return Verdict("refused", reason=str(error))
@@ -252,7 +255,9 @@ def judge(model: nn.Module, case: Case) -> Verdict:
     except ValueError as error:
         without_features = str(error)
     try:
-        found = measure(model, case, with_features=not without_features)
+        found = measure(
+            model, case, with_features=not without_features, packed_attention=packed_attention
+        )
     except ValueError as error:
         return Verdict("limited", reason=str(error), forward=forward)
     outcome = "exact" if found.largest < TOLERANCE else "wrong"

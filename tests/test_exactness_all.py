@@ -41,7 +41,7 @@ def test_the_page_lists_every_type() -> None:
 ACCEPTED = [model_type for model_type in BUILT if DOCUMENTED.get(model_type) != "refused"]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["split", "sdpa", "eager"])
 @pytest.mark.parametrize("model_type", ACCEPTED)
 def test_lengths_between_document_and_row(model_type: str, attention: str) -> None:
     verdict = build_and_judge(model_type, limit=LIMIT, attention=attention)
