@@ -42,6 +42,7 @@ def test_defaults_are_trls_but_for_scaled_rewards(tmp_path):
         ({"gt_length_multiplier": float("nan")}, "must be a number above 0"),
         ({"max_completion_length": None}, "max_completion_length=None"),
         ({"ce_coef": -1.0}, "ce_coef=-1.0 must be 0 or more"),
+        ({"whitening_space": "corpus"}, "which structured mode does not have"),
         ({"embed_method": "first_token"}, "last_token, mean_pooling, concat, completion_mean"),
     ],
 )

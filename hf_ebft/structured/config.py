@@ -95,6 +95,11 @@ class StructuredSettings(StructuredArguments, FeatureMatchingArguments):
                 "alignment_coef=0 and diversity_coef=0 make every reward 0: nothing to learn from. "
                 "Raise one of these."
             )
+        if self.use_whitening and self.whitening_space == "corpus":
+            raise ValueError(
+                "whitening_space='corpus' whitens by features of blocks of training text, which "
+                "structured mode does not have; use 'feature' or 'sample', or use_whitening=False."
+            )
         refuse_groups_that_do_not_sum_to_zero(self, n_samples, n_samples_name)
 
 
