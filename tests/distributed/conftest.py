@@ -9,7 +9,9 @@ from tests.distributed.runs import trained
 def single(tmp_path_factory):
     """The same runs in this process: batches twice as large instead of two processes."""
     folder = tmp_path_factory.mktemp("single")
+    plain = trained(folder, per_device_train_batch_size=4)
     return {
-        "plain": trained(folder, per_device_train_batch_size=4),
+        "plain": plain,
+        "parts": plain,  # how a batch is worked off changes nothing
         "adapters": trained(folder, per_device_train_batch_size=4, peft=True),
     }

@@ -30,7 +30,8 @@ from tests.distributed.runs import (
 
 
 def basics(folder):
-    """Training with blocks and without, adapters, an uneven epoch, a tiny evaluation set."""
+    """Training with blocks and without, adapters, batches in parts, an uneven epoch, a tiny
+    evaluation set."""
     uneven = make_trainer(
         folder / "uneven",
         data=documents((40, 5, 6, 33, 7)),
@@ -43,6 +44,7 @@ def basics(folder):
     return {
         "plain": trained(folder / "plain"),
         "adapters": trained(folder / "adapters", peft=True),
+        "parts": trained(folder / "parts", rollout_batch_size=1),
         "no_blocks": trained(folder / "no_blocks", data=documents((5, 6, 5, 6)), max_steps=1),
         "uneven": summary(uneven),
     }
