@@ -51,6 +51,7 @@ from hf_ebft.evaluation import measure_model
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.rewards import Rewards, feature_matching_rewards
 from hf_ebft.trainer import EBFTOutput
+from hf_ebft.whitening import WHITENING_SPACES
 
 # Rows that are measured together, as documents of one packed row: faster, and the same figures.
 PACKED = 4
@@ -427,19 +428,19 @@ def run_probe(out: Path) -> None:
     x, y = torch.cat(generated).transpose(0, 1)[None], torch.cat(truths)[None]
     found: dict[str, Any] = {}
     plain: dict[str, Tensor] = {}
-    for space in ("off", "feature", "sample", "corpus"):
+    for space in (None, *WHITENING_SPACES):
         rewards = feature_matching_rewards(
             x,
             y,
             alignment_coef=1.0,
             diversity_coef=1.0,
-            use_whitening=space != "off",
-            whitening_space="feature" if space == "off" else space,
+            use_whitening=space is not None,
+            whitening_space=space or "feature",
             corpus_whitening=trainer.corpus_whitening() if space == "corpus" else None,
         )
         kinds = {"reward": rewards.reward, "rloo": compute_advantages(rewards, "rloo")}
         plain = plain or kinds
-        found[space] = asdict(
+        found[space or "off"] = asdict(
             Reward(
                 alignment=round(float(rewards.alignment.mean()), DIGITS),
                 diversity=round(float(rewards.diversity.mean()), DIGITS),

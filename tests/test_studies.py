@@ -114,7 +114,7 @@ def test_naive_baseline_is_the_mean_of_the_others() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A study of seconds."""
-    training = settings.TRAINING | {"per_device_train_batch_size": 1}
+    training = settings.TRAINING | {"per_device_train_batch_size": 1, "warmup_steps": 0}
     evaluation = settings.EVALUATION | {"rows": 18}
     parsing_settings = settings.PARSING | {"cuts_per_file": 1, "new_tokens": 4, "samples": 1}
     monkeypatch.setattr(settings, "TRAINING", training)
