@@ -204,12 +204,13 @@ def runs_table(results: Results) -> str:
 
 
 def absent(runs: Sequence[Run], results: Results) -> list[str]:
-    """Arms of runs that are not there, with their seeds and rates."""
-    return [
-        f"{run.arm} seed {run.seed}" + (f" at {run.learning_rate:g}" if run.split == "tune" else "")
-        for run in runs
-        if run.name not in results.runs
-    ]
+    """Arms of runs that are not there, with their seeds or rates."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if run.name not in results.runs:
+            which = f"{run.learning_rate:g}" if run.split == "tune" else f"seed {run.seed}"
+            found.setdefault(run.arm, []).append(which)
+    return [f"`{arm}` ({', '.join(which)})" for arm, which in found.items()]
 
 
 def sweep_table(results: Results) -> str:
