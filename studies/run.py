@@ -1,6 +1,6 @@
 """Run the study: every training and its measurement, one JSON file each.
 
-    python studies/run.py --out studies/results              # all of it, about an hour of one core
+    python studies/run.py --out studies/results              # all of it, about an hour of a core
     python studies/run.py --out studies/results --jobs 2     # two runs at a time
     python studies/tables.py --results studies/results       # tables into docs/study.md, plots
 
