@@ -1,0 +1,462 @@
+"""Run the study: every training and its measurement, one JSON file each.
+
+    python studies/run.py --out studies/results              # all of it, about an hour of a core
+    python studies/run.py --out studies/results --jobs 2     # two runs at a time
+    python studies/tables.py --results studies/results       # tables into docs/study.md, plots
+
+A run that has its file is skipped, so the command may be stopped and given again. Each run takes
+one thread; `settings.py` says what is run, and in which order.
+
+Dimension letters: N rows, F files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import settings
+import stdlib_text
+import torch
+import transformers
+from numpy.typing import NDArray
+from parsing import Cut, choose_cuts, parse_shares
+from settings import ROOT, Run
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_ebft import EBFTConfig, EBFTTrainer
+from hf_ebft.advantages import compute_advantages
+from hf_ebft.config import EBFTSettings
+from hf_ebft.data import TokenizedRows, tokenize_and_cut
+from hf_ebft.evaluation import measure_model
+from hf_ebft.feature_network import FeatureNetwork
+from hf_ebft.rewards import Rewards, feature_matching_rewards
+from hf_ebft.trainer import EBFTOutput
+from hf_ebft.whitening import WHITENING_SPACES
+
+# Rows that are measured together, as documents of one packed row: faster, and the same figures.
+PACKED = 4
+DIGITS = 5
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Sweep, choose the rates, run the rest."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "studies" / "results")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(
+        options.jobs, mp_context=multiprocessing.get_context("spawn")
+    ) as workers:
+
+        def finish(runs: Sequence[Run]) -> None:
+            list(workers.map(run_once, runs, [options.out] * len(runs)))
+
+        finish([*settings.base_runs(), *settings.sweep_runs()])
+        rates = chosen_rates(options.out)
+        print("Learning rates chosen on the development split:", rates, flush=True)
+        probe = workers.submit(run_probe, options.out)
+        finish(
+            [
+                *settings.main_runs(rates),
+                *settings.ablation_runs(rates["ebft"]),
+                *settings.whitened_sweep_runs(),
+            ]
+        )
+        probe.result()
+
+
+def chosen_rates(out: Path) -> dict[str, float]:
+    """Method -> the rate whose run has the least of the method's criterion."""
+    rates = {}
+    for arm, criterion in settings.CRITERIA.items():
+        runs = [run for run in settings.sweep_runs() if run.arm == arm]
+        figure = {
+            run.learning_rate: mean_of(read(out, run.name)["evaluation"], criterion) for run in runs
+        }
+        rates[arm] = min(figure, key=lambda rate: figure[rate])
+    return rates  # type: ignore[return-value]
+
+
+def read(out: Path, name: str) -> dict[str, Any]:
+    """A finished run."""
+    found: dict[str, Any] = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def mean_of(evaluation: dict[str, Any], figure: str) -> float:
+    """The mean over all documents of a figure that is stored by file."""
+    by_file = evaluation["by_file"]
+    return float(np.average(by_file[figure], weights=evaluation["weights"][kind_of(figure)]))
+
+
+def kind_of(figure: str) -> str:
+    """What a figure is a mean over in each file: tokens, rows with prefixes, or cuts."""
+    if figure == "cross_entropy":
+        return "tokens"
+    return "cuts" if figure.startswith("parse_") else "rows"
+
+
+# ---- One run --------------------------------------------------------------------------------
+
+
+def run_once(run: Run, out: Path) -> None:
+    """Train, measure and write one run, unless it has been."""
+    path = out / f"{run.name}.json"
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    started, cpu = time.time(), time.process_time()
+    texts, rows = held_out(run.split)
+    model = load_model()
+    result: dict[str, Any] = {"run": asdict(run) | {"name": run.name}, "versions": versions()}
+    trainer = None
+    if run.method != "base":
+        trainer, result["training"] = train(run, model)
+    trained = time.process_time()
+    result["evaluation"] = evaluate(model, run.split, texts, rows)
+    if isinstance(trainer, EBFTTrainer) and trainer.averaging is not None:
+        with trainer.averaging.applied():
+            result["evaluation_ema"] = evaluate(model, run.split, texts, rows)
+    result["cpu_seconds"] = {
+        "training": round(trained - cpu, 1),
+        "all": round(time.process_time() - cpu, 1),
+    }
+    write(path, result)
+    print(f"{run.name}: {time.time() - started:.0f} s, {result['cpu_seconds']}", flush=True)
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all: a run that is stopped while writing is run again."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with."""
+    return {
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+@cache
+def tokenizer() -> Any:
+    """The tiny model's."""
+    return AutoTokenizer.from_pretrained(ROOT / settings.MODEL)
+
+
+def load_model() -> Any:
+    """The tiny model as it is shipped."""
+    return AutoModelForCausalLM.from_pretrained(ROOT / settings.MODEL, dtype=torch.float32)
+
+
+@cache
+def load_rows(split: str) -> tuple[list[str], TokenizedRows]:
+    """Whole texts of a split, and its rows."""
+    texts = [document.text for document in stdlib_text.load(settings.DOMAIN, split).documents]
+    shortest = settings.EBFT["context_length"] + settings.EBFT["generate_max_len"]
+    return texts, tokenize_and_cut(
+        texts, tokenizer(), sequence_len=settings.ROW_TOKENS, min_length=shortest
+    )
+
+
+def held_out(split: str) -> tuple[list[str], TokenizedRows]:
+    """Whole texts, and the rows that are measured."""
+    texts, rows = load_rows(split)
+    return texts, rows.spread(settings.EVALUATION["rows"], settings.EVALUATION["seed"])
+
+
+# ---- Training -------------------------------------------------------------------------------
+
+
+class NaiveBaselineTrainer(EBFTTrainer):
+    """EBFT with the plain leave-one-out mean of whole rewards as baseline.
+
+    The others' rewards contain this rollout through their diversity, so this is not the baseline of
+    eq. 94 in arXiv 2603.12248 but what RLOO would do with rewards that were independent.
+    """
+
+    def _score(self, rollouts: Any) -> tuple[Rewards, Tensor, Tensor | None]:
+        rewards, _, reference = super()._score(rollouts)
+        return rewards, naive_advantages(rewards.reward), reference
+
+
+def naive_advantages(reward: Tensor) -> Tensor:
+    """(B, n, K) -> (B, n, K): reward less the mean of the others'."""
+    n = reward.shape[1]
+    return reward - (reward.sum(dim=1, keepdim=True) - reward) / (n - 1)
+
+
+class CountTokens(TrainerCallback):
+    """Counts the tokens of rollouts."""
+
+    def __init__(self) -> None:
+        self.rollout_tokens = 0
+
+    def on_ebft_outputs(self, *args: Any, outputs: EBFTOutput, **kwargs: Any) -> None:
+        """Once per micro-batch of training."""
+        _, n, _, g = outputs.rollouts.tokens.shape
+        self.rollout_tokens += int(outputs.rollouts.exists.sum()) * n * g
+
+
+def train(run: Run, model: Any) -> tuple[Trainer, dict[str, Any]]:
+    """Train the model in place; what came out, for the record."""
+    assert run.learning_rate is not None
+    _, rows = load_rows("train")
+    common: dict[str, Any] = settings.TRAINING | {
+        "output_dir": tempfile.mkdtemp(prefix="study"),
+        "learning_rate": run.learning_rate,
+        "max_steps": run.steps,
+        "seed": run.seed,
+    }
+    counter = CountTokens()
+    trainer: Trainer
+    if run.method == "ebft":
+        changes = dict(run.changes)
+        cls = NaiveBaselineTrainer if changes.pop("naive_baseline", False) else EBFTTrainer
+        trainer = cls(
+            model=model,
+            args=EBFTConfig(**(common | settings.EBFT | changes)),
+            train_dataset=rows,
+            processing_class=tokenizer(),
+            callbacks=[counter],
+        )
+    else:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**common, logging_steps=max(1, run.steps // 10)),
+            train_dataset=rows,
+            processing_class=tokenizer(),
+            data_collator=DataCollatorForLanguageModeling(tokenizer(), mlm=False),
+        )
+    trainer.train()
+    log = [
+        {name: round(value, DIGITS) for name, value in entry.items() if kept(name)}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
+    return trainer, {
+        "steps": trainer.state.global_step,
+        "document_tokens": int(trainer.state.num_input_tokens_seen),
+        "rollout_tokens": counter.rollout_tokens,
+        "log": log,
+    }
+
+
+def kept(name: str) -> bool:
+    """Whether a logged figure goes on record."""
+    return name in ("step", "loss", "grad_norm") or (
+        name.startswith("ebft/") and not name.startswith(("ebft/seconds", "ebft/blocks"))
+    )
+
+
+# ---- Measuring ------------------------------------------------------------------------------
+
+
+@cache
+def feature_network() -> FeatureNetwork:
+    """Phi of every measurement: the untrained model."""
+    return FeatureNetwork(
+        load_model(),
+        feature_layers=evaluation_settings().feature_layers,
+        embed_method=evaluation_settings().embed_method,
+        normalization=evaluation_settings().feature_normalization,
+    )
+
+
+@cache
+def evaluation_settings() -> EBFTSettings:
+    """Nothing is whitened here, whatever training did."""
+    names = ("stride", "context_length", "n_samples_per_prompt", "temperature")
+    return EBFTSettings(use_whitening=False, **{name: settings.EVALUATION[name] for name in names})
+
+
+def packed(rows: TokenizedRows) -> list[dict[str, Tensor]]:
+    """The rows, `PACKED` of them at a time as documents of one row."""
+    parts = [
+        [rows[i]["input_ids"] for i in range(first, min(first + PACKED, len(rows)))]
+        for first in range(0, len(rows), PACKED)
+    ]
+    return [
+        {
+            "input_ids": torch.cat(part),
+            "document_ids": torch.cat([torch.full_like(ids, i) for i, ids in enumerate(part)]),
+        }
+        for part in parts
+    ]
+
+
+def evaluate(model: Any, split: str, texts: list[str], rows: TokenizedRows) -> dict[str, Any]:
+    """Every figure, as means by file.
+
+    Returns:
+        ``by_file``: figure -> (F,) means, with ``@8`` and so on for figures of rollouts;
+        ``weights``: "tokens", "rows", "cuts" -> (F,) what these are means over; ``prefixes``: in
+        all.
+    """
+    measured = measure_model(
+        model,
+        feature_network(),
+        packed(rows),
+        evaluation_settings(),
+        lengths=settings.LENGTHS,
+        seed=settings.EVALUATION["seed"],
+    )
+    files = sorted({source for (source,) in rows.sources})
+    file_of = np.array([files.index(source) for (source,) in rows.sources])
+    found: dict[str, NDArray[np.float64]] = {}
+    tokens = measured.tokens["cross_entropy"]
+    room = (measured.blocks > 0).astype(np.float64)
+    sums = by_file(measured.text["cross_entropy"] * tokens, file_of)
+    found["cross_entropy"] = sums / by_file(tokens, file_of)
+    for length, figures in measured.rollouts.items():
+        for name in ("cfm_loss", "cosine_alignment", "dot_diversity", "entropy", "duplicates"):
+            means = by_file(np.nan_to_num(figures[name]), file_of) / by_file(room, file_of)
+            found[f"{name}@{length}"] = means
+    cuts = cuts_of(split, texts)
+    names = ("new_tokens", "samples", "seed")
+    shares = parse_shares(
+        model, tokenizer(), cuts, **{name: settings.PARSING[name] for name in names}
+    )
+    cut_file = np.array([files.index(cut.file) for cut in cuts])
+    n_cuts = np.bincount(cut_file, minlength=len(files)).astype(np.float64)
+    for name, share in shares.items():
+        found[name] = by_file(np.array(share), cut_file, len(files)) / n_cuts
+    weights = {"tokens": by_file(tokens, file_of), "rows": by_file(room, file_of), "cuts": n_cuts}
+    return {
+        "by_file": {name: rounded(values) for name, values in found.items()},
+        "weights": {name: rounded(values) for name, values in weights.items()},
+        "prefixes": int(measured.blocks.sum()),
+    }
+
+
+@cache
+def _cuts(split: str, texts: tuple[str, ...]) -> list[Cut]:
+    names = ("cuts_per_file", "context_tokens", "new_tokens", "seed")
+    return choose_cuts(texts, tokenizer(), **{name: settings.PARSING[name] for name in names})
+
+
+def cuts_of(split: str, texts: list[str]) -> list[Cut]:
+    """The same cuts for every model."""
+    return _cuts(split, tuple(texts))
+
+
+def by_file(
+    values: NDArray[np.float64], file_of: NDArray[np.int64], n_files: int = 0
+) -> NDArray[np.float64]:
+    """(N,) -> (F,): sums."""
+    return np.bincount(file_of, weights=values, minlength=n_files).astype(np.float64)
+
+
+def rounded(values: NDArray[np.float64]) -> list[float]:
+    """For JSON; figures that do not exist would be an error."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"A file has no figure: {values.tolist()}.")
+    return [round(value, DIGITS) for value in values.tolist()]
+
+
+# ---- Rewards side by side -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Rewards of the same rollouts under one kind of whitening, as (n x groups) numbers.
+
+    Attributes:
+        alignment, diversity: means.
+        within: standard deviation of the reward within its group, mean over groups.
+        agreement: correlation, within groups, with the reward without whitening.
+        advantages: the same correlation of the leave-one-out advantages.
+    """
+
+    alignment: float
+    diversity: float
+    within: float
+    agreement: float
+    advantages: float
+
+
+def run_probe(out: Path) -> None:
+    """What each whitening makes of the same rollouts of the untrained model."""
+    path = out / "probe-rewards.json"
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    _, rows = held_out("report")
+    args = settings.TRAINING | settings.EBFT | {"max_steps": 1, "learning_rate": 0.0}
+    corpus = {"use_whitening": True, "whitening_space": "corpus"}
+    trainer = EBFTTrainer(
+        model=load_model(),
+        args=EBFTConfig(**(args | corpus | {"output_dir": tempfile.mkdtemp(prefix="study")})),
+        train_dataset=load_rows("train")[1],
+        processing_class=tokenizer(),
+    )
+    trainer.model.eval()
+    generated, truths = [], []
+    for first in range(0, len(rows), PACKED):
+        members = range(first, min(first + PACKED, len(rows)))
+        batch = trainer.data_collator([rows[i] for i in members])
+        with torch.no_grad():
+            rollouts = trainer.sample_rollouts(trainer.model, batch)
+            features = trainer.feature_network.embed(rollouts)
+        exists = rollouts.exists
+        generated.append(features.generated.transpose(1, 2)[exists])
+        truths.append(features.ground_truth[exists])
+    x, y = torch.cat(generated).transpose(0, 1)[None], torch.cat(truths)[None]
+    found: dict[str, Any] = {}
+    plain: dict[str, Tensor] = {}
+    for space in (None, *WHITENING_SPACES):
+        rewards = feature_matching_rewards(
+            x,
+            y,
+            alignment_coef=1.0,
+            diversity_coef=1.0,
+            use_whitening=space is not None,
+            whitening_space=space or "feature",
+            corpus_whitening=trainer.corpus_whitening() if space == "corpus" else None,
+        )
+        kinds = {"reward": rewards.reward, "rloo": compute_advantages(rewards, "rloo")}
+        plain = plain or kinds
+        found[space or "off"] = asdict(
+            Reward(
+                alignment=round(float(rewards.alignment.mean()), DIGITS),
+                diversity=round(float(rewards.diversity.mean()), DIGITS),
+                within=round(float(rewards.reward.std(dim=1).mean()), DIGITS),
+                agreement=within_correlation(kinds["reward"], plain["reward"]),
+                advantages=within_correlation(kinds["rloo"], plain["rloo"]),
+            )
+        )
+    write(path, {"groups": x.shape[2], "rewards": found, "versions": versions()})
+
+
+def within_correlation(a: Tensor, b: Tensor) -> float:
+    """Correlation of (1, n, K) numbers after their group means are taken off."""
+    a, b = (x - x.mean(dim=1, keepdim=True) for x in (a.double(), b.double()))
+    return round(float((a * b).sum() / (a.norm() * b.norm())), DIGITS)
+
+
+if __name__ == "__main__":
+    main()
