@@ -75,6 +75,8 @@ lint: $(STAMP) ## ruff, the formatting and mypy; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+# By themselves: two folders of scripts have a settings.py.
+	MYPYPATH=examples $(BIN)/mypy studies
 
 style: $(STAMP) ## sort imports, apply safe fixes and format, in place
 	$(BIN)/ruff check --fix .
