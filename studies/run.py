@@ -5,7 +5,7 @@
     python studies/tables.py --results studies/results       # tables into docs/study.md, plots
 
 A run that has its file is skipped, so the command may be stopped and given again. Each run takes
-one thread; `settings.py` says what is run, and in which order.
+one thread; `matrix.py` says what is run, and in which order.
 
 Dimension letters: N rows, F files.
 """
@@ -25,14 +25,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import matrix
 import numpy as np
-import settings
 import stdlib_text
 import torch
 import transformers
+from matrix import ROOT, Run
 from numpy.typing import NDArray
 from parsing import Cut, choose_cuts, parse_shares
-from settings import ROOT, Run
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -72,15 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         def finish(runs: Sequence[Run]) -> None:
             list(workers.map(run_once, runs, [options.out] * len(runs)))
 
-        finish([*settings.base_runs(), *settings.sweep_runs()])
+        finish([*matrix.base_runs(), *matrix.sweep_runs()])
         rates = chosen_rates(options.out)
         print("Learning rates chosen on the development split:", rates, flush=True)
         probe = workers.submit(run_probe, options.out)
         finish(
             [
-                *settings.main_runs(rates),
-                *settings.ablation_runs(rates["ebft"]),
-                *settings.whitened_sweep_runs(),
+                *matrix.main_runs(rates),
+                *matrix.ablation_runs(rates["ebft"]),
+                *matrix.whitened_sweep_runs(),
             ]
         )
         probe.result()
@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def chosen_rates(out: Path) -> dict[str, float]:
     """Method -> the rate whose run has the least of the method's criterion."""
     rates = {}
-    for arm, criterion in settings.CRITERIA.items():
-        runs = [run for run in settings.sweep_runs() if run.arm == arm]
+    for arm, criterion in matrix.CRITERIA.items():
+        runs = [run for run in matrix.sweep_runs() if run.arm == arm]
         figure = {
             run.learning_rate: mean_of(read(out, run.name)["evaluation"], criterion) for run in runs
         }
@@ -165,28 +165,28 @@ def versions() -> dict[str, str]:
 @cache
 def tokenizer() -> Any:
     """The tiny model's."""
-    return AutoTokenizer.from_pretrained(ROOT / settings.MODEL)
+    return AutoTokenizer.from_pretrained(ROOT / matrix.MODEL)
 
 
 def load_model() -> Any:
     """The tiny model as it is shipped."""
-    return AutoModelForCausalLM.from_pretrained(ROOT / settings.MODEL, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(ROOT / matrix.MODEL, dtype=torch.float32)
 
 
 @cache
 def load_rows(split: str) -> tuple[list[str], TokenizedRows]:
     """Whole texts of a split, and its rows."""
-    texts = [document.text for document in stdlib_text.load(settings.DOMAIN, split).documents]
-    shortest = settings.EBFT["context_length"] + settings.EBFT["generate_max_len"]
+    texts = [document.text for document in stdlib_text.load(matrix.DOMAIN, split).documents]
+    shortest = matrix.EBFT["context_length"] + matrix.EBFT["generate_max_len"]
     return texts, tokenize_and_cut(
-        texts, tokenizer(), sequence_len=settings.ROW_TOKENS, min_length=shortest
+        texts, tokenizer(), sequence_len=matrix.ROW_TOKENS, min_length=shortest
     )
 
 
 def held_out(split: str) -> tuple[list[str], TokenizedRows]:
     """Whole texts, and the rows that are measured."""
     texts, rows = load_rows(split)
-    return texts, rows.spread(settings.EVALUATION["rows"], settings.EVALUATION["seed"])
+    return texts, rows.spread(matrix.EVALUATION["rows"], matrix.EVALUATION["seed"])
 
 
 # ---- Training -------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def train(run: Run, model: Any) -> tuple[Trainer, dict[str, Any]]:
     """Train the model in place; what came out, for the record."""
     assert run.learning_rate is not None
     _, rows = load_rows("train")
-    common: dict[str, Any] = settings.TRAINING | {
+    common: dict[str, Any] = matrix.TRAINING | {
         "output_dir": tempfile.mkdtemp(prefix="study"),
         "learning_rate": run.learning_rate,
         "max_steps": run.steps,
@@ -239,7 +239,7 @@ def train(run: Run, model: Any) -> tuple[Trainer, dict[str, Any]]:
         cls = NaiveBaselineTrainer if changes.pop("naive_baseline", False) else EBFTTrainer
         trainer = cls(
             model=model,
-            args=EBFTConfig(**(common | settings.EBFT | changes)),
+            args=EBFTConfig(**(common | matrix.EBFT | changes)),
             train_dataset=rows,
             processing_class=tokenizer(),
             callbacks=[counter],
@@ -291,7 +291,7 @@ def feature_network() -> FeatureNetwork:
 def evaluation_settings() -> EBFTSettings:
     """Nothing is whitened here, whatever training did."""
     names = ("stride", "context_length", "n_samples_per_prompt", "temperature")
-    return EBFTSettings(use_whitening=False, **{name: settings.EVALUATION[name] for name in names})
+    return EBFTSettings(use_whitening=False, **{name: matrix.EVALUATION[name] for name in names})
 
 
 def packed(rows: TokenizedRows) -> list[dict[str, Tensor]]:
@@ -322,8 +322,8 @@ def evaluate(model: Any, split: str, texts: list[str], rows: TokenizedRows) -> d
         feature_network(),
         packed(rows),
         evaluation_settings(),
-        lengths=settings.LENGTHS,
-        seed=settings.EVALUATION["seed"],
+        lengths=matrix.LENGTHS,
+        seed=matrix.EVALUATION["seed"],
     )
     files = sorted({source for (source,) in rows.sources})
     file_of = np.array([files.index(source) for (source,) in rows.sources])
@@ -339,7 +339,7 @@ def evaluate(model: Any, split: str, texts: list[str], rows: TokenizedRows) -> d
     cuts = cuts_of(split, texts)
     names = ("new_tokens", "samples", "seed")
     shares = parse_shares(
-        model, tokenizer(), cuts, **{name: settings.PARSING[name] for name in names}
+        model, tokenizer(), cuts, **{name: matrix.PARSING[name] for name in names}
     )
     cut_file = np.array([files.index(cut.file) for cut in cuts])
     n_cuts = np.bincount(cut_file, minlength=len(files)).astype(np.float64)
@@ -356,7 +356,7 @@ def evaluate(model: Any, split: str, texts: list[str], rows: TokenizedRows) -> d
 @cache
 def _cuts(split: str, texts: tuple[str, ...]) -> list[Cut]:
     names = ("cuts_per_file", "context_tokens", "new_tokens", "seed")
-    return choose_cuts(texts, tokenizer(), **{name: settings.PARSING[name] for name in names})
+    return choose_cuts(texts, tokenizer(), **{name: matrix.PARSING[name] for name in names})
 
 
 def cuts_of(split: str, texts: list[str]) -> list[Cut]:
@@ -406,7 +406,7 @@ def run_probe(out: Path) -> None:
         return
     torch.set_num_threads(1)
     _, rows = held_out("report")
-    args = settings.TRAINING | settings.EBFT | {"max_steps": 1, "learning_rate": 0.0}
+    args = matrix.TRAINING | matrix.EBFT | {"max_steps": 1, "learning_rate": 0.0}
     corpus = {"use_whitening": True, "whitening_space": "corpus"}
     trainer = EBFTTrainer(
         model=load_model(),

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matrix
 import numpy as np
-import settings
+from matrix import ROOT, Run
 from numpy.typing import NDArray
 from run import kind_of, mean_of, read
-from settings import ROOT, Run
 
 from hf_ebft.evaluation import PairedDifference, paired_bootstrap
 
@@ -121,7 +121,7 @@ class Results:
         """Method -> rate of its runs on ``report``."""
         return {
             arm: runs[0]["run"]["learning_rate"]
-            for arm in settings.CRITERIA
+            for arm in matrix.CRITERIA
             if (runs := self.of(arm))
         }
 
@@ -185,16 +185,16 @@ def runs_table(results: Results) -> str:
     """What was declared, and what is there."""
     rates = results.rates()
     declared = {
-        "untrained model": settings.base_runs(),
-        "sweep, `tune`": settings.sweep_runs(),
-        "main comparison, `report`": settings.main_runs(rates) if len(rates) == 3 else [],
+        "untrained model": matrix.base_runs(),
+        "sweep, `tune`": matrix.sweep_runs(),
+        "main comparison, `report`": matrix.main_runs(rates) if len(rates) == 3 else [],
     }
     if "ebft" in rates:
-        ablations = settings.ablation_runs(rates["ebft"])
-        whitening = [run for run in ablations if run.arm in settings.WHITENING]
+        ablations = matrix.ablation_runs(rates["ebft"])
+        whitening = [run for run in ablations if run.arm in matrix.WHITENING]
         declared["whitening, `report`"] = whitening
         declared["other factors, `report`"] = [r for r in ablations if r not in whitening]
-        declared["sweep of whitening by group, `tune`"] = settings.whitened_sweep_runs()
+        declared["sweep of whitening by group, `tune`"] = matrix.whitened_sweep_runs()
     rows = [
         [label, str(len(runs)), str(sum(run.name in results.runs for run in runs)), missing]
         for label, runs in declared.items()
@@ -218,9 +218,9 @@ def sweep_table(results: Results) -> str:
     base = results.base("tune")
     figures = ("cross_entropy", "cfm_loss@8", "entropy@8")
     rows = [["untrained", "-", *(number(mean_of(base, figure)) for figure in figures)]]
-    for arm in (*settings.CRITERIA, "whitening_feature"):
+    for arm in (*matrix.CRITERIA, "whitening_feature"):
         runs = results.of(arm, "tune")
-        criterion = settings.CRITERIA.get(arm, "cfm_loss@8")
+        criterion = matrix.CRITERIA.get(arm, "cfm_loss@8")
         best = min((mean_of(r["evaluation"], criterion) for r in runs), default=None)
         for result in runs:
             cells = [number(mean_of(result["evaluation"], figure)) for figure in figures]
@@ -233,7 +233,7 @@ def sweep_table(results: Results) -> str:
 
 def main_table(results: Results) -> str:
     """Base, SFT and EBFT: every figure, values."""
-    arms = [arm for arm in (*settings.CRITERIA, "ebft_ema") if results.evaluations(arm)]
+    arms = [arm for arm in (*matrix.CRITERIA, "ebft_ema") if results.evaluations(arm)]
     base = results.base()
     rows = []
     for figure, label in FIGURES.items():
@@ -251,7 +251,7 @@ def main_table(results: Results) -> str:
 def cost_table(results: Results) -> str:
     """Tokens and time of one training run."""
     rows = []
-    for arm in settings.CRITERIA:
+    for arm in matrix.CRITERIA:
         runs = results.of(arm)
         if not runs:
             continue
@@ -307,7 +307,7 @@ def whitening_table(results: Results) -> str:
     base = results.base()
     figures = ("cross_entropy", "entropy@8", *SHORT[1:])
     rows = []
-    for arm in ("ebft", *settings.WHITENING):
+    for arm in ("ebft", *matrix.WHITENING):
         evaluations = list(results.evaluations(arm).values())
         if evaluations:
             label = "no whitening" if arm == "ebft" else LABELS[arm]
@@ -315,7 +315,7 @@ def whitening_table(results: Results) -> str:
             rows.append([label, str(len(evaluations)), *cells])
     head = ["less the untrained model", "seeds", *(FIGURES[figure] for figure in figures)]
     second = ["less no whitening", *head[1:]]
-    rows_2 = factor_rows(results, list(settings.WHITENING), figures)
+    rows_2 = factor_rows(results, list(matrix.WHITENING), figures)
     return f"{table(head, rows)}\n\n{table(second, rows_2)}"
 
 
@@ -323,7 +323,7 @@ def log_table(results: Results) -> str:
     """What training logged at its beginning and end: reward's own alignment and diversity."""
     names = ("alignment", "diversity", "entropy", "duplicate_rollouts", "advantages_std")
     rows = []
-    for arm in ("ebft", *settings.WHITENING):
+    for arm in ("ebft", *matrix.WHITENING):
         logs = [r["training"]["log"] for r in results.of(arm)]
         if logs:
             cells = [
@@ -360,7 +360,7 @@ def probe_table(results: Results) -> str:
 def factors_table(results: Results) -> str:
     """The other factors."""
     figures = ("cross_entropy", "entropy@8", *SHORT[1:], "parse_sampled")
-    rows = factor_rows(results, [*settings.OTHER_FACTORS, "ebft_ema"], figures)
+    rows = factor_rows(results, [*matrix.OTHER_FACTORS, "ebft_ema"], figures)
     return table(["less EBFT", "seeds", *(FIGURES[figure] for figure in figures)], rows)
 
 
@@ -397,7 +397,7 @@ def draw(results: Results, path: Path) -> None:
 
 def _draw_sweep(results: Results, axes: Any) -> None:
     base = results.base("tune")
-    for arm in (*settings.CRITERIA, "whitening_feature"):
+    for arm in (*matrix.CRITERIA, "whitening_feature"):
         runs = results.of(arm, "tune")
         if runs:
             rates = [r["run"]["learning_rate"] for r in runs]
@@ -412,33 +412,33 @@ def _draw_sweep(results: Results, axes: Any) -> None:
 
 def _draw_lengths(results: Results, axes: Any) -> None:
     base = [results.base()]
-    for shift, arm in enumerate((*settings.CRITERIA, *settings.WHITENING)):
+    for shift, arm in enumerate((*matrix.CRITERIA, *matrix.WHITENING)):
         after = list(results.evaluations(arm).values())
         if after:
-            found = [difference(base, after, f"cfm_loss@{g}") for g in settings.LENGTHS]
+            found = [difference(base, after, f"cfm_loss@{g}") for g in matrix.LENGTHS]
             middle = np.array([paired.difference for paired in found])
             bounds = [
                 middle - [paired.low for paired in found],
                 [paired.high for paired in found] - middle,
             ]
-            places = np.array(settings.LENGTHS) * 1.03 ** (shift - 2)
+            places = np.array(matrix.LENGTHS) * 1.03 ** (shift - 2)
             axes.errorbar(places, middle, bounds, marker="o", capsize=2, label=LABELS[arm])
     axes.axhline(0, color="grey", linestyle=":")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(settings.LENGTHS, [str(g) for g in settings.LENGTHS])
+    axes.set_xticks(matrix.LENGTHS, [str(g) for g in matrix.LENGTHS])
     axes.set_xlabel("rollout tokens (training: 8)")
     axes.set_title("CFM loss less the untrained model's ↓")
     axes.legend(fontsize="small")
 
 
 def _draw_scatter(results: Results, axes: Any) -> None:
-    for arm in (*settings.CRITERIA, *settings.WHITENING, *settings.OTHER_FACTORS):
+    for arm in (*matrix.CRITERIA, *matrix.WHITENING, *matrix.OTHER_FACTORS):
         found = list(results.evaluations(arm).values())
         if found:
             axes.scatter(
                 [mean_of(e, "cross_entropy") for e in found],
                 [mean_of(e, "cfm_loss@8") for e in found],
-                marker="o" if arm in settings.CRITERIA else "x",
+                marker="o" if arm in matrix.CRITERIA else "x",
                 label=LABELS[arm].replace("`", ""),
             )
     base = results.base()
@@ -457,7 +457,7 @@ def _draw_scatter(results: Results, axes: Any) -> None:
 
 
 def _draw_entropy(results: Results, axes: Any) -> None:
-    for arm in ("ebft", *settings.WHITENING):
+    for arm in ("ebft", *matrix.WHITENING):
         logs = [r["training"]["log"] for r in results.of(arm)]
         if logs:
             steps = [entry["step"] for entry in logs[0]]

@@ -118,7 +118,8 @@ def test_naive_computes_the_librarys_step(tmp_path: Path, options: dict[str, Any
         n_blocks = document.tokens.shape[1]
         log_probs, _ = theirs.log_probs(document)
         expected = outputs.log_probs[row, :, :n_blocks]
-        torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
+        # Relative too: these models are sure of themselves, and rounding grows with a log-prob.
+        torch.testing.assert_close(log_probs, expected, rtol=5e-6, atol=1e-5)
         rewards = theirs.rewards(document).reward[0]
         expected = outputs.rewards.reward[row, :, :n_blocks]
         torch.testing.assert_close(rewards, expected, rtol=0, atol=1e-5)
@@ -494,7 +495,7 @@ def test_model_sizes(name: str, millions: float) -> None:
         millions, rel=0.02
     )
     for preset in settings.PRESETS.values():
-        rows = settings.naive_rows_at_once(preset, model, torch.device("cpu"))
+        rows = settings.naive_rows_at_once(preset, model, torch.device("cpu"), "eager")
         assert preset.n_samples % rows == 0
 
 
@@ -503,8 +504,8 @@ def test_naive_rows_follow_memory() -> None:
     small, large = settings.MODELS["tiny"].build(), settings.MODELS["smollm2"]
     cpu, paper = torch.device("cpu"), settings.PRESETS["paper"]
     with torch.device("meta"):
-        assert settings.naive_rows_at_once(paper, large.build(), cpu) < paper.n_samples
-    assert settings.naive_rows_at_once(paper, small, cpu) == paper.n_samples
+        assert settings.naive_rows_at_once(paper, large.build(), cpu, "sdpa") < paper.n_samples
+    assert settings.naive_rows_at_once(paper, small, cpu, "sdpa") == paper.n_samples
     assert paper.naive_row == 1024 + 127 * 8
 
 

@@ -148,7 +148,7 @@ def test_scores_of_the_whole_row_never_exist() -> None:
             for tile in plan.tiles
         )
 
-    assert largest(1024) <= 2.2 * largest(512)
+    assert largest(2048) <= 2.2 * largest(1024)
 
 
 # ---- Inside a model ------------------------------------------------------------------------------

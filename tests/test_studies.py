@@ -12,22 +12,22 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "studies"))
 
+import matrix  # noqa: E402
 import parsing  # noqa: E402
 import run  # noqa: E402
-import settings  # noqa: E402
 import tables  # noqa: E402
 
 RESULTS = ROOT / "studies" / "results"
 PAGE = ROOT / "docs" / "study.md"
 
 
-def all_runs(rates: dict[str, float]) -> list[settings.Run]:
+def all_runs(rates: dict[str, float]) -> list[matrix.Run]:
     return [
-        *settings.base_runs(),
-        *settings.sweep_runs(),
-        *settings.main_runs(rates),
-        *settings.ablation_runs(rates["ebft"]),
-        *settings.whitened_sweep_runs(),
+        *matrix.base_runs(),
+        *matrix.sweep_runs(),
+        *matrix.main_runs(rates),
+        *matrix.ablation_runs(rates["ebft"]),
+        *matrix.whitened_sweep_runs(),
     ]
 
 
@@ -35,17 +35,17 @@ def all_runs(rates: dict[str, float]) -> list[settings.Run]:
 
 
 def test_matrix_treats_methods_alike() -> None:
-    sweep = settings.sweep_runs()
-    by_arm = {arm: [r for r in sweep if r.arm == arm] for arm in settings.CRITERIA}
+    sweep = matrix.sweep_runs()
+    by_arm = {arm: [r for r in sweep if r.arm == arm] for arm in matrix.CRITERIA}
     assert len({tuple(r.learning_rate for r in runs) for runs in by_arm.values()}) == 1
     assert {r.split for r in sweep} == {"tune"}
-    main = settings.main_runs(dict.fromkeys(settings.CRITERIA, 1e-3))
+    main = matrix.main_runs(dict.fromkeys(matrix.CRITERIA, 1e-3))
     assert {r.split for r in main} == {"report"}
     assert {arm: sum(r.arm == arm for r in main) for arm in by_arm} == dict.fromkeys(by_arm, 3)
-    names = [r.name for r in all_runs(dict.fromkeys(settings.CRITERIA, 1e-3))]
+    names = [r.name for r in all_runs(dict.fromkeys(matrix.CRITERIA, 1e-3))]
     assert len(set(names)) == len(names)
     # One factor at a time.
-    assert all(len(changes) == 1 for changes in settings.OTHER_FACTORS.values())
+    assert all(len(changes) == 1 for changes in matrix.OTHER_FACTORS.values())
 
 
 # ---- Parsing --------------------------------------------------------------------------------
@@ -114,13 +114,13 @@ def test_naive_baseline_is_the_mean_of_the_others() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A study of seconds."""
-    training = settings.TRAINING | {"per_device_train_batch_size": 1, "warmup_steps": 0}
-    evaluation = settings.EVALUATION | {"rows": 18}
-    parsing_settings = settings.PARSING | {"cuts_per_file": 1, "new_tokens": 4, "samples": 1}
-    monkeypatch.setattr(settings, "TRAINING", training)
-    monkeypatch.setattr(settings, "EVALUATION", evaluation)
-    monkeypatch.setattr(settings, "PARSING", parsing_settings)
-    monkeypatch.setattr(settings, "LENGTHS", (2, 4))
+    training = matrix.TRAINING | {"per_device_train_batch_size": 1, "warmup_steps": 0}
+    evaluation = matrix.EVALUATION | {"rows": 18}
+    parsing_settings = matrix.PARSING | {"cuts_per_file": 1, "new_tokens": 4, "samples": 1}
+    monkeypatch.setattr(matrix, "TRAINING", training)
+    monkeypatch.setattr(matrix, "EVALUATION", evaluation)
+    monkeypatch.setattr(matrix, "PARSING", parsing_settings)
+    monkeypatch.setattr(matrix, "LENGTHS", (2, 4))
     run._cuts.cache_clear()
 
 
@@ -128,9 +128,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runs_of_one_step(tmp_path: Path) -> None:
     """Both trainers read the same rows, results are complete, and finished runs are skipped."""
     runs = [
-        settings.Run("base", "base", "tune"),
-        settings.Run("sft_steps", "sft", "tune", 1, 1e-3, 1),
-        settings.Run("naive_baseline", "ebft", "tune", 1, 1e-3, 1, {"naive_baseline": True}),
+        matrix.Run("base", "base", "tune"),
+        matrix.Run("sft_steps", "sft", "tune", 1, 1e-3, 1),
+        matrix.Run("naive_baseline", "ebft", "tune", 1, 1e-3, 1, {"naive_baseline": True}),
     ]
     for one in runs:
         run.run_once(one, tmp_path)
@@ -174,17 +174,17 @@ def test_results_are_those_of_the_matrix() -> None:
             one.steps,
             one.learning_rate,
         )
-    assert {one.name for one in settings.sweep_runs()} <= found.runs.keys()
-    assert {one.name for one in settings.main_runs(rates)} <= found.runs.keys()
+    assert {one.name for one in matrix.sweep_runs()} <= found.runs.keys()
+    assert {one.name for one in matrix.main_runs(rates)} <= found.runs.keys()
     assert sum(path.stat().st_size for path in RESULTS.glob("*.json")) < 1_000_000
 
 
 def test_methods_saw_the_same_rows() -> None:
     found = results()
-    for seed in settings.SEEDS:
+    for seed in matrix.SEEDS:
         tokens = {
             arm: next(r["training"] for r in found.of(arm) if r["run"]["seed"] == seed)
-            for arm in settings.CRITERIA
+            for arm in matrix.CRITERIA
         }
         assert tokens["sft_steps"]["document_tokens"] == tokens["ebft"]["document_tokens"]
         whole = tokens["ebft"]["document_tokens"] + tokens["ebft"]["rollout_tokens"]
