@@ -7,7 +7,10 @@ All reductions are elementwise products and sums in float32, never matrix produc
 enclosing autocast region would run in half precision, and TF32 would cut to 10 bits.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +22,9 @@ from hf_ebft.whitening import (
     WhiteningSpace,
     whiten,
 )
+
+if TYPE_CHECKING:
+    from hf_ebft.config import FeatureMatchingArguments
 
 # Features and whitened features have norms of order 1. A vector as short as this is zero but for
 # rounding: its direction means nothing.
@@ -184,3 +190,30 @@ def _check_features(generated: Tensor, ground_truth: Tensor) -> None:
             f"features must be floating point, got {generated.dtype} and {ground_truth.dtype}: "
             "pass the features of the tokens, not the tokens"
         )
+
+
+def rewards_by(
+    settings: FeatureMatchingArguments,
+    generated: Tensor,
+    ground_truth: Tensor,
+    *,
+    use_whitening: bool | None = None,
+    corpus_whitening: CorpusWhitening | None = None,
+) -> Rewards:
+    """:func:`feature_matching_rewards` with a run's settings.
+
+    Args:
+        settings: coefficients and whitening.
+        generated, ground_truth, corpus_whitening: see there.
+        use_whitening: in place of the settings'.
+    """
+    return feature_matching_rewards(
+        generated,
+        ground_truth,
+        alignment_coef=settings.alignment_coef,
+        diversity_coef=settings.diversity_coef,
+        use_whitening=settings.use_whitening if use_whitening is None else use_whitening,
+        whitening_space=settings.whitening_space,
+        whitening_tolerance=settings.whitening_tolerance,
+        corpus_whitening=corpus_whitening,
+    )

@@ -44,7 +44,7 @@ from hf_ebft.metrics import (
 from hf_ebft.model_card import CardOptions, may_write_card, write_arguments, write_card
 from hf_ebft.pictures import PicturesCallback
 from hf_ebft.policy import PackedForward
-from hf_ebft.rewards import Rewards, feature_matching_rewards
+from hf_ebft.rewards import Rewards, rewards_by
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.sharding import gathering_fits, is_sharded, parameters_gathered
 from hf_ebft.stopwatch import Stopwatch
@@ -279,14 +279,10 @@ class EBFTTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             features = self.feature_network.embed(rollouts, score)
         with torch.no_grad():
-            rewards = feature_matching_rewards(
+            rewards = rewards_by(
+                settings,
                 features.generated,
                 features.ground_truth,
-                alignment_coef=settings.alignment_coef,
-                diversity_coef=settings.diversity_coef,
-                use_whitening=settings.use_whitening,
-                whitening_space=settings.whitening_space,
-                whitening_tolerance=settings.whitening_tolerance,
                 corpus_whitening=self.corpus_whitening(),
             )
             advantages = compute_advantages(rewards, settings.advantage_estimator)

@@ -27,7 +27,7 @@ from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
 from hf_ebft.log_probs import TokenLogProbs, packed_log_probs, predicted_targets
 from hf_ebft.policy import PackedForward, inference_mode_of
-from hf_ebft.rewards import feature_matching_rewards
+from hf_ebft.rewards import rewards_by
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.whitening import CorpusWhitening
 
@@ -193,14 +193,11 @@ def _measure(
     )
     features = feature_network.embed(rollouts)
     rewarded, plain = (
-        feature_matching_rewards(
+        rewards_by(
+            settings,
             features.generated,
             features.ground_truth,
-            alignment_coef=settings.alignment_coef,
-            diversity_coef=settings.diversity_coef,
             use_whitening=use_whitening,
-            whitening_space=settings.whitening_space,
-            whitening_tolerance=settings.whitening_tolerance,
             corpus_whitening=corpus_whitening,
         )
         for use_whitening in (settings.use_whitening, False)

@@ -36,7 +36,7 @@ from hf_ebft.heads import ToLogits
 from hf_ebft.layout import PackedLayout
 from hf_ebft.log_probs import predicted_targets, target_log_probs
 from hf_ebft.policy import PackedForward, inference_mode_of
-from hf_ebft.rewards import feature_matching_rewards
+from hf_ebft.rewards import rewards_by
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.whitening import CorpusWhitening
 
@@ -279,14 +279,11 @@ class _Measurer:
         settings = self.settings
         features = self.feature_network.embed(rollouts)
         rewarded, plain = (
-            feature_matching_rewards(
+            rewards_by(
+                settings,
                 features.generated,
                 features.ground_truth,
-                alignment_coef=settings.alignment_coef,
-                diversity_coef=settings.diversity_coef,
                 use_whitening=use_whitening,
-                whitening_space=settings.whitening_space,
-                whitening_tolerance=settings.whitening_tolerance,
                 corpus_whitening=self.corpus_whitening,
             )
             for use_whitening in (settings.use_whitening, False)

@@ -17,7 +17,7 @@ from hf_ebft.evaluation.figures import STREAM, Collator, Rows
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
 from hf_ebft.policy import PackedForward
-from hf_ebft.rewards import feature_matching_rewards
+from hf_ebft.rewards import rewards_by
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.whitening import CorpusWhitening
 
@@ -151,15 +151,8 @@ def sample_groups(
         seed=seed,
     )
     features = feature_network.embed(rollouts)
-    rewards = feature_matching_rewards(
-        features.generated,
-        features.ground_truth,
-        alignment_coef=settings.alignment_coef,
-        diversity_coef=settings.diversity_coef,
-        use_whitening=settings.use_whitening,
-        whitening_space=settings.whitening_space,
-        whitening_tolerance=settings.whitening_tolerance,
-        corpus_whitening=corpus_whitening,
+    rewards = rewards_by(
+        settings, features.generated, features.ground_truth, corpus_whitening=corpus_whitening
     )
     return [
         RolloutGroup(

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_ebft.advantages import compute_advantages
 from hf_ebft.data.thinking import answer_start
 from hf_ebft.metrics import PREFIX, ZERO_ADVANTAGE
-from hf_ebft.rewards import Rewards, feature_matching_rewards
+from hf_ebft.rewards import Rewards, rewards_by
 from hf_ebft.structured.config import StructuredSettings, refuse_groups_that_do_not_sum_to_zero
 from hf_ebft.structured.encoding import Example, ExampleEncoder, text_of
 from hf_ebft.structured.groups import fingerprints, gather_rows, group_size, own_rows
@@ -251,14 +251,10 @@ class FeatureMatchingReward:
         n_samples = self._group_size(gather_rows(fingerprints(examples, device)))
         groups = (-1, n_samples)
         # One block per prompt: K = 1.
-        rewards = feature_matching_rewards(
+        rewards = rewards_by(
+            settings,
             gather_rows(generated_RD).unflatten(0, groups)[:, :, None],
             gather_rows(truth_RD).unflatten(0, groups)[:, :1],
-            alignment_coef=settings.alignment_coef,
-            diversity_coef=settings.diversity_coef,
-            use_whitening=settings.use_whitening,
-            whitening_space=settings.whitening_space,
-            whitening_tolerance=settings.whitening_tolerance,
         )
         tokens = [tuple(ids) for ids in completion_ids]
         tokens_Pn = gather_rows(fingerprints(tokens, device)).unflatten(0, groups)
