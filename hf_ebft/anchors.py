@@ -38,6 +38,10 @@ class Blocks:
     document: Tensor
     exists: Tensor
 
+    def __getitem__(self, index: slice) -> Blocks:
+        """Some of the K blocks of every row."""
+        return Blocks(*(getattr(self, field.name)[:, index] for field in fields(self)))
+
     def to(self, device: torch.device) -> Blocks:
         """The same blocks on a device."""
         return Blocks(*(getattr(self, field.name).to(device) for field in fields(self)))

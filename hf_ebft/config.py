@@ -331,6 +331,15 @@ class StridedArguments:
         },
     )
 
+    training_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rollout tokens whose activations exist at once in training; more of them go "
+            "through the model in chunks, with the same gradient. Default: 1024 on a CPU, else "
+            "8192."
+        },
+    )
+
     def validate_strided(self) -> None:
         """Check the fields of this group.
 
@@ -345,8 +354,10 @@ class StridedArguments:
             "rollout_batch_size",
             "pad_to_multiple_of",
             "log_prob_chunk_size",
+            "training_chunk_size",
         ):
-            if name != "rollout_batch_size" or self.rollout_batch_size is not None:
+            unset = name in ("rollout_batch_size", "training_chunk_size")
+            if not unset or getattr(self, name) is not None:
                 _require_count(self, name)
         prefix = self.min_completion_prefix
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:

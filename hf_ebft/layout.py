@@ -210,6 +210,19 @@ class PackedLayout:
             self, coordinates, coordinates, has_documents=True, steps=steps, own_steps=steps
         )
 
+    @cached_property
+    def rollouts_part(self) -> PackedPart:
+        """The rollouts without their last tokens, after a cache of the documents."""
+        part, width = self.predicting_part, self.document_width
+        return PackedPart(
+            self,
+            part.queries.map(lambda field: field[:, width:]),
+            part.keys,
+            has_documents=False,
+            steps=part.steps,
+            own_steps=part.own_steps,
+        )
+
     def step_part(self, step: int) -> PackedPart:
         """The ``step``-th token of every rollout, after a cache of all that comes before it."""
         document = torch.arange(self.document_width, device=self.documents.input_ids.device)
@@ -222,6 +235,10 @@ class PackedLayout:
             steps=range(step, step + 1),
             own_steps=range(step + 1),
         )
+
+    def of_blocks(self, blocks: slice) -> PackedLayout:
+        """The same documents with some of their blocks."""
+        return PackedLayout(self.documents, self.blocks[blocks], self.n_samples, self.length)
 
     def to(self, device: torch.device) -> PackedLayout:
         """The same layout on a device; itself, with all that it has worked out, where it is."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from hf_ebft.documents import Documents
 from hf_ebft.heads import ToLogits
@@ -25,6 +26,7 @@ class TokenLogProbs:
 
     Attributes:
         rollout: (B, n, K, G) float32, log p(token | prefix, own earlier tokens) at the temperature.
+            Of a part of the row: of the tokens that it predicts.
         document: (B, S) float32, log p(token | document before it) at temperature 1; 0 for tokens
             that are no target. None where no cross-entropy is wanted.
     """
@@ -48,15 +50,25 @@ class KeptPlaces:
     index_of: Tensor
 
     @classmethod
-    def of(cls, layout: PackedLayout, *, whole_document: bool) -> KeptPlaces:
-        """Predictors of all rollout tokens, and of all document tokens if ``whole_document``."""
+    def of(
+        cls, layout: PackedLayout, *, whole_document: bool, part: PackedPart | None = None
+    ) -> KeptPlaces:
+        """Predictors of all rollout tokens, and of all document tokens if ``whole_document``.
+
+        Args:
+            layout: of the row.
+            whole_document: whether document tokens are predicted, too.
+            part: keep only those that are in this part of the row; default: all.
+        """
         device = layout.predictor.device
-        if whole_document:
-            document = torch.arange(max(1, layout.document_width - 1), device=device)
-        else:
+        document = inside = torch.zeros(0, dtype=torch.long, device=device)
+        if part is None or part.has_documents:
             document = torch.unique(layout.predictor[..., 0])
-        inside = layout.predictor[0, :, :, 1:].flatten()
-        places = torch.cat([document, torch.unique(inside)])
+            if whole_document:
+                document = torch.arange(max(1, layout.document_width - 1), device=device)
+        if part is None or len(part.steps) > 0:
+            inside = torch.unique(layout.predictor[0, :, :, 1:])
+        places = torch.cat([document, inside])
         index_of = torch.zeros(layout.row_width, dtype=torch.long, device=device)
         index_of[places] = torch.arange(places.shape[0], device=device)
         return cls(places=places, n_document=document.shape[0], index_of=index_of)
@@ -71,6 +83,7 @@ def packed_log_probs(
     with_document: bool,
     chunk_size: int,
     part: PackedPart | None = None,
+    cache: DynamicCache | None = None,
 ) -> TokenLogProbs:
     """One forward pass of a model over the packed row, with gradient if it is on.
 
@@ -81,11 +94,14 @@ def packed_log_probs(
         temperature: of the sampling.
         with_document: whether the document's log-probabilities are wanted.
         chunk_size: rows of logits that exist at once.
-        part: what to feed of the row; default: all that predicts something.
+        part: what to feed of the row; default: all that predicts something. The documents alone
+            predict the first token of every rollout, the rollouts alone the others.
+        cache: keys and values of what the part may look at and does not feed, extended in place.
     """
     layout = rollouts.layout
     part = layout.predicting_part if part is None else part
-    kept = KeptPlaces.of(layout, whole_document=with_document)
+    with_document = with_document and part.has_documents
+    kept = KeptPlaces.of(layout, whole_document=with_document, part=part)
     shape = layout.rollout_shape
     first, later = layout.predictor[:, 0, :, :1], layout.predictor[..., 1:]
     documents = layout.documents
@@ -106,10 +122,12 @@ def packed_log_probs(
             )
             return found.view(targets.shape)
 
-        # The n samples of a block start from one distribution.
-        starts = of(first[..., 0], rollouts.tokens[..., 0].transpose(1, 2), temperature)
-        results = [starts.transpose(1, 2)[..., None]]
-        if shape[3] > 1:
+        results = []
+        if part.has_documents:
+            # The n samples of a block start from one distribution.
+            starts = of(first[..., 0], rollouts.tokens[..., 0].transpose(1, 2), temperature)
+            results.append(starts.transpose(1, 2)[..., None])
+        if len(part.steps) > 0 and shape[3] > 1:
             results.append(of(later, rollouts.tokens[..., 1:, None], temperature)[..., 0])
         if with_document:
             places = document.expand(shape[0], -1)
@@ -117,7 +135,8 @@ def packed_log_probs(
         return results
 
     input_ids = layout.input_ids(rollouts.tokens)[:, part.queries.slot[0]]
-    results = forward.through_head(model, input_ids, part, part.index_of[kept.places], log_probs)
+    keep = part.index_of[kept.places]
+    results = forward.through_head(model, input_ids, part, keep, log_probs, cache=cache)
     document_log_probs = None
     if with_document:
         of_targets = nn.functional.pad(results.pop(), (1, 0))

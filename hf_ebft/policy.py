@@ -9,10 +9,11 @@ Dimension letters: B rows, Q tokens fed, P positions whose logits are kept, V vo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,18 +127,40 @@ class PackedForward:
         first, *others = results
         return [first + nothing.sum() if nothing.requires_grad else first, *others]
 
-    def new_cache(self) -> DynamicCache:
-        """An empty cache that keeps every key.
+    def new_cache(self, states: Sequence[Tensor] | None = None) -> DynamicCache:
+        """A cache that keeps every key.
 
         Sliding-window layers of a default cache drop keys that later blocks still need; here the
         window is the mask's affair.
+
+        Args:
+            states: keys and values of every layer, (B, H, C, E) each, to start with; None: empty.
         """
         cache = DynamicCache(config=self.config.get_text_config(decoder=True))
         cache.layers = [
             DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer
             for layer in cache.layers
         ]
+        if states is not None:
+            pairs = zip(states[::2], states[1::2], strict=True)
+            layers = cast(list[DynamicLayer], cache.layers)
+            for layer, (keys, values) in zip(layers, pairs, strict=True):
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
         return cache
+
+    @cached_property
+    def keeps_every_key(self) -> bool:
+        """Whether keys and values are all that the model's cache holds."""
+        return all(type(layer) is DynamicLayer for layer in self.new_cache().layers)
+
+
+def states_in(cache: DynamicCache) -> list[Tensor]:
+    """Keys and values of every layer, (B, H, C, E) each, as :meth:`PackedForward.new_cache` takes
+    them.
+    """
+    layers = cast(list[DynamicLayer], cache.layers)
+    return [cast(Tensor, state) for layer in layers for state in (layer.keys, layer.values)]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,21 @@ from hf_ebft.policy import PackedForward, inference_mode_of
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """What the policy made of the tokens that it sampled.
+
+    Attributes:
+        tokens: (B, n, K, G) int64.
+        log_probs: (B, n, K, G) float32, of the tokens, at the temperature, before any truncation.
+        policy: which weights these are, see :func:`state_of`.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    policy: Any
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """Sampled continuations of the prefixes of a batch.
 
@@ -26,11 +42,31 @@ class Rollouts:
         tokens: (B, n, K, G) int64; arbitrary where the block does not exist.
         exists: (B, K) bool.
         layout: where prefixes, windows and rollouts lie in the packed row.
+        sampling: what is known of the tokens from sampling them; None where they came otherwise.
     """
 
     tokens: Tensor
     exists: Tensor
     layout: PackedLayout
+    sampling: Sampling | None = None
+
+    def log_probs_under(self, policy: nn.Module) -> Tensor | None:
+        """(B, n, K, G) log-probabilities that sampling has computed, if they are this policy's.
+
+        None where tokens were replaced since, or the policy is another one or has been trained.
+        """
+        known = self.sampling
+        if known is None or known.policy != state_of(policy):
+            return None
+        return known.log_probs if torch.equal(known.tokens, self.tokens) else None
+
+
+def state_of(policy: nn.Module) -> tuple[int, int]:
+    """What tells a model and its weights from another model and from other weights.
+
+    Every tensor counts how often it was changed in place; autograd checks saved tensors by it.
+    """
+    return id(policy), sum(parameter._version for parameter in policy.parameters())
 
 
 def make_generator(device: torch.device, *entropy: int) -> torch.Generator:
@@ -76,40 +112,38 @@ def sample_rollouts(
     _, n_samples, n_blocks, length = layout.rollout_shape
     every_rollout = torch.arange(n_blocks * n_samples, device=generator.device)
 
-    def drawn(states: Tensor, to_logits: ToLogits, each: int = 1) -> Tensor:
-        """(B, Q, X) -> (B, Q * each): tokens drawn for each state, a chunk of logits at a time."""
-        tokens = [
-            draw(token_probabilities(to_logits(chunk), temperature, top_p), generator, each)
-            for chunk in states.flatten(0, 1).split(chunk_size)
-        ]
-        return torch.cat(tokens).view(states.shape[0], -1)
+    def drawn(states: Tensor, to_logits: ToLogits, each: int = 1) -> list[Tensor]:
+        """(B, Q, X) -> (B, Q * each): tokens drawn for each state, and their log-probabilities."""
+        tokens, log_probs = [], []
+        for chunk in states.flatten(0, 1).split(chunk_size):
+            probabilities = token_probabilities(to_logits(chunk), temperature)
+            tokens.append(draw(nucleus(probabilities, top_p), generator, each))
+            log_probs.append(probabilities.gather(1, tokens[-1]).log())
+        return [torch.cat(parts).view(states.shape[0], -1) for parts in (tokens, log_probs)]
 
     def first_tokens(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
         states = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-        return [drawn(states, to_logits, each=n_samples)]
-
-    def next_tokens(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
-        return [drawn(states, to_logits)]
+        return drawn(states, to_logits, each=n_samples)
 
     with inference_mode_of(model):
         cache = forward.new_cache()
         # The first token is predicted by the prefix's last one, for all samples alike.
         places, index = torch.unique(layout.predictor[:, 0, :, 0], return_inverse=True)
         part, text = layout.document_part, layout.documents.input_ids
-        steps = forward.through_head(model, text, part, places, first_tokens, cache=cache)
+        steps = [forward.through_head(model, text, part, places, first_tokens, cache=cache)]
         for step in range(length - 1):
-            part, text = layout.step_part(step), steps[-1]
-            steps += forward.through_head(
-                model, text, part, every_rollout, next_tokens, cache=cache
-            )
-    tokens = layout.from_row(torch.stack(steps, dim=2).flatten(1))
-    return Rollouts(tokens=tokens.contiguous(), exists=layout.blocks.exists, layout=layout)
+            part, text = layout.step_part(step), steps[-1][0]
+            steps.append(forward.through_head(model, text, part, every_rollout, drawn, cache=cache))
+    tokens, log_probs = (
+        layout.from_row(torch.stack(of_steps, dim=2).flatten(1)).contiguous()
+        for of_steps in zip(*steps, strict=True)
+    )
+    sampling = Sampling(tokens.clone(), log_probs, state_of(model))
+    return Rollouts(tokens, layout.blocks.exists, layout, sampling)
 
 
-def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Sampling distribution: softmax at the temperature, truncated to the nucleus.
-
-    The nucleus is the smallest set of most likely tokens whose probability reaches ``top_p``.
+def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Softmax at a temperature.
 
     Args:
         logits: (..., V) in any floating dtype.
@@ -117,7 +151,18 @@ def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Ten
     Returns:
         (..., V) float32, summing to 1.
     """
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    return torch.softmax(logits.float() / temperature, dim=-1)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The smallest set of most likely tokens whose probability reaches ``top_p``, and no others.
+
+    Args:
+        probabilities: (..., V) float32, summing to 1.
+
+    Returns:
+        (..., V) float32, summing to 1.
+    """
     if top_p >= 1.0:
         return probabilities
     descending, order = probabilities.sort(dim=-1, descending=True)

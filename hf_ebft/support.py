@@ -267,6 +267,14 @@ def backbone(model: nn.Module) -> PreTrainedModel:
     return readers[1] if len(readers) > 1 else base
 
 
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Whether gradient (or, as newer releases say, activation) checkpointing is on."""
+    base = bare_model(model)
+    new_name = hasattr(type(base), "is_activation_checkpointing")
+    name = "is_activation_checkpointing" if new_name else "is_gradient_checkpointing"
+    return bool(getattr(base, name))
+
+
 def _reads_tokens(module: nn.Module, base: PreTrainedModel) -> bool:
     """Whether the input embeddings lie inside a module, as they do not in a vision tower."""
     embeddings = base.get_input_embeddings()

@@ -24,6 +24,7 @@ from hf_ebft.averaging import EMACallback
 from hf_ebft.config import EBFTConfig, EBFTSettings
 from hf_ebft.corpus import choose_rows, from_main_process, measure_corpus_whitening
 from hf_ebft.data.collator import EBFTDataCollator
+from hf_ebft.deferred import training_log_probs
 from hf_ebft.documents import EBFT_COLUMNS, Documents, split_rows
 from hf_ebft.feature_loading import build_feature_network
 from hf_ebft.layout import PackedLayout
@@ -195,13 +196,14 @@ class EBFTTrainer(Trainer):
         layout = rollouts.layout
         with self._stopwatch.phase("features"):
             rewards, advantages, reference = self._score(rollouts)
-        log_probs = packed_log_probs(
+        log_probs = training_log_probs(
             model,
             self._forward,
             rollouts,
             temperature=settings.temperature,
             with_document=settings.ce_coef > 0,
             chunk_size=settings.log_prob_chunk_size,
+            training_chunk_size=settings.training_chunk_size,
         )
         rl_loss = policy_gradient_loss(log_probs.rollout, advantages, layout)
         loss, ce_loss, kl = settings.rl_coef * rl_loss, None, None

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 import hf_ebft.rollouts
 from hf_ebft.anchors import find_blocks
+from hf_ebft.deferred import can_defer, training_log_probs
 from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import KeptPlaces
+from hf_ebft.log_probs import KeptPlaces, packed_log_probs
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.support import decoder_layers
@@ -68,16 +69,19 @@ class Differences:
         training: of log-probabilities over the vocabulary, in the training pass.
         sampling: of log-probabilities over the vocabulary, in the cached sampler.
         features: of the embeddings of rollouts and windows.
+        deferred: of a gradient made chunk by chunk from that of one pass over the row, relative to
+            the largest entry; and of the log-probabilities.
     """
 
     training: float = 0.0
     sampling: float = 0.0
     features: float = 0.0
+    deferred: float = 0.0
     blocks: int = field(default=0, compare=False)
 
     @property
     def largest(self) -> float:
-        return max(self.training, self.sampling, self.features)
+        return max(self.training, self.sampling, self.features, self.deferred)
 
 
 def ragged_batch(*lengths: int, left: bool = False, seed: int = 1) -> Batch:
@@ -158,7 +162,7 @@ def sample(
     return rollouts, torch.stack(by_block, dim=3).transpose(1, 2).log()
 
 
-def training_log_probs(
+def row_log_probs(
     model: nn.Module, forward: PackedForward, rollouts: Rollouts, *, whole_document: bool = False
 ) -> Tensor:
     """(B, n, K, G, V) from one forward pass over the packed row, with gradient if it is on."""
@@ -169,8 +173,34 @@ def training_log_probs(
     return logits.float().log_softmax(-1)[rows, kept.index_of[layout.predictor]]
 
 
+def deferral_difference(model: nn.Module, forward: PackedForward, rollouts: Rollouts) -> float:
+    """How far log-probabilities and gradients are apart, made block by block and all at once."""
+    weight = torch.randn(rollouts.tokens.shape, generator=torch.Generator().manual_seed(0))
+    weight = weight * rollouts.exists[:, None, :, None]
+    scoring = {"temperature": 1.0, "with_document": False, "chunk_size": CHUNK}
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    whole = packed_log_probs(model, forward, rollouts, **scoring).rollout
+    expected = torch.autograd.grad((weight * whole).sum(), weights, allow_unused=True)
+    assert can_defer(model, forward)
+    deferred = training_log_probs(model, forward, rollouts, training_chunk_size=1, **scoring)
+    found = torch.autograd.grad((weight * deferred.rollout).sum(), weights, allow_unused=True)
+    there = weight.abs().sign()  # blocks that do not exist have no log-probabilities
+    worst = _worse(0.0, there * deferred.rollout.detach(), there * whole.detach())
+    scale = max(float(gradient.abs().max()) for gradient in expected if gradient is not None)
+    for ours, reference in zip(found, expected, strict=True):
+        assert (ours is None) == (reference is None)
+        if ours is not None and reference is not None:
+            worst = _worse(worst, ours / scale, reference / scale)
+    return worst
+
+
 def measure(
-    model: nn.Module, case: Case, *, with_features: bool = True, packed_attention: str = "auto"
+    model: nn.Module,
+    case: Case,
+    *,
+    with_features: bool = True,
+    with_gradients: bool = True,
+    packed_attention: str = "auto",
 ) -> Differences:
     """Run a case through sampler, training pass and feature network, and against the oracle.
 
@@ -180,9 +210,12 @@ def measure(
     """
     forward, layout = PackedForward.of(model, packed_attention), case.layout()
     rollouts, sampled = sample(model, forward, layout)
+    found = Differences()
     model.train()
     with torch.no_grad():
-        trained = training_log_probs(model, forward, rollouts)
+        trained = row_log_probs(model, forward, rollouts)
+    if with_gradients:
+        found.deferred = deferral_difference(model, forward, rollouts)
     model.eval()
     if with_features:
         network = FeatureNetwork(
@@ -194,7 +227,6 @@ def measure(
         )
         features = network.embed(rollouts)
 
-    found = Differences()
     for row, blocks in enumerate(plain_blocks(case.batch, **case.anchors)):
         assert layout.blocks.exists[row].tolist() == [
             index < len(blocks) for index in range(layout.blocks.exists.shape[1])

@@ -20,13 +20,13 @@ from exactness import (
     measure,
     packed_documents,
     ragged_batch,
+    row_log_probs,
     sample,
-    training_log_probs,
 )
 from plain_forwards import Batch, plain_blocks, plain_pass
 from torch import Tensor, nn
 
-from hf_ebft.log_probs import packed_log_probs
+from hf_ebft.deferred import training_log_probs
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts
 
@@ -121,8 +121,8 @@ def test_tolerance_is_far_below_what_a_wrong_mask_costs() -> None:
     layout = CASES["ragged, stride above G"].layout()
     rollouts, _ = sample(model, PackedForward.of(model), layout)
     with torch.no_grad():
-        right = training_log_probs(model, PackedForward.of(model), rollouts)
-        wrong = training_log_probs(model, Misread.of(model), rollouts)
+        right = row_log_probs(model, PackedForward.of(model), rollouts)
+        wrong = row_log_probs(model, Misread.of(model), rollouts)
     assert (right - wrong).abs().max() > 1
 
 
@@ -139,8 +139,8 @@ def test_documents_of_a_row_equal_documents_in_rows_of_their_own() -> None:
     own_rows[row, :, block] = tokens[0].transpose(0, 1)
     assert layout.blocks.exists.all()
     with torch.no_grad():
-        packed = training_log_probs(model, forward, Rollouts(tokens, layout.blocks.exists, layout))
-        separate = training_log_probs(
+        packed = row_log_probs(model, forward, Rollouts(tokens, layout.blocks.exists, layout))
+        separate = row_log_probs(
             model, forward, Rollouts(own_rows, apart_layout.blocks.exists, apart_layout)
         )
     torch.testing.assert_close(
@@ -163,16 +163,14 @@ def test_places_kept_for_cross_entropy_do_not_change_the_rollouts(whole_document
     forward, layout = PackedForward.of(model), CASES["packed documents"].layout()
     rollouts, sampled = sample(model, forward, layout)
     with torch.no_grad():
-        trained = training_log_probs(model, forward, rollouts, whole_document=whole_document)
+        trained = row_log_probs(model, forward, rollouts, whole_document=whole_document)
     there = rollouts.exists[:, None].expand(trained.shape[:3])
     torch.testing.assert_close(trained[there], sampled[there], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "mixtral"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_equals_that_of_plain_forward_passes(
-    architecture: str, checkpointing: bool
-) -> None:
+@pytest.mark.parametrize("way", ["whole row", "checkpointing", "deferred"])
+def test_gradient_equals_that_of_plain_forward_passes(architecture: str, way: str) -> None:
     model = tiny_model(architecture)
     case = CASES["ragged, stride above G"]
     forward, layout = PackedForward.of(model), case.layout()
@@ -181,19 +179,20 @@ def test_gradient_equals_that_of_plain_forward_passes(
     weight = weight * rollouts.exists[:, None, :, None]
 
     expected = _gradient(model, _plain_functional(model, case, rollouts, weight))
-    if checkpointing:
+    if way == "checkpointing":
         # Newer releases of transformers call it activation checkpointing.
         new_name = hasattr(model, "activation_checkpointing_enable")
         name = "activation_checkpointing_enable" if new_name else "gradient_checkpointing_enable"
         getattr(model, name)()
     model.train()
-    packed = packed_log_probs(
+    packed = training_log_probs(
         model,
         forward,
         rollouts,
         temperature=1.0,
         with_document=False,
         chunk_size=7,
+        training_chunk_size=12 if way == "deferred" else 10_000,
     )
     found = _gradient(model, (weight * packed.rollout).sum())
     assert found.keys() == expected.keys()
@@ -243,7 +242,9 @@ def test_adapters_are_exact_too(architecture: str) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_bfloat16_differs_by_its_rounding_alone(implementation: str) -> None:
     model = tiny_model("llama", attention=implementation).to(torch.bfloat16)
-    found = measure(model, CASES["ragged, stride above G"], with_features=False)
+    found = measure(
+        model, CASES["ragged, stride above G"], with_features=False, with_gradients=False
+    )
     assert found.largest < 0.1, found
 
 
@@ -252,5 +253,7 @@ def test_bfloat16_differs_by_its_rounding_alone(implementation: str) -> None:
 def test_autocast_differs_by_its_rounding_alone(architecture: str, implementation: str) -> None:
     model = tiny_model(architecture, attention=implementation)
     with torch.autocast("cpu", torch.bfloat16):
-        found = measure(model, CASES["ragged, stride above G"], with_features=False)
+        found = measure(
+            model, CASES["ragged, stride above G"], with_features=False, with_gradients=False
+        )
     assert found.largest < 0.1, found

@@ -31,7 +31,14 @@ class FixedLogits:
         self.logits = logits
 
     def through_head(
-        self, _model: Any, ids: Tensor, part: PackedPart, keep: Tensor, compute: Callable[..., Any]
+        self,
+        _model: Any,
+        ids: Tensor,
+        part: PackedPart,
+        keep: Tensor,
+        compute: Callable[..., Any],
+        *,
+        cache: Any,
     ) -> list[Tensor]:
         assert ids.shape == part.queries.slot.shape
         return compute(self.logits[:, part.queries.slot[0]][:, keep], lambda rows: rows)

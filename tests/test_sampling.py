@@ -21,7 +21,13 @@ from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
 from hf_ebft.policy import PackedForward
-from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts, token_probabilities
+from hf_ebft.rollouts import (
+    Rollouts,
+    make_generator,
+    nucleus,
+    sample_rollouts,
+    token_probabilities,
+)
 
 VOCABULARY, LENGTH, CONTEXT, STRIDE = 5, 3, 3, 3
 # 13 tokens leave a remainder behind the last of 3 blocks, 9 tokens fit 2 blocks exactly.
@@ -342,6 +348,10 @@ LOGITS = st.lists(st.floats(-6, 6, allow_nan=False, width=32), min_size=1, max_s
 )
 
 
+def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    return nucleus(token_probabilities(logits, temperature), top_p)
+
+
 def softmax_by_hand(logits: Tensor, temperature: float) -> list[float]:
     scaled = [value / temperature for value in logits.tolist()]
     weights = [np.exp(value - max(scaled)) for value in scaled]
@@ -357,7 +367,7 @@ def test_nucleus_equals_the_plain_loop(logits: Tensor, temperature: float, top_p
     # equally likely tokens any choice is.
     assume(np.abs(np.cumsum(descending) - top_p).min() > 1e-5)
     assume(len(exact) == 1 or np.abs(np.diff(descending)).min() > 1e-6)
-    result = token_probabilities(logits, temperature, top_p)
+    result = distribution(logits, temperature, top_p)
     torch.testing.assert_close(result, torch.tensor(truncated(exact, top_p)), rtol=1e-5, atol=1e-6)
 
 
@@ -370,7 +380,7 @@ def test_nucleus_is_a_distribution_on_the_likeliest_tokens(
     repeats = data.draw(st.integers(1, 3))
     logits = logits.repeat(repeats)  # ties
     full = torch.softmax(logits, dim=-1)
-    result = token_probabilities(logits, 1.0, top_p)
+    result = distribution(logits, 1.0, top_p)
     assert float(result.sum()) == pytest.approx(1.0, abs=1e-6)
     kept = result > 0
     if bool((~kept).any()):
@@ -385,7 +395,7 @@ def test_nucleus_is_a_distribution_on_the_likeliest_tokens(
 )
 def test_ties_are_cut_to_the_number_that_is_needed(top_p: float, n_kept: int) -> None:
     """Four equally likely tokens: as many as reach the mass, with equal probabilities."""
-    result = token_probabilities(torch.zeros(4), 1.0, top_p)
+    result = distribution(torch.zeros(4), 1.0, top_p)
     assert int((result > 0).sum()) == n_kept
     torch.testing.assert_close(result[result > 0], torch.full((n_kept,), 1 / n_kept))
 
@@ -398,13 +408,13 @@ def test_mass_that_reaches_top_p_exactly_is_enough() -> None:
     """
     for logits in torch.randn(100, 6):
         likeliest = torch.softmax(logits, dim=-1).max()
-        result = token_probabilities(logits, 1.0, float(likeliest))
+        result = distribution(logits, 1.0, float(likeliest))
         assert int((result > 0).sum()) == 1
 
 
 @pytest.mark.parametrize("logits", [[1.0, 3.0, 2.0], [2.0, 2.0, 2.0], [0.0, -1e4, 1e4]])
 def test_a_tiny_nucleus_is_the_likeliest_token(logits: list[float]) -> None:
-    result = token_probabilities(torch.tensor(logits), 1.0, 1e-9)
+    result = distribution(torch.tensor(logits), 1.0, 1e-9)
     assert sorted(result.tolist()) == [0.0, 0.0, 1.0]
     assert logits[int(result.argmax())] == max(logits)
 
@@ -412,27 +422,27 @@ def test_a_tiny_nucleus_is_the_likeliest_token(logits: list[float]) -> None:
 def test_the_whole_nucleus_is_the_softmax() -> None:
     logits = torch.randn(3, 4, 7)
     expected = [softmax_by_hand(row, 0.6) for row in logits.flatten(0, 1)]
-    result = token_probabilities(logits, 0.6, 1.0)
+    result = distribution(logits, 0.6, 1.0)
     torch.testing.assert_close(result, torch.tensor(expected).view_as(logits), rtol=1e-5, atol=1e-7)
 
 
 def test_each_distribution_of_a_batch_has_its_own_nucleus() -> None:
     logits = torch.randn(3, 4, 7)
-    result = token_probabilities(logits, 0.6, 0.8)
+    result = distribution(logits, 0.6, 0.8)
     for index in np.ndindex(3, 4):
-        alone = token_probabilities(logits[index], 0.6, 0.8)
+        alone = distribution(logits[index], 0.6, 0.8)
         torch.testing.assert_close(result[index], alone, rtol=1e-6, atol=0)
 
 
 def test_half_precision_logits_are_sampled_in_float32() -> None:
     logits = torch.randn(5, 9).bfloat16()
-    result = token_probabilities(logits, 0.6, 0.9)
+    result = distribution(logits, 0.6, 0.9)
     assert result.dtype == torch.float32
-    torch.testing.assert_close(result, token_probabilities(logits.float(), 0.6, 0.9))
+    torch.testing.assert_close(result, distribution(logits.float(), 0.6, 0.9))
 
 
 def test_impossible_tokens_stay_impossible() -> None:
     """A logit of minus infinity (a banned token) is never kept."""
     logits = torch.tensor([0.0, -torch.inf, 1.0])
     for top_p in (1.0, 0.9, 0.1):
-        assert float(token_probabilities(logits, 1.0, top_p)[1]) == 0.0
+        assert float(distribution(logits, 1.0, top_p)[1]) == 0.0

@@ -46,7 +46,7 @@ def training_logs(history):
     ]
 
 
-@pytest.mark.parametrize("run", ["plain", "adapters", "parts"])
+@pytest.mark.parametrize("run", ["plain", "adapters", "parts", "chunks", "chunks_of_adapters"])
 def test_processes_agree_and_equal_one_process_with_the_whole_batch(basics, single, run):
     """Guards gradient synchronisation, PEFT included (a loss computed past the wrapped model left
     every process with its own adapter), and the global mean of gradient and metrics."""

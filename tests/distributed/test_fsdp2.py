@@ -19,7 +19,7 @@ def basics(tmp_path_factory):
     return results("basics", tmp_path_factory.mktemp("fsdp"), CONFIG, fsdp=True)
 
 
-@pytest.mark.parametrize("run", ["plain", "adapters", "parts"])
+@pytest.mark.parametrize("run", ["plain", "adapters", "parts", "chunks", "chunks_of_adapters"])
 def test_sharded_run_equals_one_process(basics, single, run):
     assert basics[0][run]["sharded"] and basics[1][run]["sharded"]
     assert_same_weights(basics[0][run]["weights"], basics[1][run]["weights"], 0.0)

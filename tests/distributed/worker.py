@@ -30,8 +30,8 @@ from tests.distributed.runs import (
 
 
 def basics(folder):
-    """Training with blocks and without, adapters, batches in parts, an uneven epoch, a tiny
-    evaluation set."""
+    """Training with blocks and without, adapters, batches in parts, rollouts in chunks, an uneven
+    epoch, a tiny evaluation set."""
     uneven = make_trainer(
         folder / "uneven",
         data=documents((40, 5, 6, 33, 7)),
@@ -45,6 +45,8 @@ def basics(folder):
         "plain": trained(folder / "plain"),
         "adapters": trained(folder / "adapters", peft=True),
         "parts": trained(folder / "parts", rollout_batch_size=1),
+        "chunks": trained(folder / "chunks", training_chunk_size=8),
+        "chunks_of_adapters": trained(folder / "ca", peft=True, training_chunk_size=8),
         "no_blocks": trained(folder / "no_blocks", data=documents((5, 6, 5, 6)), max_steps=1),
         "uneven": summary(uneven),
     }
