@@ -60,17 +60,9 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.05}
 
 
 class MeasuredTrainer(EBFTTrainer):
-    """The trainer, with the time of `compute_loss` and the last batch's layout noted."""
+    """The trainer, with the last batch's layout noted."""
 
     layout: PackedLayout
-    loss_seconds = 0.0
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Timed; the trainer's own phases are parts of it."""
-        start = now(self.args.device)
-        result = super().compute_loss(*args, **kwargs)
-        self.loss_seconds += now(self.args.device) - start
-        return result
 
     def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
         """Unchanged; its layout is kept."""
@@ -113,6 +105,17 @@ class OurStep:
         if settings.get("gradient_checkpointing"):
             bare_model(model).gradient_checkpointing_enable({"use_reentrant": False})
         hold_gradients(self.trainer.model)
+        # Forward passes with gradient, some of which are made during the backward pass.
+        self._forward_seconds = self._forward_start = 0.0
+        self.trainer.model.register_forward_pre_hook(self._before_forward)
+        self.trainer.model.register_forward_hook(self._after_forward)
+
+    def _before_forward(self, *_: Any) -> None:
+        self._forward_start = now(self.trainer.args.device)
+
+    def _after_forward(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            self._forward_seconds += now(self.trainer.args.device) - self._forward_start
 
     @property
     def policy(self) -> nn.Module:
@@ -128,7 +131,7 @@ class OurStep:
     def __call__(self, inputs: Mapping[str, Tensor]) -> Seconds:
         """One step; seconds by phase and in total."""
         self.policy.zero_grad(set_to_none=False)
-        self.trainer.loss_seconds = 0.0
+        self._forward_seconds = 0.0
         start = now(self.trainer.args.device)
         loss = self.trainer.training_step(self.policy, dict(inputs))
         total = now(self.trainer.args.device) - start
@@ -140,8 +143,8 @@ class OurStep:
         return {
             "sampling": sampling,
             "features": features,
-            "training_forward": self.trainer.loss_seconds - sampling - features,
-            "backward": total - self.trainer.loss_seconds,
+            "training_forward": self._forward_seconds,
+            "backward": total - sampling - features - self._forward_seconds,
             "total": total,
         }
 

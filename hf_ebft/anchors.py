@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from hf_ebft.config import StridedArguments
 from hf_ebft.documents import Documents
 
 
@@ -104,3 +105,15 @@ def find_blocks(
         document=torch.where(exists, documents.document.gather(1, columns), -1),
         exists=exists,
     )
+
+
+def blocks_by(settings: StridedArguments, documents: Documents, **changes: int) -> Blocks:
+    """:func:`find_blocks` with a run's settings.
+
+    Args:
+        settings: where blocks start and how long rollouts are.
+        documents: the batch.
+        **changes: arguments of `find_blocks` in place of the settings'.
+    """
+    names = ("stride", "context_length", "generate_max_len", "min_completion_prefix")
+    return find_blocks(documents, **({name: getattr(settings, name) for name in names} | changes))

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from hf_ebft.anchors import find_blocks
+from hf_ebft.anchors import blocks_by
 from hf_ebft.config import EBFTSettings
 from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
@@ -129,13 +129,7 @@ def _ground_truth_features(
     feature_network: FeatureNetwork, documents: Documents, settings: EBFTSettings
 ) -> Tensor:
     """(N, D) features of the windows of all blocks of a batch."""
-    blocks = find_blocks(
-        documents,
-        stride=settings.stride,
-        context_length=settings.context_length,
-        generate_max_len=settings.generate_max_len,
-        min_completion_prefix=settings.min_completion_prefix,
-    )
+    blocks = blocks_by(settings, documents)
     layout = PackedLayout(documents, blocks, n_samples=1, length=settings.generate_max_len)
     # Nothing of the document sees rollouts, so any tokens will do.
     tokens = torch.zeros(layout.rollout_shape, dtype=torch.long, device=blocks.exists.device)

@@ -77,3 +77,14 @@ def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: str) -
     if estimator == "k3":
         return log_ratio.exp() - 1 - log_ratio
     raise ValueError(f"kl_estimator={estimator!r} is unknown; choose one of k1, k2, k3.")
+
+
+def refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:
+    """Raise a FloatingPointError that names the parts of a loss that is NaN or infinite."""
+    if bool(torch.isfinite(loss)):
+        return
+    listed = ", ".join(f"{name}={part.item()}" for name, part in parts.items() if part is not None)
+    raise FloatingPointError(
+        f"The loss is {loss.item()} ({listed}). The last checkpoint is intact; lower "
+        "learning_rate, raise warmup_steps or set max_grad_norm, and with fp16 train in bf16."
+    )

@@ -6,20 +6,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_ebft.advantages import compute_advantages
-from hf_ebft.anchors import find_blocks
+from hf_ebft.anchors import blocks_by
 from hf_ebft.averaging import EMACallback
 from hf_ebft.config import EBFTConfig, EBFTSettings
 from hf_ebft.corpus import choose_rows, from_main_process, measure_corpus_whitening
@@ -34,6 +33,7 @@ from hf_ebft.losses import (
     kl_penalty,
     per_rollout_token_mean,
     policy_gradient_loss,
+    refuse_not_finite,
 )
 from hf_ebft.metrics import (
     MetricAccumulator,
@@ -42,11 +42,18 @@ from hf_ebft.metrics import (
     rollout_metrics,
     token_metrics,
 )
-from hf_ebft.model_card import CardOptions, may_write_card, write_arguments, write_card
 from hf_ebft.pictures import PicturesCallback
 from hf_ebft.policy import PackedForward
+from hf_ebft.preparation import (
+    keep_one_device_per_process,
+    refuse_empty,
+    refuse_missing_corpus,
+    refuse_what_would_be_ignored,
+    with_adapters,
+)
 from hf_ebft.rewards import Rewards, rewards_by
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+from hf_ebft.saving import CardTrainer
 from hf_ebft.sharding import gathering_fits, is_sharded, parameters_gathered
 from hf_ebft.stopwatch import Stopwatch
 from hf_ebft.support import bare_model, vocabulary_size
@@ -84,7 +91,7 @@ class EBFTOutput:
     kl: Tensor | None
 
 
-class EBFTTrainer(Trainer):
+class EBFTTrainer(CardTrainer):
     """Drop-in replacement of `transformers.Trainer` that fine-tunes by feature matching.
 
     Args:
@@ -123,15 +130,15 @@ class EBFTTrainer(Trainer):
     ) -> None:
         args = EBFTConfig(output_dir="tmp_trainer") if args is None else args
         self.ebft: EBFTSettings = args if isinstance(args, EBFTSettings) else EBFTSettings()
-        _refuse_what_would_be_ignored(args, kwargs)
-        _refuse_empty(train_dataset, "train_dataset")
-        _refuse_empty(eval_dataset, "eval_dataset")
-        _refuse_missing_corpus(self.ebft, train_dataset)
-        _keep_one_device_per_process(args)
+        refuse_what_would_be_ignored(args, kwargs)
+        refuse_empty(train_dataset, "train_dataset")
+        refuse_empty(eval_dataset, "eval_dataset")
+        refuse_missing_corpus(self.ebft, train_dataset)
+        keep_one_device_per_process(args)
         self._given_feature_network = feature_network
         self._constructed = False
         super().__init__(
-            model=_with_adapters(model, peft_config),
+            model=with_adapters(model, peft_config),
             args=args,
             data_collator=data_collator or EBFTDataCollator(processing_class),
             train_dataset=train_dataset,
@@ -155,7 +162,6 @@ class EBFTTrainer(Trainer):
         self._teacher_forced = False
         self._warned_of_no_blocks = False
         self._gather_for_sampling: bool | None = None
-        self._card_options = CardOptions()
         if self.ebft.log_pictures_steps > 0:
             self.add_callback(PicturesCallback(self, self.ebft.log_pictures_steps))
         self.averaging: EMACallback | None = None
@@ -214,7 +220,7 @@ class EBFTTrainer(Trainer):
             penalty = kl_penalty(log_probs.rollout, reference, settings.kl_estimator)
             kl = per_rollout_token_mean(penalty, layout)
             loss = loss + settings.kl_coef * kl
-        _refuse_not_finite(loss, {"rl_loss": rl_loss, "ce_loss": ce_loss, "kl": kl})
+        refuse_not_finite(loss, {"rl_loss": rl_loss, "ce_loss": ce_loss, "kl": kl})
 
         self._training_metrics.add(
             block_metrics(rewards, advantages, layout)
@@ -244,12 +250,9 @@ class EBFTTrainer(Trainer):
         """
         settings = self.ebft
         documents = self._read(inputs)
-        blocks = find_blocks(
+        blocks = blocks_by(
+            settings,
             documents,
-            stride=settings.stride,
-            context_length=settings.context_length,
-            generate_max_len=settings.generate_max_len,
-            min_completion_prefix=settings.min_completion_prefix,
             pad_to_multiple_of=max(1, settings.pad_to_multiple_of // settings.stride),
         )
         with self._parameters_for_sampling(model):
@@ -523,48 +526,6 @@ class EBFTTrainer(Trainer):
             settings.ce_coef,
         )
 
-    # ---- Saving -------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer`'s, with a model card and the arguments as JSON beside every saved model.
-
-        A README.md that this trainer did not write is left as it is.
-        """
-        folder = Path(str(output_dir or self.args.output_dir))
-        # Asked first: PEFT writes a card of its own while saving, which ours replaces.
-        writes_card = self.is_world_process_zero() and may_write_card(folder)
-        super().save_model(output_dir, _internal_call)
-        if self.is_world_process_zero() and folder.is_dir():
-            write_arguments(folder, self.ebft, self.args)
-            if writes_card:
-                self._write_card(folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card into ``output_dir``, unless a README.md is there that is not ours.
-
-        Takes what `Trainer.create_model_card` takes, and keeps it for the cards of later saves.
-        """
-        self._card_options = self._card_options.updated(CardOptions(*args, **kwargs))
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        if may_write_card(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write_card(folder)
-        else:
-            logger.warning("The README.md in %s is not ours, so it stays as it is.", folder)
-
-    def _write_card(self, folder: Path) -> None:
-        write_card(
-            folder,
-            self.accelerator.unwrap_model(self.model),
-            self.ebft,
-            self.args,
-            self.state.log_history,
-            self._card_options,
-            self.train_dataset,
-        )
-
     # ---- Preparation --------------------------------------------------------------------------
 
     def _prepare_networks(self, policy: nn.Module) -> None:
@@ -592,85 +553,3 @@ class EBFTTrainer(Trainer):
             super()._set_signature_columns_if_needed()
             columns = cast(list[str], self._signature_columns)
             columns += EBFT_COLUMNS
-
-
-def _with_adapters(model: nn.Module | None, peft_config: PeftConfig | None) -> nn.Module | None:
-    """The model wrapped by PEFT if a configuration is given."""
-    if peft_config is None:
-        return model
-    from peft import PeftModel, get_peft_model
-
-    if model is None:
-        raise ValueError(
-            "peft_config needs a model; with model_init, return a PEFT model from it instead."
-        )
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "model is a PEFT model already, so peft_config would put adapters on adapters; "
-            "drop one."
-        )
-    return get_peft_model(cast(PreTrainedModel, model), peft_config)
-
-
-def _refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("compute_loss_func") is not None:
-        raise ValueError(
-            "compute_loss_func would replace the EBFT loss; drop it, or override compute_loss in a "
-            "subclass of EBFTTrainer."
-        )
-    if args.torch_compile and isinstance(args, EBFTSettings) and args.packed_attention == "split":
-        raise ValueError(
-            "torch_compile=True with packed_attention='split': TorchDynamo cannot trace what split "
-            "attention hands through the model. Use packed_attention='auto' (dense masks while "
-            "compiling), or 'flex_attention' on a GPU."
-        )
-    if args.label_smoothing_factor != 0:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for the EBFT "
-            "loss; set it to 0."
-        )
-
-
-def _refuse_empty(dataset: Any, name: str) -> None:
-    datasets = dataset if isinstance(dataset, dict) else {name: dataset}
-    for key, value in datasets.items():
-        if isinstance(value, Sized) and len(value) == 0:
-            raise ValueError(
-                f"{name if key == name else f'{name}[{key!r}]'} is empty: there is nothing to "
-                "sample prefixes from. Check the path, the split and any filter."
-            )
-
-
-def _refuse_missing_corpus(settings: EBFTSettings, train_dataset: Any) -> None:
-    if settings.use_whitening and settings.whitening_space == "corpus" and train_dataset is None:
-        raise ValueError(
-            "whitening_space='corpus' measures features of training text, and there is no "
-            "train_dataset; pass one, or whiten by group with whitening_space='feature'."
-        )
-
-
-def _refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:
-    if bool(torch.isfinite(loss)):
-        return
-    listed = ", ".join(f"{name}={part.item()}" for name, part in parts.items() if part is not None)
-    raise FloatingPointError(
-        f"The loss is {loss.item()} ({listed}). The last checkpoint is intact; lower "
-        "learning_rate, raise warmup_steps or set max_grad_norm, and with fp16 train in bf16."
-    )
-
-
-def _keep_one_device_per_process(args: TrainingArguments) -> None:
-    """Keep `Trainer` from wrapping the policy into DataParallel when several devices are visible.
-
-    DataParallel scatters the arguments of forward along their first dimension, which cuts masks and
-    caches apart, and would train on one device's rollouts only. `_n_gpu` is private, and what
-    `Trainer` itself sets to 1 for models that it must not wrap.
-    """
-    if args.n_gpu > 1:
-        logger.warning(
-            "%d devices are visible to one process: EBFT trains on %s alone. Use `accelerate "
-            "launch` with one process per device to train on all of them.",
-            args.n_gpu,
-            args.device,
-        )
-        args._n_gpu = 1

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,32 @@ RESULTS = ROOT / "studies" / "results"
 PAGE = ROOT / "docs" / "study.md"
 
 
-def all_runs(rates: dict[str, float]) -> list[matrix.Run]:
+SETUPS = list(matrix.SETUPS.values())
+
+
+def all_runs(setup: matrix.Setup, rates: dict[str, float]) -> list[matrix.Run]:
     return [
-        *matrix.base_runs(),
-        *matrix.sweep_runs(),
-        *matrix.main_runs(rates),
-        *matrix.ablation_runs(rates["ebft"]),
-        *matrix.whitened_sweep_runs(),
+        *matrix.base_runs(setup),
+        *matrix.sweep_runs(setup),
+        *matrix.main_runs(setup, rates),
+        *matrix.ablation_runs(setup, rates["ebft"]),
+        *matrix.whitened_sweep_runs(setup),
     ]
 
 
 # ---- Matrix ---------------------------------------------------------------------------------
 
 
-def test_matrix_treats_methods_alike() -> None:
-    sweep = matrix.sweep_runs()
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
+def test_matrix_treats_methods_alike(setup: matrix.Setup) -> None:
+    sweep = matrix.sweep_runs(setup)
     by_arm = {arm: [r for r in sweep if r.arm == arm] for arm in matrix.CRITERIA}
     assert len({tuple(r.learning_rate for r in runs) for runs in by_arm.values()}) == 1
     assert {r.split for r in sweep} == {"tune"}
-    main = matrix.main_runs(dict.fromkeys(matrix.CRITERIA, 1e-3))
+    main = matrix.main_runs(setup, dict.fromkeys(matrix.CRITERIA, 1e-3))
     assert {r.split for r in main} == {"report"}
     assert {arm: sum(r.arm == arm for r in main) for arm in by_arm} == dict.fromkeys(by_arm, 3)
-    names = [r.name for r in all_runs(dict.fromkeys(matrix.CRITERIA, 1e-3))]
+    names = [r.name for r in all_runs(setup, dict.fromkeys(matrix.CRITERIA, 1e-3))]
     assert len(set(names)) == len(names)
     # One factor at a time.
     assert all(len(changes) == 1 for changes in matrix.OTHER_FACTORS.values())
@@ -84,7 +89,7 @@ def test_whole_files_cut_at_any_line_parse() -> None:
 
 
 def test_cuts_lie_within_the_files() -> None:
-    tokenizer = run.tokenizer()
+    tokenizer = run.tokenizer(matrix.TINY)
     texts = ["x = 1\n", "".join(f"name_{i} = {i}\n" for i in range(60))]
     cuts = parsing.choose_cuts(
         texts, tokenizer, cuts_per_file=3, context_tokens=12, new_tokens=9, seed=0
@@ -114,13 +119,16 @@ def test_naive_baseline_is_the_mean_of_the_others() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A study of seconds."""
-    training = matrix.TRAINING | {"per_device_train_batch_size": 1, "warmup_steps": 0}
-    evaluation = matrix.EVALUATION | {"rows": 18}
-    parsing_settings = matrix.PARSING | {"cuts_per_file": 1, "new_tokens": 4, "samples": 1}
-    monkeypatch.setattr(matrix, "TRAINING", training)
-    monkeypatch.setattr(matrix, "EVALUATION", evaluation)
-    monkeypatch.setattr(matrix, "PARSING", parsing_settings)
-    monkeypatch.setattr(matrix, "LENGTHS", (2, 4))
+    tiny = matrix.TINY
+    assert tiny.parsing is not None
+    setup = replace(
+        tiny,
+        training=tiny.training | {"per_device_train_batch_size": 1, "warmup_steps": 0},
+        evaluation=tiny.evaluation | {"rows": 18},
+        parsing=tiny.parsing | {"cuts_per_file": 1, "new_tokens": 4, "samples": 1},
+        lengths=(2, 4),
+    )
+    monkeypatch.setitem(matrix.SETUPS, tiny.name, setup)
     run._cuts.cache_clear()
 
 
@@ -157,15 +165,16 @@ def test_runs_of_one_step(tmp_path: Path) -> None:
 # ---- Results --------------------------------------------------------------------------------
 
 
-def results() -> tables.Results:
-    return tables.Results(RESULTS)
+def results(setup: matrix.Setup) -> tables.Results:
+    return tables.Results(RESULTS, setup)
 
 
-def test_results_are_those_of_the_matrix() -> None:
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
+def test_results_are_those_of_the_matrix(setup: matrix.Setup) -> None:
     """No run besides those declared, all of one method's rates, chosen as the rules say."""
-    found = results()
-    rates = run.chosen_rates(RESULTS)
-    declared = {one.name: one for one in all_runs(rates)}
+    found = results(setup)
+    rates = run.chosen_rates(setup, RESULTS / setup.name)
+    declared = {one.name: one for one in all_runs(setup, rates)}
     assert found.runs.keys() <= declared.keys()
     for name, result in found.runs.items():
         one = declared[name]
@@ -174,13 +183,14 @@ def test_results_are_those_of_the_matrix() -> None:
             one.steps,
             one.learning_rate,
         )
-    assert {one.name for one in matrix.sweep_runs()} <= found.runs.keys()
-    assert {one.name for one in matrix.main_runs(rates)} <= found.runs.keys()
-    assert sum(path.stat().st_size for path in RESULTS.glob("*.json")) < 1_000_000
+    assert {one.name for one in matrix.sweep_runs(setup)} <= found.runs.keys()
+    assert {one.name for one in matrix.main_runs(setup, rates)} <= found.runs.keys()
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*.json")) < 1_000_000
 
 
-def test_methods_saw_the_same_rows() -> None:
-    found = results()
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
+def test_methods_saw_the_same_rows(setup: matrix.Setup) -> None:
+    found = results(setup)
     for seed in matrix.SEEDS:
         tokens = {
             arm: next(r["training"] for r in found.of(arm) if r["run"]["seed"] == seed)
@@ -193,8 +203,8 @@ def test_methods_saw_the_same_rows() -> None:
 
 def test_page_holds_the_tables_of_the_results() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert {name for _, name in _blocks(page)} == tables.TABLES.keys()
-    assert tables.with_tables(page, results()) == page
+    assert tables.TABLES.keys() <= {name for _, name in _blocks(page)}
+    assert tables.with_tables(page, {s.name: results(s) for s in SETUPS}) == page
 
 
 def _blocks(page: str) -> list[tuple[Any, str]]:

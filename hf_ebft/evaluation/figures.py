@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_ebft.anchors import find_blocks
+from hf_ebft.anchors import blocks_by
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import Documents
@@ -141,13 +141,7 @@ def evaluate_documents(
                 document_masking=settings.document_masking,
                 eos_token_id=eos_token_id,
             )
-            blocks = find_blocks(
-                documents,
-                stride=stride,
-                context_length=settings.context_length,
-                generate_max_len=settings.generate_max_len,
-                min_completion_prefix=settings.min_completion_prefix,
-            )
+            blocks = blocks_by(settings, documents, stride=stride)
             layout = PackedLayout(documents, blocks, n_samples, settings.generate_max_len)
             draws = [
                 _measure(

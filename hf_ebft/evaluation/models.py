@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_ebft.anchors import Blocks, find_blocks
+from hf_ebft.anchors import Blocks, blocks_by, find_blocks
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import Documents
@@ -205,13 +205,7 @@ class _Measurer:
         settings, longest = self.settings, max(self.lengths)
         width = document_slots(documents).shape[1]
         text, tokens = self._text_figures(documents, width)
-        blocks = find_blocks(
-            documents,
-            stride=settings.stride,
-            context_length=settings.context_length,
-            generate_max_len=longest,
-            min_completion_prefix=settings.min_completion_prefix,
-        )
+        blocks = blocks_by(settings, documents, generate_max_len=longest)
         empty = torch.zeros(1, width, dtype=torch.float64, device=documents.input_ids.device)
         sums = {g: dict.fromkeys(ROLLOUT_FIGURES, empty) for g in self.lengths}
         count = empty

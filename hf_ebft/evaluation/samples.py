@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_ebft.anchors import Blocks, find_blocks
+from hf_ebft.anchors import Blocks, blocks_by
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import Documents
@@ -189,15 +189,7 @@ def _continue_rows(
         document_masking=settings.document_masking,
         eos_token_id=eos_token_id,
     )
-    blocks = _middle_block(
-        find_blocks(
-            documents,
-            stride=settings.stride,
-            context_length=settings.context_length,
-            generate_max_len=length,
-            min_completion_prefix=settings.min_completion_prefix,
-        )
-    )
+    blocks = _middle_block(blocks_by(settings, documents, generate_max_len=length))
     return sample_rollouts(
         model,
         PackedForward.of(model, settings.packed_attention),

@@ -1,0 +1,92 @@
+"""What is checked and set right before an `EBFTTrainer` is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from hf_ebft.config import EBFTSettings
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+
+def with_adapters(model: nn.Module | None, peft_config: PeftConfig | None) -> nn.Module | None:
+    """The model wrapped by PEFT if a configuration is given."""
+    if peft_config is None:
+        return model
+    from peft import PeftModel, get_peft_model
+
+    if model is None:
+        raise ValueError(
+            "peft_config needs a model; with model_init, return a PEFT model from it instead."
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model is a PEFT model already, so peft_config would put adapters on adapters; "
+            "drop one."
+        )
+    return get_peft_model(cast(PreTrainedModel, model), peft_config)
+
+
+def refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError for arguments of `Trainer` that EBFT would not honour."""
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func would replace the EBFT loss; drop it, or override compute_loss in a "
+            "subclass of EBFTTrainer."
+        )
+    if args.torch_compile and isinstance(args, EBFTSettings) and args.packed_attention == "split":
+        raise ValueError(
+            "torch_compile=True with packed_attention='split': TorchDynamo cannot trace what split "
+            "attention hands through the model. Use packed_attention='auto' (dense masks while "
+            "compiling), or 'flex_attention' on a GPU."
+        )
+    if args.label_smoothing_factor != 0:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for the EBFT "
+            "loss; set it to 0."
+        )
+
+
+def refuse_empty(dataset: Any, name: str) -> None:
+    """Raise a ValueError for a dataset, or one of a dict of them, that has no rows."""
+    datasets = dataset if isinstance(dataset, dict) else {name: dataset}
+    for key, value in datasets.items():
+        if isinstance(value, Sized) and len(value) == 0:
+            raise ValueError(
+                f"{name if key == name else f'{name}[{key!r}]'} is empty: there is nothing to "
+                "sample prefixes from. Check the path, the split and any filter."
+            )
+
+
+def refuse_missing_corpus(settings: EBFTSettings, train_dataset: Any) -> None:
+    """Raise a ValueError where whitening by corpus has no corpus."""
+    if settings.use_whitening and settings.whitening_space == "corpus" and train_dataset is None:
+        raise ValueError(
+            "whitening_space='corpus' measures features of training text, and there is no "
+            "train_dataset; pass one, or whiten by group with whitening_space='feature'."
+        )
+
+
+def keep_one_device_per_process(args: TrainingArguments) -> None:
+    """Keep `Trainer` from wrapping the policy into DataParallel when several devices are visible.
+
+    DataParallel scatters the arguments of forward along their first dimension, which cuts masks and
+    caches apart, and would train on one device's rollouts only. `_n_gpu` is private, and what
+    `Trainer` itself sets to 1 for models that it must not wrap.
+    """
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d devices are visible to one process: EBFT trains on %s alone. Use `accelerate "
+            "launch` with one process per device to train on all of them.",
+            args.n_gpu,
+            args.device,
+        )
+        args._n_gpu = 1
