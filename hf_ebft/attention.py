@@ -27,8 +27,8 @@ from transformers.masking_utils import sdpa_mask
 from hf_ebft.layout import Coordinates, PackedPart, sees
 from hf_ebft.split_attention import (
     AttentionPlan,
+    Section,
     Stretches,
-    Tile,
     make_tiles,
     split_attention,
 )
@@ -197,16 +197,16 @@ class MaskRecipe:
         """The same visibility as stretches of document columns and own tokens."""
         layout, device = part.layout, part.queries.slot.device
         documents, blocks = layout.documents, layout.blocks
-        tiles: list[Tile] = []
+        sections = []
         if part.has_documents:
             column = torch.arange(layout.document_width, device=device)
             real = documents.document >= 0
             first = column - documents.position + self.first_visible(kind, documents.position)
             # Padding may look at anything, so it looks at what costs nothing.
             low = torch.where(real, first, 0)[:, :, None]
-            stretches = Stretches(low, (column + 1).expand_as(real), real, per_group=(1, 1))
-            tiles += make_tiles(stretches, 0, own=False)
-        own_hidden = torch.zeros(1, 1, 1, 1, 1, 0, dtype=torch.bool, device=device)
+            stretches = Stretches(low, (column + 1).expand_as(real), real)
+            tiles = tuple(make_tiles(stretches, (1, 1)))
+            sections.append(Section(slice(0, layout.document_width), (1, 1), tiles))
         if len(part.steps) > 0:
             step = torch.arange(part.steps.start, part.steps.stop, device=device)
             own_step = torch.arange(part.own_steps.stop, device=device)
@@ -218,17 +218,16 @@ class MaskRecipe:
                 own_position = blocks.position[:, :, None] + own_step
                 too_early = own_position[:, :, None, :] < first[:, :, :, None]
                 own_hidden = own_hidden | too_early[:, None, :, None]
-            stretches = Stretches(
-                low, blocks.column, blocks.exists, per_group=(layout.n_samples, len(step))
-            )
-            first_query = layout.document_width if part.has_documents else 0
-            tiles += make_tiles(stretches, first_query, own=True)
+            per_group = (layout.n_samples, len(step))
+            tiles = tuple(make_tiles(Stretches(low, blocks.column, blocks.exists), per_group))
+            start = layout.document_width if part.has_documents else 0
+            queries = slice(start, part.queries.slot.shape[1])
+            sections.append(Section(queries, per_group, tiles, own_hidden))
         return AttentionPlan(
-            tiles=tuple(tiles),
+            sections=tuple(sections),
             n_queries=part.queries.slot.shape[1],
             n_keys=part.keys.slot.shape[1],
             document_width=layout.document_width,
-            own_hidden=own_hidden,
             step_major=part.steps != part.own_steps,
         )
 

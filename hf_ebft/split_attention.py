@@ -9,13 +9,14 @@ that share keys and values (grouped-query attention) share a product; nothing is
 
 Dimension letters: B rows, H heads of keys and values, r query heads to each of them, Q queries and
 C keys of the pass, S document tokens (the first S keys), E and F widths of a head (keys, values).
-A tile: c groups of queries that see the same columns, n rollouts in a group, T of their tokens,
-P columns that any of them sees, O own keys of a rollout.
+A section of the queries: g groups that see the same columns each, n rollouts in a group, T of their
+tokens, w = n * r * T rows of scores in a group, O own keys of a rollout. A tile: c of the groups,
+P columns that any of them sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,83 +40,99 @@ class Stretches:
         low: (B, g, T), T tokens of each of g groups (T = 1 if all see alike).
         high: (B, g).
         there: (B, g) bool; groups that are not there see something, and nobody looks at it.
-        per_group: queries of a group, n rollouts of T tokens: (n, T).
     """
 
     low: Tensor
     high: Tensor
     there: Tensor
-    per_group: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries that are computed together.
+    """Groups that are computed together.
 
     Attributes:
-        groups: first and last + 1 of the groups.
-        queries: where they are among the queries of the pass.
-        per_group: (n, T).
+        groups: which.
         columns: the document columns that any of them sees.
         hidden: parts of ``columns`` that not all of them see, with (B, 1, c, 1, T or 1, columns)
             bool, True where a query does not see a column.
-        own: whether they also see tokens of their own rollouts.
     """
 
-    groups: tuple[int, int]
-    queries: slice
-    per_group: tuple[int, int]
+    groups: slice
     columns: slice
     hidden: tuple[tuple[slice, Tensor], ...]
-    own: bool
+
+    @property
+    def width(self) -> int:
+        """P."""
+        return self.columns.stop - self.columns.start
+
+
+@dataclass(frozen=True)
+class Section:
+    """Queries that stand together and are of one kind: those of the documents, or of the rollouts.
+
+    Attributes:
+        queries: where they are among the queries of the pass, group after group, in each group
+            rollout after rollout.
+        per_group: (n, T).
+        tiles: they cover every group once.
+        own_hidden: (B or 1, 1, g or 1, 1, T, O) bool, own tokens that a rollout token does not see;
+            None where there are no own tokens.
+    """
+
+    queries: slice
+    per_group: tuple[int, int]
+    tiles: tuple[Tile, ...]
+    own_hidden: Tensor | None = None
+
+    @property
+    def n_rollouts(self) -> int:
+        """g * n."""
+        return (self.queries.stop - self.queries.start) // self.per_group[1]
+
+    @property
+    def n_own(self) -> int:
+        """O."""
+        return 0 if self.own_hidden is None else self.own_hidden.shape[-1]
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Who sees whom in one forward pass, as tiles.
+    """Who sees whom in one forward pass.
 
     Attributes:
-        tiles: they cover every query once.
+        sections: they cover every query once.
         n_queries: Q.
         n_keys: C.
         document_width: S.
-        own_hidden: (B or 1, 1, K or 1, 1, T, O) bool, own tokens that a rollout token does not see.
         step_major: whether the keys of the rollouts stand token after token (as in a cache that
             grows by steps) instead of rollout after rollout.
     """
 
-    tiles: tuple[Tile, ...]
+    sections: tuple[Section, ...]
     n_queries: int
     n_keys: int
     document_width: int
-    own_hidden: Tensor
     step_major: bool
 
-    @property
-    def n_own(self) -> int:
-        """O, the keys of a rollout's own."""
-        return self.own_hidden.shape[-1]
-
-    def own_keys(self, keys: Tensor, tile: Tile) -> Tensor:
-        """View of the tile's own keys or values: (B, H, C, E) -> (B, H, c * n, O, E)."""
-        rollouts = slice(*(group * tile.per_group[0] for group in tile.groups))
+    def own_keys(self, keys: Tensor, n_own: int) -> Tensor:
+        """View of the own keys or values of all rollouts: (B, H, C, E) -> (B, H, g * n, O, E)."""
         own = keys[:, :, self.document_width :]
-        n_rollouts = own.shape[2] // self.n_own
         if self.step_major:
-            return own.unflatten(2, (self.n_own, n_rollouts))[:, :, :, rollouts].transpose(2, 3)
-        return own.unflatten(2, (n_rollouts, self.n_own))[:, :, rollouts]
+            return own.unflatten(2, (n_own, -1)).transpose(2, 3)
+        return own.unflatten(2, (-1, n_own))
 
 
-def make_tiles(stretches: Stretches, first_query: int, *, own: bool) -> Iterator[Tile]:
-    """Cut groups of queries into tiles.
+def make_tiles(stretches: Stretches, per_group: tuple[int, int]) -> Iterator[Tile]:
+    """Cut a section's groups into tiles.
 
     Args:
-        stretches: of consecutive groups.
-        first_query: where the first group's first query is among the queries of the pass.
-        own: whether the queries also see their own rollouts' tokens.
+        stretches: what the groups see.
+        per_group: (n, T).
     """
     low, high, there = stretches.low, stretches.high, stretches.there
-    n_groups, per_group = high.shape[1], stretches.per_group
+    n_groups = high.shape[1]
     n_queries = per_group[0] * per_group[1]
     rows = TILE_ROWS["cpu" if low.device.type == "cpu" else "cuda"]
     size = max(-(-n_groups // TILES), FEWEST_ROWS // n_queries)
@@ -134,26 +151,19 @@ def make_tiles(stretches: Stretches, first_query: int, *, own: bool) -> Iterator
         dim=1,
     ).tolist()
     for index, (start, all_from, all_to, stop) in enumerate(bounds):
-        first, last = index * size, min((index + 1) * size, n_groups)
+        groups = slice(index * size, min((index + 1) * size, n_groups))
         start, stop = (start, stop) if start < stop else (0, 0)
         all_from, all_to = (all_from, all_to) if all_from < all_to else (stop, stop)
         hidden = []
         for part in (slice(start, min(all_from, stop)), slice(max(all_to, start), stop)):
             if part.start < part.stop:
                 column = torch.arange(part.start, part.stop, device=low.device)
-                unseen = (column < low[:, first:last, :, None]) | (
-                    column >= high[:, first:last, None, None]
+                unseen = (column < low[:, groups, :, None]) | (
+                    column >= high[:, groups, None, None]
                 )
                 inside = slice(part.start - start, part.stop - start)
                 hidden.append((inside, unseen[:, None, :, None]))
-        yield Tile(
-            groups=(first, last),
-            queries=slice(first_query + first * n_queries, first_query + last * n_queries),
-            per_group=per_group,
-            columns=slice(start, stop),
-            hidden=tuple(hidden),
-            own=own,
-        )
+        yield Tile(groups=groups, columns=slice(start, stop), hidden=tuple(hidden))
 
 
 def _per_tile(bound: Tensor, size: int, filling: int) -> Tensor:
@@ -188,13 +198,9 @@ class _SplitAttention(torch.autograd.Function):
     ) -> Tensor:
         key, value = _rows_together(key), _rows_together(value)
         output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-        work = _Workspace.of(query, key, plan, buffers=2)
-        for tile in plan.tiles:
-            tiled = _scaled(_to_tile(query, tile, key.shape[1]), scaling)
-            weights = _weights(tiled, key, tile, plan, work)
-            _to_tile(output.transpose(1, 2), tile, key.shape[1]).copy_(
-                _times_columns(weights, value, tile, plan).unflatten(2, tiled.shape[2:5])
-            )
+        for section in plan.sections:
+            pass_ = _SectionPass(section, plan, query, key, value, scaling, n_buffers=2)
+            pass_.rows_of(output.transpose(1, 2)).copy_(pass_.attend())
         ctx.save_for_backward(query, key, value, output)
         ctx.plan, ctx.scaling = plan, scaling
         return output
@@ -209,59 +215,190 @@ class _SplitAttention(torch.autograd.Function):
         wide = torch.float32 if key.dtype in (torch.bfloat16, torch.float16) else key.dtype
         d_key = torch.zeros(key.shape, dtype=wide, device=key.device)
         d_value = torch.zeros(value.shape, dtype=wide, device=value.device)
-        work = _Workspace.of(query, key, plan, buffers=3)
-        heads = key.shape[1]
-        for tile in plan.tiles:
-            tiled = _scaled(_to_tile(query, tile, heads), scaling)
-            weights = _weights(tiled, key, tile, plan, work)
-            d_tile = _to_tile(d_output.transpose(1, 2), tile, heads).contiguous()
-            # d score = weight * (d weight - sum over the row of weight * d weight), and the sum is
-            # the product of the output with its gradient.
-            row_sum = (d_tile * _to_tile(output.transpose(1, 2), tile, heads)).sum(-1).flatten(2)
-            d_scores = _against_columns(d_tile, value, tile, plan, work.buffer(2, tile))
-            d_scores.sub_(row_sum[..., None]).mul_(weights)
-            d_tiled = _times_columns(d_scores, key, tile, plan).mul_(scaling)
-            _to_tile(d_query, tile, heads).copy_(d_tiled.unflatten(2, tiled.shape[2:5]))
-            _add_to_columns(d_key, d_scores, tiled, tile, plan)
-            _add_to_columns(d_value, weights, d_tile, tile, plan)
+        # d score = weight * (d weight - sum over the row of weight * d weight), and the sum is the
+        # product of the output with its gradient.
+        row_sums = (d_output * output).sum(-1, keepdim=True)
+        for section in plan.sections:
+            pass_ = _SectionPass(section, plan, query, key, value, scaling, n_buffers=3)
+            d_rows = pass_.differentiate(
+                pass_.rows_of(d_output.transpose(1, 2)).contiguous(),
+                pass_.rows_of(row_sums.transpose(1, 2)).contiguous(),
+                d_key,
+                d_value,
+            )
+            torch.mul(d_rows, scaling, out=pass_.rows_of(d_query))
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
 
 
-@dataclass(frozen=True)
-class _Workspace:
-    """Memory for the scores of one tile, used again for the next.
+class _SectionPass:
+    """The attention of one section, forward or backward.
 
-    Attributes:
-        memory: one flat piece per buffer.
-        shape: (B, H, r), to know how many scores a tile has.
-        n_own: O.
+    What concerns a rollout's own keys is one product for all rollouts; what concerns document
+    columns goes tile by tile. Rows of scores are in the order (g, n, r, T).
+
+    Args:
+        section: of the plan.
+        plan: who sees whom.
+        query, key, value, scaling: as in `split_attention`; key and value of `_rows_together`.
+        n_buffers: matrices of scores that exist at a time.
     """
 
-    memory: Sequence[Tensor]
-    shape: tuple[int, int, int]
-    n_own: int
+    def __init__(
+        self,
+        section: Section,
+        plan: AttentionPlan,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        *,
+        n_buffers: int,
+    ) -> None:
+        self.section, self.plan = section, plan
+        self.key, self.value = key, value
+        self.batch = key.shape[:2]  # (B, H)
+        n, tokens = section.per_group
+        self.heads_per_key = query.shape[1] // key.shape[1]
+        self.group_rows = n * self.heads_per_key * tokens
+        view = self.rows_of(query)
+        # (B, H, g * n, r, T, E), scaled on the way.
+        self.rows = torch.mul(view, scaling, out=query.new_empty(view.shape))
+        largest = max(
+            (tile.groups.stop - tile.groups.start) * (tile.width + section.n_own)
+            for tile in section.tiles
+        )
+        size = self.batch.numel() * self.group_rows * largest
+        self._memory = [query.new_empty(size) for _ in range(n_buffers)]
 
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, plan: AttentionPlan, *, buffers: int) -> _Workspace:
-        rows, heads = key.shape[:2]
-        shape = (rows, heads, query.shape[1] // heads)
-        largest = max(_tile_size(tile, shape, plan.n_own) for tile in plan.tiles)
-        return cls([query.new_empty(largest) for _ in range(buffers)], shape, plan.n_own)
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """(B, H * r, Q, X) -> (B, H, g * n, r, T, X), a view of the section's queries."""
+        return (
+            tensor[:, :, self.section.queries]
+            .unflatten(1, (self.batch[1], -1))
+            .unflatten(3, (self.section.n_rollouts, -1))
+            .transpose(2, 3)
+        )
 
-    def buffer(self, index: int, tile: Tile) -> Tensor:
-        """(B, H, c * n * r * T, P + O), uninitialised."""
-        size = _tile_size(tile, self.shape, self.n_own)
-        rows = self.shape[2] * (tile.queries.stop - tile.queries.start)
-        return self.memory[index][:size].view(*self.shape[:2], rows, _width(tile, self.n_own))
+    def attend(self) -> Tensor:
+        """(B, H, g * n, r, T, F)."""
+        rows, own = self._flat(self.rows), self.section.own_hidden is not None
+        output = rows.new_empty(*rows.shape[:2], self.value.shape[3])
+        own_scores = self._own_scores() if own else None
+        own_weights = torch.empty_like(own_scores) if own_scores is not None else None
+        for tile in self.section.tiles:
+            place = self._place(tile)
+            weights = self._weights(rows[:, place], tile, own_scores)
+            values = self.value.flatten(0, 1)[:, tile.columns]
+            torch.bmm(weights[..., : tile.width], values, out=output[:, place])
+            if own_weights is not None:
+                own_weights[:, place] = weights[..., tile.width :]
+        if own_weights is not None:
+            self._by_rollout(output).baddbmm_(self._by_rollout(own_weights), self._own(self.value))
+        return output.view(*self.rows.shape[:-1], -1)
 
+    def differentiate(
+        self, d_output: Tensor, row_sums: Tensor, d_key: Tensor, d_value: Tensor
+    ) -> Tensor:
+        """Gradient of the scaled queries, (B, H, g * n, r, T, E).
 
-def _width(tile: Tile, n_own: int) -> int:
-    return tile.columns.stop - tile.columns.start + (n_own if tile.own else 0)
+        Args:
+            d_output: (B, H, g * n, r, T, F), contiguous.
+            row_sums: (B, H, g * n, r, T, 1), its products with the output.
+            d_key, d_value: (B, H, C, E) and (B, H, C, F), added to in place.
+        """
+        rows, d_rows = self._flat(self.rows), torch.empty_like(self._flat(self.rows))
+        d_output, row_sums = self._flat(d_output), self._flat(row_sums)
+        own_scores = d_own_weights = own_weights = d_own_scores = None
+        if self.section.own_hidden is not None:
+            own_scores = self._own_scores()
+            own_values = self._own(self.value).transpose(1, 2)
+            d_own_weights = torch.bmm(self._by_rollout(d_output), own_values).view_as(own_scores)
+            own_weights, d_own_scores = torch.empty_like(own_scores), torch.empty_like(own_scores)
+        for tile in self.section.tiles:
+            place, width = self._place(tile), tile.width
+            weights = self._weights(rows[:, place], tile, own_scores)
+            d_scores = self._buffer(2, tile)
+            values = self.value.flatten(0, 1)[:, tile.columns]
+            torch.bmm(d_output[:, place], values.transpose(1, 2), out=d_scores[..., :width])
+            if d_own_weights is not None:
+                d_scores[..., width:] = d_own_weights[:, place]
+            d_scores.sub_(row_sums[:, place]).mul_(weights)
+            keys = self.key.flatten(0, 1)[:, tile.columns]
+            torch.bmm(d_scores[..., :width], keys, out=d_rows[:, place])
+            _add_product(d_key, tile, d_scores[..., :width], rows[:, place])
+            _add_product(d_value, tile, weights[..., :width], d_output[:, place])
+            if own_weights is not None and d_own_scores is not None:
+                own_weights[:, place] = weights[..., width:]
+                d_own_scores[:, place] = d_scores[..., width:]
+        if own_weights is not None and d_own_scores is not None:
+            d_own_scores, own_weights = map(self._by_rollout, (d_own_scores, own_weights))
+            self._by_rollout(d_rows).baddbmm_(d_own_scores, self._own(self.key))
+            for total, weighed, by in (
+                (d_key, d_own_scores, rows),
+                (d_value, own_weights, d_output),
+            ):
+                product = torch.bmm(weighed.transpose(1, 2), self._by_rollout(by))
+                own = self.plan.own_keys(total, self.section.n_own)
+                own.copy_(product.view(own.shape))
+        return d_rows.view(self.rows.shape)
 
+    def _weights(self, rows: Tensor, tile: Tile, own_scores: Tensor | None) -> Tensor:
+        """Softmax over all that each row sees: (B * H, c * w, P + O).
 
-def _tile_size(tile: Tile, shape: tuple[int, int, int], n_own: int) -> int:
-    n_queries = tile.queries.stop - tile.queries.start
-    return shape[0] * shape[1] * shape[2] * n_queries * _width(tile, n_own)
+        Args:
+            rows: (B * H, c * w, E), scaled queries of the tile.
+            own_scores: (B * H, g * w, O).
+        """
+        scores, weights = self._buffer(0, tile), self._buffer(1, tile)
+        keys = self.key.flatten(0, 1)[:, tile.columns]
+        torch.bmm(rows, keys.transpose(1, 2), out=scores[..., : tile.width])
+        if own_scores is not None:
+            scores[..., tile.width :] = own_scores[:, self._place(tile)]
+        if tile.hidden:
+            by_group = self._by_group(scores)
+            for part, unseen in tile.hidden:
+                by_group[..., part].masked_fill_(unseen, -torch.inf)
+        if scores.dtype in (torch.bfloat16, torch.float16):
+            return weights.copy_(torch.softmax(scores, dim=-1, dtype=torch.float32))
+        return torch.softmax(scores, dim=-1, out=weights)
+
+    def _own_scores(self) -> Tensor:
+        """(B * H, g * w, O), minus infinity where a token does not see one of its own."""
+        own_hidden = self.section.own_hidden
+        assert own_hidden is not None
+        keys = self._own(self.key).transpose(1, 2)
+        scores = torch.bmm(self._by_rollout(self._flat(self.rows)), keys)
+        scores = scores.view(self.batch.numel(), -1, self.section.n_own)
+        self._by_group(scores).masked_fill_(own_hidden, -torch.inf)
+        return scores
+
+    def _own(self, keys: Tensor) -> Tensor:
+        """(B, H, C, E) -> (B * H * g * n, O, E), keys or values of the rollouts' own tokens."""
+        return self.plan.own_keys(keys, self.section.n_own).flatten(0, 2)
+
+    def _flat(self, rows: Tensor) -> Tensor:
+        """(B, H, g * n, r, T, X) -> (B * H, g * w, X)."""
+        return rows.flatten(0, 1).flatten(1, 3)
+
+    def _by_rollout(self, rows: Tensor) -> Tensor:
+        """(B * H, g * w, X) -> (B * H * g * n, r * T, X)."""
+        return rows.view(rows.shape[0] * self.section.n_rollouts, -1, rows.shape[-1])
+
+    def _by_group(self, rows: Tensor) -> Tensor:
+        """(B * H, c * w, X) -> (B, H, c, n * r, T, X)."""
+        n, tokens = self.section.per_group
+        by_token = (rows.shape[1] // self.group_rows, n * self.heads_per_key, tokens)
+        return rows.unflatten(0, self.batch).unflatten(2, by_token)
+
+    def _place(self, tile: Tile) -> slice:
+        """Where a tile's rows are among the g * w of the section."""
+        return slice(tile.groups.start * self.group_rows, tile.groups.stop * self.group_rows)
+
+    def _buffer(self, index: int, tile: Tile) -> Tensor:
+        """(B * H, c * w, P + O), uninitialised; the same memory for every tile."""
+        n_rows = (tile.groups.stop - tile.groups.start) * self.group_rows
+        shape = (self.batch.numel(), n_rows, tile.width + self.section.n_own)
+        return self._memory[index][: shape[0] * shape[1] * shape[2]].view(shape)
 
 
 def _rows_together(tensor: Tensor) -> Tensor:
@@ -270,111 +407,16 @@ def _rows_together(tensor: Tensor) -> Tensor:
     return tensor if together and tensor.stride(3) == 1 else tensor.contiguous()
 
 
-def _to_tile(tensor: Tensor, tile: Tile, heads: int) -> Tensor:
-    """(B, H * r, Q, E) -> (B, H, c * n, r, T, E), a view of the tile's queries."""
-    n, tokens = tile.per_group
-    n_rollouts = (tile.groups[1] - tile.groups[0]) * n
-    return (
-        tensor[:, :, tile.queries]
-        .unflatten(1, (heads, -1))
-        .unflatten(3, (n_rollouts, tokens))
-        .transpose(2, 3)
-    )
-
-
-def _scaled(view: Tensor, scaling: float) -> Tensor:
-    """A contiguous copy, scaled on the way."""
-    return torch.mul(view, scaling, out=view.new_empty(view.shape))
-
-
-def _against_columns(
-    rows: Tensor, columns: Tensor, tile: Tile, plan: AttentionPlan, out: Tensor
-) -> Tensor:
-    """Products of the tile's rows with the vectors of all that they see.
+def _add_product(total: Tensor, tile: Tile, weights: Tensor, rows: Tensor) -> None:
+    """Add ``weights^T rows`` to the tile's columns.
 
     Args:
-        rows: (B, H, c * n, r, T, E), contiguous.
-        columns: (B, H, C, E), keys or values.
-        out: (B, H, c * n * r * T, P + O), where the result goes.
+        total: (B, H, C, E), contiguous.
+        weights: (B * H, c * w, P).
+        rows: (B * H, c * w, E).
     """
-    n_columns = tile.columns.stop - tile.columns.start
-    flat = out.flatten(0, 1)
-    seen = columns[:, :, tile.columns].flatten(0, 1)
-    torch.bmm(rows.flatten(2, 4).flatten(0, 1), seen.transpose(1, 2), out=flat[..., :n_columns])
-    if tile.own:
-        own = plan.own_keys(columns, tile).flatten(0, 2)
-        products = torch.bmm(rows.flatten(0, 2).flatten(1, 2), own.transpose(1, 2))
-        out[..., n_columns:] = products.view(*out.shape[:3], plan.n_own)
-    return out
-
-
-def _times_columns(weights: Tensor, columns: Tensor, tile: Tile, plan: AttentionPlan) -> Tensor:
-    """Sums of the vectors that each row sees, by its weights.
-
-    Args:
-        weights: (B, H, c * n * r * T, P + O).
-        columns: (B, H, C, E).
-
-    Returns:
-        (B, H, c * n * r * T, E).
-    """
-    n_columns = tile.columns.stop - tile.columns.start
-    flat = weights.flatten(0, 1)
-    sums = torch.bmm(flat[..., :n_columns], columns[:, :, tile.columns].flatten(0, 1))
-    if tile.own:
-        own = plan.own_keys(columns, tile).flatten(0, 2)
-        own_weights = weights[..., n_columns:].reshape(own.shape[0], -1, plan.n_own)
-        sums += torch.bmm(own_weights, own).view_as(sums)
-    return sums.unflatten(0, weights.shape[:2])
-
-
-def _add_to_columns(
-    total: Tensor, weights: Tensor, rows: Tensor, tile: Tile, plan: AttentionPlan
-) -> None:
-    """Add ``weights^T rows`` to all that the tile sees: the transpose of `_times_columns`.
-
-    Args:
-        total: (B, H, C, E), added to in place; contiguous.
-        weights: (B, H, c * n * r * T, P + O).
-        rows: (B, H, c * n, r, T, E), contiguous.
-    """
-    n_columns = tile.columns.stop - tile.columns.start
-    flat_rows = rows.flatten(2, 4).flatten(0, 1)
-    seen = total.flatten(0, 1)[:, tile.columns]
-    transposed = weights.flatten(0, 1)[..., :n_columns].transpose(1, 2)
+    columns = total.flatten(0, 1)[:, tile.columns]
     if total.dtype == weights.dtype:
-        seen.baddbmm_(transposed, flat_rows)
+        columns.baddbmm_(weights.transpose(1, 2), rows)
     else:
-        seen.add_(torch.bmm(transposed, flat_rows))
-    if tile.own:
-        own = plan.own_keys(total, tile)
-        own_weights = weights[..., n_columns:].reshape(own.shape[:3].numel(), -1, plan.n_own)
-        own_rows = rows.flatten(0, 2).flatten(1, 2)
-        own.copy_(torch.bmm(own_weights.transpose(1, 2), own_rows).view(own.shape))
-
-
-def _weights(
-    tiled: Tensor, key: Tensor, tile: Tile, plan: AttentionPlan, work: _Workspace
-) -> Tensor:
-    """Softmax over all that each query sees: (B, H, c * n * r * T, P + O).
-
-    Args:
-        tiled: (B, H, c * n, r, T, E), scaled queries of the tile.
-    """
-    scores = _against_columns(tiled, key, tile, plan, work.buffer(0, tile))
-    n_columns = tile.columns.stop - tile.columns.start
-    n, tokens = tile.per_group
-    # (B, H, c, n * r, T, P + O)
-    n_groups = tile.groups[1] - tile.groups[0]
-    by_group = scores.unflatten(2, (n_groups, n * tiled.shape[3], tokens))
-    for part, unseen in tile.hidden:
-        by_group[..., part].masked_fill_(unseen, -torch.inf)
-    if tile.own:
-        own_hidden = plan.own_hidden
-        if own_hidden.shape[2] > 1:
-            own_hidden = own_hidden[:, :, tile.groups[0] : tile.groups[1]]
-        by_group[..., n_columns:].masked_fill_(own_hidden, -torch.inf)
-    weights = work.buffer(1, tile)
-    if scores.dtype in (torch.bfloat16, torch.float16):
-        return weights.copy_(torch.softmax(scores, dim=-1, dtype=torch.float32))
-    return torch.softmax(scores, dim=-1, out=weights)
+        columns.add_(torch.bmm(weights.transpose(1, 2), rows))

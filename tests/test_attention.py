@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from architectures import WINDOW, tiny_config, tiny_model
-from exactness import Case, packed_documents, ragged_batch, sample, training_log_probs
+from exactness import Case, packed_documents, ragged_batch, row_log_probs, sample
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoModelForCausalLM
@@ -211,14 +211,14 @@ def test_compiled_flex_attention_equals_the_dense_mask(model_type: str) -> None:
     rollouts, sampled = sample(model, dense, layout)
     there = rollouts.exists[:, None].expand(sampled.shape[:3])
     with torch.no_grad():
-        expected = training_log_probs(model, dense, rollouts)
+        expected = row_log_probs(model, dense, rollouts)
     # torch 2.13's C++ template does not compile with the dynamic shapes of a second length.
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         torch._dynamo.reset()
         flex = PackedForward.of(model, "flex_attention")
         assert flex.recipe.implementation == "flex_attention"
         with torch.no_grad():
-            found = training_log_probs(model, flex, rollouts)
+            found = row_log_probs(model, flex, rollouts)
         torch.testing.assert_close(found[there], expected[there], atol=1e-5, rtol=0)
         # Every kind of mask and every length is compiled by itself, which takes long.
         if model_type == "llama":

@@ -15,8 +15,8 @@ from exactness import (
     lora_model,
     packed_documents,
     ragged_batch,
+    row_log_probs,
     sample,
-    training_log_probs,
 )
 from plain_forwards import plain_blocks, plain_pass
 from torch import Tensor, nn
@@ -169,7 +169,7 @@ def test_reference_log_probs_are_those_of_a_plain_packed_pass() -> None:
     features = phi.embed(rollouts, score)
     assert features.reference_log_probs is not None
     with torch.no_grad():
-        expected = training_log_probs(model, phi.forward, rollouts)
+        expected = row_log_probs(model, phi.forward, rollouts)
     expected = expected.gather(-1, rollouts.tokens[..., None])[..., 0]
     there = rollouts.exists[:, None].expand(expected.shape[:3])
     torch.testing.assert_close(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import tiny_model
-from exactness import Case, lora_model, ragged_batch, sample, training_log_probs
+from exactness import Case, lora_model, ragged_batch, row_log_probs, sample
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
@@ -72,7 +72,7 @@ def test_head_in_chunks_is_the_model_s_own(architecture: str, overrides: dict[st
         )
     # And the whole vocabulary, as the model itself returns it.
     with torch.no_grad():
-        whole = training_log_probs(model, forward, rollouts)
+        whole = row_log_probs(model, forward, rollouts)
         at_1 = packed_log_probs(
             model, forward, rollouts, temperature=1.0, with_document=False, chunk_size=9
         ).rollout

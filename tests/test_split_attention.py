@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import WINDOW, tiny_model
-from exactness import Case, packed_documents, ragged_batch, sample, training_log_probs
+from exactness import Case, packed_documents, ragged_batch, row_log_probs, sample
 from torch import Tensor
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -74,10 +74,13 @@ def test_plan_is_the_mask(
     for part in parts(CASES[name].layout()).values():
         dense = recipe("sdpa").build(part.queries, part.keys)[kind][:, 0]
         plan = recipe().plan(kind, part)
-        covered = sorted(
-            query for tile in plan.tiles for query in range(plan.n_queries)[tile.queries]
-        )
-        assert covered == list(range(plan.n_queries))
+        covered = []
+        for section in plan.sections:
+            queries = list(range(plan.n_queries)[section.queries])
+            size = section.per_group[0] * section.per_group[1]
+            groups = [queries[start : start + size] for start in range(0, len(queries), size)]
+            covered += [query for tile in section.tiles for g in groups[tile.groups] for query in g]
+        assert sorted(covered) == list(range(plan.n_queries))
         there = existing(part)
         assert torch.equal(visible(plan, len(dense))[there], dense[there])
 
@@ -144,8 +147,12 @@ def test_scores_of_the_whole_row_never_exist() -> None:
         layout = Case(ragged_batch(length), stride=4, generate_max_len=4, n_samples=4).layout()
         plan = recipe().plan(FULL, layout.row_part)
         return max(
-            (tile.queries.stop - tile.queries.start) * (tile.columns.stop - tile.columns.start)
-            for tile in plan.tiles
+            section.per_group[0]
+            * section.per_group[1]
+            * (tile.groups.stop - tile.groups.start)
+            * tile.width
+            for section in plan.sections
+            for tile in section.tiles
         )
 
     assert largest(2048) <= 2.2 * largest(1024)
@@ -184,7 +191,7 @@ def test_a_packed_mask_that_is_only_handed_on_is_never_made(
         forward = PackedForward.of(model)
         assert forward.recipe.implementation == SPLIT
         rollouts, _ = sample(model, forward, layout)
-        training_log_probs(model, forward, rollouts).sum().backward()
+        row_log_probs(model, forward, rollouts).sum().backward()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -253,7 +260,7 @@ def test_gradients_are_the_same_under_gradient_checkpointing(
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
-        training_log_probs(model, forward, rollouts)[0, ..., 3].sum().backward()
+        row_log_probs(model, forward, rollouts)[0, ..., 3].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert gradients[0].norm() > 0
     torch.testing.assert_close(gradients[1], gradients[0])
