@@ -5,8 +5,10 @@ A pass needs the tokens that something reads, each once, whatever a row is padde
 - sampling: the document up to the last prefix's end, and the tokens of each rollout but its last;
 - features: the document up to the last window's end and all rollout tokens, in the layers up to the
   highest feature layer, without the head;
-- training: what sampling needs, and its backward pass; the whole document but its last token where
-  there is a cross-entropy. The head at the places that predict a token.
+- training forward: the tokens of each rollout but its last, and where there is a cross-entropy the
+  whole document but its last token. What sampling has computed of the document is not needed again.
+- backward: of the document as far as sampling and training need it, and of the rollouts' tokens.
+  The head at the places that predict a token.
 
 A token costs the linear layers that it goes through (the weights' inputs times outputs) and two
 products of the head dimension per attention head for each token that it sees, itself included.
@@ -70,7 +72,7 @@ class Cost:
 
 
 def count_work(layout: PackedLayout, *, with_cross_entropy: bool) -> dict[str, Work]:
-    """What the passes "sampling", "features" and "training" need of a batch.
+    """What the passes of a step need of a batch, by phase.
 
     Embeddings are taken to read the last token of blocks and windows (as `last_token` and
     `mean_pooling` do).
@@ -97,10 +99,13 @@ def count_work(layout: PackedLayout, *, with_cross_entropy: bool) -> dict[str, W
 
     ends_of_prefixes = _distinct_prefix_ends(layout)
     n_trained = int(trained.sum()) if with_cross_entropy else ends_of_prefixes
+    newly = trained & ~predicts
+    n_newly = n_trained - ends_of_prefixes
     return {
         "sampling": _work(where.position, predicts | unfinished, ends_of_prefixes, unfinished),
         "features": _work(where.position, in_windows | (real & in_rollout), 0, None),
-        "training": _work(where.position, trained | unfinished, n_trained, unfinished),
+        "training_forward": _work(where.position, newly | unfinished, n_newly, unfinished),
+        "backward": _work(where.position, trained | unfinished, n_trained, unfinished),
     }
 
 
@@ -212,8 +217,8 @@ def count_step(
     return {
         "sampling": forward.of(work["sampling"]),
         "features": features.of(work["features"], n_feature_layers),
-        "training_forward": forward.of(work["training"]),
-        "backward": backward.of(work["training"]),
+        "training_forward": forward.of(work["training_forward"]),
+        "backward": backward.of(work["backward"]),
     }
 
 

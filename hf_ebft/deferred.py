@@ -2,7 +2,8 @@
 
 The activations of the rollouts' tokens are most of the memory of a training step. But what the
 tokens' log-probabilities are is known from sampling them; a forward pass over them serves the
-gradient alone. So only the documents go through the model at first, with gradient. When the
+gradient alone. So only the documents go through the model at first, with gradient: while sampling,
+if that pass can be kept, so that the document is computed once for both. When the
 backward pass comes, the rollouts follow, chunk by chunk: forward against the documents' keys and
 values, and at once backward again, adding up the gradients of weights, keys and values. Then the
 backward pass goes on through the documents. Nothing is computed that a pass over the whole row
@@ -24,14 +25,42 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from hf_ebft.log_probs import TokenLogProbs, packed_log_probs
-from hf_ebft.policy import PackedForward, states_in
-from hf_ebft.rollouts import Rollouts
+from hf_ebft.layout import PackedLayout
+from hf_ebft.log_probs import packed_log_probs
+from hf_ebft.policy import PackedForward, is_random_in_training, states_in
+from hf_ebft.rollouts import DocumentPass, Rollouts
 from hf_ebft.sharding import is_sharded
 from hf_ebft.support import checkpoints_activations
+from hf_ebft.targets import Targets, TokenLogProbs
 
 # Rollout tokens that go through the model together: enough for efficient matrix products.
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+def document_targets(
+    model: nn.Module,
+    forward: PackedForward,
+    layout: PackedLayout,
+    *,
+    temperature: float,
+    with_document: bool,
+    chunk_size: int,
+    training_chunk_size: int | None,
+) -> Targets | None:
+    """What the documents alone predict, if training on a batch is to go chunk by chunk.
+
+    None where one chunk is enough, or the model cannot be called in parts (see :func:`can_defer`).
+
+    Args:
+        model, forward: the policy.
+        layout: the batch.
+        temperature, with_document, chunk_size: see `Targets`.
+        training_chunk_size: rollout tokens whose activations exist at once, at least those of one
+            block; None: by the device.
+    """
+    if len(chunks_of(layout, training_chunk_size)) == 1 or not can_defer(model, forward):
+        return None
+    return Targets(layout.document_part, temperature, with_document, chunk_size)
 
 
 def training_log_probs(
@@ -46,36 +75,56 @@ def training_log_probs(
 ) -> TokenLogProbs:
     """`packed_log_probs` with gradient, in as many chunks of rollouts as keep memory in bounds.
 
-    Where one chunk is enough, or the model cannot be called in parts (see :func:`can_defer`), in
-    one pass over the whole row. Tokens that the policy has not sampled itself, as it is now, cost
-    one more forward pass.
+    Where one chunk is enough, or the model cannot be called in parts, in one pass over the whole
+    row. Tokens that the policy has not sampled itself, as it is now, cost one more forward pass.
 
     Args:
-        model, forward, rollouts, temperature, with_document, chunk_size: as in `packed_log_probs`.
-        training_chunk_size: rollout tokens whose activations exist at once, at least those of one
-            block; None: by the device.
+        model, forward, rollouts: as in `packed_log_probs`.
+        temperature, with_document, chunk_size, training_chunk_size: see :func:`document_targets`.
     """
     scoring: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
-    chunks = _chunks(rollouts, training_chunk_size)
-    if len(chunks) == 1 or not can_defer(model, forward):
-        return packed_log_probs(model, forward, rollouts, with_document=with_document, **scoring)
-    cache = forward.new_cache()
-    documents = packed_log_probs(
+    layout = rollouts.layout
+    targets = document_targets(
         model,
         forward,
-        rollouts,
-        part=rollouts.layout.document_part,
-        cache=cache,
+        layout,
         with_document=with_document,
+        training_chunk_size=training_chunk_size,
         **scoring,
     )
+    if targets is None:
+        return packed_log_probs(model, forward, rollouts, with_document=with_document, **scoring)
+    sampling = rollouts.sampling_by(model, temperature)
+    documents = sampling.document_passes.pop() if sampling and sampling.document_passes else None
+    if documents is None or (with_document and documents.log_probs.document is None):
+        cache = forward.new_cache()
+        log_probs = packed_log_probs(
+            model,
+            forward,
+            rollouts,
+            part=targets.part,
+            cache=cache,
+            with_document=with_document,
+            **scoring,
+        )
+        documents = DocumentPass(log_probs, states_in(cache))
+    chunks = chunks_of(layout, training_chunk_size)
     passes = _RolloutPasses(_inside(model), forward, rollouts, chunks, scoring)
-    states = states_in(cache)
-    known = rollouts.log_probs_under(model)
-    later = passes.values(states) if known is None else known[..., 1:]
+    states = documents.states
+    later = passes.values(states) if sampling is None else sampling.log_probs[..., 1:]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     later = _Deferred.apply(later, passes, len(states), *states, *weights)
-    return TokenLogProbs(torch.cat([documents.rollout, later], dim=-1), documents.document)
+    first = documents.log_probs.rollout
+    return TokenLogProbs(torch.cat([first, later], dim=-1), documents.log_probs.document)
+
+
+def can_keep_document_pass(model: nn.Module) -> bool:
+    """Whether the pass over the documents that sampling makes can serve the gradient, too.
+
+    Not where training mode differs from evaluation mode, in which tokens are sampled, nor under
+    DDP, which hands the model buffers anew before every pass.
+    """
+    return not isinstance(model, DistributedDataParallel) and not is_random_in_training(model)
 
 
 def can_defer(model: nn.Module, forward: PackedForward) -> bool:
@@ -100,11 +149,16 @@ def _inside(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _chunks(rollouts: Rollouts, size: int | None) -> tuple[slice, ...]:
-    """The K blocks in chunks of about equally many."""
-    rows, n_samples, n_blocks, length = rollouts.tokens.shape
+def chunks_of(layout: PackedLayout, size: int | None) -> tuple[slice, ...]:
+    """The K blocks in chunks of about equally many.
+
+    Args:
+        layout: the batch.
+        size: rollout tokens of a chunk, those that predict nothing left out; None: by the device.
+    """
+    rows, n_samples, n_blocks, length = layout.rollout_shape
     if size is None:
-        size = CHUNK_TOKENS["cpu" if rollouts.tokens.device.type == "cpu" else "cuda"]
+        size = CHUNK_TOKENS["cpu" if layout.blocks.exists.device.type == "cpu" else "cuda"]
     tokens = rows * n_samples * n_blocks * (length - 1)
     n_chunks = min(n_blocks, max(1, -(-tokens // size)))
     bounds = [index * n_blocks // n_chunks for index in range(n_chunks + 1)]

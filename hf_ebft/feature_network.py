@@ -26,12 +26,12 @@ from hf_ebft.features import (
     pool,
     token_positions,
 )
-from hf_ebft.log_probs import TokenLogProbs
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rollouts import Rollouts
 from hf_ebft.sharding import is_sharded
 from hf_ebft.sharing import adapters_off
 from hf_ebft.support import backbone, decoder_layers
+from hf_ebft.targets import TokenLogProbs
 
 
 class _TopLayerReached(Exception):

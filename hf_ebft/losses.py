@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import predicted_targets
+from hf_ebft.targets import predicted_targets
 
 
 def per_rollout_token_mean(values: Tensor, layout: PackedLayout) -> Tensor:

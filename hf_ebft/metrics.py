@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import TokenLogProbs
 from hf_ebft.rewards import Rewards
+from hf_ebft.targets import TokenLogProbs
 
 PREFIX = "ebft/"
 # Advantages smaller than this share of a reward's range of 2 move nothing.

@@ -123,9 +123,11 @@ class PackedForward:
                 f"The forward of {type(model).__name__} did not call its own {self.head.name}. If "
                 "something replaces the model's forward, build the trainer after it."
             )
-        # The zeros that the model returned must take part in the loss (see Head.replaced_by).
-        first, *others = results
-        return [first + nothing.sum() if nothing.requires_grad else first, *others]
+        if nothing.requires_grad:
+            # The zeros that the model returned must take part in the loss (see Head.replaced_by).
+            at = next(i for i, result in enumerate(results) if result.requires_grad)
+            results[at] = results[at] + nothing.sum()
+        return results
 
     def new_cache(self, states: Sequence[Tensor] | None = None) -> DynamicCache:
         """A cache that keeps every key.
@@ -153,6 +155,19 @@ class PackedForward:
     def keeps_every_key(self) -> bool:
         """Whether keys and values are all that the model's cache holds."""
         return all(type(layer) is DynamicLayer for layer in self.new_cache().layers)
+
+
+def is_random_in_training(model: nn.Module) -> bool:
+    """Whether dropout, or noise of another kind, tells training mode from evaluation mode."""
+    config = bare_model(model).config.get_text_config(decoder=True)
+    by_configuration = any(
+        value > 0
+        for name, value in vars(config).items()
+        if isinstance(value, float) and any(word in name for word in ("drop", "jitter", "noise"))
+    )
+    return by_configuration or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+    )
 
 
 def states_in(cache: DynamicCache) -> list[Tensor]:

@@ -7,7 +7,7 @@ Q tokens of a row that are continued, N rows of logits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,21 @@ from torch import Tensor, nn
 
 from hf_ebft.heads import ToLogits
 from hf_ebft.layout import PackedLayout
-from hf_ebft.policy import PackedForward, inference_mode_of
+from hf_ebft.policy import PackedForward, inference_mode_of, states_in
+from hf_ebft.targets import KeptPlaces, Targets, TokenLogProbs
+
+
+@dataclass(frozen=True)
+class DocumentPass:
+    """A forward pass over the documents, with gradient.
+
+    Attributes:
+        log_probs: of the rollouts' first tokens, (B, n, K, 1), and of the documents if asked for.
+        states: keys and values of every layer, (B, H, S, E) each.
+    """
+
+    log_probs: TokenLogProbs
+    states: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,12 +40,17 @@ class Sampling:
     Attributes:
         tokens: (B, n, K, G) int64.
         log_probs: (B, n, K, G) float32, of the tokens, at the temperature, before any truncation.
+        temperature: of the sampling.
         policy: which weights these are, see :func:`state_of`.
+        document_passes: the pass over the documents, if it was to be kept. Whoever trains on it
+            takes it out: its graph serves one backward pass.
     """
 
     tokens: Tensor
     log_probs: Tensor
+    temperature: float
     policy: Any
+    document_passes: list[DocumentPass] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,15 +69,15 @@ class Rollouts:
     layout: PackedLayout
     sampling: Sampling | None = None
 
-    def log_probs_under(self, policy: nn.Module) -> Tensor | None:
-        """(B, n, K, G) log-probabilities that sampling has computed, if they are this policy's.
+    def sampling_by(self, policy: nn.Module, temperature: float) -> Sampling | None:
+        """What is known of the tokens, if this policy has sampled them so, as it is now.
 
         None where tokens were replaced since, or the policy is another one or has been trained.
         """
         known = self.sampling
-        if known is None or known.policy != state_of(policy):
+        if known is None or (known.policy, known.temperature) != (state_of(policy), temperature):
             return None
-        return known.log_probs if torch.equal(known.tokens, self.tokens) else None
+        return known if torch.equal(known.tokens, self.tokens) else None
 
 
 def state_of(policy: nn.Module) -> tuple[int, int]:
@@ -89,6 +108,7 @@ def sample_rollouts(
     top_p: float,
     chunk_size: int,
     generator: torch.Generator,
+    targets: Targets | None = None,
 ) -> Rollouts:
     """Sample G tokens after every prefix of the batch, n times.
 
@@ -103,6 +123,8 @@ def sample_rollouts(
         top_p: nucleus mass; 1.0 keeps the whole distribution.
         chunk_size: rows of logits that exist at once.
         generator: source of randomness, on the model's device.
+        targets: of the documents, to be scored with gradient in the pass over them that sampling
+            makes anyway; the pass is kept. In evaluation mode, like all of it.
 
     Raises:
         FloatingPointError: the policy's logits are not finite.
@@ -121,16 +143,34 @@ def sample_rollouts(
             log_probs.append(probabilities.gather(1, tokens[-1]).log())
         return [torch.cat(parts).view(states.shape[0], -1) for parts in (tokens, log_probs)]
 
+    part, text = layout.document_part, layout.documents.input_ids
+    if targets is None:
+        kept = KeptPlaces.of(layout, whole_document=False, part=part)
+    else:
+        kept = targets.kept
+    # The first token is predicted by the prefix's last one, for all samples alike.
+    index = kept.index_of[layout.predictor[:, 0, :, 0]]
+
     def first_tokens(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
-        states = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-        return drawn(states, to_logits, each=n_samples)
+        with torch.no_grad():
+            last = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+            found = drawn(last, to_logits, each=n_samples)
+        if targets is not None:
+            tokens = found[0].view(-1, n_blocks, n_samples, 1).transpose(1, 2)
+            found += targets.score(tokens, states, to_logits)
+        return found
 
     with inference_mode_of(model):
         cache = forward.new_cache()
-        # The first token is predicted by the prefix's last one, for all samples alike.
-        places, index = torch.unique(layout.predictor[:, 0, :, 0], return_inverse=True)
-        part, text = layout.document_part, layout.documents.input_ids
-        steps = [forward.through_head(model, text, part, places, first_tokens, cache=cache)]
+        document_passes = []
+        with torch.set_grad_enabled(targets is not None):
+            first = forward.through_head(
+                model, text, part, part.index_of[kept.places], first_tokens, cache=cache
+            )
+            if targets is not None:
+                scored = targets.together(first[2:])
+                document_passes.append(DocumentPass(scored, states_in(cache)))
+        steps = [first[:2]]
         for step in range(length - 1):
             part, text = layout.step_part(step), steps[-1][0]
             steps.append(forward.through_head(model, text, part, every_rollout, drawn, cache=cache))
@@ -138,7 +178,7 @@ def sample_rollouts(
         layout.from_row(torch.stack(of_steps, dim=2).flatten(1)).contiguous()
         for of_steps in zip(*steps, strict=True)
     )
-    sampling = Sampling(tokens.clone(), log_probs, state_of(model))
+    sampling = Sampling(tokens.clone(), log_probs, temperature, state_of(model), document_passes)
     return Rollouts(tokens, layout.blocks.exists, layout, sampling)
 
 

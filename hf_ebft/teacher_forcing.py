@@ -10,7 +10,7 @@ import torch
 from hf_ebft.attention import MaskRecipe
 from hf_ebft.documents import DOCUMENT_COLUMNS, EBFT_COLUMNS, IGNORE_INDEX, PROMPT_LENGTH, Documents
 from hf_ebft.layout import document_coordinates
-from hf_ebft.log_probs import predicted_targets
+from hf_ebft.targets import predicted_targets
 
 
 def teacher_forcing_inputs(

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import KeptPlaces
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.support import bare_model, vocabulary_size
+from hf_ebft.targets import KeptPlaces
 
 # A probe row: three blocks, two samples.
 DOCUMENT_LENGTH, CONTEXT, STRIDE, ROLLOUT_LENGTH, SAMPLES = 16, 5, 4, 3, 2

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from architectures import VOCABULARY, tiny_model
@@ -23,10 +24,11 @@ from hf_ebft.deferred import can_defer, training_log_probs
 from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import KeptPlaces, packed_log_probs
+from hf_ebft.log_probs import packed_log_probs
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
 from hf_ebft.support import decoder_layers
+from hf_ebft.targets import KeptPlaces, Targets
 from hf_ebft.verification import verify_packing
 
 # Rounding alone, in float32, over models with weights of unit gain.
@@ -177,21 +179,43 @@ def deferral_difference(model: nn.Module, forward: PackedForward, rollouts: Roll
     """How far log-probabilities and gradients are apart, made block by block and all at once."""
     weight = torch.randn(rollouts.tokens.shape, generator=torch.Generator().manual_seed(0))
     weight = weight * rollouts.exists[:, None, :, None]
-    scoring = {"temperature": 1.0, "with_document": False, "chunk_size": CHUNK}
+    scoring: dict[str, Any] = {"temperature": 1.0, "with_document": False, "chunk_size": CHUNK}
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     whole = packed_log_probs(model, forward, rollouts, **scoring).rollout
     expected = torch.autograd.grad((weight * whole).sum(), weights, allow_unused=True)
     assert can_defer(model, forward)
-    deferred = training_log_probs(model, forward, rollouts, training_chunk_size=1, **scoring)
-    found = torch.autograd.grad((weight * deferred.rollout).sum(), weights, allow_unused=True)
-    there = weight.abs().sign()  # blocks that do not exist have no log-probabilities
-    worst = _worse(0.0, there * deferred.rollout.detach(), there * whole.detach())
     scale = max(float(gradient.abs().max()) for gradient in expected if gradient is not None)
-    for ours, reference in zip(found, expected, strict=True):
-        assert (ours is None) == (reference is None)
-        if ours is not None and reference is not None:
-            worst = _worse(worst, ours / scale, reference / scale)
+    there = weight.abs().sign()  # blocks that do not exist have no log-probabilities
+    worst = 0.0
+    targets = Targets(rollouts.layout.document_part, **scoring)
+    for batch in (rollouts, _sampled_again(model, forward, rollouts, targets)):
+        deferred = training_log_probs(model, forward, batch, training_chunk_size=1, **scoring)
+        found = torch.autograd.grad((weight * deferred.rollout).sum(), weights, allow_unused=True)
+        worst = _worse(worst, there * deferred.rollout.detach(), there * whole.detach())
+        for ours, reference in zip(found, expected, strict=True):
+            assert (ours is None) == (reference is None)
+            if ours is not None and reference is not None:
+                worst = _worse(worst, ours / scale, reference / scale)
     return worst
+
+
+def _sampled_again(
+    model: nn.Module, forward: PackedForward, rollouts: Rollouts, targets: Targets
+) -> Rollouts:
+    """The same rollouts, with the pass over the documents kept for training."""
+    again = sample_rollouts(
+        model,
+        forward,
+        rollouts.layout,
+        temperature=1.0,
+        top_p=1.0,
+        chunk_size=CHUNK,
+        generator=make_generator(torch.device("cpu"), 0),
+        targets=targets,
+    )
+    assert torch.equal(again.tokens, rollouts.tokens)
+    assert again.sampling is not None and again.sampling.document_passes
+    return again
 
 
 def measure(

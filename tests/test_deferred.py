@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from tiny import (
 from torch import Tensor, nn
 
 from hf_ebft import EBFTTrainer, Rollouts
-from hf_ebft.deferred import _chunks, can_defer
+from hf_ebft.deferred import can_defer, chunks_of
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from memory import peak_bytes
@@ -92,7 +93,7 @@ def test_loss_and_gradient_are_those_of_the_whole_row(
 
 
 @pytest.mark.parametrize(
-    "trainable", ["lora", "head", "first layer", "last layer", "embeddings", "values"]
+    "trainable", ["lora", "shared", "head", "first layer", "last layer", "embeddings", "values"]
 )
 def test_whatever_is_trained_gets_its_gradient(trainable: str, tmp_path: Path) -> None:
     """Where the documents' keys and values need no gradient, and where only they do."""
@@ -106,10 +107,15 @@ def test_whatever_is_trained_gets_its_gradient(trainable: str, tmp_path: Path) -
 
     def of(chunk: int) -> dict[str, Tensor]:
         args = config(tmp_path, training_chunk_size=chunk)
-        if trainable == "lora":
+        if trainable in ("lora", "shared"):
             torch.manual_seed(0)  # for the adapters
-            adapters = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+            # Adapters that start at zero leave the base to serve as feature network, which switches
+            # them off and on between sampling and training.
+            adapters = LoraConfig(
+                r=2, target_modules="all-linear", init_lora_weights=trainable == "shared"
+            )
             trainer = EBFTTrainer(tiny_llama(), args, peft_config=adapters)
+            assert trainer.feature_network.shared == (trainable == "shared")
         else:
             model = tiny_llama()
             for name, parameter in model.named_parameters():
@@ -153,20 +159,31 @@ class CountTokens:
             self.without += tokens
 
 
-@pytest.mark.parametrize("sampled", [True, False])
-def test_every_token_is_computed_once_with_gradient(sampled: bool, tmp_path: Path) -> None:
-    """And tokens that the policy sampled are computed no other time than in sampling."""
-    cls = EBFTTrainer if sampled else PrefixRollouts
-    trainer = cls(tiny_llama(), config(tmp_path, training_chunk_size=6))
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [("sampled", (0, 1)), ("given", (1, 2)), ("dropout", (1, 1))],
+)
+@pytest.mark.parametrize("ce_coef", [0.0, 0.1])
+def test_every_token_is_computed_once_with_gradient(
+    kind: str, passes: tuple[int, int], ce_coef: float, tmp_path: Path
+) -> None:
+    """What the policy sampled is computed no other time than in sampling, and the documents once
+    for both, unless dropout makes the two passes differ.
+    """
+    cls = PrefixRollouts if kind == "given" else EBFTTrainer
+    model = tiny_llama(attention_dropout=0.1 if kind == "dropout" else 0.0)
+    trainer = cls(model, config(tmp_path, training_chunk_size=6, ce_coef=ce_coef))
     counts = CountTokens(trainer.model)
-    (loss, outputs) = trainer.compute_loss(trainer.model, ragged(), return_outputs=True)
+    loss, outputs = trainer.compute_loss(trainer.model, ragged(), return_outputs=True)
     documents = outputs.rollouts.layout.documents.input_ids.numel()
     rollouts = outputs.rollouts.tokens[..., 1:].numel()
-    assert counts.without == documents + rollouts * (1 if sampled else 2)
-    assert counts.with_gradient == documents
+    once_more, of_rollouts = passes
+    # A given token is sampled, replaced, and scored for its value.
+    kept = 2 if kind == "given" else 1
+    assert counts.with_gradient == documents * (kept if once_more == 1 and kind == "given" else 1)
+    assert counts.without == documents * (1 if kind == "dropout" else 0) + rollouts * of_rollouts
     loss.backward()
-    assert counts.without == documents + rollouts * (1 if sampled else 2)
-    assert counts.with_gradient == documents + rollouts
+    assert counts.with_gradient == documents * (2 if kind == "given" else 1) + rollouts
 
 
 def test_log_probs_of_sampling_are_those_of_the_policy_that_sampled(tmp_path: Path) -> None:
@@ -174,8 +191,9 @@ def test_log_probs_of_sampling_are_those_of_the_policy_that_sampled(tmp_path: Pa
     trainer = EBFTTrainer(tiny_llama(), config(tmp_path, top_p=0.8, temperature=0.7))
     batch = trainer._prepare_inputs(ragged())
     rollouts = trainer.sample_rollouts(trainer.model, batch)
-    known = rollouts.log_probs_under(trainer.model)
-    assert known is not None
+    sampling = rollouts.sampling_by(trainer.model, 0.7)
+    assert sampling is not None
+    known = sampling.log_probs
     trainer.ebft.training_chunk_size = WHOLE
 
     class Same(EBFTTrainer):
@@ -188,16 +206,17 @@ def test_log_probs_of_sampling_are_those_of_the_policy_that_sampled(tmp_path: Pa
     torch.testing.assert_close(known[exists], outputs.log_probs.detach()[exists])
 
     other = dataclasses.replace(rollouts, tokens=(rollouts.tokens + 1) % 7)
-    assert other.log_probs_under(trainer.model) is None
-    assert rollouts.log_probs_under(tiny_llama()) is None
+    assert other.sampling_by(trainer.model, 0.7) is None
+    assert rollouts.sampling_by(tiny_llama(), 0.7) is None
+    assert rollouts.sampling_by(trainer.model, 1.0) is None
     rollouts.tokens[0, 0, 0, 0] += 1
-    assert rollouts.log_probs_under(trainer.model) is None
+    assert rollouts.sampling_by(trainer.model, 0.7) is None
     rollouts.tokens[0, 0, 0, 0] -= 1
-    assert rollouts.log_probs_under(trainer.model) is not None
+    assert rollouts.sampling_by(trainer.model, 0.7) is not None
     optimizer = torch.optim.AdamW(trainer.model.parameters())
     outputs.log_probs.sum().backward()
     optimizer.step()
-    assert rollouts.log_probs_under(trainer.model) is None
+    assert rollouts.sampling_by(trainer.model, 0.7) is None
 
 
 def test_old_rollouts_are_scored_by_the_policy_as_it_is_now(tmp_path: Path) -> None:
@@ -219,6 +238,17 @@ def test_old_rollouts_are_scored_by_the_policy_as_it_is_now(tmp_path: Path) -> N
         return outputs.log_probs.detach()[exists]
 
     torch.testing.assert_close(second_loss(6), second_loss(WHOLE), rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_rollouts_can_be_trained_on_twice(tmp_path: Path) -> None:
+    """The pass over the documents that sampling made serves the first time only."""
+    trainer = EBFTTrainer(tiny_llama(), config(tmp_path, training_chunk_size=6))
+    rollouts = trainer.sample_rollouts(trainer.model, trainer._prepare_inputs(ragged()))
+    assert rollouts.sampling is not None and len(rollouts.sampling.document_passes) == 1
+    trainer.sample_rollouts = lambda model, inputs: rollouts  # type: ignore[method-assign]
+    first, second = (gradients(trainer, ragged()) for _ in range(2))
+    torch.testing.assert_close(first[0], second[0])
+    assert_same_tensors(second[1], first[1], relative=ROUNDING)
 
 
 def test_weights_changed_before_the_backward_pass_are_an_error(tmp_path: Path) -> None:
@@ -290,8 +320,10 @@ def test_bfloat16_differs_by_its_rounding_alone(tmp_path: Path) -> None:
 def test_chunks_cover_the_blocks_evenly(
     shape: tuple[int, int, int, int], size: int, expected: int
 ) -> None:
-    rollouts: Any = Rollouts(torch.zeros(shape), torch.ones(1), None)  # type: ignore[arg-type]
-    chunks = _chunks(rollouts, size)
+    layout: Any = SimpleNamespace(
+        rollout_shape=shape, blocks=SimpleNamespace(exists=torch.ones(1, dtype=torch.bool))
+    )
+    chunks = chunks_of(layout, size)
     covered = [block for chunk in chunks for block in range(shape[2])[chunk]]
     assert covered == list(range(shape[2]))
     sizes = [chunk.stop - chunk.start for chunk in chunks]

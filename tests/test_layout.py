@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import IGNORE_INDEX, Documents
 from hf_ebft.layout import PackedLayout, document_coordinates, sees
-from hf_ebft.log_probs import KeptPlaces, predicted_targets
+from hf_ebft.targets import KeptPlaces, predicted_targets
 
 PAD = 0
 FIRST_ROLLOUT_ID = 10_000

@@ -13,8 +13,9 @@ from tiny import ragged_layout
 from torch import Tensor
 
 from hf_ebft.layout import PackedLayout, PackedPart
-from hf_ebft.log_probs import KeptPlaces, packed_log_probs, target_log_probs
+from hf_ebft.log_probs import packed_log_probs
 from hf_ebft.rollouts import Rollouts
+from hf_ebft.targets import KeptPlaces, target_log_probs
 
 VOCABULARY = 11
 

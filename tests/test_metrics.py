@@ -8,7 +8,6 @@ from hf_ebft.advantages import compute_advantages
 from hf_ebft.anchors import find_blocks
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import TokenLogProbs
 from hf_ebft.metrics import (
     NAMES,
     MetricAccumulator,
@@ -19,6 +18,7 @@ from hf_ebft.metrics import (
     token_metrics,
 )
 from hf_ebft.rewards import feature_matching_rewards
+from hf_ebft.targets import TokenLogProbs
 
 CPU = torch.device("cpu")
 

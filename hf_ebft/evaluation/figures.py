@@ -25,10 +25,11 @@ from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import TokenLogProbs, packed_log_probs, predicted_targets
+from hf_ebft.log_probs import packed_log_probs
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rewards import rewards_by
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+from hf_ebft.targets import TokenLogProbs, predicted_targets
 from hf_ebft.whitening import CorpusWhitening
 
 # Keeps these rollouts apart from those of training and of the trainer's own evaluation.

@@ -34,10 +34,10 @@ from hf_ebft.evaluation.figures import (
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.heads import ToLogits
 from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import predicted_targets, target_log_probs
 from hf_ebft.policy import PackedForward, inference_mode_of
 from hf_ebft.rewards import rewards_by
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
+from hf_ebft.targets import predicted_targets, target_log_probs
 from hf_ebft.whitening import CorpusWhitening
 
 # Keeps these rollouts apart from all others.
