@@ -3,19 +3,20 @@
 The activations of the rollouts' tokens are most of the memory of a training step. But what the
 tokens' log-probabilities are is known from sampling them; a forward pass over them serves the
 gradient alone. So only the documents go through the model at first, with gradient: while sampling,
-if that pass can be kept, so that the document is computed once for both. When the
-backward pass comes, the rollouts follow, chunk by chunk: forward against the documents' keys and
-values, and at once backward again, adding up the gradients of weights, keys and values. Then the
-backward pass goes on through the documents. Nothing is computed that a pass over the whole row
-would not compute, and the activations of one chunk exist at a time.
+if that pass can be kept, so that they are computed once for both. When the backward pass comes, the
+rollouts follow, chunk by chunk: forward against the documents' keys and values, and at once
+backward again, adding up the gradients of weights, keys and values. Then the backward pass goes on
+through the documents. Nothing is computed that a pass over the whole row would not compute, and the
+activations of one chunk exist at a time.
 
 Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -37,85 +38,85 @@ from hf_ebft.targets import Targets, TokenLogProbs
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
-def document_targets(
-    model: nn.Module,
-    forward: PackedForward,
-    layout: PackedLayout,
-    *,
-    temperature: float,
-    with_document: bool,
-    chunk_size: int,
-    training_chunk_size: int | None,
-) -> Targets | None:
-    """What the documents alone predict, if training on a batch is to go chunk by chunk.
+@dataclass(frozen=True)
+class TrainingPass:
+    """How a policy's rollouts, and documents, are scored with gradient.
 
-    None where one chunk is enough, or the model cannot be called in parts (see :func:`can_defer`).
-
-    Args:
-        model, forward: the policy.
-        layout: the batch.
+    Attributes:
+        forward: how the policy runs packed rows.
         temperature, with_document, chunk_size: see `Targets`.
         training_chunk_size: rollout tokens whose activations exist at once, at least those of one
             block; None: by the device.
     """
-    if len(chunks_of(layout, training_chunk_size)) == 1 or not can_defer(model, forward):
-        return None
-    return Targets(layout.document_part, temperature, with_document, chunk_size)
 
+    forward: PackedForward
+    temperature: float
+    with_document: bool
+    chunk_size: int
+    training_chunk_size: int | None
 
-def training_log_probs(
-    model: nn.Module,
-    forward: PackedForward,
-    rollouts: Rollouts,
-    *,
-    temperature: float,
-    with_document: bool,
-    chunk_size: int,
-    training_chunk_size: int | None,
-) -> TokenLogProbs:
-    """`packed_log_probs` with gradient, in as many chunks of rollouts as keep memory in bounds.
+    def document_targets(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
+        """What the documents alone predict, if training on a batch is to go chunk by chunk.
 
-    Where one chunk is enough, or the model cannot be called in parts, in one pass over the whole
-    row. Tokens that the policy has not sampled itself, as it is now, cost one more forward pass.
+        None where one chunk is enough, or the model cannot be called in parts (see
+        :func:`can_defer`).
+        """
+        if len(self._chunks(layout)) == 1 or not can_defer(model, self.forward):
+            return None
+        return Targets(layout.document_part, self.temperature, self.with_document, self.chunk_size)
 
-    Args:
-        model, forward, rollouts: as in `packed_log_probs`.
-        temperature, with_document, chunk_size, training_chunk_size: see :func:`document_targets`.
-    """
-    scoring: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
-    layout = rollouts.layout
-    targets = document_targets(
-        model,
-        forward,
-        layout,
-        with_document=with_document,
-        training_chunk_size=training_chunk_size,
-        **scoring,
-    )
-    if targets is None:
-        return packed_log_probs(model, forward, rollouts, with_document=with_document, **scoring)
-    sampling = rollouts.sampling_by(model, temperature)
-    documents = sampling.document_passes.pop() if sampling and sampling.document_passes else None
-    if documents is None or (with_document and documents.log_probs.document is None):
-        cache = forward.new_cache()
-        log_probs = packed_log_probs(
-            model,
-            forward,
-            rollouts,
-            part=targets.part,
-            cache=cache,
-            with_document=with_document,
-            **scoring,
+    def log_probs(self, model: nn.Module, rollouts: Rollouts) -> TokenLogProbs:
+        """`packed_log_probs` with gradient, in as many chunks as keep memory in bounds.
+
+        Where there are no :meth:`document_targets`, in one pass over the whole row. Tokens that the
+        policy has not sampled itself, as it is now, cost one more forward pass.
+
+        Args:
+            model: the wrapped policy.
+            rollouts: the batch and its sampled tokens.
+        """
+        targets = self.document_targets(model, rollouts.layout)
+        if targets is None:
+            return self._packed(model, rollouts)
+        sampling = rollouts.sampling_by(model, self.temperature)
+        kept = [] if sampling is None else sampling.document_passes
+        documents = kept.pop() if kept else None
+        if documents is None or (self.with_document and documents.log_probs.document is None):
+            cache = self.forward.new_cache()
+            log_probs = self._packed(model, rollouts, part=targets.part, cache=cache)
+            documents = DocumentPass(log_probs, states_in(cache))
+        passes = _RolloutPasses(
+            rollouts, self._chunks(rollouts.layout), partial(self._of_rollouts, _inside(model))
         )
-        documents = DocumentPass(log_probs, states_in(cache))
-    chunks = chunks_of(layout, training_chunk_size)
-    passes = _RolloutPasses(_inside(model), forward, rollouts, chunks, scoring)
-    states = documents.states
-    later = passes.values(states) if sampling is None else sampling.log_probs[..., 1:]
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    later = _Deferred.apply(later, passes, len(states), *states, *weights)
-    first = documents.log_probs.rollout
-    return TokenLogProbs(torch.cat([first, later], dim=-1), documents.log_probs.document)
+        states = documents.states
+        later = passes.values(states) if sampling is None else sampling.log_probs[..., 1:]
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        later = _Deferred.apply(later, passes, len(states), *states, *weights)
+        first = documents.log_probs.rollout
+        return TokenLogProbs(torch.cat([first, later], dim=-1), documents.log_probs.document)
+
+    def _of_rollouts(
+        self, model: nn.Module, rollouts: Rollouts, states: Sequence[Tensor]
+    ) -> Tensor:
+        """(B, n, K, G - 1) of the tokens after the first, against the documents' states."""
+        cache = self.forward.new_cache(states)
+        return self._packed(
+            model, rollouts, part=rollouts.layout.rollouts_part, cache=cache
+        ).rollout
+
+    def _packed(self, model: nn.Module, rollouts: Rollouts, **part: Any) -> TokenLogProbs:
+        return packed_log_probs(
+            model,
+            self.forward,
+            rollouts,
+            temperature=self.temperature,
+            with_document=self.with_document,
+            chunk_size=self.chunk_size,
+            **part,
+        )
+
+    def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
+        return chunks_of(layout, self.training_chunk_size)
 
 
 def can_keep_document_pass(model: nn.Module) -> bool:
@@ -167,40 +168,24 @@ def chunks_of(layout: PackedLayout, size: int | None) -> tuple[slice, ...]:
 
 @dataclass(frozen=True)
 class _RolloutPasses:
-    """Forward passes over some of the rollouts, against the documents' keys and values.
+    """Forward passes over some of the rollouts at a time.
 
     Attributes:
-        model: the policy, not wrapped by DDP.
-        forward: how it runs packed rows.
         rollouts: the batch and its sampled tokens.
         chunks: of the blocks.
-        scoring: settings of `packed_log_probs`.
+        score: log-probabilities (B, n, k, G - 1) of rollouts, given keys and values of every layer,
+            (B, H, S, E) each.
     """
 
-    model: nn.Module
-    forward: PackedForward
     rollouts: Rollouts
     chunks: tuple[slice, ...]
-    scoring: Mapping[str, Any]
+    score: Callable[[Rollouts, Sequence[Tensor]], Tensor]
 
     def log_probs(self, chunk: slice, states: Sequence[Tensor]) -> Tensor:
-        """(B, n, k, G - 1) of the tokens after the first, of the k blocks of a chunk.
-
-        Args:
-            chunk: one of ``chunks``.
-            states: keys and values of every layer, (B, H, S, E) each.
-        """
+        """(B, n, k, G - 1) of the tokens after the first, of the k blocks of a chunk."""
         layout = self.rollouts.layout.of_blocks(chunk)
-        some = Rollouts(self.rollouts.tokens[:, :, chunk], layout.blocks.exists, layout)
-        return packed_log_probs(
-            self.model,
-            self.forward,
-            some,
-            part=layout.rollouts_part,
-            cache=self.forward.new_cache(states),
-            with_document=False,
-            **self.scoring,
-        ).rollout
+        tokens = self.rollouts.tokens[:, :, chunk]
+        return self.score(Rollouts(tokens, layout.blocks.exists, layout), states)
 
     def values(self, states: Sequence[Tensor]) -> Tensor:
         """(B, n, K, G - 1), without gradient."""

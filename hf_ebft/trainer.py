@@ -23,7 +23,7 @@ from hf_ebft.averaging import EMACallback
 from hf_ebft.config import EBFTConfig, EBFTSettings
 from hf_ebft.corpus import choose_rows, from_main_process, measure_corpus_whitening
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.deferred import can_keep_document_pass, document_targets, training_log_probs
+from hf_ebft.deferred import TrainingPass, can_keep_document_pass
 from hf_ebft.documents import EBFT_COLUMNS, Documents, split_rows
 from hf_ebft.feature_loading import build_feature_network
 from hf_ebft.layout import PackedLayout
@@ -202,7 +202,7 @@ class EBFTTrainer(CardTrainer):
         layout = rollouts.layout
         with self._stopwatch.phase("features"):
             rewards, advantages, reference = self._score(rollouts)
-        log_probs = training_log_probs(model, self._forward, rollouts, **self._scoring)
+        log_probs = self._training_pass.log_probs(model, rollouts)
         rl_loss = policy_gradient_loss(log_probs.rollout, advantages, layout)
         loss, ce_loss, kl = settings.rl_coef * rl_loss, None, None
         if log_probs.document is not None:
@@ -252,7 +252,7 @@ class EBFTTrainer(CardTrainer):
         )
         targets = None
         if not self._evaluating and can_keep_document_pass(model):
-            targets = document_targets(model, self._forward, layout, **self._scoring)
+            targets = self._training_pass.document_targets(model, layout)
         with self._parameters_for_sampling(model):
             return sample_rollouts(
                 model,
@@ -266,15 +266,15 @@ class EBFTTrainer(CardTrainer):
             )
 
     @property
-    def _scoring(self) -> dict[str, Any]:
-        """How the training pass scores tokens."""
+    def _training_pass(self) -> TrainingPass:
         settings = self.ebft
-        return {
-            "temperature": settings.temperature,
-            "with_document": settings.ce_coef > 0,
-            "chunk_size": settings.log_prob_chunk_size,
-            "training_chunk_size": settings.training_chunk_size,
-        }
+        return TrainingPass(
+            self._forward,
+            temperature=settings.temperature,
+            with_document=settings.ce_coef > 0,
+            chunk_size=settings.log_prob_chunk_size,
+            training_chunk_size=settings.training_chunk_size,
+        )
 
     # ---- Scoring ------------------------------------------------------------------------------
 

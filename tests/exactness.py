@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import hf_ebft.rollouts
 from hf_ebft.anchors import find_blocks
-from hf_ebft.deferred import can_defer, training_log_probs
+from hf_ebft.deferred import TrainingPass, can_defer
 from hf_ebft.documents import Documents
 from hf_ebft.feature_network import FeatureNetwork
 from hf_ebft.layout import PackedLayout
@@ -189,7 +189,7 @@ def deferral_difference(model: nn.Module, forward: PackedForward, rollouts: Roll
     worst = 0.0
     targets = Targets(rollouts.layout.document_part, **scoring)
     for batch in (rollouts, _sampled_again(model, forward, rollouts, targets)):
-        deferred = training_log_probs(model, forward, batch, training_chunk_size=1, **scoring)
+        deferred = TrainingPass(forward, training_chunk_size=1, **scoring).log_probs(model, batch)
         found = torch.autograd.grad((weight * deferred.rollout).sum(), weights, allow_unused=True)
         worst = _worse(worst, there * deferred.rollout.detach(), there * whole.detach())
         for ours, reference in zip(found, expected, strict=True):

@@ -26,7 +26,7 @@ from exactness import (
 from plain_forwards import Batch, plain_blocks, plain_pass
 from torch import Tensor, nn
 
-from hf_ebft.deferred import training_log_probs
+from hf_ebft.deferred import TrainingPass
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts
 
@@ -185,15 +185,13 @@ def test_gradient_equals_that_of_plain_forward_passes(architecture: str, way: st
         name = "activation_checkpointing_enable" if new_name else "gradient_checkpointing_enable"
         getattr(model, name)()
     model.train()
-    packed = training_log_probs(
-        model,
+    packed = TrainingPass(
         forward,
-        rollouts,
         temperature=1.0,
         with_document=False,
         chunk_size=7,
         training_chunk_size=12 if way == "deferred" else 10_000,
-    )
+    ).log_probs(model, rollouts)
     found = _gradient(model, (weight * packed.rollout).sum())
     assert found.keys() == expected.keys()
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
