@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hf_ebft.anchors import find_blocks
+from hf_ebft.deferred import TrainingPass
 from hf_ebft.documents import Documents
 from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import packed_log_probs
 from hf_ebft.losses import policy_gradient_loss
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
@@ -36,20 +36,26 @@ def batch(device):
     return Rollouts(tokens.to(device), blocks.exists, layout)
 
 
-def loss_and_gradients(model, attention, checkpointing=None):
+def loss_and_gradients(model, attention, checkpointing=None, training_chunk_size=10_000):
     rollouts = batch(next(model.parameters()).device)
     forward = PackedForward.of(model, attention)
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.train()
-    log_probs = packed_log_probs(
-        model, forward, rollouts, temperature=0.7, with_document=False, chunk_size=64
-    ).rollout
+    training = TrainingPass(
+        forward,
+        temperature=0.7,
+        with_document=False,
+        chunk_size=64,
+        training_chunk_size=training_chunk_size,
+    )
+    log_probs = training.log_probs(model, rollouts).rollout
     generator = torch.Generator().manual_seed(1)
     advantages = torch.randn(log_probs.shape[:3], generator=generator).to(log_probs.device)
     policy_gradient_loss(log_probs, advantages, rollouts.layout).backward()
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters()}
-    return log_probs.detach().cpu(), gradients
+    exists = rollouts.exists[:, None, :, None]
+    return torch.where(exists, log_probs.detach(), 0.0).cpu(), gradients
 
 
 def assert_agree(left, right, tolerance):
@@ -63,6 +69,14 @@ def test_packed_attention_agrees_with_the_cpu(attention):
     model = tiny_llama()
     reference = loss_and_gradients(copy.deepcopy(model), attention)
     assert_agree(loss_and_gradients(model.to(DEVICE), attention), reference, 1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "split"])
+def test_chunks_of_rollouts_agree_with_the_whole_row(attention):
+    """Forward passes during the backward pass, which autograd runs in a thread of the device."""
+    model = tiny_llama().to(DEVICE)
+    whole = loss_and_gradients(copy.deepcopy(model), attention)
+    assert_agree(loss_and_gradients(model, attention, training_chunk_size=20), whole, 1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True])
@@ -83,6 +97,7 @@ def test_sampling_is_repeatable_and_finite():
             layout,
             temperature=0.6,
             top_p=0.9,
+            chunk_size=64,
             generator=make_generator(DEVICE, 1, 2),
         ).tokens
         for _ in range(2)
