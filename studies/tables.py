@@ -3,6 +3,7 @@
     python studies/tables.py --results studies/results --docs docs/study.md
 
 Each table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is rewritten whole.
+``NAME`` is one of `TABLES`, of the tiny model, or ``SETUP_NAME`` of another setup.
 
 Values are means over documents (tokens, for the cross-entropy) of the mean over seeds. Intervals
 are 95 % by paired bootstrap over held-out files, of that mean over seeds; what the seeds do on
@@ -13,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matrix
 import numpy as np
-from matrix import ROOT, Run
+from matrix import ROOT, Run, Setup
 from numpy.typing import NDArray
 from run import kind_of, mean_of, read
 
@@ -68,17 +69,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "studies" / "results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "study.md")
     options = parser.parse_args(argv)
-    results = Results(options.results)
+    results = {name: Results(options.results, setup) for name, setup in matrix.SETUPS.items()}
     text = options.docs.read_text(encoding="utf-8")
     options.docs.write_text(with_tables(text, results), encoding="utf-8")
-    draw(results, options.results / "study.png")
+    draw(results[matrix.TINY.name], options.results / "study.png")
 
 
-def with_tables(text: str, results: Results) -> str:
-    """The page with its tables made anew."""
+def with_tables(text: str, results: Mapping[str, Results]) -> str:
+    """The page with its tables made anew; ``results``: by setup."""
 
     def table(found: re.Match[str]) -> str:
-        return f"{found[1]}{TABLES[found[2]](results)}\n{found[3]}"
+        setup, _, name = found[2].rpartition("_")
+        return f"{found[1]}{TABLES[name](results[setup or matrix.TINY.name])}\n{found[3]}"
 
     return BLOCK.sub(table, text)
 
@@ -87,13 +89,15 @@ def with_tables(text: str, results: Results) -> str:
 
 
 class Results:
-    """The runs that are there.
+    """The runs of a setup that are there.
 
     Args:
-        folder: of their files.
+        root: folder of the setups' folders.
+        setup: whose.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, root: Path, setup: Setup) -> None:
+        self.setup, folder = setup, root / setup.name
         names = sorted(path.stem for path in folder.glob("*.json"))
         self.runs = {name: read(folder, name) for name in names if not name.startswith("probe")}
         self.probe = read(folder, "probe-rewards") if "probe-rewards" in names else None
@@ -116,6 +120,11 @@ class Results:
         """Evaluation of the untrained model."""
         found: dict[str, Any] = self.runs[f"{split}-base-seed0"]["evaluation"]
         return found
+
+    def figures(self) -> dict[str, str]:
+        """What was measured, with labels."""
+        measured = self.base()["by_file"]
+        return {figure: label for figure, label in FIGURES.items() if figure in measured}
 
     def rates(self) -> dict[str, float]:
         """Method -> rate of its runs on ``report``."""
@@ -183,18 +192,18 @@ def change(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], fi
 
 def runs_table(results: Results) -> str:
     """What was declared, and what is there."""
-    rates = results.rates()
+    setup, rates = results.setup, results.rates()
     declared = {
-        "untrained model": matrix.base_runs(),
-        "sweep, `tune`": matrix.sweep_runs(),
-        "main comparison, `report`": matrix.main_runs(rates) if len(rates) == 3 else [],
+        "untrained model": matrix.base_runs(setup),
+        "sweep, `tune`": matrix.sweep_runs(setup),
+        "main comparison, `report`": matrix.main_runs(setup, rates) if len(rates) == 3 else [],
     }
-    if "ebft" in rates:
-        ablations = matrix.ablation_runs(rates["ebft"])
+    if setup.with_ablations and "ebft" in rates:
+        ablations = matrix.ablation_runs(setup, rates["ebft"])
         whitening = [run for run in ablations if run.arm in matrix.WHITENING]
         declared["whitening, `report`"] = whitening
         declared["other factors, `report`"] = [r for r in ablations if r not in whitening]
-        declared["sweep of whitening by group, `tune`"] = matrix.whitened_sweep_runs()
+        declared["sweep of whitening by group, `tune`"] = matrix.whitened_sweep_runs(setup)
     rows = [
         [label, str(len(runs)), str(sum(run.name in results.runs for run in runs)), missing]
         for label, runs in declared.items()
@@ -236,15 +245,16 @@ def main_table(results: Results) -> str:
     arms = [arm for arm in (*matrix.CRITERIA, "ebft_ema") if results.evaluations(arm)]
     base = results.base()
     rows = []
-    for figure, label in FIGURES.items():
+    for figure, label in results.figures().items():
         cells = [number(mean_of(base, figure))]
         for arm in arms:
             evaluations = list(results.evaluations(arm).values())
             value = np.mean([mean_of(e, figure) for e in evaluations])
             cells.append(f"{number(float(value))}, {change([base], evaluations, figure)}")
         rows.append([label, *cells])
-    truth = number(mean_of(base, "parse_truth"))
-    rows.append(["parses, the file's own continuation", truth, *("" for _ in arms)])
+    if "parse_truth" in base["by_file"]:
+        truth = number(mean_of(base, "parse_truth"))
+        rows.append(["parses, the file's own continuation", truth, *("" for _ in arms)])
     return table(["", "untrained", *(LABELS[arm] for arm in arms)], rows)
 
 
@@ -278,7 +288,7 @@ def direct_table(results: Results) -> str:
     ebft = results.evaluations("ebft")
     rows = []
     arms = [arm for arm in ("sft_steps", "sft_tokens") if results.evaluations(arm)]
-    for figure, label in FIGURES.items():
+    for figure, label in results.figures().items():
         cells = []
         for arm in arms:
             other = results.evaluations(arm)
@@ -415,17 +425,17 @@ def _draw_lengths(results: Results, axes: Any) -> None:
     for shift, arm in enumerate((*matrix.CRITERIA, *matrix.WHITENING)):
         after = list(results.evaluations(arm).values())
         if after:
-            found = [difference(base, after, f"cfm_loss@{g}") for g in matrix.LENGTHS]
+            found = [difference(base, after, f"cfm_loss@{g}") for g in results.setup.lengths]
             middle = np.array([paired.difference for paired in found])
             bounds = [
                 middle - [paired.low for paired in found],
                 [paired.high for paired in found] - middle,
             ]
-            places = np.array(matrix.LENGTHS) * 1.03 ** (shift - 2)
+            places = np.array(results.setup.lengths) * 1.03 ** (shift - 2)
             axes.errorbar(places, middle, bounds, marker="o", capsize=2, label=LABELS[arm])
     axes.axhline(0, color="grey", linestyle=":")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(matrix.LENGTHS, [str(g) for g in matrix.LENGTHS])
+    axes.set_xticks(results.setup.lengths, [str(g) for g in results.setup.lengths])
     axes.set_xlabel("rollout tokens (training: 8)")
     axes.set_title("CFM loss less the untrained model's ↓")
     axes.legend(fontsize="small")
