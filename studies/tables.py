@@ -22,7 +22,7 @@ import matrix
 import numpy as np
 from matrix import ROOT, Run, Setup
 from numpy.typing import NDArray
-from run import kind_of, mean_of, read
+from run import chosen_rates, kind_of, mean_of, read
 
 from hf_ebft.evaluation import PairedDifference, paired_bootstrap
 
@@ -97,7 +97,8 @@ class Results:
     """
 
     def __init__(self, root: Path, setup: Setup) -> None:
-        self.setup, folder = setup, root / setup.name
+        self.setup, self.folder = setup, root / setup.name
+        folder = self.folder
         names = sorted(path.stem for path in folder.glob("*.json"))
         self.runs = {name: read(folder, name) for name in names if not name.startswith("probe")}
         self.probe = read(folder, "probe-rewards") if "probe-rewards" in names else None
@@ -114,7 +115,8 @@ class Results:
     def evaluations(self, arm: str) -> dict[int, dict[str, Any]]:
         """Seed -> evaluation on ``report``; ``ebft_ema`` are the averaged weights of ``ebft``."""
         key = "evaluation_ema" if arm == "ebft_ema" else "evaluation"
-        return {r["run"]["seed"]: r[key] for r in self.of(arm.removesuffix("_ema"))}
+        runs = self.of(arm.removesuffix("_ema"))
+        return {r["run"]["seed"]: r[key] for r in runs if key in r}
 
     def base(self, split: str = "report") -> dict[str, Any]:
         """Evaluation of the untrained model."""
@@ -127,12 +129,9 @@ class Results:
         return {figure: label for figure, label in FIGURES.items() if figure in measured}
 
     def rates(self) -> dict[str, float]:
-        """Method -> rate of its runs on ``report``."""
-        return {
-            arm: runs[0]["run"]["learning_rate"]
-            for arm in matrix.CRITERIA
-            if (runs := self.of(arm))
-        }
+        """Method -> rate chosen for it; empty while the sweep is not finished."""
+        swept = {run.name for run in matrix.sweep_runs(self.setup)} <= self.runs.keys()
+        return chosen_rates(self.setup, self.folder) if swept else {}
 
 
 def seeds_mean(evaluations: Sequence[dict[str, Any]], figure: str) -> NDArray[np.float64]:
@@ -196,7 +195,7 @@ def runs_table(results: Results) -> str:
     declared = {
         "untrained model": matrix.base_runs(setup),
         "sweep, `tune`": matrix.sweep_runs(setup),
-        "main comparison, `report`": matrix.main_runs(setup, rates) if len(rates) == 3 else [],
+        "main comparison, `report`": matrix.main_runs(setup, rates) if rates else [],
     }
     if setup.with_ablations and "ebft" in rates:
         ablations = matrix.ablation_runs(setup, rates["ebft"])
