@@ -65,6 +65,16 @@ class TrainingPass:
             return None
         return Targets(layout.document_part, self.temperature, self.with_document, self.chunk_size)
 
+    def targets_in_sampling(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
+        """The same, if the pass over the documents that sampling makes can serve the gradient, too.
+
+        Not where training mode differs from evaluation mode, in which tokens are sampled, nor under
+        DDP, which hands the model buffers anew before every pass.
+        """
+        targets = self.document_targets(model, layout)
+        kept = not isinstance(model, DistributedDataParallel)
+        return targets if targets and kept and not is_random_in_training(model) else None
+
     def log_probs(self, model: nn.Module, rollouts: Rollouts) -> TokenLogProbs:
         """`packed_log_probs` with gradient, in as many chunks as keep memory in bounds.
 
@@ -117,15 +127,6 @@ class TrainingPass:
 
     def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
         return chunks_of(layout, self.training_chunk_size)
-
-
-def can_keep_document_pass(model: nn.Module) -> bool:
-    """Whether the pass over the documents that sampling makes can serve the gradient, too.
-
-    Not where training mode differs from evaluation mode, in which tokens are sampled, nor under
-    DDP, which hands the model buffers anew before every pass.
-    """
-    return not isinstance(model, DistributedDataParallel) and not is_random_in_training(model)
 
 
 def can_defer(model: nn.Module, forward: PackedForward) -> bool:

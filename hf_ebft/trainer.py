@@ -23,7 +23,7 @@ from hf_ebft.averaging import EMACallback
 from hf_ebft.config import EBFTConfig, EBFTSettings
 from hf_ebft.corpus import choose_rows, from_main_process, measure_corpus_whitening
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.deferred import TrainingPass, can_keep_document_pass
+from hf_ebft.deferred import TrainingPass
 from hf_ebft.documents import EBFT_COLUMNS, Documents, split_rows
 from hf_ebft.feature_loading import build_feature_network
 from hf_ebft.layout import PackedLayout
@@ -251,8 +251,8 @@ class EBFTTrainer(CardTrainer):
             documents, blocks, settings.n_samples_per_prompt, settings.generate_max_len
         )
         targets = None
-        if not self._evaluating and can_keep_document_pass(model):
-            targets = self._training_pass.document_targets(model, layout)
+        if not self._evaluating:
+            targets = self._training_pass.targets_in_sampling(model, layout)
         with self._parameters_for_sampling(model):
             return sample_rollouts(
                 model,

@@ -57,6 +57,7 @@ ON_THE_COMMAND_LINE: dict[str, tuple[str, Any]] = {
     "ema_decay": ("0.9", 0.9),
     "log_pictures_steps": ("20", 20),
     "log_prob_chunk_size": ("64", 64),
+    "training_chunk_size": ("256", 256),
 }
 
 NOT_A_NUMBER = (math.nan, math.inf, "1e-2", None)
@@ -98,6 +99,7 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "ema_decay": (0.0, 1.0, -0.1, math.nan, math.inf, "1e-2"),
     "log_pictures_steps": (-1, 2.5, "8", True, None),
     "log_prob_chunk_size": NO_COUNT,
+    "training_chunk_size": NO_COUNT[:-1],
 }
 # Any text may be the name of a model or of a device; these are read when the trainer is built.
 FREE_TEXT = {"feature_model_name_or_path", "feature_placement"}
