@@ -113,8 +113,9 @@ class OurStep:
     def _before_forward(self, *_: Any) -> None:
         self._forward_start = now(self.trainer.args.device)
 
-    def _after_forward(self, *_: Any) -> None:
-        if torch.is_grad_enabled():
+    def _after_forward(self, model: nn.Module, *_: Any) -> None:
+        # In evaluation mode it is sampling, whose pass over the documents carries a gradient, too.
+        if model.training and torch.is_grad_enabled():
             self._forward_seconds += now(self.trainer.args.device) - self._forward_start
 
     @property
