@@ -26,7 +26,7 @@ from exactness import (
 from plain_forwards import Batch, plain_blocks, plain_pass
 from torch import Tensor, nn
 
-from hf_ebft.deferred import TrainingPass
+from hf_ebft.deferred import TrainingPass, can_defer
 from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts
 
@@ -81,6 +81,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_way_equals_plain_forward_passes(model: nn.Module, name: str) -> None:
+    assert can_defer(model, PackedForward.of(model))  # or gradients would not be compared
     found = measure(model, CASES[name])
     assert found.blocks > 4
     assert found.largest < TOLERANCE, found
