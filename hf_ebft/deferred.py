@@ -95,9 +95,6 @@ class TrainingPass:
             cache = self.forward.new_cache()
             log_probs = self._packed(model, rollouts, part=targets.part, cache=cache)
             documents = DocumentPass(log_probs, states_in(cache))
-        if any(state is None for state in documents.states):
-            # Layers that text alone does not reach (cross-attention to images) leave theirs empty.
-            return self._packed(model, rollouts)
         passes = _RolloutPasses(
             rollouts, self._chunks(rollouts.layout), partial(self._of_rollouts, _inside(model))
         )

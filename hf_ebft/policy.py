@@ -153,7 +153,11 @@ class PackedForward:
 
     @cached_property
     def keeps_every_key(self) -> bool:
-        """Whether keys and values are all that the model's cache holds."""
+        """Whether keys and values of every layer are all that the model's cache holds."""
+        config = self.config.get_text_config(decoder=True)
+        # Text alone does not reach these layers, and leaves their part of the cache empty.
+        if getattr(config, "cross_attention_layers", None):
+            return False
         return all(type(layer) is DynamicLayer for layer in self.new_cache().layers)
 
 
