@@ -26,10 +26,10 @@ from torch import Tensor
 # Rows of scores that a tile has per query head, at most about: enough for an efficient matrix
 # product, and few enough for the scores to stay in a CPU's cache, or in a small part of a GPU's
 # memory.
-TILE_ROWS = {"cpu": 256, "cuda": 2048}
+TILE_ROWS = {"cpu": 192, "cuda": 2048}
 # A tile computes every column that any of its groups sees. With so many tiles, what it computes in
 # vain is about one part in as many; but tiles below the second number cost more than they save.
-TILES, FEWEST_ROWS = 12, 128
+TILES, FEWEST_ROWS = 16, 128
 
 
 @dataclass(frozen=True)
