@@ -33,7 +33,8 @@ from hf_ebft.support import bare_model
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import limit  # noqa: E402  (scripts beside their own modules)
+import layers  # noqa: E402  (scripts beside their own modules)
+import limit  # noqa: E402
 import memory  # noqa: E402
 import naive  # noqa: E402
 import scaling  # noqa: E402
@@ -516,6 +517,30 @@ def test_naive_rows_follow_memory() -> None:
         assert settings.naive_rows_at_once(paper, large.build(), cpu, "sdpa") < paper.n_samples
     assert settings.naive_rows_at_once(paper, small, cpu, "sdpa") == paper.n_samples
     assert paper.naive_row == 1024 + 127 * 8
+
+
+def test_layers_are_timed_and_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All their weights are used, forward and backward, by a model whose attention is left out."""
+    monkeypatch.setattr(layers, "MatrixProduct", SMALL_PRODUCT)
+    path = tmp_path / "layers.json"
+    layers.main(["--model", "tiny", "--tokens", "8", "--repeats", "2", "--json", str(path)])
+    figures = json.loads(path.read_text())
+    assert capsys.readouterr().out.startswith(f"{figures['ratio_vs_limit']:.2f} times the limit")
+    assert all(value > 0 for name in ("seconds", "limit") for value in figures[name].values())
+    model = settings.MODELS["tiny"].build()
+    weights = sum(
+        module.weight.numel() for module in model.model.modules() if isinstance(module, nn.Linear)
+    )
+    counted = figures["multiply_adds"]
+    assert counted["forward"] == 8 * weights
+    assert counted["backward"] == 2 * counted["forward"]
+
+    model.set_attn_implementation(layers.NO_ATTENTION)
+    layers.pass_through(model, 8, torch.device("cpu"))
+    for name, weight in model.model.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().sum() > 0, name
 
 
 def test_exponents() -> None:
