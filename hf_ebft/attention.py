@@ -181,16 +181,15 @@ class MaskRecipe:
         return sees(query, key) & (key.position >= self.first_visible(kind, query.position))
 
     def _packed_mask(self, kind: str, part: PackedPart) -> PackedMask:
+        # The mask must not hold the part, which holds the mask: only Python's collector of cycles
+        # would free them, some steps later.
+        queries, keys = part.queries, part.keys
+        rows, n_queries = queries.slot.shape
         return PackedMask.of(
             self.plan(kind, part),
-            shape=(
-                part.queries.slot.shape[0],
-                1,
-                part.queries.slot.shape[1],
-                part.keys.slot.shape[1],
-            ),
-            device=part.queries.slot.device,
-            make_dense=lambda: self._dense_mask(kind, part.queries, part.keys),
+            shape=(rows, 1, n_queries, keys.slot.shape[1]),
+            device=queries.slot.device,
+            make_dense=lambda: self._dense_mask(kind, queries, keys),
         )
 
     def plan(self, kind: str, part: PackedPart) -> AttentionPlan:

@@ -11,7 +11,7 @@ R = S + K * n * G tokens of the packed row, Q and C queries and keys (any subset
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -182,22 +182,13 @@ class PackedLayout:
     def document_part(self) -> PackedPart:
         """The documents alone, as they are before anything is sampled."""
         coordinates = document_coordinates(self.documents)
-        return PackedPart(
-            self, coordinates, coordinates, has_documents=True, steps=range(0), own_steps=range(0)
-        )
+        return self._part(coordinates, coordinates, True, range(0), range(0))
 
     @cached_property
     def row_part(self) -> PackedPart:
         """The whole row at once."""
         steps = range(self.length)
-        return PackedPart(
-            self,
-            self.coordinates,
-            self.coordinates,
-            has_documents=True,
-            steps=steps,
-            own_steps=steps,
-        )
+        return self._part(self.coordinates, self.coordinates, True, steps, steps)
 
     @cached_property
     def predicting_part(self) -> PackedPart:
@@ -206,35 +197,34 @@ class PackedLayout:
         slot = self.coordinates.slot[0, self.document_width :].view(-1, self.length)
         document = torch.arange(self.document_width, device=slot.device)
         coordinates = self.coordinates.select(torch.cat([document, slot[:, :-1].flatten()]))
-        return PackedPart(
-            self, coordinates, coordinates, has_documents=True, steps=steps, own_steps=steps
-        )
+        return self._part(coordinates, coordinates, True, steps, steps)
 
     @cached_property
     def rollouts_part(self) -> PackedPart:
         """The rollouts without their last tokens, after a cache of the documents."""
         part, width = self.predicting_part, self.document_width
-        return PackedPart(
-            self,
-            part.queries.map(lambda field: field[:, width:]),
-            part.keys,
-            has_documents=False,
-            steps=part.steps,
-            own_steps=part.own_steps,
-        )
+        queries = part.queries.map(lambda field: field[:, width:])
+        return self._part(queries, part.keys, False, part.steps, part.own_steps)
 
     def step_part(self, step: int) -> PackedPart:
         """The ``step``-th token of every rollout, after a cache of all that comes before it."""
         document = torch.arange(self.document_width, device=self.documents.input_ids.device)
         cached = [self.step_slots(earlier) for earlier in range(step + 1)]
-        return PackedPart(
-            self,
-            self.coordinates.select(self.step_slots(step)),
-            self.coordinates.select(torch.cat([document, *cached])),
-            has_documents=False,
-            steps=range(step, step + 1),
-            own_steps=range(step + 1),
-        )
+        queries = self.coordinates.select(self.step_slots(step))
+        keys = self.coordinates.select(torch.cat([document, *cached]))
+        return self._part(queries, keys, False, range(step, step + 1), range(step + 1))
+
+    def _part(
+        self,
+        queries: Coordinates,
+        keys: Coordinates,
+        has_documents: bool,
+        steps: range,
+        own_steps: range,
+    ) -> PackedPart:
+        # With a layout of its own: a layout and its parts must not hold each other, or only
+        # Python's collector of cycles would free them and their masks, some steps later.
+        return PackedPart(replace(self), queries, keys, has_documents, steps, own_steps)
 
     def of_blocks(self, blocks: slice) -> PackedLayout:
         """The same documents with some of their blocks."""

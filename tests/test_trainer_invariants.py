@@ -5,6 +5,7 @@ No test here knows the right numbers; each compares two runs that have to agree.
 
 import copy
 import dataclasses
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -622,6 +623,36 @@ def test_collator_pads_on_the_right_and_marks_padding() -> None:
     batch = EBFTDataCollator()(rows)
     assert batch["input_ids"].tolist() == [rows[0]["input_ids"], [*rows[1]["input_ids"], 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"training_chunk_size": 16},
+        {"training_chunk_size": 100_000, "kl_coef": 0.1, "ce_coef": 0.1},
+        {"packed_attention": "sdpa"},
+        {"packed_attention": "eager"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_step_frees_its_tensors_at_once(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """None is left in a cycle of references, where it would wait for Python's collector."""
+    trainer = EBFTTrainer(tiny_llama(), config(tmp_path, **settings))
+    trainer.current_gradient_accumulation_steps = 1  # as when a run starts
+    batch = batch_of(texts(40, 33))
+    trainer.training_step(trainer.model, dict(batch))
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        trainer.training_step(trainer.model, dict(batch))
+        gc.collect()
+        left = [thing for thing in gc.garbage if isinstance(thing, Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left, [(type(tensor).__name__, tuple(tensor.shape)) for tensor in left]
 
 
 @pytest.mark.slow
