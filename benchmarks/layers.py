@@ -70,7 +70,8 @@ def pass_through(model: PreTrainedModel, tokens: int, device: torch.device) -> d
 def measure(model_size: str, tokens: int, repeats: int, device: torch.device) -> dict[str, Any]:
     """The figures as they are written to JSON."""
     size = MODELS[model_size]
-    model = size.build().to(device)
+    with device:
+        model = size.build()
     work = Work(tokens=tokens, pairs=0, head_rows=0)
     multiply_adds = dict(
         zip(("forward", "backward"), (cost.of(work) for cost in measure_costs(model)), strict=True)
