@@ -334,9 +334,9 @@ class StridedArguments:
     training_chunk_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rollout tokens whose activations exist at once in training; more of them go "
-            "through the model in chunks, with the same gradient. Default: 1024 on a CPU, else "
-            "8192."
+            "help": "Rollout tokens whose activations exist at once, in training and in the "
+            "feature network; more of them go through the model in chunks, with the same features "
+            "and the same gradient. Default: 1024 on a CPU, else 8192."
         },
     )
 

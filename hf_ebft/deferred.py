@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from hf_ebft.chunks import chunks_of
 from hf_ebft.layout import PackedLayout
 from hf_ebft.log_probs import packed_log_probs
 from hf_ebft.policy import PackedForward, is_random_in_training, states_in
@@ -33,9 +33,6 @@ from hf_ebft.rollouts import DocumentPass, Rollouts
 from hf_ebft.sharding import is_sharded
 from hf_ebft.support import checkpoints_activations
 from hf_ebft.targets import Targets, TokenLogProbs
-
-# Rollout tokens that go through the model together: enough for efficient matrix products.
-CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,8 @@ class TrainingPass:
     Attributes:
         forward: how the policy runs packed rows.
         temperature, with_document, chunk_size: see `Targets`.
-        training_chunk_size: rollout tokens whose activations exist at once, at least those of one
-            block; None: by the device.
+        training_chunk_size: rollout tokens whose activations exist at once, see
+            :func:`hf_ebft.chunks.chunks_of`.
     """
 
     forward: PackedForward
@@ -109,10 +106,8 @@ class TrainingPass:
         self, model: nn.Module, rollouts: Rollouts, states: Sequence[Tensor]
     ) -> Tensor:
         """(B, n, K, G - 1) of the tokens after the first, against the documents' states."""
-        cache = self.forward.new_cache(states)
-        return self._packed(
-            model, rollouts, part=rollouts.layout.rollouts_part, cache=cache
-        ).rollout
+        part, cache = rollouts.layout.predicting_rollouts_part, self.forward.new_cache(states)
+        return self._packed(model, rollouts, part=part, cache=cache).rollout
 
     def _packed(self, model: nn.Module, rollouts: Rollouts, **part: Any) -> TokenLogProbs:
         return packed_log_probs(
@@ -126,7 +121,9 @@ class TrainingPass:
         )
 
     def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
-        return chunks_of(layout, self.training_chunk_size)
+        # The last token of a rollout predicts nothing.
+        fed = layout.length - 1
+        return chunks_of(layout, self.training_chunk_size, tokens_fed=fed)
 
 
 def can_defer(model: nn.Module, forward: PackedForward) -> bool:
@@ -149,22 +146,6 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
 def _inside(model: nn.Module) -> nn.Module:
     """The model that DDP wraps; DDP itself must not be called while it adds up gradients."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def chunks_of(layout: PackedLayout, size: int | None) -> tuple[slice, ...]:
-    """The K blocks in chunks of about equally many.
-
-    Args:
-        layout: the batch.
-        size: rollout tokens of a chunk, those that predict nothing left out; None: by the device.
-    """
-    rows, n_samples, n_blocks, length = layout.rollout_shape
-    if size is None:
-        size = CHUNK_TOKENS["cpu" if layout.blocks.exists.device.type == "cpu" else "cuda"]
-    tokens = rows * n_samples * n_blocks * (length - 1)
-    n_chunks = min(n_blocks, max(1, -(-tokens // size)))
-    bounds = [index * n_blocks // n_chunks for index in range(n_chunks + 1)]
-    return tuple(slice(*pair) for pair in pairwise(bounds))
 
 
 @dataclass(frozen=True)

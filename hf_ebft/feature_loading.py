@@ -45,6 +45,7 @@ def build_feature_network(
             embed_method=settings.embed_method,
             normalization=settings.feature_normalization,
             packed_attention=settings.packed_attention,
+            chunk_size=settings.training_chunk_size,
             shared=shared,
         )
 

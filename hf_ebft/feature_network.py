@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from hf_ebft.chunks import chunks_of
 from hf_ebft.features import (
     EmbedMethod,
     FeatureNormalization,
@@ -26,7 +28,8 @@ from hf_ebft.features import (
     pool,
     token_positions,
 )
-from hf_ebft.policy import PackedForward, inference_mode_of
+from hf_ebft.layout import PackedLayout, PackedPart
+from hf_ebft.policy import PackedForward, inference_mode_of, states_in
 from hf_ebft.rollouts import Rollouts
 from hf_ebft.sharding import is_sharded
 from hf_ebft.sharing import adapters_off
@@ -40,7 +43,7 @@ class _TopLayerReached(Exception):
 
 @dataclass(frozen=True)
 class FeaturePass:
-    """What one pass of the feature network gives.
+    """What the feature network makes of a batch.
 
     Attributes:
         generated: (B, n, K, D) float32 embeddings of the rollouts.
@@ -167,6 +170,8 @@ class FeatureNetwork(FrozenNetwork):
         model, feature_layers, normalization, shared: see `FrozenNetwork`.
         embed_method: pooling over the tokens of a block.
         packed_attention: attention implementation for the packed row.
+        chunk_size: rollout tokens whose activations exist at once, see
+            :func:`hf_ebft.chunks.chunks_of`.
 
     Raises:
         ValueError: the network cannot be exact on packed rows.
@@ -180,6 +185,7 @@ class FeatureNetwork(FrozenNetwork):
         embed_method: EmbedMethod,
         normalization: FeatureNormalization,
         packed_attention: str = "auto",
+        chunk_size: int | None = None,
         shared: bool = False,
     ) -> None:
         self.forward = PackedForward.of(model, packed_attention)
@@ -187,6 +193,7 @@ class FeatureNetwork(FrozenNetwork):
             model, feature_layers=feature_layers, normalization=normalization, shared=shared
         )
         self.embed_method = embed_method
+        self.chunk_size = chunk_size
 
     @classmethod
     def from_policy(cls, policy: nn.Module, **settings: Any) -> FeatureNetwork:
@@ -196,7 +203,7 @@ class FeatureNetwork(FrozenNetwork):
     def embed(
         self, rollouts: Rollouts, score: Callable[..., TokenLogProbs] | None = None
     ) -> FeaturePass:
-        """Embed rollouts and their ground-truth windows in one pass over the packed row.
+        """Embed rollouts and their ground-truth windows.
 
         Token ids and layout travel to the network's device, embeddings come back.
 
@@ -208,54 +215,133 @@ class FeatureNetwork(FrozenNetwork):
         Raises:
             ValueError: a document or the packed row is too long for the network.
         """
-        layout = rollouts.layout
-        self.forward.limits.check(layout)
-        home = layout.documents.input_ids.device
-        within = torch.tensor(token_positions(self.embed_method, layout.length), device=home)
-        rollout_slots = layout.coordinates.slot[:, layout.document_width :]
-        rollout_places = layout.from_row(rollout_slots)[..., within]
-        window_places = layout.window[..., within]
-        places = torch.cat([rollout_places.flatten(1), window_places.flatten(1)], dim=1)
-
-        away = self.device
-        there = Rollouts(rollouts.tokens.to(away), rollouts.exists.to(away), layout.to(away))
-        with self._reading():
-            hidden, reference = self._hidden_states(there, places.to(away), score)
-            features = normalize_layers(hidden, self.normalization)
-            n_generated = rollout_places[0].numel()
-            generated = features[:, :n_generated].unflatten(1, rollout_places.shape[1:])
-            ground_truth = features[:, n_generated:].unflatten(1, window_places.shape[1:])
-            generated = pool(generated, self.embed_method).to(home)
-            ground_truth = pool(ground_truth, self.embed_method).to(home)
+        self.forward.limits.check(rollouts.layout)
+        away, home = self.device, rollouts.layout.documents.input_ids.device
         exists = rollouts.exists
+        there = Rollouts(rollouts.tokens.to(away), exists.to(away), rollouts.layout.to(away))
+        chunks = self._chunks(there.layout)
+        with self._reading():
+            if len(chunks) == 1:
+                found = self._in_one_pass(there, score)
+            else:
+                found = self._in_chunks(there, chunks, score)
+        reference = found.reference_log_probs
         return FeaturePass(
-            generated=generated * exists[:, None, :, None],
-            ground_truth=ground_truth * exists[:, :, None],
-            reference_log_probs=None if reference is None else reference.rollout.to(home),
+            generated=found.generated.to(home) * exists[:, None, :, None],
+            ground_truth=found.ground_truth.to(home) * exists[:, :, None],
+            reference_log_probs=None if reference is None else reference.to(home),
         )
 
-    def _hidden_states(
-        self, rollouts: Rollouts, places: Tensor, score: Callable[..., TokenLogProbs] | None
-    ) -> tuple[list[Tensor], TokenLogProbs | None]:
-        """Hidden states (B, P, H) of every feature layer at ``places`` (B, P)."""
-        part = rollouts.layout.row_part
-        input_ids = rollouts.layout.input_ids(rollouts.tokens)
+    def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
+        """Of the blocks; one for all of them where the network cannot go on from a cache."""
+        # FSDP2 would gather all parameters for every chunk, and block masks are compiled by shape.
+        in_one_pass = (
+            is_sharded(self.model)
+            or self.forward.recipe.implementation == "flex_attention"
+            or not self.forward.keeps_every_key
+        )
+        if in_one_pass:
+            return (slice(0, layout.rollout_shape[2]),)
+        return chunks_of(layout, self.chunk_size, tokens_fed=layout.length)
+
+    def _in_one_pass(
+        self, rollouts: Rollouts, score: Callable[..., TokenLogProbs] | None
+    ) -> FeaturePass:
+        """All of the packed row at once."""
+        layout = rollouts.layout
+        of_rollouts, windows = self._rollout_places(layout), self._window_places(layout)
+        # Sample by sample, then the windows: (B, (n + 1) * K, T).
+        places = torch.cat([of_rollouts.flatten(1, 2), windows], dim=1)
+        embedded, reference = self._pass(rollouts, layout.row_part, places, score)
+        n_generated = embedded.shape[1] - windows.shape[1]
+        return FeaturePass(
+            generated=embedded[:, :n_generated].unflatten(1, of_rollouts.shape[1:3]),
+            ground_truth=embedded[:, n_generated:],
+            reference_log_probs=reference,
+        )
+
+    def _in_chunks(
+        self,
+        rollouts: Rollouts,
+        chunks: Sequence[slice],
+        score: Callable[..., TokenLogProbs] | None,
+    ) -> FeaturePass:
+        """The documents, then the rollouts of some blocks at a time against a cache of them."""
+        layout, cache = rollouts.layout, self.forward.new_cache()
+        ground_truth, first = self._pass(
+            rollouts, layout.document_part, self._window_places(layout), score, cache
+        )
+        states = states_in(cache)
+        generated, later = [], []
+        for chunk in chunks:
+            of_chunk = layout.of_blocks(chunk)
+            embedded, reference = self._pass(
+                Rollouts(rollouts.tokens[:, :, chunk], of_chunk.blocks.exists, of_chunk),
+                of_chunk.rollouts_part,
+                self._rollout_places(of_chunk),
+                score,
+                self.forward.new_cache(states),
+            )
+            generated.append(embedded)
+            later += [] if reference is None else [reference]
+        of_rollouts = None if first is None else torch.cat([first, torch.cat(later, 2)], dim=-1)
+        return FeaturePass(torch.cat(generated, dim=2), ground_truth, of_rollouts)
+
+    def _rollout_places(self, layout: PackedLayout) -> Tensor:
+        """(B, n, K, T) places in the row that the pooling reads of every rollout."""
+        slots = layout.coordinates.slot[:, layout.document_width :]
+        return layout.from_row(slots)[..., self._token_positions(layout)]
+
+    def _window_places(self, layout: PackedLayout) -> Tensor:
+        """(B, K, T) places in the row that the pooling reads of every ground-truth window."""
+        return layout.window[..., self._token_positions(layout)]
+
+    def _token_positions(self, layout: PackedLayout) -> list[int]:
+        return token_positions(self.embed_method, layout.length)
+
+    def _pass(
+        self,
+        rollouts: Rollouts,
+        part: PackedPart,
+        places: Tensor,
+        score: Callable[..., TokenLogProbs] | None,
+        cache: DynamicCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One forward pass over a part of the packed row.
+
+        Args:
+            rollouts: the batch and its sampled tokens.
+            part: which part.
+            places: (B, ..., T) places in the row whose hidden states are pooled.
+            score: see :meth:`embed`.
+            cache: keys and values of earlier tokens, extended in place.
+
+        Returns:
+            (B, ..., D) float32, and the log-probabilities of the rollout tokens that the part
+            predicts, if ``score`` asks for them.
+        """
+        input_ids = rollouts.layout.input_ids(rollouts.tokens)[:, part.queries.slot[0]]
+        index = part.index_of[places]
         # FSDP2 counts on every pass to go through its root and to the end.
         whole = score is not None or is_sharded(self.model)
-        reference: TokenLogProbs | None = None
+        reference: Tensor | None = None
 
         def run() -> None:
             nonlocal reference
             if score is not None:
-                reference = score(self.model, self.forward, rollouts, part=part)
+                scored = score(self.model, self.forward, rollouts, part=part, cache=cache)
+                reference = scored.rollout
             elif whole:
-                self.forward.logits(self.model, input_ids, part, places[0, :1])
+                self.forward.logits(self.model, input_ids, part, index.flatten()[:1])
             else:
                 self.backbone(
                     input_ids=input_ids,
                     position_ids=part.queries.position,
                     attention_mask=self.forward.recipe.masks_of(part),
-                    use_cache=False,
+                    use_cache=cache is not None,
+                    past_key_values=cache,
                 )
 
-        return self._read_layers(run, places, to_the_end=whole), reference
+        hidden = self._read_layers(run, index.flatten(1), to_the_end=whole)
+        features = normalize_layers(hidden, self.normalization).unflatten(1, index.shape[1:])
+        return pool(features, self.embed_method), reference

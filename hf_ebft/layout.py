@@ -201,9 +201,16 @@ class PackedLayout:
 
     @cached_property
     def rollouts_part(self) -> PackedPart:
+        """The rollouts, after a cache of the documents."""
+        return self._without_documents(self.row_part)
+
+    @cached_property
+    def predicting_rollouts_part(self) -> PackedPart:
         """The rollouts without their last tokens, after a cache of the documents."""
-        part, width = self.predicting_part, self.document_width
-        queries = part.queries.map(lambda field: field[:, width:])
+        return self._without_documents(self.predicting_part)
+
+    def _without_documents(self, part: PackedPart) -> PackedPart:
+        queries = part.queries.map(lambda field: field[:, self.document_width :])
         return self._part(queries, part.keys, False, part.steps, part.own_steps)
 
     def step_part(self, step: int) -> PackedPart:

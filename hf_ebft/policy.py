@@ -136,7 +136,8 @@ class PackedForward:
         window is the mask's affair.
 
         Args:
-            states: keys and values of every layer, (B, H, C, E) each, to start with; None: empty.
+            states: keys and values of every layer, (B, H, C, E) each, to start with, or of the
+                lowest layers; None: empty.
         """
         cache = DynamicCache(config=self.config.get_text_config(decoder=True))
         cache.layers = [
@@ -144,8 +145,8 @@ class PackedForward:
             for layer in cache.layers
         ]
         if states is not None:
-            pairs = zip(states[::2], states[1::2], strict=True)
-            layers = cast(list[DynamicLayer], cache.layers)
+            pairs = list(zip(states[::2], states[1::2], strict=True))
+            layers = cast(list[DynamicLayer], cache.layers)[: len(pairs)]
             for layer, (keys, values) in zip(layers, pairs, strict=True):
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys, values
@@ -175,10 +176,10 @@ def is_random_in_training(model: nn.Module) -> bool:
 
 
 def states_in(cache: DynamicCache) -> list[Tensor]:
-    """Keys and values of every layer, (B, H, C, E) each, as :meth:`PackedForward.new_cache` takes
-    them.
+    """Keys and values of every layer that a pass went through, (B, H, C, E) each, as
+    :meth:`PackedForward.new_cache` takes them.
     """
-    layers = cast(list[DynamicLayer], cache.layers)
+    layers = [layer for layer in cast(list[DynamicLayer], cache.layers) if layer.is_initialized]
     return [cast(Tensor, state) for layer in layers for state in (layer.keys, layer.values)]
 
 

@@ -135,7 +135,7 @@ class Targets:
             # The n samples of a block start from one distribution.
             starts = of(predictor[:, 0, :, 0], tokens[..., 0].transpose(1, 2), self.temperature)
             results.append(starts.transpose(1, 2)[..., None])
-        if len(self.part.steps) > 0 and layout.length > 1:
+        if len(self.part.steps) > 0:
             later = of(predictor[..., 1:], tokens[..., 1:, None], self.temperature)
             results.append(later[..., 0])
         if self._of_document:

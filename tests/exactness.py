@@ -34,7 +34,7 @@ from hf_ebft.verification import verify_packing
 # Rounding alone, in float32, over models with weights of unit gain.
 TOLERANCE = 1e-4
 FEATURE_LAYERS = (0.0, 0.5, 1.0)
-CHUNK = 10_000  # rows of logits: all of them at once
+CHUNK = 10_000  # rows of logits, rollout tokens: all of them at once
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,9 @@ def measure(
             normalization="per_layer",
             packed_attention=packed_attention,
         )
-        features = network.embed(rollouts)
+        features = []
+        for network.chunk_size in (CHUNK, 1):  # all at once, and block by block
+            features.append(network.embed(rollouts))
 
     for row, blocks in enumerate(plain_blocks(case.batch, **case.anchors)):
         assert layout.blocks.exists[row].tolist() == [
@@ -270,10 +272,11 @@ def measure(
             found.sampling = _worse(found.sampling, sampled[row, :, index], expected)
             if with_features:
                 embeddings = last_token_embedding(plain.hidden, network.layer_indices)
-                embedded = torch.cat(
-                    [features.generated[row, :, index], features.ground_truth[row, index, None]]
-                )
-                found.features = _worse(found.features, embedded, embeddings)
+                for way in features:
+                    embedded = torch.cat(
+                        [way.generated[row, :, index], way.ground_truth[row, index, None]]
+                    )
+                    found.features = _worse(found.features, embedded, embeddings)
     return found
 
 

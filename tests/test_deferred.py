@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +29,7 @@ from tiny import (
 from torch import Tensor, nn
 
 from hf_ebft import EBFTTrainer, Rollouts
-from hf_ebft.deferred import can_defer, chunks_of
+from hf_ebft.deferred import can_defer
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from memory import peak_bytes
@@ -305,29 +304,6 @@ def test_bfloat16_differs_by_its_rounding_alone(tmp_path: Path) -> None:
         return gradients(PrefixRollouts(model, args), ragged())[1]
 
     assert_same_tensors(of(6), of(WHOLE), relative=0.05)
-
-
-@pytest.mark.parametrize(
-    ("shape", "size", "expected"),
-    [
-        ((1, 4, 126, 8), 1024, 4),  # 3528 tokens after the first ones
-        ((1, 4, 126, 8), 3528, 1),
-        ((2, 3, 5, 4), 1, 5),  # never less than a block
-        ((2, 3, 5, 1), 1, 1),  # nothing to defer
-        ((1, 2, 1, 8), 1, 1),
-    ],
-)
-def test_chunks_cover_the_blocks_evenly(
-    shape: tuple[int, int, int, int], size: int, expected: int
-) -> None:
-    layout: Any = SimpleNamespace(
-        rollout_shape=shape, blocks=SimpleNamespace(exists=torch.ones(1, dtype=torch.bool))
-    )
-    chunks = chunks_of(layout, size)
-    covered = [block for chunk in chunks for block in range(shape[2])[chunk]]
-    assert covered == list(range(shape[2]))
-    sizes = [chunk.stop - chunk.start for chunk in chunks]
-    assert len(chunks) == expected and max(sizes) - min(sizes) <= 1
 
 
 def test_memory_does_not_grow_with_the_number_of_rollouts(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from exactness import (
     sample,
 )
 from plain_forwards import plain_blocks, plain_pass
+from tiny import batch_of, texts, tiny_llama
 from torch import Tensor, nn
 
 from hf_ebft.feature_network import FeatureNetwork
@@ -27,7 +31,12 @@ from hf_ebft.policy import PackedForward
 from hf_ebft.rollouts import Rollouts
 from hf_ebft.support import backbone, decoder_layers
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from memory import peak_bytes
+
 CASE = Case(ragged_batch(33, 21, 5), stride=6, generate_max_len=5)
+# More rollout tokens than any batch here has.
+WHOLE = 10_000
 SETTINGS: dict[str, Any] = {
     "feature_layers": (0.25, 0.5, 0.75),
     "embed_method": "last_token",
@@ -66,15 +75,22 @@ def embedding(hidden: list[Tensor], layers: list[int], method: str, normalizatio
     return torch.cat([tokens[int(part * length)] for part in (0.25, 0.5, 0.75)]) / 3**0.5
 
 
+@pytest.mark.parametrize("chunk_size", [WHOLE, 30])
 @pytest.mark.parametrize("normalization", ["per_layer", "joint"])
 @pytest.mark.parametrize("method", ["last_token", "mean_pooling", "concat"])
 @pytest.mark.parametrize("fractions", [(0.25, 0.5, 0.75), (1.0,), (0.0, 0.99, 1.0), (0.5, 0.25)])
 def test_embeddings_are_those_of_plain_forward_passes(
-    normalization: str, method: str, fractions: tuple[float, ...]
+    normalization: str, method: str, fractions: tuple[float, ...], chunk_size: int
 ) -> None:
     model = tiny_model("mistral")
     rollouts = rollouts_of(model)
-    phi = network(model, feature_layers=fractions, embed_method=method, normalization=normalization)
+    phi = network(
+        model,
+        feature_layers=fractions,
+        embed_method=method,
+        normalization=normalization,
+        chunk_size=chunk_size,
+    )
     layers = [int(fraction * LAYERS) for fraction in fractions]
     found = phi.embed(rollouts)
     compared = 0
@@ -156,15 +172,23 @@ def test_no_layer_above_the_highest_and_no_head_runs(
     model = tiny_model("llama")
     phi = network(model, feature_layers=fractions)
     calls = Calls(phi)
-    phi.embed(rollouts_of(model))
+    rollouts = rollouts_of(model)
+    phi.embed(rollouts)
     assert calls.layers == ran
+    calls.layers = [0] * len(ran)
+    phi.chunk_size = 1
+    phi.embed(rollouts)
+    # The documents, then each of the five blocks of the longest.
+    assert calls.layers == [6 * count for count in ran]
     assert calls.head == 0
 
 
-def test_reference_log_probs_are_those_of_a_plain_packed_pass() -> None:
+@pytest.mark.parametrize("length", [5, 1])
+@pytest.mark.parametrize("chunk_size", [WHOLE, 30, 1])
+def test_reference_log_probs_are_those_of_a_plain_packed_pass(chunk_size: int, length: int) -> None:
     model = tiny_model("gemma3_text")
-    rollouts = rollouts_of(model)
-    phi = network(model)
+    rollouts = rollouts_of(model, dataclasses.replace(CASE, generate_max_len=length))
+    phi = network(model, chunk_size=chunk_size)
     score = partial(packed_log_probs, temperature=1.0, with_document=False, chunk_size=7)
     features = phi.embed(rollouts, score)
     assert features.reference_log_probs is not None
@@ -178,6 +202,31 @@ def test_reference_log_probs_are_those_of_a_plain_packed_pass() -> None:
     torch.testing.assert_close(
         features.generated, phi.embed(rollouts).generated, atol=TOLERANCE, rtol=0
     )
+
+
+def test_memory_does_not_grow_with_the_number_of_rollouts() -> None:
+    model = tiny_llama(hidden_size=32, intermediate_size=1024, num_hidden_layers=4)
+
+    def peak(n_samples: int, chunk_size: int) -> int:
+        phi = network(model, chunk_size=chunk_size)
+        rollouts = rollouts_of(model, Case(batch_of(texts(64)), n_samples=n_samples))
+        phi.embed(rollouts)
+        return peak_bytes(lambda: phi.embed(rollouts), torch.device("cpu"))
+
+    assert peak(32, WHOLE) > 2.5 * peak(8, WHOLE)
+    assert peak(32, 256) < 1.5 * peak(8, 256)
+    assert peak(32, 256) < 0.25 * peak(32, WHOLE)
+
+
+def test_block_masks_get_one_pass_over_the_row() -> None:
+    model = tiny_model("llama")
+    rollouts = rollouts_of(model)
+    phi = network(model, packed_attention="flex_attention", chunk_size=1)
+    calls = Calls(phi)
+    found = phi.embed(rollouts)
+    assert calls.layers == [1, 1, 1, 0]
+    expected = network(model).embed(rollouts)
+    torch.testing.assert_close(found.generated, expected.generated, atol=TOLERANCE, rtol=0)
 
 
 def hooks(model: nn.Module) -> int:
@@ -203,11 +252,12 @@ def test_no_graph_is_recorded() -> None:
     assert not phi.embed(rollouts_of(model)).generated.requires_grad
 
 
-def test_shared_policy_is_read_without_its_adapters_and_left_as_it_was() -> None:
+@pytest.mark.parametrize("chunk_size", [WHOLE, 1])
+def test_shared_policy_is_read_without_its_adapters_and_left_as_it_was(chunk_size: int) -> None:
     policy = lora_model("llama").train()
     state = copy.deepcopy(policy.state_dict())
     rollouts = rollouts_of(policy)
-    shared = FeatureNetwork(policy, **SETTINGS, shared=True)
+    shared = FeatureNetwork(policy, **SETTINGS, shared=True, chunk_size=chunk_size)
     base = network(tiny_model("llama")).embed(rollouts)
     found = shared.embed(rollouts)
     torch.testing.assert_close(found.generated, base.generated, atol=TOLERANCE, rtol=0)
