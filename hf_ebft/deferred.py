@@ -130,7 +130,7 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
     """Whether a model may make forward passes during the backward pass, against a cache.
 
     Not where FSDP2 gathers parameters around each pass or another wrapper than DDP stands between,
-    with gradient checkpointing (which drops caches), or with block masks (compiled by shape).
+    with gradient checkpointing (which drops caches), or where the forward cannot go on from one.
     """
     inner = _inside(model)
     return (
@@ -138,8 +138,7 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
         and not is_sharded(model)
         and (isinstance(inner, PreTrainedModel) or hasattr(type(inner), "get_base_model"))
         and not (model.training and checkpoints_activations(inner))
-        and forward.recipe.implementation != "flex_attention"
-        and forward.keeps_every_key
+        and forward.goes_on_from_cache
     )
 
 
@@ -165,9 +164,7 @@ class _RolloutPasses:
 
     def log_probs(self, chunk: slice, states: Sequence[Tensor]) -> Tensor:
         """(B, n, k, G - 1) of the tokens after the first, of the k blocks of a chunk."""
-        layout = self.rollouts.layout.of_blocks(chunk)
-        tokens = self.rollouts.tokens[:, :, chunk]
-        return self.score(Rollouts(tokens, layout.blocks.exists, layout), states)
+        return self.score(self.rollouts.of_blocks(chunk), states)
 
     def values(self, states: Sequence[Tensor]) -> Tensor:
         """(B, n, K, G - 1), without gradient."""

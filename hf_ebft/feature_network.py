@@ -234,13 +234,8 @@ class FeatureNetwork(FrozenNetwork):
 
     def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
         """Of the blocks; one for all of them where the network cannot go on from a cache."""
-        # FSDP2 would gather all parameters for every chunk, and block masks are compiled by shape.
-        in_one_pass = (
-            is_sharded(self.model)
-            or self.forward.recipe.implementation == "flex_attention"
-            or not self.forward.keeps_every_key
-        )
-        if in_one_pass:
+        # FSDP2 would gather all parameters for every chunk.
+        if is_sharded(self.model) or not self.forward.goes_on_from_cache:
             return (slice(0, layout.rollout_shape[2]),)
         return chunks_of(layout, self.chunk_size, tokens_fed=layout.length)
 
@@ -274,16 +269,13 @@ class FeatureNetwork(FrozenNetwork):
         states = states_in(cache)
         generated, later = [], []
         for chunk in chunks:
-            of_chunk = layout.of_blocks(chunk)
-            embedded, reference = self._pass(
-                Rollouts(rollouts.tokens[:, :, chunk], of_chunk.blocks.exists, of_chunk),
-                of_chunk.rollouts_part,
-                self._rollout_places(of_chunk),
-                score,
-                self.forward.new_cache(states),
-            )
+            some = rollouts.of_blocks(chunk)
+            part, places = some.layout.rollouts_part, self._rollout_places(some.layout)
+            cache = self.forward.new_cache(states)
+            embedded, reference = self._pass(some, part, places, score, cache)
             generated.append(embedded)
-            later += [] if reference is None else [reference]
+            if reference is not None:
+                later.append(reference)
         of_rollouts = None if first is None else torch.cat([first, torch.cat(later, 2)], dim=-1)
         return FeaturePass(torch.cat(generated, dim=2), ground_truth, of_rollouts)
 
@@ -320,7 +312,6 @@ class FeatureNetwork(FrozenNetwork):
             (B, ..., D) float32, and the log-probabilities of the rollout tokens that the part
             predicts, if ``score`` asks for them.
         """
-        input_ids = rollouts.layout.input_ids(rollouts.tokens)[:, part.queries.slot[0]]
         index = part.index_of[places]
         # FSDP2 counts on every pass to go through its root and to the end.
         whole = score is not None or is_sharded(self.model)
@@ -332,10 +323,11 @@ class FeatureNetwork(FrozenNetwork):
                 scored = score(self.model, self.forward, rollouts, part=part, cache=cache)
                 reference = scored.rollout
             elif whole:
-                self.forward.logits(self.model, input_ids, part, index.flatten()[:1])
+                first = index.flatten()[:1]
+                self.forward.logits(self.model, rollouts.input_ids(part), part, first)
             else:
                 self.backbone(
-                    input_ids=input_ids,
+                    input_ids=rollouts.input_ids(part),
                     position_ids=part.queries.position,
                     attention_mask=self.forward.recipe.masks_of(part),
                     use_cache=cache is not None,

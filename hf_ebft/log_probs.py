@@ -34,10 +34,10 @@ def packed_log_probs(
         part: what to feed of the row; default: all that predicts something.
         cache: keys and values of what the part may look at and does not feed, extended in place.
     """
-    layout = rollouts.layout
-    part = layout.predicting_part if part is None else part
+    part = rollouts.layout.predicting_part if part is None else part
     targets = Targets(part, temperature, with_document, chunk_size)
-    input_ids = layout.input_ids(rollouts.tokens)[:, part.queries.slot[0]]
     score = partial(targets.score, rollouts.tokens)
-    results = forward.through_head(model, input_ids, part, targets.keep, score, cache=cache)
+    results = forward.through_head(
+        model, rollouts.input_ids(part), part, targets.keep, score, cache=cache
+    )
     return targets.together(results)

@@ -153,8 +153,14 @@ class PackedForward:
         return cache
 
     @cached_property
-    def keeps_every_key(self) -> bool:
-        """Whether keys and values of every layer are all that the model's cache holds."""
+    def goes_on_from_cache(self) -> bool:
+        """Whether the row may be fed in parts of many sizes, later ones against a cache.
+
+        Keys and values of every layer must be all that the model's cache holds; and block masks
+        are compiled by shape.
+        """
+        if self.recipe.implementation == "flex_attention":
+            return False
         config = self.config.get_text_config(decoder=True)
         # Text alone does not reach these layers, and leaves their part of the cache empty.
         if getattr(config, "cross_attention_layers", None):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ebft.heads import ToLogits
-from hf_ebft.layout import PackedLayout
+from hf_ebft.layout import PackedLayout, PackedPart
 from hf_ebft.policy import PackedForward, inference_mode_of, states_in
 from hf_ebft.targets import KeptPlaces, Targets, TokenLogProbs
 
@@ -68,6 +68,15 @@ class Rollouts:
     exists: Tensor
     layout: PackedLayout
     sampling: Sampling | None = None
+
+    def input_ids(self, part: PackedPart) -> Tensor:
+        """(B, Q) token ids of what a part of the row feeds."""
+        return self.layout.input_ids(self.tokens)[:, part.queries.slot[0]]
+
+    def of_blocks(self, blocks: slice) -> Rollouts:
+        """Those of some blocks; what is known from sampling them is left behind."""
+        layout = self.layout.of_blocks(blocks)
+        return Rollouts(self.tokens[:, :, blocks], layout.blocks.exists, layout)
 
     def sampling_by(self, policy: nn.Module, temperature: float) -> Sampling | None:
         """What is known of the tokens, if this policy has sampled them so, as it is now.

@@ -254,7 +254,8 @@ def measure(
             packed_attention=packed_attention,
         )
         features = []
-        for network.chunk_size in (CHUNK, 1):  # all at once, and block by block
+        for chunk_size in (CHUNK, 1):  # all at once, and block by block
+            network.chunk_size = chunk_size
             features.append(network.embed(rollouts))
 
     for row, blocks in enumerate(plain_blocks(case.batch, **case.anchors)):
