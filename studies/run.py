@@ -1,6 +1,6 @@
 """Run the study: every training and its measurement, one JSON file each.
 
-    python studies/run.py                             # the tiny model, about two hours of a core
+    python studies/run.py                             # the tiny model, 1.5 hours of a core
     python studies/run.py --setup smollm2 --jobs 2    # SmolLM2-135M, two runs at a time
     python studies/tables.py                          # tables into docs/study.md, plots
 
