@@ -17,7 +17,7 @@ JOBS ?= 2
 PRESET ?= paper
 MODEL ?= 10m
 BENCH_ARGS ?=
-# More arguments for pytest, for example PYTEST_ARGS="tests/test_layout.py -x"
+# More arguments for pytest, for example PYTEST_ARGS="tests/rows/test_layout.py -x"
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -69,11 +69,12 @@ $(VLLM_STAMP): requirements-vllm.txt
 vllm-env: $(VLLM_STAMP) ## .venv-vllm with a CPU build of vLLM (2.5 GB), for the tests marked vllm
 
 test-vllm: $(STAMP) $(VLLM_STAMP) ## structured mode with a real vLLM server on the CPU, minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/vllm_server $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/structured/vllm $(PYTEST_ARGS)
 
-lint: $(STAMP) ## ruff, the formatting and mypy; changes nothing
+lint: $(STAMP) ## ruff, the formatting, the direction of imports and mypy; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 # By themselves: two folders of scripts have a settings.py.
 	MYPYPATH=examples $(BIN)/mypy studies

@@ -99,7 +99,7 @@ def worker(placement: str, gather: GatherParams, reports: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from hf_ebft import EBFTConfig, EBFTTrainer
-    from hf_ebft.sharding import full_bytes
+    from hf_ebft.packed.fsdp import full_bytes
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(

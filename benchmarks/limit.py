@@ -30,9 +30,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_ebft.layout import PackedLayout
-from hf_ebft.sharing import adapters_off
-from hf_ebft.support import bare_model, decoder_layers
+from hf_ebft.feature_network.shared_base import adapters_off
+from hf_ebft.packed.model_parts import bare_model, decoder_layers
+from hf_ebft.rows.layout import PackedLayout
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ebft.advantages import compute_advantages
 from hf_ebft.config import EBFTSettings
-from hf_ebft.features import normalize_layers, pool, token_positions
-from hf_ebft.rewards import Rewards, feature_matching_rewards
-from hf_ebft.sharing import adapters_off
-from hf_ebft.stopwatch import Stopwatch
-from hf_ebft.support import bare_model
+from hf_ebft.feature_network.shared_base import adapters_off
+from hf_ebft.objective.advantages import compute_advantages
+from hf_ebft.objective.features import normalize_layers, pool, token_positions
+from hf_ebft.objective.rewards import Rewards, feature_matching_rewards
+from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.training.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)

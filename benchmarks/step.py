@@ -48,10 +48,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback
 
 from hf_ebft import EBFTTrainer, Rollouts
-from hf_ebft.advantages import compute_advantages
-from hf_ebft.layout import PackedLayout
-from hf_ebft.rewards import feature_matching_rewards
-from hf_ebft.support import bare_model
+from hf_ebft.objective.advantages import compute_advantages
+from hf_ebft.objective.rewards import feature_matching_rewards
+from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.rows.layout import PackedLayout
 
 PHASES = ("sampling", "features", "training_forward", "backward")
 Seconds = dict[str, float]

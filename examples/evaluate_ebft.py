@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data import TokenizedRows
 from hf_ebft.evaluation import ModelComparison, ModelFigures, compare_models, measure_model
-from hf_ebft.feature_network import FeatureNetwork
+from hf_ebft.feature_network.network import FeatureNetwork
 
 ADAPTER_CONFIG = "adapter_config.json"
 DATA_SEED = 0

@@ -55,7 +55,6 @@ from run_options import (
 from transformers import HfArgumentParser, set_seed
 
 from hf_ebft import EBFTConfig, EBFTTrainer
-from hf_ebft.callbacks import use_compact_progress
 from hf_ebft.data import (
     RawDataset,
     Table,
@@ -74,6 +73,7 @@ from hf_ebft.evaluation import (
     format_table,
     sample_continuations,
 )
+from hf_ebft.watching.console import use_compact_progress
 
 # The columns that say which mode a data set is for. A `prompt` with a `completion` has always been
 # read as text of which only the completion is learned.

@@ -35,7 +35,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from hf_ebft.structured.vllm_settings import VLLMServerSettings
+from hf_ebft.structured.vllm.settings import VLLMServerSettings
 
 SERVED_NAME = "base"
 MODULE = "vllm.entrypoints.openai.api_server"

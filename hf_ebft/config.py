@@ -13,15 +13,23 @@ from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
-from hf_ebft.advantages import ADVANTAGE_ESTIMATORS, AdvantageEstimator
-from hf_ebft.features import FEATURE_NORMALIZATIONS, STRIDED_EMBED_METHODS, FeatureNormalization
-from hf_ebft.whitening import (
-    DEFAULT_TOLERANCE,
-    SMALLEST_TOLERANCE,
-    WHITENING_SPACES,
-    WhiteningSpace,
-)
-
+FeatureNormalization = Literal["per_layer", "joint"]
+FEATURE_NORMALIZATIONS: tuple[FeatureNormalization, ...] = get_args(FeatureNormalization)
+EmbedMethod = Literal["last_token", "mean_pooling", "concat", "completion_mean"]
+EMBED_METHODS: tuple[EmbedMethod, ...] = get_args(EmbedMethod)
+# All blocks of strided mode have the same length, so `completion_mean` would equal `mean_pooling`.
+STRIDED_EMBED_METHODS: tuple[EmbedMethod, ...] = ("last_token", "mean_pooling", "concat")
+# How a group is whitened by its own rollouts, and every choice of `whitening_space`.
+GroupWhiteningSpace = Literal["feature", "sample"]
+GROUP_WHITENING_SPACES: tuple[GroupWhiteningSpace, ...] = get_args(GroupWhiteningSpace)
+WhiteningSpace = Literal["feature", "sample", "corpus"]
+WHITENING_SPACES: tuple[WhiteningSpace, ...] = get_args(WhiteningSpace)
+DEFAULT_TOLERANCE = 1e-5
+# Rounding of a float64 Gram matrix leaves null singular values at up to about sqrt(n) * 1.5e-8 of
+# the largest: a smaller tolerance would invert noise.
+SMALLEST_TOLERANCE = 1e-6
+AdvantageEstimator = Literal["rloo", "group_norm", "reinforce"]
+ADVANTAGE_ESTIMATORS: tuple[AdvantageEstimator, ...] = get_args(AdvantageEstimator)
 KLEstimator = Literal["k1", "k2", "k3"]
 KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
 FEATURE_DTYPES = ("float32", "bfloat16", "float16")

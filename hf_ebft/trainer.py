@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,49 +16,54 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_ebft.advantages import compute_advantages
-from hf_ebft.anchors import blocks_by
-from hf_ebft.averaging import EMACallback
 from hf_ebft.config import EBFTConfig, EBFTSettings
-from hf_ebft.corpus import choose_rows, from_main_process, measure_corpus_whitening
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.deferred import TrainingPass
-from hf_ebft.documents import EBFT_COLUMNS, Documents, split_rows
-from hf_ebft.feature_loading import build_feature_network
-from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import packed_log_probs
-from hf_ebft.losses import (
+from hf_ebft.feature_network.corpus_whitening import (
+    choose_rows,
+    from_main_process,
+    measure_corpus_whitening,
+)
+from hf_ebft.feature_network.loading import build_feature_network
+from hf_ebft.objective.advantages import compute_advantages
+from hf_ebft.objective.losses import (
     cross_entropy,
     kl_penalty,
     per_rollout_token_mean,
     policy_gradient_loss,
     refuse_not_finite,
 )
-from hf_ebft.metrics import (
+from hf_ebft.objective.rewards import Rewards, rewards_by
+from hf_ebft.objective.whitening import CorpusWhitening
+from hf_ebft.packed.deferred import TrainingPass
+from hf_ebft.packed.forward import PackedForward
+from hf_ebft.packed.fsdp import gathering_fits, is_sharded, parameters_gathered
+from hf_ebft.packed.log_probs import packed_log_probs
+from hf_ebft.packed.model_parts import bare_model, vocabulary_size
+from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
+from hf_ebft.packed.teacher_forcing import teacher_forcing_inputs
+from hf_ebft.packed.verification import verify_packing
+from hf_ebft.rows.anchors import blocks_by
+from hf_ebft.rows.documents import EBFT_COLUMNS, Documents, split_rows
+from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.ema import EMACallback
+from hf_ebft.training.metrics import (
     MetricAccumulator,
     Ratio,
     block_metrics,
     rollout_metrics,
     token_metrics,
 )
-from hf_ebft.pictures import PicturesCallback
-from hf_ebft.policy import PackedForward
-from hf_ebft.preparation import (
+from hf_ebft.training.outputs import EBFTOutput
+from hf_ebft.training.preparation import (
     keep_one_device_per_process,
     refuse_empty,
     refuse_missing_corpus,
     refuse_what_would_be_ignored,
     with_adapters,
 )
-from hf_ebft.rewards import Rewards, rewards_by
-from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
-from hf_ebft.saving import CardTrainer
-from hf_ebft.sharding import gathering_fits, is_sharded, parameters_gathered
-from hf_ebft.stopwatch import Stopwatch
-from hf_ebft.support import bare_model, vocabulary_size
-from hf_ebft.teacher_forcing import teacher_forcing_inputs
-from hf_ebft.verification import verify_packing
-from hf_ebft.whitening import CorpusWhitening
+from hf_ebft.training.stopwatch import Stopwatch
+from hf_ebft.watching.saving import CardTrainer
+from hf_ebft.watching.tensorboard import PicturesCallback
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -68,27 +72,6 @@ logger = logging.getLogger(__name__)
 
 # Separate the random streams of training and evaluation.
 TRAINING_STREAM, EVALUATION_STREAM = 0, 1
-
-
-@dataclass(frozen=True)
-class EBFTOutput:
-    """What `compute_loss(..., return_outputs=True)` returns beside the loss.
-
-    Attributes:
-        rollouts: the sampled rollouts.
-        rewards: (B, n, K) rewards and their parts.
-        advantages: (B, n, K).
-        log_probs: (B, n, K, G) of the rollout tokens, at the sampling temperature, with gradient.
-        rl_loss, ce_loss, kl: scalars before their weights; None where the weight is zero.
-    """
-
-    rollouts: Rollouts
-    rewards: Rewards
-    advantages: Tensor
-    log_probs: Tensor
-    rl_loss: Tensor
-    ce_loss: Tensor | None
-    kl: Tensor | None
 
 
 class EBFTTrainer(CardTrainer):
@@ -163,7 +146,9 @@ class EBFTTrainer(CardTrainer):
         self._warned_of_no_blocks = False
         self._gather_for_sampling: bool | None = None
         if self.ebft.log_pictures_steps > 0:
-            self.add_callback(PicturesCallback(self, self.ebft.log_pictures_steps))
+            self.add_callback(
+                PicturesCallback(self, self.ebft.log_pictures_steps, stride=self.ebft.stride)
+            )
         self.averaging: EMACallback | None = None
         if self.ebft.ema_decay is not None:
             self.averaging = EMACallback(self, self.ebft.ema_decay)
@@ -184,7 +169,7 @@ class EBFTTrainer(CardTrainer):
 
         Args:
             model: the wrapped policy.
-            inputs: ``input_ids`` (rows, tokens) and what :class:`hf_ebft.documents.Documents`
+            inputs: ``input_ids`` (rows, tokens) and what :class:`hf_ebft.rows.documents.Documents`
                 reads.
             return_outputs: also return an [`EBFTOutput`].
             num_items_in_batch: documents of the whole optimizer step, over accumulation steps and

@@ -47,14 +47,13 @@ from transformers import (
 )
 
 from hf_ebft import EBFTConfig, EBFTTrainer
-from hf_ebft.advantages import compute_advantages
-from hf_ebft.config import EBFTSettings
+from hf_ebft.config import WHITENING_SPACES, EBFTSettings
 from hf_ebft.data import TokenizedRows, tokenize_and_cut
 from hf_ebft.evaluation import measure_model
-from hf_ebft.feature_network import FeatureNetwork
-from hf_ebft.rewards import Rewards, feature_matching_rewards
-from hf_ebft.trainer import EBFTOutput
-from hf_ebft.whitening import WHITENING_SPACES
+from hf_ebft.feature_network.network import FeatureNetwork
+from hf_ebft.objective.advantages import compute_advantages
+from hf_ebft.objective.rewards import Rewards, feature_matching_rewards
+from hf_ebft.training.outputs import EBFTOutput
 
 # Rows that are measured together, as documents of one packed row: faster, and the same figures.
 PACKED = 4

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from tiny import config
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ebft import EBFTConfig
 from hf_ebft.config import EBFTSettings
+from tests.support.tiny import config
 
 OWN_FIELDS = {field.name: field for field in dataclasses.fields(EBFTSettings)}
 

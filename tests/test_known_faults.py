@@ -16,7 +16,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import (
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
+
+from hf_ebft import EBFTTrainer
+from hf_ebft.objective.advantages import rloo_baseline
+from hf_ebft.objective.rewards import feature_matching_rewards
+from hf_ebft.objective.whitening import whiten
+from hf_ebft.training.outputs import EBFTOutput
+from tests.support.tiny import (
     PrefixRollouts,
     assert_same_tensors,
     batch_of,
@@ -27,15 +36,6 @@ from tiny import (
     texts,
     tiny_llama,
 )
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer, TrainingArguments
-
-from hf_ebft import EBFTTrainer
-from hf_ebft.advantages import rloo_baseline
-from hf_ebft.rewards import feature_matching_rewards
-from hf_ebft.trainer import EBFTOutput
-from hf_ebft.whitening import whiten
 
 
 def step_of(

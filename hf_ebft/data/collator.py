@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ebft.documents import IGNORE_INDEX, PROMPT_LENGTH
+from hf_ebft.rows.documents import IGNORE_INDEX, PROMPT_LENGTH
 
 
 class EBFTDataCollator:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_ebft.data.transforms import BadRowError
-from hf_ebft.documents import DOCUMENT_COLUMNS, IGNORE_INDEX
+from hf_ebft.rows.documents import DOCUMENT_COLUMNS, IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from transformers import (
 from hf_ebft.evaluation.completions import CompletionMetrics
 from hf_ebft.evaluation.figures import Rows
 from hf_ebft.evaluation.samples import RolloutGroup, sample_groups
-from hf_ebft.policy import inference_mode_of
-from hf_ebft.rollouts import make_generator
-from hf_ebft.sharding import is_sharded
+from hf_ebft.packed.forward import inference_mode_of
+from hf_ebft.packed.fsdp import is_sharded
+from hf_ebft.packed.sampling import make_generator
 from hf_ebft.trainer import EBFTTrainer
 
 # Keeps these completions apart from all other random numbers.

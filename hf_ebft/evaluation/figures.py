@@ -19,18 +19,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_ebft.anchors import blocks_by
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.documents import Documents
-from hf_ebft.feature_network import FeatureNetwork
-from hf_ebft.layout import PackedLayout
-from hf_ebft.log_probs import packed_log_probs
-from hf_ebft.policy import PackedForward, inference_mode_of
-from hf_ebft.rewards import rewards_by
-from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
-from hf_ebft.targets import TokenLogProbs, predicted_targets
-from hf_ebft.whitening import CorpusWhitening
+from hf_ebft.feature_network.network import FeatureNetwork
+from hf_ebft.objective.rewards import rewards_by
+from hf_ebft.objective.whitening import CorpusWhitening
+from hf_ebft.packed.forward import PackedForward, inference_mode_of
+from hf_ebft.packed.log_probs import packed_log_probs
+from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
+from hf_ebft.packed.targets import TokenLogProbs
+from hf_ebft.rows.anchors import blocks_by
+from hf_ebft.rows.documents import Documents, predicted_targets
+from hf_ebft.rows.layout import PackedLayout
 
 # Keeps these rollouts apart from those of training and of the trainer's own evaluation.
 STREAM = 2

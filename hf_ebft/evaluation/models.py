@@ -20,10 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hf_ebft.anchors import Blocks, blocks_by, find_blocks
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.documents import Documents
 from hf_ebft.evaluation.figures import (
     Collator,
     Rows,
@@ -31,14 +29,16 @@ from hf_ebft.evaluation.figures import (
     score_rollouts,
     sums_by_document,
 )
-from hf_ebft.feature_network import FeatureNetwork
-from hf_ebft.heads import ToLogits
-from hf_ebft.layout import PackedLayout
-from hf_ebft.policy import PackedForward, inference_mode_of
-from hf_ebft.rewards import rewards_by
-from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
-from hf_ebft.targets import predicted_targets, target_log_probs
-from hf_ebft.whitening import CorpusWhitening
+from hf_ebft.feature_network.network import FeatureNetwork
+from hf_ebft.objective.rewards import rewards_by
+from hf_ebft.objective.whitening import CorpusWhitening
+from hf_ebft.packed.forward import PackedForward, inference_mode_of
+from hf_ebft.packed.heads import ToLogits
+from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
+from hf_ebft.packed.targets import target_log_probs
+from hf_ebft.rows.anchors import Blocks, blocks_by, find_blocks
+from hf_ebft.rows.documents import Documents, predicted_targets
+from hf_ebft.rows.layout import PackedLayout
 
 # Keeps these rollouts apart from all others.
 STREAM = 4

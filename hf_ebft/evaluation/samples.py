@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_ebft.anchors import Blocks, blocks_by
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.documents import Documents
 from hf_ebft.evaluation.figures import STREAM, Collator, Rows
-from hf_ebft.feature_network import FeatureNetwork
-from hf_ebft.layout import PackedLayout
-from hf_ebft.policy import PackedForward
-from hf_ebft.rewards import rewards_by
-from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
-from hf_ebft.whitening import CorpusWhitening
+from hf_ebft.feature_network.network import FeatureNetwork
+from hf_ebft.objective.rewards import rewards_by
+from hf_ebft.objective.whitening import CorpusWhitening
+from hf_ebft.packed.forward import PackedForward
+from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
+from hf_ebft.rows.anchors import Blocks, blocks_by
+from hf_ebft.rows.documents import Documents
+from hf_ebft.rows.layout import PackedLayout
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ebft.features import (
-    EmbedMethod,
-    FeatureNormalization,
-    normalize_layers,
-    pool,
-    token_positions,
-)
-from hf_ebft.policy import inference_mode_of
-from hf_ebft.rewards import feature_matching_rewards
+from hf_ebft.config import EmbedMethod, FeatureNormalization
+from hf_ebft.objective.features import normalize_layers, pool, token_positions
+from hf_ebft.objective.rewards import feature_matching_rewards
+from hf_ebft.packed.forward import inference_mode_of
 
 
 def embed_continuations(

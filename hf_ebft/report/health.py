@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_ebft.history import FEWEST_POINTS, METRIC_BY_NAME, PHASES, Change, ends, smooth
 from hf_ebft.report.runs import Run
+from hf_ebft.watching.curves import FEWEST_POINTS, METRIC_BY_NAME, PHASES, Change, ends, smooth
 
 Severity = Literal["serious", "warning", "note"]
 

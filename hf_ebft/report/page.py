@@ -12,15 +12,15 @@ from html import escape
 from typing import Any
 
 from hf_ebft.config import EBFTSettings
-from hf_ebft.drawing import DASHES, css_variables, to_svg
 from hf_ebft.evaluation import FIGURES
-from hf_ebft.history import changes, figure, label_of, metric_of
-from hf_ebft.model_card import ARGUMENTS
-from hf_ebft.pictures import visible
 from hf_ebft.report.health import Finding, examine
 from hf_ebft.report.plots import charts_of, timing_chart
 from hf_ebft.report.runs import Run, Sample, Watched
 from hf_ebft.version import __version__
+from hf_ebft.watching.charts import DASHES, css_variables, to_svg
+from hf_ebft.watching.curves import changes, figure, label_of, metric_of
+from hf_ebft.watching.model_card import ARGUMENTS
+from hf_ebft.watching.tensorboard import visible
 
 # Of a prefix that is watched: its end, and how often it is shown.
 PREFIX_CHARACTERS = 160

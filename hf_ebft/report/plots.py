@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_ebft.drawing import (
+from hf_ebft.report.runs import Run
+from hf_ebft.watching.charts import (
     N_SERIES,
     Curve,
     Drawing,
@@ -18,8 +19,8 @@ from hf_ebft.drawing import (
     stacked_bars,
     to_png,
 )
-from hf_ebft.drawing import Text as DrawnText
-from hf_ebft.history import (
+from hf_ebft.watching.charts import Text as DrawnText
+from hf_ebft.watching.curves import (
     METRICS,
     PHASES,
     Metric,
@@ -28,7 +29,6 @@ from hf_ebft.history import (
     metric_of,
     smooth,
 )
-from hf_ebft.report.runs import Run
 
 # A curve is drawn with about so many points; more cannot be seen, and make pages heavy.
 MOST_POINTS = 400
@@ -80,7 +80,7 @@ def charts_of(runs: Sequence[Run], smoothing: float | None = None) -> list[Chart
 
     Args:
         runs: at most ``N_SERIES`` of them, to be told apart.
-        smoothing: weight of the past, see :func:`hf_ebft.history.smooth`.
+        smoothing: weight of the past, see :func:`hf_ebft.watching.curves.smooth`.
 
     Raises:
         ValueError: more runs than there are colours, or a weight out of range.

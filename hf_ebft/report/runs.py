@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ebft.evaluation.callbacks import WATCHED_FILE
-from hf_ebft.history import Series, series_of
-from hf_ebft.model_card import ARGUMENTS_NAME
+from hf_ebft.watching.curves import Series, series_of
+from hf_ebft.watching.model_card import ARGUMENTS_NAME
 
 T = TypeVar("T")
 

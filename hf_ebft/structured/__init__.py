@@ -13,7 +13,7 @@ from hf_ebft.structured.multi_turn import MultiTurnRollouts
 from hf_ebft.structured.reward import FeatureMatchingReward
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork
 from hf_ebft.structured.trainer import EBFTGRPOTrainer
-from hf_ebft.structured.vllm_rollouts import VLLMRollouts
+from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 
 __all__ = [
     "EBFTGRPOConfig",

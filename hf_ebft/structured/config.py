@@ -8,9 +8,8 @@ from typing import Any
 
 from trl import GRPOConfig  # type: ignore[attr-defined]  # re-exported lazily
 
-from hf_ebft.config import FeatureMatchingArguments
-from hf_ebft.features import EMBED_METHODS, EmbedMethod
-from hf_ebft.structured.vllm_settings import VLLMServerArguments
+from hf_ebft.config import EMBED_METHODS, EmbedMethod, FeatureMatchingArguments
+from hf_ebft.structured.vllm.settings import VLLMServerArguments
 
 
 @dataclass

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.structured.encoding import Example
-from hf_ebft.support import bare_model
 
 # Rows of logits that exist in float32 at once.
 CHUNK_SIZE = 1024

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from accelerate.utils import gather_object
 
 if TYPE_CHECKING:
-    from hf_ebft.structured.vllm_rollouts import VLLMRollouts
+    from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 
 Message = Mapping[str, Any]
 # Stands for a reply when a chat template is asked what surrounds one.
@@ -276,7 +276,7 @@ def generate_on_server(rollouts: VLLMRollouts) -> TurnGenerator:
         prompt_ids: list[list[int]], trainer: Any
     ) -> tuple[list[list[int]], list[list[float]]]:
         # Imported when there is a server: it brings its client along.
-        from hf_ebft.structured.vllm_rollouts import max_tokens_of
+        from hf_ebft.structured.vllm.rollouts import max_tokens_of
 
         completions = rollouts.sample(prompt_ids, max_tokens_of(trainer), trainer)
         ids = [list(completion.token_ids) for completion in completions]

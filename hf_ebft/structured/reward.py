@@ -18,15 +18,15 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_ebft.advantages import compute_advantages
 from hf_ebft.data.thinking import answer_start
-from hf_ebft.metrics import PREFIX, ZERO_ADVANTAGE
-from hf_ebft.rewards import Rewards, rewards_by
+from hf_ebft.objective.advantages import compute_advantages
+from hf_ebft.objective.rewards import Rewards, rewards_by
+from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.structured.config import StructuredSettings, refuse_groups_that_do_not_sum_to_zero
 from hf_ebft.structured.encoding import Example, ExampleEncoder, text_of
 from hf_ebft.structured.groups import fingerprints, gather_rows, group_size, own_rows
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
-from hf_ebft.support import bare_model
+from hf_ebft.training.metrics import PREFIX, ZERO_ADVANTAGE
 
 GROUND_TRUTH_COLUMNS = ("ground_truth", "completion", "answer")
 # TRL hands the other columns of the dataset to reward functions, but not this one.

@@ -15,16 +15,11 @@ import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
 
-from hf_ebft.feature_network import FrozenNetwork
-from hf_ebft.features import (
-    EmbedMethod,
-    FeatureNormalization,
-    normalize_layers,
-    pool,
-    token_positions,
-)
-from hf_ebft.sharding import is_sharded
-from hf_ebft.support import bare_model
+from hf_ebft.config import EmbedMethod, FeatureNormalization
+from hf_ebft.feature_network.network import FrozenNetwork
+from hf_ebft.objective.features import normalize_layers, pool, token_positions
+from hf_ebft.packed.fsdp import is_sharded
+from hf_ebft.packed.model_parts import bare_model
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer  # type: ignore[attr-defined]  # re-exported lazily
 
-from hf_ebft.feature_loading import build_placed_network
-from hf_ebft.metrics import MetricAccumulator, Ratio
+from hf_ebft.feature_network.loading import build_placed_network
 from hf_ebft.structured.config import EBFTGRPOConfig
 from hf_ebft.structured.cross_entropy import ground_truth_nll
 from hf_ebft.structured.encoding import Example
@@ -30,8 +29,9 @@ from hf_ebft.structured.reward import (
     restore_forward,
 )
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork
-from hf_ebft.structured.vllm_rollouts import VLLMRollouts
-from hf_ebft.structured.vllm_trainer import StalenessCorrection
+from hf_ebft.structured.vllm.rollouts import VLLMRollouts
+from hf_ebft.structured.vllm.trainer import StalenessCorrection
+from hf_ebft.training.metrics import MetricAccumulator, Ratio
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -2,7 +2,7 @@
 
 from hf_ebft.structured import EBFTGRPOTrainer
 from tests.distributed.runs import full_weights
-from tests.tiny_structured import Recorder, config, policy, rows, tokenizer
+from tests.support.tiny_structured import Recorder, config, policy, rows, tokenizer
 
 # 9 rows of 2 processes: the groups of 3 begin at other places on each.
 OUT_OF_STEP = {"per_device_train_batch_size": 9, "num_generations": 6}

@@ -11,7 +11,7 @@ import yaml
 
 from tests.distributed.launching import CONFIGS, HERE, PROCESSES
 from tests.distributed.structured_runs import cross_entropy_run
-from tests.tiny_structured import expected_advantages, policy, rows, tokenizer
+from tests.support.tiny_structured import expected_advantages, policy, rows, tokenizer
 
 WORKER = HERE / "structured_worker.py"
 

@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from hf_ebft.anchors import find_blocks
-from hf_ebft.deferred import TrainingPass
-from hf_ebft.documents import Documents
-from hf_ebft.layout import PackedLayout
-from hf_ebft.losses import policy_gradient_loss
-from hf_ebft.policy import PackedForward
-from hf_ebft.rollouts import Rollouts, make_generator, sample_rollouts
-from hf_ebft.whitening import whiten
+from hf_ebft.objective.losses import policy_gradient_loss
+from hf_ebft.objective.whitening import whiten
+from hf_ebft.packed.deferred import TrainingPass
+from hf_ebft.packed.forward import PackedForward
+from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
+from hf_ebft.rows.anchors import find_blocks
+from hf_ebft.rows.documents import Documents
+from hf_ebft.rows.layout import PackedLayout
 from tests.distributed.runs import VOCABULARY, make_trainer, tiny_llama
 
 pytestmark = [

@@ -1,0 +1,1 @@
+"""The frozen feature network phi: building, placing and reading it."""

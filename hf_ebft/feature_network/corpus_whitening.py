@@ -1,0 +1,137 @@
+"""Whitening by corpus: the second moment of frozen features over training text, measured once.
+
+It is measured on what rewards compare rollouts with: the features of the ground-truth windows of
+all blocks of a sample of training rows. Being a function of the frozen network, the rows and the
+seed, it needs no place in checkpoints: a resumed run measures the same again.
+
+Dimension letters: B rows, K blocks, D feature width, N features.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sized
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from hf_ebft.config import EBFTSettings
+from hf_ebft.feature_network.network import FeatureNetwork
+from hf_ebft.objective.whitening import CorpusWhitening
+from hf_ebft.packed.sampling import Rollouts, make_generator
+from hf_ebft.rows.anchors import blocks_by
+from hf_ebft.rows.documents import Documents
+from hf_ebft.rows.layout import PackedLayout
+
+logger = logging.getLogger(__name__)
+
+# Keeps the choice of rows apart from the rollouts of training and evaluation.
+STREAM = 3
+
+
+def choose_rows(dataset: Any, count: int, seed: int) -> list[Any]:
+    """Rows of a training dataset to measure on, the same on every process.
+
+    Args:
+        dataset: of training rows. One with a length is sampled without replacement; of a stream the
+            first rows are taken.
+        count: how many; all rows if there are fewer.
+        seed: of the choice.
+    """
+    if not isinstance(dataset, Sized):
+        return list(islice(dataset, count))
+    generator = make_generator(torch.device("cpu"), seed, STREAM)
+    chosen = torch.randperm(len(dataset), generator=generator)[:count].sort().values
+    source: Any = dataset
+    return [source[i] for i in chosen.tolist()]
+
+
+def measure_corpus_whitening(
+    feature_network: FeatureNetwork,
+    batches: Iterable[Documents],
+    settings: EBFTSettings,
+    *,
+    sum_over_processes: Callable[[Tensor], Tensor] = lambda total: total,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> CorpusWhitening:
+    """The second moment of the ground-truth features of batches, shrunk and decomposed.
+
+    Every process of a run must call this together, with equally many batches.
+
+    Args:
+        feature_network: phi.
+        batches: of training rows, those of this process.
+        settings: where blocks lie, and the shrinkage.
+        sum_over_processes: sums a tensor over processes.
+        autocast: context in which rewards run the feature network.
+
+    Returns:
+        The same `CorpusWhitening` on every process.
+
+    Raises:
+        ValueError: none of the documents has a block.
+    """
+    total: Tensor | None = None
+    count = torch.zeros(())
+    for documents in batches:
+        with torch.no_grad(), autocast():
+            features_ND = _ground_truth_features(feature_network, documents, settings)
+        # MPS has no float64.
+        wide = features_ND.cpu() if features_ND.device.type == "mps" else features_ND
+        moment = wide.double().T @ wide.double()
+        total = moment if total is None else total + moment
+        count = count + len(features_ND)
+    if total is None:
+        raise ValueError(
+            "whitening_space='corpus' found no batch of training rows to measure: with "
+            "dataloader_drop_last, corpus_whitening_documents must fill a batch on every process"
+        )
+    total = sum_over_processes(total)
+    n_features = int(sum_over_processes(count.to(total.device)))
+    if n_features == 0:
+        raise ValueError(
+            "whitening_space='corpus' found no block in the sampled training rows: a document "
+            f"needs context_length + generate_max_len = "
+            f"{settings.context_length + settings.generate_max_len} unmasked tokens. Raise "
+            "corpus_whitening_documents if most are shorter, or whiten by group with 'feature'"
+        )
+    whitening = CorpusWhitening.from_second_moment(
+        total / n_features, settings.corpus_whitening_shrinkage
+    )
+    if PartialState().is_main_process:
+        logger.info(
+            "Whitening by corpus: second moment of %d features in %d dimensions, of effective "
+            "rank %.1f; shrinkage %g.",
+            n_features,
+            len(total),
+            whitening.effective_rank,
+            whitening.shrinkage,
+        )
+    return whitening
+
+
+def from_main_process(whitening: CorpusWhitening) -> CorpusWhitening:
+    """The main process's whitening, on every process.
+
+    Each has decomposed the same matrix, but on another device perhaps, and to the bit matters:
+    rewards must not depend on which process a document went to.
+    """
+    matrix: Tensor = broadcast(whitening.matrix.contiguous())
+    return CorpusWhitening(matrix, whitening.shrinkage, whitening.effective_rank)
+
+
+def _ground_truth_features(
+    feature_network: FeatureNetwork, documents: Documents, settings: EBFTSettings
+) -> Tensor:
+    """(N, D) features of the windows of all blocks of a batch."""
+    blocks = blocks_by(settings, documents)
+    layout = PackedLayout(documents, blocks, n_samples=1, length=settings.generate_max_len)
+    # Nothing of the document sees rollouts, so any tokens will do.
+    tokens = torch.zeros(layout.rollout_shape, dtype=torch.long, device=blocks.exists.device)
+    rollouts = Rollouts(tokens=tokens, exists=blocks.exists, layout=layout)
+    return feature_network.embed(rollouts).ground_truth[blocks.exists]

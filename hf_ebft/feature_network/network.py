@@ -1,0 +1,334 @@
+"""phi, the frozen feature network, and its forward pass over packed rows.
+
+It needs no head and no layer above the highest one whose features are used, and keeps hidden states
+only where an embedding is read. What does not depend on the shape of the rows is `FrozenNetwork`,
+which structured mode builds on too.
+
+Dimension letters: B rows, R packed row, P places kept, m layers, H hidden width, T token positions
+that the pooling reads, F = m * H, D embedding width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from hf_ebft.config import EmbedMethod, FeatureNormalization
+from hf_ebft.feature_network.shared_base import adapters_off
+from hf_ebft.objective.features import normalize_layers, pool, token_positions
+from hf_ebft.packed.forward import PackedForward, inference_mode_of, states_in
+from hf_ebft.packed.fsdp import is_sharded
+from hf_ebft.packed.model_parts import backbone, decoder_layers
+from hf_ebft.packed.sampling import Rollouts
+from hf_ebft.packed.targets import TokenLogProbs
+from hf_ebft.rows.chunks import chunks_of
+from hf_ebft.rows.layout import PackedLayout, PackedPart
+
+
+class _TopLayerReached(Exception):
+    """Ends a forward pass after the highest layer whose hidden states are wanted."""
+
+
+@dataclass(frozen=True)
+class FeaturePass:
+    """What the feature network makes of a batch.
+
+    Attributes:
+        generated: (B, n, K, D) float32 embeddings of the rollouts.
+        ground_truth: (B, K, D) float32 embeddings of the windows; zero for blocks not there.
+        reference_log_probs: (B, n, K, G) float32 of the rollout tokens, or None.
+    """
+
+    generated: Tensor
+    ground_truth: Tensor
+    reference_log_probs: Tensor | None
+
+
+class FrozenNetwork:
+    """A frozen causal language model whose hidden states can be read at chosen places.
+
+    It is deliberately no ``nn.Module``: a trainer that holds one does not wrap, optimize or save
+    it.
+
+    Args:
+        model: the network. It is put into evaluation mode and frozen, in place, unless it is
+        shared.
+        feature_layers: fractions of depth; layer index ``int(fraction * L)`` into transformers'
+            ``hidden_states`` (0 is the embedding output, L the last one, after the final norm).
+        normalization: see :func:`hf_ebft.objective.features.normalize_layers`.
+        shared: ``model`` is the policy, a PEFT model whose base serves as the network: it is left
+            as it is, and read with its adapters switched off.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        feature_layers: Sequence[float],
+        normalization: FeatureNormalization,
+        shared: bool = False,
+    ) -> None:
+        self.model = model if shared else model.eval().requires_grad_(False)
+        self.backbone = backbone(model)
+        self.layers = decoder_layers(model)
+        self.layer_indices = [int(fraction * len(self.layers)) for fraction in feature_layers]
+        self.normalization = normalization
+        self.shared = shared
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """No gradient; a shared policy as it was before training, then as it is again."""
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if self.shared:
+                stack.enter_context(inference_mode_of(self.model))
+                stack.enter_context(adapters_off(self.model))
+            yield
+
+    def _read_layers(
+        self, run: Callable[[], Any], places: Tensor, *, to_the_end: bool
+    ) -> list[Tensor]:
+        """Hidden states (B, P, H) of every feature layer at ``places`` (B, P) of a forward pass.
+
+        Args:
+            run: makes the pass over B rows.
+            places: (B, P) int64.
+            to_the_end: whether the pass must not stop after the highest feature layer.
+        """
+        rows = torch.arange(places.shape[0], device=places.device)[:, None]
+        kept: dict[int, Tensor] = {}
+        stop_early = not to_the_end and len(self.layers) not in self.layer_indices
+        with (
+            self._capture(kept, rows, places, stop_early=stop_early),
+            contextlib.suppress(_TopLayerReached),
+        ):
+            run()
+        return [kept[index] for index in self.layer_indices]
+
+    @contextlib.contextmanager
+    def _capture(
+        self, kept: dict[int, Tensor], rows: Tensor, places: Tensor, *, stop_early: bool
+    ) -> Iterator[None]:
+        """Hooks that keep the wanted hidden states at ``places`` and end the pass after the last
+        one.
+
+        Hooks on the layers see the same values as transformers' ``hidden_states``; the last entry
+        of those is taken after the final norm, hence from the backbone's output.
+        """
+        n_layers, top = len(self.layers), max(self.layer_indices)
+
+        def keep(index: int, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            if index in self.layer_indices:
+                kept[index] = state[rows, places]
+            if stop_early and index == top:
+                raise _TopLayerReached
+
+        def embedding_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            keep(0, args[0] if args else kwargs["hidden_states"])
+
+        def layer_hook(index: int) -> Any:
+            return lambda _module, _args, output: keep(index, output)
+
+        def last_hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            keep(n_layers, output.last_hidden_state)
+
+        hooks = [self.layers[0].register_forward_pre_hook(embedding_hook, with_kwargs=True)]
+        hooks += [
+            layer.register_forward_hook(layer_hook(index))
+            for index, layer in enumerate(self.layers, start=1)
+            if index < n_layers
+        ]
+        hooks.append(self.backbone.register_forward_hook(last_hook))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class FeatureNetwork(FrozenNetwork):
+    """A `FrozenNetwork` that embeds rollouts and ground truth of packed rows.
+
+    Args:
+        model, feature_layers, normalization, shared: see `FrozenNetwork`.
+        embed_method: pooling over the tokens of a block.
+        packed_attention: attention implementation for the packed row.
+        chunk_size: rollout tokens whose activations exist at once, see
+            :func:`hf_ebft.rows.chunks.chunks_of`.
+
+    Raises:
+        ValueError: the network cannot be exact on packed rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        feature_layers: Sequence[float],
+        embed_method: EmbedMethod,
+        normalization: FeatureNormalization,
+        packed_attention: str = "auto",
+        chunk_size: int | None = None,
+        shared: bool = False,
+    ) -> None:
+        self.forward = PackedForward.of(model, packed_attention)
+        super().__init__(
+            model, feature_layers=feature_layers, normalization=normalization, shared=shared
+        )
+        self.embed_method = embed_method
+        self.chunk_size = chunk_size
+
+    @classmethod
+    def from_policy(cls, policy: nn.Module, **settings: Any) -> FeatureNetwork:
+        """A frozen copy of the policy as it is now (adapters of a PEFT model included)."""
+        return cls(copy.deepcopy(policy), **settings)
+
+    def embed(
+        self, rollouts: Rollouts, score: Callable[..., TokenLogProbs] | None = None
+    ) -> FeaturePass:
+        """Embed rollouts and their ground-truth windows.
+
+        Token ids and layout travel to the network's device, embeddings come back.
+
+        Args:
+            rollouts: the batch and its sampled tokens.
+            score: `packed_log_probs` with its settings, where the network's log-probabilities of
+                the rollouts are wanted too (for a KL penalty).
+
+        Raises:
+            ValueError: a document or the packed row is too long for the network.
+        """
+        self.forward.limits.check(rollouts.layout)
+        away, home = self.device, rollouts.layout.documents.input_ids.device
+        exists = rollouts.exists
+        there = Rollouts(rollouts.tokens.to(away), exists.to(away), rollouts.layout.to(away))
+        chunks = self._chunks(there.layout)
+        with self._reading():
+            if len(chunks) == 1:
+                found = self._in_one_pass(there, score)
+            else:
+                found = self._in_chunks(there, chunks, score)
+        reference = found.reference_log_probs
+        return FeaturePass(
+            generated=found.generated.to(home) * exists[:, None, :, None],
+            ground_truth=found.ground_truth.to(home) * exists[:, :, None],
+            reference_log_probs=None if reference is None else reference.to(home),
+        )
+
+    def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
+        """Of the blocks; one for all of them where the network cannot go on from a cache."""
+        # FSDP2 would gather all parameters for every chunk.
+        if is_sharded(self.model) or not self.forward.goes_on_from_cache:
+            return (slice(0, layout.rollout_shape[2]),)
+        return chunks_of(layout, self.chunk_size, tokens_fed=layout.length)
+
+    def _in_one_pass(
+        self, rollouts: Rollouts, score: Callable[..., TokenLogProbs] | None
+    ) -> FeaturePass:
+        """All of the packed row at once."""
+        layout = rollouts.layout
+        of_rollouts, windows = self._rollout_places(layout), self._window_places(layout)
+        # Sample by sample, then the windows: (B, (n + 1) * K, T).
+        places = torch.cat([of_rollouts.flatten(1, 2), windows], dim=1)
+        embedded, reference = self._pass(rollouts, layout.row_part, places, score)
+        n_generated = embedded.shape[1] - windows.shape[1]
+        return FeaturePass(
+            generated=embedded[:, :n_generated].unflatten(1, of_rollouts.shape[1:3]),
+            ground_truth=embedded[:, n_generated:],
+            reference_log_probs=reference,
+        )
+
+    def _in_chunks(
+        self,
+        rollouts: Rollouts,
+        chunks: Sequence[slice],
+        score: Callable[..., TokenLogProbs] | None,
+    ) -> FeaturePass:
+        """The documents, then the rollouts of some blocks at a time against a cache of them."""
+        layout, cache = rollouts.layout, self.forward.new_cache()
+        ground_truth, first = self._pass(
+            rollouts, layout.document_part, self._window_places(layout), score, cache
+        )
+        states = states_in(cache)
+        generated, later = [], []
+        for chunk in chunks:
+            some = rollouts.of_blocks(chunk)
+            part, places = some.layout.rollouts_part, self._rollout_places(some.layout)
+            cache = self.forward.new_cache(states)
+            embedded, reference = self._pass(some, part, places, score, cache)
+            generated.append(embedded)
+            if reference is not None:
+                later.append(reference)
+        of_rollouts = None if first is None else torch.cat([first, torch.cat(later, 2)], dim=-1)
+        return FeaturePass(torch.cat(generated, dim=2), ground_truth, of_rollouts)
+
+    def _rollout_places(self, layout: PackedLayout) -> Tensor:
+        """(B, n, K, T) places in the row that the pooling reads of every rollout."""
+        slots = layout.coordinates.slot[:, layout.document_width :]
+        return layout.from_row(slots)[..., self._token_positions(layout)]
+
+    def _window_places(self, layout: PackedLayout) -> Tensor:
+        """(B, K, T) places in the row that the pooling reads of every ground-truth window."""
+        return layout.window[..., self._token_positions(layout)]
+
+    def _token_positions(self, layout: PackedLayout) -> list[int]:
+        return token_positions(self.embed_method, layout.length)
+
+    def _pass(
+        self,
+        rollouts: Rollouts,
+        part: PackedPart,
+        places: Tensor,
+        score: Callable[..., TokenLogProbs] | None,
+        cache: DynamicCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One forward pass over a part of the packed row.
+
+        Args:
+            rollouts: the batch and its sampled tokens.
+            part: which part.
+            places: (B, ..., T) places in the row whose hidden states are pooled.
+            score: see :meth:`embed`.
+            cache: keys and values of earlier tokens, extended in place.
+
+        Returns:
+            (B, ..., D) float32, and the log-probabilities of the rollout tokens that the part
+            predicts, if ``score`` asks for them.
+        """
+        index = part.index_of[places]
+        # FSDP2 counts on every pass to go through its root and to the end.
+        whole = score is not None or is_sharded(self.model)
+        reference: Tensor | None = None
+
+        def run() -> None:
+            nonlocal reference
+            if score is not None:
+                scored = score(self.model, self.forward, rollouts, part=part, cache=cache)
+                reference = scored.rollout
+            elif whole:
+                first = index.flatten()[:1]
+                self.forward.logits(self.model, rollouts.input_ids(part), part, first)
+            else:
+                self.backbone(
+                    input_ids=rollouts.input_ids(part),
+                    position_ids=part.queries.position,
+                    attention_mask=self.forward.recipe.masks_of(part),
+                    use_cache=cache is not None,
+                    past_key_values=cache,
+                )
+
+        hidden = self._read_layers(run, index.flatten(1), to_the_end=whole)
+        features = normalize_layers(hidden, self.normalization).unflatten(1, index.shape[1:])
+        return pool(features, self.embed_method), reference

@@ -1,0 +1,68 @@
+"""Whether a PEFT policy's own base weights can serve as its feature network.
+
+They can exactly as long as the policy with its adapters switched off is, and stays, the policy that
+training started from.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from hf_ebft.packed.forward import inference_mode_of
+from hf_ebft.packed.model_parts import vocabulary_size
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# A probe of this many tokens; adapters that start at zero change nothing but rounding.
+PROBE_LENGTH = 8
+RELATIVE_TOLERANCE = 1e-3
+
+
+def why_not_shareable(policy: nn.Module) -> str | None:
+    """The reason why the base under the adapters is not the policy as it starts, or None.
+
+    Args:
+        policy: the unwrapped policy, PEFT or not.
+    """
+    from peft import PeftModel
+
+    if not isinstance(policy, PeftModel):
+        return "the policy has no adapters, so all its weights change"
+    config = policy.active_peft_config
+    if getattr(config, "modules_to_save", None):
+        return f"modules_to_save={config.modules_to_save} trains copies of base modules"
+    prefix = str(policy.base_model.prefix)  # part of every adapter parameter's name
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad and prefix not in name:
+            return f"the base weight {name} is trainable"
+    if any(getattr(module, "merged", False) for module in policy.modules()):
+        return "an adapter is merged into the base"
+    if any(parameter.is_meta for parameter in policy.parameters()):
+        # No forward pass is possible on the meta device; go by the configuration.
+        initial = getattr(config, "init_lora_weights", True)
+        return None if initial in (True, "gaussian") else f"init_lora_weights={initial!r}"
+    if not _adapters_do_nothing(policy):
+        return "the adapters do not start at zero, so the base alone is not the initial policy"
+    return None
+
+
+def adapters_off(policy: nn.Module) -> AbstractContextManager[None]:
+    """A PEFT policy as its base alone, within the context."""
+    return cast("PeftModel", policy).disable_adapter()
+
+
+def _adapters_do_nothing(policy: nn.Module) -> bool:
+    device = next(policy.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary_size(policy), (1, PROBE_LENGTH), generator=generator).to(device)
+    with inference_mode_of(policy):
+        with_adapters = policy(input_ids=ids, use_cache=False).logits.float()
+        with adapters_off(policy):
+            without = policy(input_ids=ids, use_cache=False).logits.float()
+    scale = without.abs().amax().clamp(min=1e-6)
+    return bool((with_adapters - without).abs().amax() <= RELATIVE_TOLERANCE * scale)

@@ -1,0 +1,6 @@
+"""The paper's equations, tensors in and tensors out: features, whitening, rewards, losses."""
+
+from hf_ebft.objective.advantages import compute_advantages
+from hf_ebft.objective.rewards import Rewards, feature_matching_rewards
+
+__all__ = ["Rewards", "compute_advantages", "feature_matching_rewards"]

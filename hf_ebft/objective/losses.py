@@ -1,0 +1,89 @@
+"""From log-probabilities to the objective: policy gradient, cross-entropy, KL.
+
+Batch loss = mean over documents of ``rl_coef * L_rl + ce_coef * L_ce + kl_coef * L_kl``, each a
+mean over the document's own tokens, so that a document weighs the same however many blocks it has.
+
+Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_ebft.rows.documents import Documents, predicted_targets
+from hf_ebft.rows.layout import PackedLayout
+
+
+def per_rollout_token_mean(values: Tensor, layout: PackedLayout) -> Tensor:
+    """Mean over each document's rollout tokens, then over the batch's documents.
+
+    Args:
+        values: (B, n, K, G).
+
+    Returns:
+        A scalar; documents without blocks count as zero.
+    """
+    blocks = layout.blocks
+    per_block = torch.where(blocks.exists, values.mean(dim=(1, 3)), 0.0)
+    return (per_block / blocks.per_document().clamp(min=1)).sum() / layout.documents.count
+
+
+def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, layout: PackedLayout) -> Tensor:
+    """REINFORCE: ``-mean(advantage * log p(token))`` per document, averaged over documents.
+
+    Its gradient is the policy gradient of the expected reward; its value means nothing.
+
+    Args:
+        log_probs: (B, n, K, G), with gradient.
+        advantages: (B, n, K), constants.
+    """
+    return per_rollout_token_mean(-advantages.detach()[..., None] * log_probs, layout)
+
+
+def cross_entropy(document_log_probs: Tensor, documents: Documents) -> Tensor:
+    """Mean of ``-log p`` over each document's targets, then over the batch's documents.
+
+    Args:
+        document_log_probs: (B, S), zero where a token is no target.
+    """
+    slot = documents.document.clamp(min=0)
+    targets = predicted_targets(documents)
+    empty = torch.zeros_like(document_log_probs)
+    per_document = empty.scatter_add(1, slot, torch.where(targets, -document_log_probs, 0.0))
+    counts = empty.scatter_add(1, slot, targets.to(empty.dtype))
+    return (per_document / counts.clamp(min=1)).sum() / documents.count
+
+
+def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: str) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from tokens that the policy sampled.
+
+    With r = log p_ref - log p: k1 = -r, k2 = r^2 / 2, k3 = exp(r) - 1 - r (J. Schulman,
+    "Approximating KL divergence", 2020). The value is the estimator's. The gradient of k1's value
+    has mean zero, so k1 carries the score-function gradient ``-r * grad log p`` instead, which is
+    unbiased for the KL of the token's distribution (as is that of k2; that of k3 is not).
+
+    Args:
+        log_probs: (B, n, K, G), with gradient.
+        reference_log_probs: (B, n, K, G).
+    """
+    log_ratio = reference_log_probs - log_probs
+    if estimator == "k1":
+        value = -log_ratio.detach()
+        return value + value * (log_probs - log_probs.detach())
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    if estimator == "k3":
+        return log_ratio.exp() - 1 - log_ratio
+    raise ValueError(f"kl_estimator={estimator!r} is unknown; choose one of k1, k2, k3.")
+
+
+def refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:
+    """Raise a FloatingPointError that names the parts of a loss that is NaN or infinite."""
+    if bool(torch.isfinite(loss)):
+        return
+    listed = ", ".join(f"{name}={part.item()}" for name, part in parts.items() if part is not None)
+    raise FloatingPointError(
+        f"The loss is {loss.item()} ({listed}). The last checkpoint is intact; lower "
+        "learning_rate, raise warmup_steps or set max_grad_norm, and with fp16 train in bf16."
+    )

@@ -1,0 +1,214 @@
+"""Feature-matching rewards of rollouts and the conditional feature-matching (CFM) loss.
+
+Dimension letters: B documents, n rollouts per block, K blocks, D feature width.
+A group is the n rollouts of one block (b, k) together with its ground truth.
+
+All reductions are elementwise products and sums in float32, never matrix products: those an
+enclosing autocast region would run in half precision, and TF32 would cut to 10 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_ebft.config import DEFAULT_TOLERANCE, WHITENING_SPACES, WhiteningSpace
+from hf_ebft.objective.whitening import CorpusWhitening, whiten
+
+if TYPE_CHECKING:
+    from hf_ebft.config import FeatureMatchingArguments
+
+# Features and whitened features have norms of order 1. A vector as short as this is zero but for
+# rounding: its direction means nothing.
+_ZERO_NORM = 1e-8
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of rollouts, with what the advantages need to know about how they were made."""
+
+    reward: Tensor  # (B, n, K), alignment_coef * alignment - diversity_coef * diversity
+    alignment: Tensor  # (B, n, K), 2 * cosine with the ground truth: in [-2, 2]
+    diversity: Tensor  # (B, n, K), 2 * mean dot product with the group's other rollouts
+    cfm_loss: Tensor  # (B, K)
+    alignment_coef: float
+    diversity_coef: float
+
+
+def feature_matching_rewards(
+    generated: Tensor,
+    ground_truth: Tensor,
+    *,
+    alignment_coef: float = 1.0,
+    diversity_coef: float = 1.0,
+    use_whitening: bool = True,
+    whitening_space: WhiteningSpace = "feature",
+    whitening_tolerance: float = DEFAULT_TOLERANCE,
+    corpus_whitening: CorpusWhitening | None = None,
+) -> Rewards:
+    """Reward rollouts for features like the ground truth's and unlike each other's.
+
+    With x_j the feature of rollout j of a group and y that of its ground truth, whitened if
+    `use_whitening` (paper eq. 7 and 49):
+
+        alignment_j = 2 cos(x_j, y)
+        diversity_j = 2 / (n - 1) * sum over j' != j of x_j . x_j'      (0 for n = 1)
+        reward_j    = alignment_coef * alignment_j - diversity_coef * diversity_j
+
+    Without whitening, with unit features and both coefficients 1, the mean over j of
+    reward_j * grad log p(rollout j) is an unbiased estimate of minus the gradient of the CFM loss.
+    With whitening by group, n different rollouts in at least n dimensions have diversity 0: the
+    term then penalises duplicates only. Whitening by corpus is a fixed map of features instead, to
+    which the sentence about the gradient applies again, with the CFM loss of the mapped features.
+
+    The CFM loss ||E[x] - y||^2 (paper eq. 2) is taken from the features as they come in, not from
+    the whitened ones, so that it can be compared across steps and runs. Its estimate is the mean
+    over pairs j != j' of (x_j - y) . (x_j' - y): unbiased, hence sometimes negative. With n = 1
+    there are no pairs; ||x - y||^2 is returned, which is too large by the variance of x.
+
+    Args:
+        generated: (B, n, K, D) normalised features of the rollouts, any floating dtype.
+        ground_truth: (B, K, D) normalised features of the ground-truth windows.
+        alignment_coef: weight of the alignment term.
+        diversity_coef: weight of the diversity term.
+        use_whitening: whiten features first (`hf_ebft.objective.whitening`).
+        whitening_space: "feature" or "sample": each group by its own rollouts; "corpus": all by
+            `corpus_whitening`.
+        whitening_tolerance: by group, singular values below this times the largest count as zero.
+        corpus_whitening: for `whitening_space="corpus"`.
+
+    Returns:
+        `Rewards` in float32 (float64 if an input is float64).
+
+    Raises:
+        ValueError: shapes that do not fit, n or D of 0, features that are not floating point, an
+            unknown `whitening_space`, or "corpus" without `corpus_whitening`.
+    """
+    _check_features(generated, ground_truth)
+    if whitening_space not in WHITENING_SPACES:
+        raise ValueError(
+            f"whitening_space={whitening_space!r} is unknown: "
+            f"use one of {', '.join(map(repr, WHITENING_SPACES))}"
+        )
+    dtype = torch.promote_types(
+        torch.promote_types(generated.dtype, ground_truth.dtype), torch.float32
+    )
+    # A group's rollouts side by side: (B, K, n, D).
+    x_BKnD = generated.to(dtype).transpose(1, 2)
+    y_BKD = ground_truth.to(dtype)
+    cfm_loss_BK = _cfm_loss(x_BKnD, y_BKD)
+
+    y_BKnD = y_BKD.unsqueeze(2)  # one for all n rollouts
+    if use_whitening:
+        if whitening_space == "corpus":
+            if corpus_whitening is None:
+                raise ValueError(
+                    "whitening_space='corpus' needs corpus_whitening, made from features of "
+                    "training text once (hf_ebft.feature_network.corpus_whitening): pass it, or "
+                    "whiten by group with 'feature'"
+                )
+            x_BKnD, y_BKnD = corpus_whitening.apply(x_BKnD), corpus_whitening.apply(y_BKnD)
+        else:
+            x_BKnD, whitened_y = whiten(
+                x_BKnD, y_BKD, space=whitening_space, tolerance=whitening_tolerance
+            )
+            y_BKnD = whitened_y if whitening_space == "sample" else whitened_y.unsqueeze(2)
+
+    alignment_BnK = 2 * _cosine(x_BKnD, y_BKnD).transpose(1, 2)
+    diversity_BnK = _diversity(x_BKnD).transpose(1, 2)
+    return Rewards(
+        reward=alignment_coef * alignment_BnK - diversity_coef * diversity_BnK,
+        alignment=alignment_BnK,
+        diversity=diversity_BnK,
+        cfm_loss=cfm_loss_BK,
+        alignment_coef=alignment_coef,
+        diversity_coef=diversity_coef,
+    )
+
+
+def _cosine(x_BKnD: Tensor, y_BKnD: Tensor) -> Tensor:
+    """Cosines along D, (B, K, n); 0 where either vector is (all but) zero."""
+    x_norm_BKn = torch.linalg.vector_norm(x_BKnD, dim=-1).clamp(min=_ZERO_NORM)
+    y_norm_BKn = torch.linalg.vector_norm(y_BKnD, dim=-1).clamp(min=_ZERO_NORM)
+    return _dot(x_BKnD, y_BKnD) / (x_norm_BKn * y_norm_BKn)
+
+
+def _diversity(x_BKnD: Tensor) -> Tensor:
+    """Twice the mean dot product of each rollout with the others of its group, (B, K, n)."""
+    n_rollouts = x_BKnD.shape[2]
+    if n_rollouts == 1:
+        return torch.zeros_like(x_BKnD[..., 0])
+    with_all_BKn = _dot(x_BKnD, x_BKnD.sum(dim=2, keepdim=True))
+    with_itself_BKn = torch.linalg.vector_norm(x_BKnD, dim=-1).square()
+    return 2 / (n_rollouts - 1) * (with_all_BKn - with_itself_BKn)
+
+
+def _cfm_loss(x_BKnD: Tensor, y_BKD: Tensor) -> Tensor:
+    """The pair estimate of ||E[x] - y||^2, (B, K).
+
+    Written in the differences to y, it is exactly 0 where every rollout hits the ground truth.
+    """
+    n_rollouts = x_BKnD.shape[2]
+    difference_BKnD = x_BKnD - y_BKD.unsqueeze(2)
+    squares_BK = torch.linalg.vector_norm(difference_BKnD, dim=(2, 3)).square()
+    if n_rollouts == 1:
+        return squares_BK
+    sum_BKD = difference_BKnD.sum(dim=2)
+    square_of_sum_BK = torch.linalg.vector_norm(sum_BKD, dim=-1).square()
+    return (square_of_sum_BK - squares_BK) / (n_rollouts * (n_rollouts - 1))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=-1)
+
+
+def _check_features(generated: Tensor, ground_truth: Tensor) -> None:
+    shapes = f"got {tuple(generated.shape)} and {tuple(ground_truth.shape)}"
+    if generated.dim() != 4 or ground_truth.dim() != 3:
+        raise ValueError(
+            f"generated must be (B, n, K, D) and ground_truth (B, K, D), {shapes}: "
+            "a single block is (1, n, 1, D) and (1, 1, D)"
+        )
+    n_documents, n_rollouts, n_blocks, width = generated.shape
+    if tuple(ground_truth.shape) != (n_documents, n_blocks, width):
+        raise ValueError(
+            "generated (B, n, K, D) and ground_truth (B, K, D) must agree in B, K and D, "
+            f"{shapes}; every rollout of a block shares one ground truth, so don't repeat it"
+        )
+    if n_rollouts == 0 or width == 0:
+        raise ValueError(f"a group needs at least one rollout and one feature dimension, {shapes}")
+    if not (generated.is_floating_point() and ground_truth.is_floating_point()):
+        raise ValueError(
+            f"features must be floating point, got {generated.dtype} and {ground_truth.dtype}: "
+            "pass the features of the tokens, not the tokens"
+        )
+
+
+def rewards_by(
+    settings: FeatureMatchingArguments,
+    generated: Tensor,
+    ground_truth: Tensor,
+    *,
+    use_whitening: bool | None = None,
+    corpus_whitening: CorpusWhitening | None = None,
+) -> Rewards:
+    """:func:`feature_matching_rewards` with a run's settings.
+
+    Args:
+        settings: coefficients and whitening.
+        generated, ground_truth, corpus_whitening: see there.
+        use_whitening: in place of the settings'.
+    """
+    return feature_matching_rewards(
+        generated,
+        ground_truth,
+        alignment_coef=settings.alignment_coef,
+        diversity_coef=settings.diversity_coef,
+        use_whitening=settings.use_whitening if use_whitening is None else use_whitening,
+        whitening_space=settings.whitening_space,
+        whitening_tolerance=settings.whitening_tolerance,
+        corpus_whitening=corpus_whitening,
+    )

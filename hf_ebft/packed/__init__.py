@@ -1,0 +1,1 @@
+"""How a transformers model runs a packed row: masks, attention, sampling, log-probabilities."""

@@ -1,0 +1,211 @@
+"""Log-probabilities whose forward pass waits for the backward pass, some rollouts at a time.
+
+The activations of the rollouts' tokens are most of the memory of a training step. But what the
+tokens' log-probabilities are is known from sampling them; a forward pass over them serves the
+gradient alone. So only the documents go through the model at first, with gradient: while sampling,
+if that pass can be kept, so that they are computed once for both. When the backward pass comes, the
+rollouts follow, chunk by chunk: forward against the documents' keys and values, and at once
+backward again, adding up the gradients of weights, keys and values. Then the backward pass goes on
+through the documents. Nothing is computed that a pass over the whole row would not compute, and the
+activations of one chunk exist at a time.
+
+Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from hf_ebft.packed.forward import PackedForward, is_random_in_training, states_in
+from hf_ebft.packed.fsdp import is_sharded
+from hf_ebft.packed.log_probs import packed_log_probs
+from hf_ebft.packed.model_parts import checkpoints_activations
+from hf_ebft.packed.sampling import DocumentPass, Rollouts
+from hf_ebft.packed.targets import Targets, TokenLogProbs
+from hf_ebft.rows.chunks import chunks_of
+from hf_ebft.rows.layout import PackedLayout
+
+
+@dataclass(frozen=True)
+class TrainingPass:
+    """How a policy's rollouts, and documents, are scored with gradient.
+
+    Attributes:
+        forward: how the policy runs packed rows.
+        temperature, with_document, chunk_size: see `Targets`.
+        training_chunk_size: rollout tokens whose activations exist at once, see
+            :func:`hf_ebft.rows.chunks.chunks_of`.
+    """
+
+    forward: PackedForward
+    temperature: float
+    with_document: bool
+    chunk_size: int
+    training_chunk_size: int | None
+
+    def document_targets(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
+        """What the documents alone predict, if training on a batch is to go chunk by chunk.
+
+        None where one chunk is enough, or the model cannot be called in parts (see
+        :func:`can_defer`).
+        """
+        if len(self._chunks(layout)) == 1 or not can_defer(model, self.forward):
+            return None
+        return Targets(layout.document_part, self.temperature, self.with_document, self.chunk_size)
+
+    def targets_in_sampling(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
+        """The same, if the pass over the documents that sampling makes can serve the gradient, too.
+
+        Not where training mode differs from evaluation mode, in which tokens are sampled, nor under
+        DDP, which hands the model buffers anew before every pass.
+        """
+        targets = self.document_targets(model, layout)
+        kept = not isinstance(model, DistributedDataParallel)
+        return targets if targets and kept and not is_random_in_training(model) else None
+
+    def log_probs(self, model: nn.Module, rollouts: Rollouts) -> TokenLogProbs:
+        """`packed_log_probs` with gradient, in as many chunks as keep memory in bounds.
+
+        Where there are no :meth:`document_targets`, in one pass over the whole row. Tokens that the
+        policy has not sampled itself, as it is now, cost one more forward pass.
+
+        Args:
+            model: the wrapped policy.
+            rollouts: the batch and its sampled tokens.
+        """
+        targets = self.document_targets(model, rollouts.layout)
+        if targets is None:
+            return self._packed(model, rollouts)
+        sampling = rollouts.sampling_by(model, self.temperature)
+        kept = [] if sampling is None else sampling.document_passes
+        documents = kept.pop() if kept else None
+        if documents is None or (self.with_document and documents.log_probs.document is None):
+            cache = self.forward.new_cache()
+            log_probs = self._packed(model, rollouts, part=targets.part, cache=cache)
+            documents = DocumentPass(log_probs, states_in(cache))
+        passes = _RolloutPasses(
+            rollouts, self._chunks(rollouts.layout), partial(self._of_rollouts, _inside(model))
+        )
+        states = documents.states
+        later = passes.values(states) if sampling is None else sampling.log_probs[..., 1:]
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        later = _Deferred.apply(later, passes, len(states), *states, *weights)
+        first = documents.log_probs.rollout
+        return TokenLogProbs(torch.cat([first, later], dim=-1), documents.log_probs.document)
+
+    def _of_rollouts(
+        self, model: nn.Module, rollouts: Rollouts, states: Sequence[Tensor]
+    ) -> Tensor:
+        """(B, n, K, G - 1) of the tokens after the first, against the documents' states."""
+        part, cache = rollouts.layout.predicting_rollouts_part, self.forward.new_cache(states)
+        return self._packed(model, rollouts, part=part, cache=cache).rollout
+
+    def _packed(self, model: nn.Module, rollouts: Rollouts, **part: Any) -> TokenLogProbs:
+        return packed_log_probs(
+            model,
+            self.forward,
+            rollouts,
+            temperature=self.temperature,
+            with_document=self.with_document,
+            chunk_size=self.chunk_size,
+            **part,
+        )
+
+    def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
+        # The last token of a rollout predicts nothing.
+        fed = layout.length - 1
+        return chunks_of(layout, self.training_chunk_size, tokens_fed=fed)
+
+
+def can_defer(model: nn.Module, forward: PackedForward) -> bool:
+    """Whether a model may make forward passes during the backward pass, against a cache.
+
+    Not where FSDP2 gathers parameters around each pass or another wrapper than DDP stands between,
+    with gradient checkpointing (which drops caches), or where the forward cannot go on from one.
+    """
+    inner = _inside(model)
+    return (
+        torch.is_grad_enabled()
+        and not is_sharded(model)
+        and (isinstance(inner, PreTrainedModel) or hasattr(type(inner), "get_base_model"))
+        and not (model.training and checkpoints_activations(inner))
+        and forward.goes_on_from_cache
+    )
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model that DDP wraps; DDP itself must not be called while it adds up gradients."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@dataclass(frozen=True)
+class _RolloutPasses:
+    """Forward passes over some of the rollouts at a time.
+
+    Attributes:
+        rollouts: the batch and its sampled tokens.
+        chunks: of the blocks.
+        score: log-probabilities (B, n, k, G - 1) of rollouts, given keys and values of every layer,
+            (B, H, S, E) each.
+    """
+
+    rollouts: Rollouts
+    chunks: tuple[slice, ...]
+    score: Callable[[Rollouts, Sequence[Tensor]], Tensor]
+
+    def log_probs(self, chunk: slice, states: Sequence[Tensor]) -> Tensor:
+        """(B, n, k, G - 1) of the tokens after the first, of the k blocks of a chunk."""
+        return self.score(self.rollouts.of_blocks(chunk), states)
+
+    def values(self, states: Sequence[Tensor]) -> Tensor:
+        """(B, n, K, G - 1), without gradient."""
+        with torch.no_grad():
+            return torch.cat([self.log_probs(chunk, states) for chunk in self.chunks], dim=2)
+
+
+class _Deferred(torch.autograd.Function):
+    """Known log-probabilities as a function of the states and weights that they came from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, known: Tensor, passes: _RolloutPasses, n_states: int, *tensors: Tensor
+    ) -> Tensor:
+        ctx.passes, ctx.n_states = passes, n_states
+        ctx.save_for_backward(*tensors)
+        return known.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        d_log_probs, passes = gradients[0], ctx.passes
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[-len(ctx.saved_tensors) :]
+        states = [
+            state.detach().requires_grad_(wants)
+            for state, wants in zip(saved[: ctx.n_states], wanted, strict=False)
+        ]
+        tensors = [*states, *saved[ctx.n_states :]]
+        inputs = [tensor for tensor, wants in zip(tensors, wanted, strict=True) if wants]
+        totals: list[Tensor | None] = [None] * len(inputs)
+        for chunk in passes.chunks:
+            with torch.enable_grad():
+                log_probs = passes.log_probs(chunk, states)
+            found = torch.autograd.grad(
+                log_probs, inputs, d_log_probs[:, :, chunk], allow_unused=True
+            )
+            totals = [_sum(total, new) for total, new in zip(totals, found, strict=True)]
+        of_inputs = iter(totals)
+        return None, None, None, *(next(of_inputs) if wants else None for wants in wanted)
+
+
+def _sum(total: Tensor | None, new: Tensor | None) -> Tensor | None:
+    # Not in place: autograd may hand out one tensor as the gradient of two inputs.
+    return new if total is None else total if new is None else total + new

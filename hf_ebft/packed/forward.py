@@ -1,0 +1,208 @@
+"""Forward passes of the policy over packed rows, always through the wrapped model.
+
+Going through the model that the trainer was handed, and never through a backbone inside it, is what
+lets DDP, FSDP2, PEFT and autocast see the computation.
+
+Dimension letters: B rows, Q tokens fed, P positions whose logits are kept, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_ebft.packed.heads import Head, ToLogits, head_of
+from hf_ebft.packed.masks import MaskRecipe
+from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.packed.supported import RowLimits, check_supported, set_packed_attention
+from hf_ebft.rows.layout import PackedPart
+
+
+@dataclass(frozen=True)
+class PackedForward:
+    """How one model runs packed rows; built once from the bare model, used with the wrapped one."""
+
+    recipe: MaskRecipe
+    limits: RowLimits
+    config: Any
+    takes_logits_to_keep: bool
+    head: Head | None
+
+    @classmethod
+    def of(cls, model: nn.Module, packed_attention: str = "auto") -> PackedForward:
+        """Check the model, set its attention and read its recipe.
+
+        Raises:
+            ValueError: the model cannot be exact on packed rows (see
+                :mod:`hf_ebft.packed.supported`).
+        """
+        limits = check_supported(model)
+        base = bare_model(model)
+        set_packed_attention(model, packed_attention)
+        return cls(
+            recipe=MaskRecipe.of(base),
+            limits=limits,
+            config=base.config,
+            takes_logits_to_keep="logits_to_keep" in inspect.signature(base.forward).parameters,
+            head=head_of(model),
+        )
+
+    def logits(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        part: PackedPart,
+        keep: Tensor,
+        *,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """Logits at chosen positions.
+
+        Args:
+            model: the wrapped policy.
+            input_ids: (B, Q).
+            part: which part of the packed row these tokens are.
+            keep: (P,) int64, which of the Q tokens to return logits for.
+            cache: keys and values of earlier tokens, extended in place.
+
+        Returns:
+            (B, P, V) in the model's dtype.
+        """
+        arguments: dict[str, Any] = {
+            "input_ids": input_ids,
+            "position_ids": part.queries.position,
+            "attention_mask": self.recipe.masks_of(part),
+            "use_cache": cache is not None,
+        }
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        if self.takes_logits_to_keep:
+            return model(**arguments, logits_to_keep=keep).logits
+        return model(**arguments).logits[:, keep]
+
+    def through_head(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        part: PackedPart,
+        keep: Tensor,
+        compute: Callable[[Tensor, ToLogits], list[Tensor]],
+        *,
+        cache: DynamicCache | None = None,
+    ) -> list[Tensor]:
+        """A forward pass that computes something else than logits, without having them all.
+
+        Args:
+            model, input_ids, part, keep, cache: as in :meth:`logits`.
+            compute: gets one state per kept token, (B, P, X), and what makes logits (N, V) of any
+                such states (N, X). It runs inside the model's forward. Where the model's head
+                cannot be taken apart, the states are the logits.
+
+        Returns:
+            What ``compute`` returned.
+        """
+        if self.head is None:
+            logits = self.logits(model, input_ids, part, keep, cache=cache)
+            return compute(logits, lambda rows: rows)
+
+        def kept_only(hidden: Tensor, to_logits: ToLogits) -> list[Tensor]:
+            # A model that knows logits_to_keep has cut its hidden states already.
+            return compute(hidden if self.takes_logits_to_keep else hidden[:, keep], to_logits)
+
+        with self.head.replaced_by(model, kept_only) as results:
+            nothing = self.logits(model, input_ids, part, keep, cache=cache)
+        if not results:
+            raise RuntimeError(
+                f"The forward of {type(model).__name__} did not call its own {self.head.name}. If "
+                "something replaces the model's forward, build the trainer after it."
+            )
+        if nothing.requires_grad:
+            # The zeros that the model returned must take part in the loss (see Head.replaced_by).
+            at = next(i for i, result in enumerate(results) if result.requires_grad)
+            results[at] = results[at] + nothing.sum()
+        return results
+
+    def new_cache(self, states: Sequence[Tensor] | None = None) -> DynamicCache:
+        """A cache that keeps every key.
+
+        Sliding-window layers of a default cache drop keys that later blocks still need; here the
+        window is the mask's affair.
+
+        Args:
+            states: keys and values of every layer, (B, H, C, E) each, to start with, or of the
+                lowest layers; None: empty.
+        """
+        cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        cache.layers = [
+            DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer
+            for layer in cache.layers
+        ]
+        if states is not None:
+            pairs = list(zip(states[::2], states[1::2], strict=True))
+            layers = cast(list[DynamicLayer], cache.layers)[: len(pairs)]
+            for layer, (keys, values) in zip(layers, pairs, strict=True):
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
+        return cache
+
+    @cached_property
+    def goes_on_from_cache(self) -> bool:
+        """Whether the row may be fed in parts of many sizes, later ones against a cache.
+
+        Keys and values of every layer must be all that the model's cache holds; and block masks
+        are compiled by shape.
+        """
+        if self.recipe.implementation == "flex_attention":
+            return False
+        config = self.config.get_text_config(decoder=True)
+        # Text alone does not reach these layers, and leaves their part of the cache empty.
+        if getattr(config, "cross_attention_layers", None):
+            return False
+        return all(type(layer) is DynamicLayer for layer in self.new_cache().layers)
+
+
+def is_random_in_training(model: nn.Module) -> bool:
+    """Whether dropout, or noise of another kind, tells training mode from evaluation mode."""
+    config = bare_model(model).config.get_text_config(decoder=True)
+    by_configuration = any(
+        value > 0
+        for name, value in vars(config).items()
+        if isinstance(value, float) and any(word in name for word in ("drop", "jitter", "noise"))
+    )
+    return by_configuration or any(
+        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+    )
+
+
+def states_in(cache: DynamicCache) -> list[Tensor]:
+    """Keys and values of every layer that a pass went through, (B, H, C, E) each, as
+    :meth:`PackedForward.new_cache` takes them.
+    """
+    layers = [layer for layer in cast(list[DynamicLayer], cache.layers) if layer.is_initialized]
+    return [cast(Tensor, state) for layer in layers for state in (layer.keys, layer.values)]
+
+
+@contextmanager
+def inference_mode_of(model: nn.Module) -> Iterator[None]:
+    """No gradient and evaluation mode, then every module's own mode again.
+
+    Sampling must see neither dropout nor gradient checkpointing (which drops the cache), and
+    modules that the user keeps in evaluation mode must stay so afterwards.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,108 @@
+"""FSDP2: keeping the policy gathered while it samples, sharding the feature network, copying
+weights.
+
+Dimension letters: G decoding steps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from hf_ebft.packed.model_parts import bare_model, decoder_layers
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards this model."""
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def parameters_gathered(model: nn.Module, reshard_after: bool) -> Iterator[None]:
+    """Keep every layer's parameters gathered from its first forward pass until the end.
+
+    Each of the G passes of sampling would otherwise gather the whole model again; here the first
+    one does, and the others find the parameters in place. Costs the memory of the unsharded
+    weights.
+
+    Args:
+        model: the wrapped policy; nothing happens unless FSDP2 shards it.
+        reshard_after: what the layers' ``reshard_after_forward`` is set back to.
+    """
+    units = _resharding_units(model) if is_sharded(model) else []
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(reshard_after, recurse=False)
+
+
+def _resharding_units(model: nn.Module) -> list[FSDPModule]:
+    """The sharded modules that are resharded after forward: layers, and an embedding of its own.
+
+    accelerate keeps the root and the tail (final norm and head, with a tied embedding) gathered.
+    """
+    base = bare_model(model)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    modules = [module for layer in decoder_layers(model) for module in layer.modules()]
+    if embedding is not None and (head is None or embedding.weight is not head.weight):
+        modules.append(embedding)
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def shard(model: nn.Module) -> None:
+    """Shard a frozen model over all processes, layer by layer, in place."""
+    for layer in decoder_layers(model):
+        fully_shard(layer)
+    fully_shard(model)
+
+
+def full_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights, unsharded."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a device (of the machine for the CPU)."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.accelerator.get_memory_info(device)[0])
+
+
+def gathering_fits(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether the unsharded weights take at most half of the free memory of every process.
+
+    Every process must call this together, and all get the same answer.
+    """
+    device = accelerator.device
+    free = torch.tensor([free_memory(device)], dtype=torch.int64, device=device)
+    return full_bytes(model) <= int(accelerator.gather(free).min()) // 2
+
+
+def copy_from_main_process(model: nn.Module) -> nn.Module:
+    """A full copy of the main process's model, on every process.
+
+    accelerate's ``cpu_ram_efficient_loading`` leaves real weights on the main process only. Sending
+    those, rather than loading from a hub name again, copies the policy as it is, warm-started or
+    not. Every process must call this together.
+    """
+    duplicate = copy.deepcopy(model)
+    device = PartialState().device
+    if any(parameter.is_meta for parameter in duplicate.parameters()):
+        duplicate = duplicate.to_empty(device="cpu")
+        bare_model(duplicate).tie_weights()
+    with torch.no_grad():
+        for tensor in (*duplicate.parameters(), *duplicate.buffers()):
+            tensor.copy_(broadcast(tensor.detach().to(device, copy=True)))
+    return duplicate

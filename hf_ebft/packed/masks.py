@@ -1,0 +1,358 @@
+"""From visibility to the attention masks that a transformers model takes.
+
+Which layers of a model see how far is read off its configuration and code; sliding windows and
+chunks are measured in position ids, never in places of the row, because neighbours in the row are
+not neighbours in the text. The same visibility makes plans (split), boolean masks (sdpa), additive
+masks (eager) and block masks (flex_attention).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hf_ebft.packed.split_attention import (
+    AttentionPlan,
+    Section,
+    Stretches,
+    make_tiles,
+    split_attention,
+)
+from hf_ebft.rows.layout import PackedPart
+from hf_ebft.rows.visibility import Coordinates, sees
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+# Layers that look through a mask and depend on the rest of the row in no other way.
+MASKABLE_LAYERS = frozenset({FULL, SLIDING, CHUNKED})
+# Our own implementation, under the name by which transformers' models find it.
+SPLIT = "ebft_split"
+PACKABLE_IMPLEMENTATIONS = (SPLIT, "sdpa", "eager", "flex_attention")
+# How transformers' models make their masks (transformers.masking_utils).
+MASK_FUNCTIONS = frozenset(
+    {
+        "create_bidirectional_mask",
+        "create_causal_mask",
+        "create_chunked_causal_mask",
+        "create_masks_for_generate",
+        "create_sliding_window_causal_mask",
+    }
+)
+
+Mask = Tensor | BlockMask
+Masks = Mask | dict[str, Mask]
+
+
+def _own_code(model: PreTrainedModel) -> list[ModuleType]:
+    """The Python modules that define a model and the models inside it."""
+    sources = {
+        ancestor.__module__
+        for part in model.modules()
+        for ancestor in type(part).__mro__
+        if issubclass(ancestor, PreTrainedModel) and ancestor is not PreTrainedModel
+    }
+    return [sys.modules[source] for source in sorted(sources & sys.modules.keys())]
+
+
+def mask_functions(model: PreTrainedModel) -> set[str]:
+    """Which of transformers' mask functions the model's own code uses; empty if it makes its own.
+
+    A configuration may name a window that the model never looks at. The code does not lie.
+    """
+    return {name for code in _own_code(model) for name in vars(code)} & MASK_FUNCTIONS
+
+
+def leaves_attention_to_function(model: PreTrainedModel) -> bool:
+    """Whether the model's code calls whatever attention function its configuration names.
+
+    Some code has branches of its own for "sdpa", and would take another name for eager attention.
+    """
+    for code in _own_code(model):
+        try:
+            source = inspect.getsource(code)
+        except (OSError, TypeError):
+            return False
+        has_attention = re.search(r"^class \w*Attention\w*\(", source, re.MULTILINE)
+        if has_attention and not hasattr(code, "ALL_ATTENTION_FUNCTIONS"):
+            return False
+        if re.search(r"_attn_implementation (==|!=|in|not in) [^\n]*\"sdpa\"", source):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class MaskRecipe:
+    """How to build the ``attention_mask`` argument of one model.
+
+    Attributes:
+        implementation: one of `PACKABLE_IMPLEMENTATIONS`.
+        layer_types: the kinds of layers the model has.
+        by_layer_type: whether the model takes a dict of masks (one per kind) or a single mask.
+        window: sliding window in positions, where there are sliding layers.
+        chunk: chunk size in positions, where there are chunked layers.
+        dtype: dtype of additive masks, which must be the one the model computes in.
+    """
+
+    implementation: str
+    layer_types: tuple[str, ...]
+    by_layer_type: bool
+    window: int | None
+    chunk: int | None
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> MaskRecipe:
+        """Read the recipe off a (bare) transformers model.
+
+        Raises:
+            ValueError: a layer type whose visibility cannot be expressed by a mask.
+        """
+        config = model.config.get_text_config(decoder=True)
+        layer_types = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None)
+        chunk = getattr(config, "attention_chunk_size", None)
+        if layer_types:
+            unknown = sorted(set(layer_types) - MASKABLE_LAYERS)
+            if unknown:
+                raise ValueError(
+                    f"{type(model).__name__} has layers of type {', '.join(unknown)}, which carry "
+                    "a state along the row or choose among its tokens instead of only looking "
+                    "through a mask; blocks that share a row cannot be kept apart. Use a model "
+                    f"whose layers are all of type {', '.join(sorted(MASKABLE_LAYERS))}."
+                )
+            kinds = tuple(sorted(set(layer_types)))
+        else:
+            made = mask_functions(model)
+            # Code that makes its masks itself is taken to mean what its configuration says.
+            trusted = not made or "create_masks_for_generate" in made
+            slides = trusted or "create_sliding_window_causal_mask" in made
+            chunks = trusted or "create_chunked_causal_mask" in made
+            kinds = (SLIDING,) if window and slides else (CHUNKED,) if chunk and chunks else (FULL,)
+        return cls(
+            implementation=config._attn_implementation or "eager",
+            layer_types=kinds,
+            by_layer_type=bool(layer_types),
+            window=window,
+            chunk=chunk,
+            dtype=model.dtype,
+        )
+
+    def masks_of(self, part: PackedPart) -> Masks:
+        """Masks for one forward pass over the packed row; made once for all who ask the same."""
+        if self not in part.masks:
+            if self.implementation != SPLIT:
+                part.masks[self] = self.build(part.queries, part.keys)
+            else:
+                part.masks[self] = self._as_argument(lambda kind: self._packed_mask(kind, part))
+        return part.masks[self]
+
+    def build(self, queries: Coordinates, keys: Coordinates) -> Masks:
+        """Masks for any ``queries`` (B, Q) over any ``keys`` (B, C), as a model's forward takes
+        them.
+        """
+        make = self._block_mask if self.implementation == "flex_attention" else self._dense_mask
+        return self._as_argument(lambda kind: make(kind, queries, keys))
+
+    def _as_argument(self, make: Callable[[str], Mask]) -> Masks:
+        masks = {kind: make(kind) for kind in self.layer_types}
+        return masks if self.by_layer_type else next(iter(masks.values()))
+
+    def first_visible(self, kind: str, position: Tensor) -> Tensor:
+        """The earliest position that a token at ``position`` sees in a layer of this kind."""
+        if kind == SLIDING and self.window:
+            return (position - self.window + 1).clamp(min=0)
+        if kind == CHUNKED and self.chunk:
+            return position // self.chunk * self.chunk
+        return torch.zeros_like(position)
+
+    def allowed(self, kind: str, query: Coordinates, key: Coordinates) -> Tensor:
+        """Who attends to whom in a layer of this kind, elementwise (coordinates broadcast)."""
+        return sees(query, key) & (key.position >= self.first_visible(kind, query.position))
+
+    def _packed_mask(self, kind: str, part: PackedPart) -> PackedMask:
+        # The mask must not hold the part, which holds the mask: only Python's collector of cycles
+        # would free them, some steps later.
+        queries, keys = part.queries, part.keys
+        rows, n_queries = queries.slot.shape
+        return PackedMask.of(
+            self.plan(kind, part),
+            shape=(rows, 1, n_queries, keys.slot.shape[1]),
+            device=queries.slot.device,
+            make_dense=lambda: self._dense_mask(kind, queries, keys),
+        )
+
+    def plan(self, kind: str, part: PackedPart) -> AttentionPlan:
+        """The same visibility as stretches of document columns and own tokens."""
+        layout, device = part.layout, part.queries.slot.device
+        documents, blocks = layout.documents, layout.blocks
+        sections = []
+        if part.has_documents:
+            column = torch.arange(layout.document_width, device=device)
+            real = documents.document >= 0
+            first = column - documents.position + self.first_visible(kind, documents.position)
+            # Padding may look at anything, so it looks at what costs nothing.
+            low = torch.where(real, first, 0)[:, :, None]
+            stretches = Stretches(low, (column + 1).expand_as(real), real)
+            tiles = tuple(make_tiles(stretches, (1, 1)))
+            sections.append(Section(slice(0, layout.document_width), (1, 1), tiles))
+        if len(part.steps) > 0:
+            step = torch.arange(part.steps.start, part.steps.stop, device=device)
+            own_step = torch.arange(part.own_steps.stop, device=device)
+            own_hidden = (own_step > step[:, None])[None, None, None, None]
+            low = (blocks.column - blocks.position)[:, :, None]
+            if kind != FULL:
+                first = self.first_visible(kind, blocks.position[:, :, None] + step)
+                low = low + torch.minimum(first, blocks.position[:, :, None])
+                own_position = blocks.position[:, :, None] + own_step
+                too_early = own_position[:, :, None, :] < first[:, :, :, None]
+                own_hidden = own_hidden | too_early[:, None, :, None]
+            per_group = (layout.n_samples, len(step))
+            tiles = tuple(make_tiles(Stretches(low, blocks.column, blocks.exists), per_group))
+            start = layout.document_width if part.has_documents else 0
+            queries = slice(start, part.queries.slot.shape[1])
+            sections.append(Section(queries, per_group, tiles, own_hidden))
+        return AttentionPlan(
+            sections=tuple(sections),
+            n_queries=part.queries.slot.shape[1],
+            n_keys=part.keys.slot.shape[1],
+            document_width=layout.document_width,
+            step_major=part.steps != part.own_steps,
+        )
+
+    def _dense_mask(self, kind: str, queries: Coordinates, keys: Coordinates) -> Tensor:
+        """(B, 1, Q, C): additive for eager, else boolean."""
+        allowed = self.allowed(
+            kind,
+            queries.map(lambda f: f[:, None, :, None]),
+            keys.map(lambda f: f[:, None, None, :]),
+        )
+        if self.implementation != "eager":
+            return allowed
+        # Eager attention adds the mask to its scores, in the model's own dtype.
+        lowest = torch.finfo(self.dtype).min
+        return torch.zeros_like(allowed, dtype=self.dtype).masked_fill_(~allowed, lowest)
+
+    def _block_mask(self, kind: str, queries: Coordinates, keys: Coordinates) -> BlockMask:
+        def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return self.allowed(
+                kind, queries.map(lambda f: f[row, query]), keys.map(lambda f: f[row, key])
+            )
+
+        rows, n_queries = queries.slot.shape
+        return create_block_mask(
+            mask_mod, rows, None, n_queries, keys.slot.shape[1], device=queries.slot.device
+        )
+
+
+class PackedMask(Tensor):
+    """A boolean mask (B, 1, Q, C) that is not made until somebody looks at it.
+
+    transformers' models hand their mask on to their attention function, and ours takes the plan
+    out of it. Whatever else a model does with it (cut it, add to it, turn it into another dtype),
+    it does with the true mask, made at that moment; so it can be slow, and never wrong.
+    """
+
+    plan: AttentionPlan
+    _make_dense: Callable[[], Tensor]
+    _dense: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        plan: AttentionPlan,
+        *,
+        shape: tuple[int, ...],
+        device: torch.device,
+        make_dense: Callable[[], Tensor],
+    ) -> PackedMask:
+        """A mask of this shape that holds a plan, and how to make the mask itself."""
+        mask = torch.ones((), dtype=torch.bool, device=device).expand(shape).as_subclass(cls)
+        mask.plan, mask._make_dense, mask._dense = plan, make_dense, None
+        return mask
+
+    def dense(self) -> Tensor:
+        """The mask itself."""
+        if self._dense is None:
+            self._dense = self._make_dense()
+        return self._dense
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "detach":  # as gradient checkpointing does with every tensor argument
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in _ABOUT_A_TENSOR:
+                found = func(*args, **(kwargs or {}))
+                if not isinstance(found, Tensor):
+                    return found
+            args, kwargs = tree_map(_looked_at, (args, dict(kwargs or {})))
+            return func(*args, **kwargs)
+
+
+# What can be said of a tensor without its values (__get__: its attributes).
+_ABOUT_A_TENSOR = frozenset(
+    {"__get__", "__set__", "dim", "get_device", "is_floating_point", "numel", "size"}
+)
+
+
+def _looked_at(value: Any) -> Any:
+    return value.dense() if isinstance(value, PackedMask) else value
+
+
+# Arguments of attention functions that change the scores.
+_CHANGES_OF_SCORES = ("position_bias", "s_aux", "softcap")
+
+
+def _split_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Split attention for packed rows, as a transformers attention function; sdpa for all else.
+
+    Args:
+        query: (B, query heads, Q, E).
+        key, value: (B, key heads, C, E), (B, key heads, C, F).
+    """
+    if isinstance(attention_mask, PackedMask):
+        plan = attention_mask.plan
+        plain = dropout == 0.0 and all(kwargs.get(name) is None for name in _CHANGES_OF_SCORES)
+        if plain and (query.shape[2], key.shape[2]) == (plan.n_queries, plan.n_keys):
+            if torch.is_autocast_enabled(query.device.type):
+                dtype = torch.get_autocast_dtype(query.device.type)
+                query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            with torch.autocast(query.device.type, enabled=False):
+                return split_attention(query, key, value, plan, scaling), None
+        attention_mask = attention_mask.dense()
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+
+
+AttentionInterface.register(SPLIT, _split_attention_forward)
+AttentionMaskInterface.register(SPLIT, sdpa_mask)

@@ -1,0 +1,90 @@
+"""Where the parts of a transformers model are: its bare model, backbone, layers and vocabulary."""
+
+from __future__ import annotations
+
+import inspect
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def bare_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper (PEFT's forward hides the argument names)."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return cast(PreTrainedModel, get_base_model() if callable(get_base_model) else model)
+
+
+def backbone(model: nn.Module) -> PreTrainedModel:
+    """The model without its head: the outermost transformers model inside it that reads tokens."""
+    base = bare_model(model)
+    readers = [
+        module
+        for module in base.modules()
+        if isinstance(module, PreTrainedModel)
+        and _reads_tokens(module, base)
+        and "position_ids" in inspect.signature(module.forward).parameters
+    ]
+    return readers[1] if len(readers) > 1 else base
+
+
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Whether gradient (or, as newer releases say, activation) checkpointing is on."""
+    base = bare_model(model)
+    new_name = hasattr(type(base), "is_activation_checkpointing")
+    name = "is_activation_checkpointing" if new_name else "is_gradient_checkpointing"
+    return bool(getattr(base, name))
+
+
+def _reads_tokens(module: nn.Module, base: PreTrainedModel) -> bool:
+    """Whether the input embeddings lie inside a module, as they do not in a vision tower."""
+    embeddings = base.get_input_embeddings()
+    return any(inner is embeddings for inner in module.modules())
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a transformers model: its first list of as many modules.
+
+    Lists inside towers for other modalities do not count.
+
+    Raises:
+        ValueError: no such list, or layers without one hidden state each.
+    """
+    base = bare_model(model)
+    name, config = type(base).__name__, base.config.get_text_config(decoder=True)
+    if hasattr(config, "altup_num_inputs"):
+        raise ValueError(
+            f"{name} keeps several hidden states per token side by side, so that a layer has no "
+            "one hidden state to take features from. Pass another model as feature_network."
+        )
+    if getattr(config, "cross_attention_layers", None):
+        raise ValueError(
+            f"{name} skips its cross-attention layers where there is no image, so that layers "
+            "cannot be counted by depth. Pass another model as feature_network."
+        )
+    # Some layers hold two attentions and count as two in num_hidden_layers, not in num_layers.
+    counts = {config.num_hidden_layers, getattr(config, "num_layers", config.num_hidden_layers)}
+    towers = [
+        module
+        for module in base.modules()
+        if isinstance(module, PreTrainedModel)
+        and module.config is not config
+        and not _reads_tokens(module, base)
+    ]
+    in_towers = {inner for tower in towers for inner in tower.modules()}
+    for module in base.modules():
+        if not isinstance(module, nn.ModuleList) or module in in_towers:
+            continue
+        if len(module) in counts:
+            return module
+    raise ValueError(
+        f"{name} has no list of {config.num_hidden_layers} layers to take features from. Pass "
+        "another model as feature_network."
+    )
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Number of token ids that the model embeds."""
+    weight = bare_model(model).get_input_embeddings().weight
+    return cast(torch.Tensor, weight).shape[0]

@@ -1,0 +1,261 @@
+"""Sampling: one prefill of the documents, then G - 1 decoding steps for all blocks at once.
+
+Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length, V vocabulary,
+Q tokens of a row that are continued, N rows of logits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_ebft.packed.forward import PackedForward, inference_mode_of, states_in
+from hf_ebft.packed.heads import ToLogits
+from hf_ebft.packed.targets import KeptPlaces, Targets, TokenLogProbs
+from hf_ebft.rows.layout import PackedLayout, PackedPart
+
+
+@dataclass(frozen=True)
+class DocumentPass:
+    """A forward pass over the documents, with gradient.
+
+    Attributes:
+        log_probs: of the rollouts' first tokens, (B, n, K, 1), and of the documents if asked for.
+        states: keys and values of every layer, (B, H, S, E) each.
+    """
+
+    log_probs: TokenLogProbs
+    states: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What the policy made of the tokens that it sampled.
+
+    Attributes:
+        tokens: (B, n, K, G) int64.
+        log_probs: (B, n, K, G) float32, of the tokens, at the temperature, before any truncation.
+        temperature: of the sampling.
+        policy: which weights these are, see :func:`state_of`.
+        document_passes: the pass over the documents, if it was to be kept. Whoever trains on it
+            takes it out: its graph serves one backward pass.
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    temperature: float
+    policy: Any
+    document_passes: list[DocumentPass] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled continuations of the prefixes of a batch.
+
+    Attributes:
+        tokens: (B, n, K, G) int64; arbitrary where the block does not exist.
+        exists: (B, K) bool.
+        layout: where prefixes, windows and rollouts lie in the packed row.
+        sampling: what is known of the tokens from sampling them; None where they came otherwise.
+    """
+
+    tokens: Tensor
+    exists: Tensor
+    layout: PackedLayout
+    sampling: Sampling | None = None
+
+    def input_ids(self, part: PackedPart) -> Tensor:
+        """(B, Q) token ids of what a part of the row feeds."""
+        return self.layout.input_ids(self.tokens)[:, part.queries.slot[0]]
+
+    def of_blocks(self, blocks: slice) -> Rollouts:
+        """Those of some blocks; what is known from sampling them is left behind."""
+        layout = self.layout.of_blocks(blocks)
+        return Rollouts(self.tokens[:, :, blocks], layout.blocks.exists, layout)
+
+    def sampling_by(self, policy: nn.Module, temperature: float) -> Sampling | None:
+        """What is known of the tokens, if this policy has sampled them so, as it is now.
+
+        None where tokens were replaced since, or the policy is another one or has been trained.
+        """
+        known = self.sampling
+        if known is None or (known.policy, known.temperature) != (state_of(policy), temperature):
+            return None
+        return known if torch.equal(known.tokens, self.tokens) else None
+
+
+def state_of(policy: nn.Module) -> tuple[int, int]:
+    """What tells a model and its weights from another model and from other weights.
+
+    Every tensor counts how often it was changed in place; autograd checks saved tensors by it.
+    """
+    return id(policy), sum(parameter._version for parameter in policy.parameters())
+
+
+def make_generator(device: torch.device, *entropy: int) -> torch.Generator:
+    """A generator seeded from several numbers, e.g. (seed, step, process).
+
+    Being a function of the step, it needs no place in checkpoints: a resumed run draws what an
+    uninterrupted one would have drawn.
+    """
+    sequence = np.random.SeedSequence([number % 2**64 for number in entropy])
+    seed = int(sequence.generate_state(1, np.uint64)[0]) % 2**63
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def sample_rollouts(
+    model: nn.Module,
+    forward: PackedForward,
+    layout: PackedLayout,
+    *,
+    temperature: float,
+    top_p: float,
+    chunk_size: int,
+    generator: torch.Generator,
+    targets: Targets | None = None,
+) -> Rollouts:
+    """Sample G tokens after every prefix of the batch, n times.
+
+    The number of forward passes is G whatever the batch holds, so that all processes of a
+    distributed run gather parameters equally often.
+
+    Args:
+        model: the wrapped policy, in any mode; sampled in evaluation mode, without gradient.
+        forward: how this policy runs packed rows.
+        layout: the batch.
+        temperature: > 0, divides the logits.
+        top_p: nucleus mass; 1.0 keeps the whole distribution.
+        chunk_size: rows of logits that exist at once.
+        generator: source of randomness, on the model's device.
+        targets: of the documents, to be scored with gradient in the pass over them that sampling
+            makes anyway; the pass is kept. In evaluation mode, like all of it.
+
+    Raises:
+        FloatingPointError: the policy's logits are not finite.
+        ValueError: a document or the packed row is too long for the model.
+    """
+    forward.limits.check(layout)
+    _, n_samples, n_blocks, length = layout.rollout_shape
+    every_rollout = torch.arange(n_blocks * n_samples, device=generator.device)
+
+    def drawn(states: Tensor, to_logits: ToLogits, each: int = 1) -> list[Tensor]:
+        """(B, Q, X) -> (B, Q * each): tokens drawn for each state, and their log-probabilities."""
+        tokens, log_probs = [], []
+        for chunk in states.flatten(0, 1).split(chunk_size):
+            probabilities = token_probabilities(to_logits(chunk), temperature)
+            tokens.append(draw(nucleus(probabilities, top_p), generator, each))
+            log_probs.append(probabilities.gather(1, tokens[-1]).log())
+        return [torch.cat(parts).view(states.shape[0], -1) for parts in (tokens, log_probs)]
+
+    part, text = layout.document_part, layout.documents.input_ids
+    if targets is None:
+        kept = KeptPlaces.of(layout, whole_document=False, part=part)
+    else:
+        kept = targets.kept
+    # The first token is predicted by the prefix's last one, for all samples alike.
+    index = kept.index_of[layout.predictor[:, 0, :, 0]]
+
+    def first_tokens(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
+        with torch.no_grad():
+            last = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+            found = drawn(last, to_logits, each=n_samples)
+        if targets is not None:
+            tokens = found[0].view(-1, n_blocks, n_samples, 1).transpose(1, 2)
+            found += targets.score(tokens, states, to_logits)
+        return found
+
+    with inference_mode_of(model):
+        cache = forward.new_cache()
+        document_passes = []
+        with torch.set_grad_enabled(targets is not None):
+            first = forward.through_head(
+                model, text, part, part.index_of[kept.places], first_tokens, cache=cache
+            )
+            if targets is not None:
+                scored = targets.together(first[2:])
+                document_passes.append(DocumentPass(scored, states_in(cache)))
+        steps = [first[:2]]
+        for step in range(length - 1):
+            part, text = layout.step_part(step), steps[-1][0]
+            steps.append(forward.through_head(model, text, part, every_rollout, drawn, cache=cache))
+    tokens, log_probs = (
+        layout.from_row(torch.stack(of_steps, dim=2).flatten(1)).contiguous()
+        for of_steps in zip(*steps, strict=True)
+    )
+    sampling = Sampling(tokens.clone(), log_probs, temperature, state_of(model), document_passes)
+    return Rollouts(tokens, layout.blocks.exists, layout, sampling)
+
+
+def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Softmax at a temperature.
+
+    Args:
+        logits: (..., V) in any floating dtype.
+
+    Returns:
+        (..., V) float32, summing to 1.
+    """
+    return torch.softmax(logits.float() / temperature, dim=-1)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The smallest set of most likely tokens whose probability reaches ``top_p``, and no others.
+
+    Args:
+        probabilities: (..., V) float32, summing to 1.
+
+    Returns:
+        (..., V) float32, summing to 1.
+    """
+    if top_p >= 1.0:
+        return probabilities
+    descending, order = probabilities.sort(dim=-1, descending=True)
+    # Of the likelier tokens alone: cumsum - descending would let rounding keep one token too many.
+    mass_before = nn.functional.pad(descending.cumsum(dim=-1)[..., :-1], (1, 0))
+    kept = torch.where(mass_before < top_p, descending, 0.0)
+    kept = kept / kept.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter(-1, order, kept)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator, each: int = 1) -> Tensor:
+    """Tokens drawn from each distribution: (N, V) -> (N, each) int64.
+
+    The token at which the cumulated probability first passes a uniform number: one random number
+    per token, where `torch.multinomial` takes one per entry of the vocabulary. The vocabulary is
+    summed in parts, and only the part that holds the token is cumulated. Sums are in double
+    precision, so that rare tokens at the end of a large vocabulary keep their share.
+
+    Raises:
+        FloatingPointError: the distribution holds NaN, which torch would report as a device assert.
+    """
+    rows, vocabulary = probabilities.shape
+    width = math.isqrt(vocabulary)
+    parts = nn.functional.pad(probabilities, (0, -vocabulary % width)).view(rows, -1, width)
+    up_to_part = parts.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    total = up_to_part[:, -1:]
+    if bool(torch.isnan(total).any()):
+        raise FloatingPointError(
+            "The policy's logits are not finite, so no rollout can be sampled. Its weights have "
+            "probably diverged: lower learning_rate, raise warmup_steps or set max_grad_norm; with "
+            "fp16, train in bf16."
+        )
+    uniform = torch.rand(
+        (rows, each), generator=generator, dtype=torch.float64, device=probabilities.device
+    )
+    threshold = torch.minimum(uniform * total, _just_below(total))
+    part = torch.searchsorted(up_to_part, threshold, right=True)
+    before_part = nn.functional.pad(up_to_part, (1, 0)).gather(1, part)
+    inside = parts.gather(1, part[..., None].expand(-1, -1, width))
+    inside = inside.cumsum(dim=-1, dtype=torch.float64)
+    left = torch.minimum((threshold - before_part)[..., None], _just_below(inside[..., -1:]))
+    return part * width + torch.searchsorted(inside, left, right=True)[..., 0]
+
+
+def _just_below(total: Tensor) -> Tensor:
+    """The next smaller number: rounding must not take a threshold to a total that none passes."""
+    return total.nextafter(torch.zeros_like(total))

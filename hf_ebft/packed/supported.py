@@ -1,0 +1,248 @@
+"""Which models can be trained on packed rows, and what has to be changed in them first.
+
+Every rule refuses up front what would be silently wrong later. Where a model is only wrong for long
+rows, the limit is returned and checked against each batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_ebft.packed.masks import (
+    MASKABLE_LAYERS,
+    SPLIT,
+    leaves_attention_to_function,
+    mask_functions,
+)
+from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.rows.documents import Documents
+from hf_ebft.rows.layout import PackedLayout
+
+logger = logging.getLogger(__name__)
+
+# What a packed row asks of a model's forward.
+REQUIRED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
+# Model types whose forward takes these arguments and cannot do with them what a packed row needs.
+REFUSED_TYPES = {
+    "blt": "groups bytes into patches by their order in the row",
+    "openai-gpt": "takes no mask that says for each token which others it sees",
+    "reformer": "sorts the row into chunks by hashing and takes no mask per token",
+    "xlm": "takes no mask that says for each token which others it sees",
+}
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """Lengths beyond which a model is no longer exact on packed rows.
+
+    Attributes:
+        document: most tokens of a document, with the reason.
+        row: most tokens of a packed row, with the reason.
+    """
+
+    document: tuple[int, str] | None = None
+    row: tuple[int, str] | None = None
+
+    def check(self, layout: PackedLayout) -> None:
+        """Raise a ValueError if a document or the packed row is too long for the model."""
+        if self.row is not None and layout.row_width > self.row[0]:
+            raise ValueError(
+                f"The packed row has {layout.row_width} tokens, but {self.row[1]} beyond "
+                f"{self.row[0]} tokens. Use shorter documents, fewer samples or a larger stride."
+            )
+        if self.document is not None:
+            self.check_documents(layout.documents)
+
+    def check_documents(self, documents: Documents) -> None:
+        """Raise a ValueError if a document is too long for the model."""
+        assert self.document is not None
+        longest = int(documents.length.max())
+        if longest > self.document[0]:
+            raise ValueError(
+                f"A document has {longest} tokens, but {self.document[1]} beyond "
+                f"{self.document[0]} tokens. Cut the documents shorter (sequence_len in "
+                "examples/run_ebft.py)."
+            )
+
+
+def check_supported(model: nn.Module) -> RowLimits:
+    """Refuse a model that cannot be exact on packed rows, and return its length limits.
+
+    Args:
+        model: the policy or feature network, bare or wrapped by PEFT, not yet distributed.
+
+    Raises:
+        ValueError: saying what in the model stands in the way and what to use instead.
+    """
+    peft_config: Any = getattr(model, "active_peft_config", None)
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"PEFT method {peft_config.peft_type} puts virtual tokens before every row, which "
+            "shifts the packed row's mask. Use an adapter method such as LoRA."
+        )
+    base = bare_model(model)
+    name = type(base).__name__
+    if not hasattr(base, "config") or not hasattr(base.config, "get_text_config"):
+        raise ValueError(
+            f"{name} is not a transformers model (it has no config); EBFT reads its layers and "
+            "attention from there. Pass an AutoModelForCausalLM."
+        )
+    config = base.config.get_text_config(decoder=True)
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model; EBFT needs a causal language model.")
+    if base.config.model_type in REFUSED_TYPES:
+        raise ValueError(
+            f"{name} {REFUSED_TYPES[base.config.model_type]}, so rollouts that share a row cannot "
+            "be kept apart. Use another architecture."
+        )
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    # Some classes of hybrid models also serve configurations that have attention layers only.
+    only_attention = bool(layer_types) and layer_types <= MASKABLE_LAYERS
+    if getattr(base, "_is_stateful", False) and not only_attention:
+        raise ValueError(
+            f"{name} carries a recurrent state along the row, so rollouts that share a row would "
+            "leak into each other. Use a model whose layers are all attention layers."
+        )
+    if _sees_the_future(base, config):
+        raise ValueError(
+            f"{name} is configured to see the text after a token as well as before it. Use a "
+            "causal language model (for BERT and its relatives, one with is_decoder=True)."
+        )
+    parameters = inspect.signature(base.forward).parameters
+    missing = [argument for argument in REQUIRED_ARGUMENTS if argument not in parameters]
+    if missing:
+        raise ValueError(
+            f"{name}.forward takes no {', '.join(missing)}: it derives positions from the order of "
+            "the row (ALiBi, for example), which is not the order of the text in a packed row. Use "
+            "a model with rotary or learned position ids."
+        )
+    if getattr(config, "alibi", False):
+        raise ValueError(
+            f"{name} uses ALiBi, whose positions follow the order of the row, which is not the "
+            "order of the text in a packed row. Use a model with rotary or learned position ids."
+        )
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in base.modules()):
+        raise ValueError(
+            f"{name} counts positions from its padding id on and skips padding ids in the text; a "
+            "packed row counts each document from 0. Use a model whose position ids start at 0."
+        )
+    return _row_limits(config, name)
+
+
+def _sees_the_future(base: PreTrainedModel, config: Any) -> bool:
+    """Whether the attention is bidirectional, by one of the ways in which configurations say so."""
+    if not getattr(config, "is_causal", True):
+        return True
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return True
+    # Some decoders carry is_decoder=False without meaning it: their code knows causal masks only.
+    knows = mask_functions(base)
+    always_causal = "create_causal_mask" in knows and "create_bidirectional_mask" not in knows
+    return not getattr(config, "is_decoder", True) and not always_causal
+
+
+def _row_limits(config: Any, name: str) -> RowLimits:
+    documents: list[tuple[int, str]] = []
+    rows: list[tuple[int, str]] = []
+    positions: Any = getattr(config, "max_position_embeddings", None)
+    ropes = _rope_parameters(config)
+    for rope in ropes:
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind in ("dynamic", "longrope"):
+            # The dynamic kind grows from the configured length on, longrope from the original one.
+            original = None if kind == "dynamic" else rope.get("original_max_position_embeddings")
+            reason = f"{name} rescales its {kind} rotary embedding by the whole row"
+            documents.append((original or positions, reason))
+    if positions and not ropes:
+        documents.append((positions, f"{name} has no position embeddings"))
+    without_rope = 0 in (getattr(config, "no_rope_layers", None) or (0,))
+    if getattr(config, "attn_temperature_tuning", False) and without_rope:
+        reason = f"{name} tunes its attention temperature by the place in the row"
+        rows.append((int(config.floor_scale) - 1, reason))
+    if config.model_type == "gpt_neo":
+        rows.append((positions, f"{name} has no causal mask"))
+        if "local" in config.attention_layers:
+            reason = f"{name} measures the window of its local layers along the row"
+            rows.append((config.window_size, reason))
+    if config.model_type == "big_bird":
+        rows.append((positions, f"{name} has no token types"))
+    return RowLimits(
+        document=min(documents, default=None),
+        row=min(rows, default=None),
+    )
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Rotary settings: none, one, or one for each type of layer; older code calls them scaling."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or ([rope] if rope else [])
+
+
+def set_packed_attention(model: nn.Module, choice: str) -> str:
+    """Give the model an attention implementation that can express the packed mask.
+
+    Args:
+        model: the policy or feature network, bare or wrapped by PEFT.
+        choice: "split", "sdpa", "eager", "flex_attention"; "dense": the model's own where that is
+            sdpa or eager, else sdpa, else eager; "auto": the same with split in place of sdpa where
+            the model can.
+
+    Returns:
+        The implementation in use, by transformers' name.
+
+    Raises:
+        ValueError: the model has no implementation that takes the mask, or not the chosen one.
+    """
+    base = bare_model(model)
+    config = base.config.get_text_config(decoder=True)
+    before = config._attn_implementation or "eager"
+    chooses = choice in ("auto", "dense")
+    wanted = ["sdpa", "eager"] if chooses else [SPLIT if choice == "split" else choice]
+    if before == SPLIT and choice == "auto":
+        wanted = [SPLIT]
+    elif before in wanted:
+        wanted = [before]
+    reasons: list[str] = []
+    taken = next((name for name in wanted if _takes(base, name, reasons)), None)
+    if taken is None:
+        raise ValueError(
+            f"{type(base).__name__} runs with attn_implementation={before!r} and cannot be "
+            f"switched to one of {', '.join(wanted)}, which takes the packed mask "
+            f"({'; '.join(reasons)}). Load it with attn_implementation='sdpa' or 'eager'."
+        )
+    if choice == "auto" and taken == "sdpa" and _takes(base, SPLIT, []):
+        taken = SPLIT
+    if chooses and before not in ("sdpa", SPLIT, taken):
+        logger.warning(
+            "Attention of %s switched from %s to %s, which can express the packed mask.",
+            type(base).__name__,
+            before,
+            taken,
+        )
+    return taken
+
+
+def _takes(base: PreTrainedModel, implementation: str, reasons: list[str]) -> bool:
+    """Switch a model to an attention implementation, or say why it cannot be."""
+    config = base.config.get_text_config(decoder=True)
+    if config._attn_implementation == implementation:
+        return True
+    if implementation == SPLIT and not leaves_attention_to_function(base):
+        reasons.append("split: its code does not leave attention to the chosen function")
+        return False
+    try:
+        base.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        reasons.append(f"{implementation}: {error}")
+        return False
+    if config._attn_implementation == implementation:
+        return True
+    reasons.append(f"{implementation}: not taken")
+    return False

@@ -1,0 +1,193 @@
+"""Which tokens of a packed row are predicted where, and their log-probabilities.
+
+A chunk of logits exists at a time.
+
+Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length, R packed row,
+P places whose states are kept, N rows of logits, t targets of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hf_ebft.packed.heads import ToLogits
+from hf_ebft.rows.documents import predicted_targets
+from hf_ebft.rows.layout import PackedLayout, PackedPart
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """Log-probabilities of one packed row.
+
+    Attributes:
+        rollout: (B, n, K, G) float32, log p(token | prefix, own earlier tokens) at the temperature.
+            Of a part of the row: of the tokens that it predicts.
+        document: (B, S) float32, log p(token | document before it) at temperature 1; 0 for tokens
+            that are no target. None where no cross-entropy is wanted.
+    """
+
+    rollout: Tensor
+    document: Tensor | None
+
+
+@dataclass(frozen=True)
+class KeptPlaces:
+    """The places of the row whose logits a training pass needs, the same for every row.
+
+    Attributes:
+        places: (P,) int64, ascending; the first ``n_document`` lie in the document.
+        n_document: how many.
+        index_of: (R,) int64, place of the row -> index into ``places``.
+    """
+
+    places: Tensor
+    n_document: int
+    index_of: Tensor
+
+    @classmethod
+    def of(
+        cls, layout: PackedLayout, *, whole_document: bool, part: PackedPart | None = None
+    ) -> KeptPlaces:
+        """Predictors of all rollout tokens, and of all document tokens if ``whole_document``.
+
+        Args:
+            layout: of the row.
+            whole_document: whether document tokens are predicted, too.
+            part: keep only those that are in this part of the row; default: all.
+        """
+        device = layout.predictor.device
+        document = inside = torch.zeros(0, dtype=torch.long, device=device)
+        if part is None or part.has_documents:
+            document = torch.unique(layout.predictor[..., 0])
+            if whole_document:
+                document = torch.arange(max(1, layout.document_width - 1), device=device)
+        if part is None or len(part.steps) > 0:
+            inside = torch.unique(layout.predictor[0, :, :, 1:])
+        places = torch.cat([document, inside])
+        index_of = torch.zeros(layout.row_width, dtype=torch.long, device=device)
+        index_of[places] = torch.arange(places.shape[0], device=device)
+        return cls(places=places, n_document=document.shape[0], index_of=index_of)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The tokens that a part of the row predicts, and how they are scored.
+
+    Attributes:
+        part: of the row. The documents alone predict the first token of every rollout, the rollouts
+            alone the others.
+        temperature: of the sampling.
+        with_document: whether the document's tokens are among them.
+        chunk_size: rows of logits that exist at once.
+    """
+
+    part: PackedPart
+    temperature: float
+    with_document: bool
+    chunk_size: int
+
+    @cached_property
+    def kept(self) -> KeptPlaces:
+        """The places whose states are needed."""
+        return KeptPlaces.of(self.part.layout, whole_document=self._of_document, part=self.part)
+
+    @cached_property
+    def keep(self) -> Tensor:
+        """(P,) int64, which of the part's tokens these are."""
+        return self.part.index_of[self.kept.places]
+
+    @property
+    def _of_document(self) -> bool:
+        return self.with_document and self.part.has_documents
+
+    def score(self, tokens: Tensor, states: Tensor, to_logits: ToLogits) -> list[Tensor]:
+        """Log-probabilities, by kind of target; :meth:`together` joins them.
+
+        Args:
+            tokens: (B, n, K, G) of the rollouts; the first ones are enough for the documents alone.
+            states: (B, P, X), one per kept place.
+            to_logits: makes logits of any of them.
+        """
+        layout = self.part.layout
+        documents, predictor = layout.documents, layout.predictor
+        row = torch.arange(states.shape[0], device=states.device) * states.shape[1]
+
+        def of(place: Tensor, targets: Tensor, temperature: float) -> Tensor:
+            index = self.kept.index_of[place] + row.view(-1, *[1] * (place.dim() - 1))
+            found = target_log_probs(
+                states.flatten(0, 1),
+                index.flatten(),
+                targets.flatten(0, place.dim() - 1),
+                to_logits,
+                temperature=temperature,
+                chunk_size=self.chunk_size,
+            )
+            return found.view(targets.shape)
+
+        results = []
+        if self.part.has_documents:
+            # The n samples of a block start from one distribution.
+            starts = of(predictor[:, 0, :, 0], tokens[..., 0].transpose(1, 2), self.temperature)
+            results.append(starts.transpose(1, 2)[..., None])
+        if len(self.part.steps) > 0:
+            later = of(predictor[..., 1:], tokens[..., 1:, None], self.temperature)
+            results.append(later[..., 0])
+        if self._of_document:
+            place = torch.arange(layout.document_width - 1, device=row.device)
+            place = place.expand(row.shape[0], -1)
+            results.append(of(place, documents.input_ids[:, 1:, None], 1.0)[..., 0])
+        return results
+
+    def together(self, results: Sequence[Tensor]) -> TokenLogProbs:
+        """The log-probabilities of :meth:`score` by token."""
+        if not self._of_document:
+            return TokenLogProbs(rollout=torch.cat(list(results), dim=-1), document=None)
+        *of_rollouts, of_document = results
+        is_target = predicted_targets(self.part.layout.documents)
+        document = torch.where(is_target, nn.functional.pad(of_document, (1, 0)), 0.0)
+        return TokenLogProbs(rollout=torch.cat(of_rollouts, dim=-1), document=document)
+
+
+def target_log_probs(
+    states: Tensor,
+    index: Tensor,
+    targets: Tensor,
+    to_logits: ToLogits,
+    *,
+    temperature: float,
+    chunk_size: int,
+) -> Tensor:
+    """Log-probabilities of target tokens, (N, t) float32.
+
+    One chunk of logits exists at a time, in the backward pass too, which makes them again.
+
+    Args:
+        states: (M, H).
+        index: (N,) int64, the state that predicts each row's targets.
+        targets: (N, t) int64.
+        to_logits: (N, H) -> (N, V).
+        temperature: divides the logits.
+        chunk_size: rows of a chunk.
+    """
+
+    def chunk_log_probs(states: Tensor, index: Tensor, targets: Tensor) -> Tensor:
+        logits = to_logits(states.index_select(0, index)).float()
+        if temperature != 1.0:
+            logits = logits / temperature
+        return logits.log_softmax(dim=-1).gather(1, targets)
+
+    chunks = list(zip(index.split(chunk_size), targets.split(chunk_size), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        found = [chunk_log_probs(states, *chunk) for chunk in chunks]
+    else:
+        # A head with adapters may hold dropout, whose mask must be the same the second time.
+        found = [
+            checkpoint(chunk_log_probs, states, *chunk, use_reentrant=False) for chunk in chunks
+        ]
+    return torch.cat(found)

@@ -1,0 +1,50 @@
+"""Model inputs for plain cross-entropy evaluation of an EBFT batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hf_ebft.packed.masks import MaskRecipe
+from hf_ebft.rows.documents import (
+    DOCUMENT_COLUMNS,
+    EBFT_COLUMNS,
+    IGNORE_INDEX,
+    PROMPT_LENGTH,
+    Documents,
+    predicted_targets,
+)
+from hf_ebft.rows.visibility import document_coordinates
+
+
+def teacher_forcing_inputs(
+    inputs: Mapping[str, Any], documents: Documents, recipe: MaskRecipe
+) -> dict[str, Any]:
+    """What the model's own forward needs to return the teacher-forced cross-entropy of a batch.
+
+    A batch that a plain Trainer could evaluate is passed on as it is. Where labels are missing,
+    ``prompt_length`` marks the prompt, or rows pack several documents, equivalent right-padded
+    inputs
+    are made: labels masked accordingly, positions and attention restarting in every document.
+
+    Args:
+        inputs: the batch as collated.
+        documents: the same batch, read by :meth:`Documents.from_inputs`.
+        recipe: how the model takes masks.
+    """
+    packed = bool((documents.document > 0).any())
+    if inputs.get("labels") is not None and inputs.get(PROMPT_LENGTH) is None and not packed:
+        return {name: value for name, value in inputs.items() if name not in EBFT_COLUMNS}
+    rebuilt: dict[str, Any] = {
+        "input_ids": documents.input_ids,
+        "labels": torch.where(predicted_targets(documents), documents.input_ids, IGNORE_INDEX),
+        "attention_mask": (documents.document >= 0).long(),
+    }
+    if packed:
+        coordinates = document_coordinates(documents)
+        rebuilt["position_ids"] = coordinates.position
+        rebuilt["attention_mask"] = recipe.build(coordinates, coordinates)
+    replaced = {*rebuilt, "position_ids", PROMPT_LENGTH, *DOCUMENT_COLUMNS}
+    return {name: value for name, value in inputs.items() if name not in replaced} | rebuilt

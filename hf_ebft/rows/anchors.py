@@ -1,0 +1,119 @@
+"""Where blocks start.
+
+Block k of a document continues the nested prefix ``doc[:e_k]`` with ``e_k = a_0 + k * stride``; its
+ground truth is the window ``doc[e_k : e_k + G]``. The first prefix ends at
+``a_0 = context_length``, or, where a completion is marked, at
+``max(context_length, completion_start + min_completion_prefix)`` of that document.
+
+Dimension letters: B rows, S tokens of a row, K blocks (the most that any row has), G tokens of a
+rollout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from hf_ebft.config import StridedArguments
+from hf_ebft.rows.documents import Documents
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a batch, in the order of their anchors; K is at least 1.
+
+    A batch without any block still has K = 1 with ``exists`` False, so that every process of a
+    distributed run makes the same forward passes whatever its documents are.
+
+    Attributes:
+        column: (B, K) int64, index in the row of the window's first token (0 where none exists).
+        position: (B, K) int64, e_k: index within the document, which is the prefix's length.
+        document: (B, K) int64, document of the row that the block belongs to; -1 where none exists.
+        exists: (B, K) bool.
+    """
+
+    column: Tensor
+    position: Tensor
+    document: Tensor
+    exists: Tensor
+
+    def __getitem__(self, index: slice) -> Blocks:
+        """Some of the K blocks of every row."""
+        return Blocks(*(getattr(self, field.name)[:, index] for field in fields(self)))
+
+    def to(self, device: torch.device) -> Blocks:
+        """The same blocks on a device."""
+        return Blocks(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def per_document(self) -> Tensor:
+        """(B, K) int64: number of blocks of the document that each block belongs to (0 if none)."""
+        same = self.document[:, :, None] == self.document[:, None, :]
+        return (same & self.exists[:, None, :]).sum(dim=2) * self.exists
+
+
+def find_blocks(
+    documents: Documents,
+    *,
+    stride: int,
+    context_length: int,
+    generate_max_len: int,
+    min_completion_prefix: int = 0,
+    pad_to_multiple_of: int = 1,
+) -> Blocks:
+    """Find every block that lies in one document and whose window has no masked label.
+
+    Args:
+        documents: the batch.
+        stride: tokens between anchors.
+        context_length: tokens of the shortest prefix.
+        generate_max_len: G.
+        min_completion_prefix: tokens of a marked completion that precede its first block.
+        pad_to_multiple_of: K is rounded up to a multiple of this.
+
+    Returns:
+        ``floor((S - G - a_0) / stride) + 1`` blocks for a document of S tokens (none if that is not
+        positive), less those whose window contains a masked label.
+    """
+    marked = documents.completion_start >= 0
+    a_0 = torch.where(
+        marked,
+        (documents.completion_start + min_completion_prefix).clamp(min=context_length),
+        context_length,
+    )
+    on_lattice = (documents.position >= a_0) & ((documents.position - a_0) % stride == 0)
+    fits = documents.position + generate_max_len <= documents.length
+    targets = torch.nn.functional.pad(documents.is_target.long().cumsum(dim=1), (1, 0))
+    width = targets.shape[1] - 1
+    column = torch.arange(width, device=targets.device)
+    end = (column + generate_max_len).clamp(max=width)
+    unmasked = targets[:, end] - targets[:, column] == generate_max_len
+    is_anchor = on_lattice & fits & unmasked
+
+    count = is_anchor.sum(dim=1)
+    most = -(-max(1, int(count.max())) // pad_to_multiple_of) * pad_to_multiple_of
+    # A row may have fewer places than blocks that are not there.
+    is_anchor = torch.nn.functional.pad(is_anchor, (0, max(0, most - width)))
+    # Stable sort brings the anchors of each row to its front, in order.
+    columns = torch.argsort((~is_anchor).long(), dim=1, stable=True)[:, :most]
+    exists = torch.arange(most, device=count.device) < count[:, None]
+    columns = torch.where(exists, columns, 0)
+    return Blocks(
+        column=columns,
+        position=torch.where(exists, documents.position.gather(1, columns), 0),
+        document=torch.where(exists, documents.document.gather(1, columns), -1),
+        exists=exists,
+    )
+
+
+def blocks_by(settings: StridedArguments, documents: Documents, **changes: int) -> Blocks:
+    """:func:`find_blocks` with a run's settings.
+
+    Args:
+        settings: where blocks start and how long rollouts are.
+        documents: the batch.
+        **changes: arguments of `find_blocks` in place of the settings'.
+    """
+    names = ("stride", "context_length", "generate_max_len", "min_completion_prefix")
+    return find_blocks(documents, **({name: getattr(settings, name) for name in names} | changes))

@@ -1,0 +1,31 @@
+"""Some blocks of a batch at a time: enough rollout tokens for efficient matrix products, no more.
+
+Against a cache of the documents, the rollouts of one block do not need those of another, so a
+forward pass over them can be made in chunks, and the activations of one chunk exist at a time.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hf_ebft.rows.layout import PackedLayout
+
+# Rollout tokens that go through a model together.
+CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+def chunks_of(layout: PackedLayout, size: int | None, *, tokens_fed: int) -> tuple[slice, ...]:
+    """The K blocks in chunks of about equally many.
+
+    Args:
+        layout: the batch.
+        size: rollout tokens of a chunk, at least those of one block; None: by the device.
+        tokens_fed: of the G tokens of a rollout, how many go through the model.
+    """
+    rows, n_samples, n_blocks, _ = layout.rollout_shape
+    if size is None:
+        size = CHUNK_TOKENS["cpu" if layout.blocks.exists.device.type == "cpu" else "cuda"]
+    tokens = rows * n_samples * n_blocks * tokens_fed
+    n_chunks = min(n_blocks, max(1, -(-tokens // size)))
+    bounds = [index * n_blocks // n_chunks for index in range(n_chunks + 1)]
+    return tuple(slice(*pair) for pair in pairwise(bounds))

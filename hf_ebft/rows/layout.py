@@ -1,0 +1,218 @@
+"""The packed row: document and rollouts side by side, every prefix computed once.
+
+A row is ``[document: S][block 0: sample 0, sample 1, ... n-1][block 1: ...]...``, each sample G
+tokens wide. The samples of a block lie together because they share one prefix. This module owns
+that order; everything else asks it for shapes, position ids, predictors and visibility.
+
+Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length,
+R = S + K * n * G tokens of the packed row, Q and C queries and keys (any subset of the row).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ebft.rows.anchors import Blocks
+from hf_ebft.rows.documents import Documents
+from hf_ebft.rows.visibility import Coordinates, document_coordinates
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Where everything is in the packed row of a batch.
+
+    Attributes:
+        documents: the batch; S is its width.
+        blocks: its blocks; K is their number.
+        n_samples: n.
+        length: G.
+    """
+
+    documents: Documents
+    blocks: Blocks
+    n_samples: int
+    length: int
+
+    @property
+    def document_width(self) -> int:
+        """S."""
+        return self.documents.input_ids.shape[1]
+
+    @property
+    def rollout_shape(self) -> tuple[int, int, int, int]:
+        """(B, n, K, G), the shape of whatever is said about rollout tokens outside the row."""
+        rows, blocks = self.blocks.exists.shape
+        return rows, self.n_samples, blocks, self.length
+
+    @property
+    def row_width(self) -> int:
+        """R."""
+        _, samples, blocks, length = self.rollout_shape
+        return self.document_width + blocks * samples * length
+
+    def to_row(self, per_token: Tensor) -> Tensor:
+        """(B, n, K, G) -> (B, K * n * G), the rollout part of the row."""
+        return per_token.transpose(1, 2).flatten(1)
+
+    def from_row(self, rollout_part: Tensor) -> Tensor:
+        """(B, K * n * G, ...) -> (B, n, K, G, ...)."""
+        _, samples, blocks, length = self.rollout_shape
+        return rollout_part.unflatten(1, (blocks, samples, length)).transpose(1, 2)
+
+    def input_ids(self, tokens: Tensor) -> Tensor:
+        """(B, R) token ids of the row that holds the rollouts ``tokens`` (B, n, K, G)."""
+        if tuple(tokens.shape) != self.rollout_shape or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"Rollout tokens have shape {tuple(tokens.shape)} and type {tokens.dtype}; this "
+                f"batch needs (rows, samples, blocks, tokens) = {self.rollout_shape} of "
+                "torch.int64."
+            )
+        return torch.cat([self.documents.input_ids, self.to_row(tokens)], dim=1)
+
+    @cached_property
+    def coordinates(self) -> Coordinates:
+        """Coordinates of all R tokens of each row."""
+        rows, samples, blocks, length = self.rollout_shape
+        device = self.documents.input_ids.device
+        steps = torch.arange(length, device=device)
+        exists = self.blocks.exists[:, None, :, None].expand(self.rollout_shape)
+        anchor = self.blocks.position[:, None, :, None].expand(self.rollout_shape)
+        owner = self.blocks.document[:, None, :, None].expand(self.rollout_shape)
+        own_rollout = torch.arange(1, blocks * samples + 1, device=device)
+        rollouts = Coordinates(
+            slot=torch.arange(self.document_width, self.row_width, device=device).expand(rows, -1),
+            document=self.to_row(owner),
+            position=self.to_row((anchor + steps) * exists),
+            rollout=own_rollout.repeat_interleave(length).expand(rows, -1),
+            prefix_end=self.to_row(anchor),
+        )
+        return document_coordinates(self.documents).followed_by(rollouts)
+
+    @cached_property
+    def predictor(self) -> Tensor:
+        """(B, n, K, G) int64: the place in the row whose logits predict each rollout token.
+
+        The first token of a rollout is predicted by the last token of its prefix, every later one
+        by the rollout's own token before it.
+        """
+        place = self.from_row(self.coordinates.slot[:, self.document_width :])
+        predictor = place - 1
+        predictor[..., 0] = (self.blocks.column - 1).clamp(min=0)[:, None, :]
+        return predictor
+
+    @cached_property
+    def window(self) -> Tensor:
+        """(B, K, G) int64: places of each block's ground-truth window (0 for blocks not there)."""
+        steps = torch.arange(self.length, device=self.blocks.column.device)
+        return (self.blocks.column[:, :, None] + steps) * self.blocks.exists[:, :, None]
+
+    def step_slots(self, step: int) -> Tensor:
+        """(K * n,) int64: places of the ``step``-th token of every rollout, in the row's order."""
+        device = self.documents.input_ids.device
+        return torch.arange(self.document_width + step, self.row_width, self.length, device=device)
+
+    @cached_property
+    def document_part(self) -> PackedPart:
+        """The documents alone, as they are before anything is sampled."""
+        coordinates = document_coordinates(self.documents)
+        return self._part(coordinates, coordinates, True, range(0), range(0))
+
+    @cached_property
+    def row_part(self) -> PackedPart:
+        """The whole row at once."""
+        steps = range(self.length)
+        return self._part(self.coordinates, self.coordinates, True, steps, steps)
+
+    @cached_property
+    def predicting_part(self) -> PackedPart:
+        """The row without the last token of every rollout, which predicts nothing."""
+        steps = range(self.length - 1)
+        slot = self.coordinates.slot[0, self.document_width :].view(-1, self.length)
+        document = torch.arange(self.document_width, device=slot.device)
+        coordinates = self.coordinates.select(torch.cat([document, slot[:, :-1].flatten()]))
+        return self._part(coordinates, coordinates, True, steps, steps)
+
+    @cached_property
+    def rollouts_part(self) -> PackedPart:
+        """The rollouts, after a cache of the documents."""
+        return self._without_documents(self.row_part)
+
+    @cached_property
+    def predicting_rollouts_part(self) -> PackedPart:
+        """The rollouts without their last tokens, after a cache of the documents."""
+        return self._without_documents(self.predicting_part)
+
+    def _without_documents(self, part: PackedPart) -> PackedPart:
+        queries = part.queries.map(lambda field: field[:, self.document_width :])
+        return self._part(queries, part.keys, False, part.steps, part.own_steps)
+
+    def step_part(self, step: int) -> PackedPart:
+        """The ``step``-th token of every rollout, after a cache of all that comes before it."""
+        document = torch.arange(self.document_width, device=self.documents.input_ids.device)
+        cached = [self.step_slots(earlier) for earlier in range(step + 1)]
+        queries = self.coordinates.select(self.step_slots(step))
+        keys = self.coordinates.select(torch.cat([document, *cached]))
+        return self._part(queries, keys, False, range(step, step + 1), range(step + 1))
+
+    def _part(
+        self,
+        queries: Coordinates,
+        keys: Coordinates,
+        has_documents: bool,
+        steps: range,
+        own_steps: range,
+    ) -> PackedPart:
+        # With a layout of its own: a layout and its parts must not hold each other, or only
+        # Python's collector of cycles would free them and their masks, some steps later.
+        return PackedPart(replace(self), queries, keys, has_documents, steps, own_steps)
+
+    def of_blocks(self, blocks: slice) -> PackedLayout:
+        """The same documents with some of their blocks."""
+        return PackedLayout(self.documents, self.blocks[blocks], self.n_samples, self.length)
+
+    def to(self, device: torch.device) -> PackedLayout:
+        """The same layout on a device; itself, with all that it has worked out, where it is."""
+        if self.documents.input_ids.device == device:
+            return self
+        return PackedLayout(
+            self.documents.to(device), self.blocks.to(device), self.n_samples, self.length
+        )
+
+
+@dataclass(frozen=True)
+class PackedPart:
+    """What one forward pass feeds of the row, and what its tokens may look at.
+
+    Attributes:
+        layout: of the row.
+        queries: coordinates of the tokens that are fed.
+        keys: coordinates of the tokens that they may see: those in the cache, then themselves. The
+            S document tokens come first.
+        has_documents: whether the document tokens are fed; they come first, too.
+        steps: which tokens of every rollout are fed. One step stands in the row's order, all of
+            them as they stand in the row.
+        own_steps: which tokens of every rollout are among the keys. They stand as in the row if
+            they are fed together, else step by step, each step in the row's order.
+        masks: attention masks that were made for this part, so that two networks can share them.
+    """
+
+    layout: PackedLayout
+    queries: Coordinates
+    keys: Coordinates
+    has_documents: bool
+    steps: range
+    own_steps: range
+    masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def index_of(self) -> Tensor:
+        """(R,) int64: place in the row -> which of the queries it is (0 for those not fed)."""
+        slot = self.queries.slot[0]
+        index = torch.zeros(self.layout.row_width, dtype=torch.long, device=slot.device)
+        index[slot] = torch.arange(slot.shape[0], device=slot.device)
+        return index

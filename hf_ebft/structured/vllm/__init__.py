@@ -1,0 +1,1 @@
+"""Rollouts from a vLLM server: client, weight sync, handshake, prefetching."""

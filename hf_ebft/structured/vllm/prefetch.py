@@ -1,0 +1,79 @@
+"""Which batch comes next, so that it can be sampled while this one trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Following:
+    """A batch to be sampled ahead.
+
+    Attributes:
+        prompts: of one process, each repeated once for every completion.
+        max_tokens: most tokens of a completion.
+    """
+
+    prompts: list[Any]
+    max_tokens: int
+
+
+class ServerRollouts(Protocol):
+    """What a trainer asks of its rollouts beside the rollouts themselves.
+
+    Attributes:
+        following: batches that come after the one at hand; None where none is known.
+    """
+
+    following: deque[Following | None]
+
+    def start_evaluation(self) -> None:
+        """Sample from the policy as it is until training goes on."""
+
+    def figures(self) -> dict[str, float]:
+        """Metrics since the last call, by name."""
+
+
+class StalenessAware(ABC):
+    """A trainer that corrects for rollouts older than its policy and can say what comes next.
+
+    Attributes:
+        server_rollouts: where its completions come from, once they do; set by these themselves.
+    """
+
+    server_rollouts: ServerRollouts | None = None
+
+    @abstractmethod
+    def rollout_budget(self, inputs: list[dict[str, Any]] | None = None) -> int:
+        """Most tokens of a completion.
+
+        Args:
+            inputs: rows of a batch that is sampled ahead; default: the batch at hand.
+        """
+
+
+class LookAhead:
+    """An iterator that can say what comes later."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self.source = source
+        self._seen: deque[Any] = deque()
+
+    def __iter__(self) -> LookAhead:
+        return self
+
+    def __next__(self) -> Any:
+        return self._seen.popleft() if self._seen else next(self.source)
+
+    def peek(self, distance: int) -> Any | None:
+        """The item that so many calls of ``next`` would pass over first; None past the end."""
+        while len(self._seen) <= distance:
+            try:
+                self._seen.append(next(self.source))
+            except StopIteration:
+                return None
+        return self._seen[distance]

@@ -1,0 +1,386 @@
+"""Puts the policy's weights where a running vLLM server can load them, and lets it load them.
+
+Every version has a name and a folder of its own, written under another name first and renamed when
+it is whole: a server that re-reads a folder in place goes on with caches of the weights before.
+All processes call `publish` together; only the main one writes and talks to the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from hf_ebft.structured.vllm.client import ServedModel, ServerGone, VLLMClient, VLLMServerError
+from hf_ebft.structured.vllm.settings import VLLMServerArguments
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+KEPT_VERSIONS = 2
+"""Adapters that the server holds: the current one and, for requests under way, the one before."""
+UNSUPPORTED_OPTIONS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+"""Options of `peft.LoraConfig` with which an adapter is more than the A and B that vLLM reads."""
+INITS_THAT_LEAVE_THE_BASE_ALONE = (True, False, "eva", "gaussian", "orthogonal")
+
+
+def on_main_process(action: Callable[[], T]) -> T:
+    """Run an action on the main process and give its result to all; all must call this together.
+
+    Raises:
+        VLLMServerError: on every process, if the action failed (`ServerGone` if it failed by that);
+            on the main one what it raised.
+    """
+    outcome: list[Any] = [None, None, False]  # result, message of a failure, whether it is gone
+    error: Exception | None = None
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = action()
+        except Exception as failure:
+            error = failure
+            outcome[1] = f"{type(failure).__name__}: {failure}"
+            outcome[2] = isinstance(failure, ServerGone)
+    broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    if outcome[1] is not None:
+        kind = ServerGone if outcome[2] else VLLMServerError
+        raise kind(f"the main process failed: {outcome[1]}")
+    return outcome[0]
+
+
+# ---- Adapters ---------------------------------------------------------------------------------
+
+
+def check_adapter(model: PeftModel, max_rank: int) -> None:
+    """Refuse an adapter that vLLM refuses, or worse, takes and applies in another way.
+
+    Args:
+        model: the policy, unwrapped.
+        max_rank: the server's ``--max-lora-rank``.
+
+    Raises:
+        ValueError: naming the option, what vLLM would do and what to write instead.
+    """
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(
+            f"the policy has {len(active)} active adapters ({', '.join(active)}), but the server "
+            "applies one to a request; merge them or activate one."
+        )
+    name = active[0]
+    config = model.peft_config[name]
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"vllm_lora_sync sends LoRA adapters, and the policy's is {config.peft_type}; train "
+            "with peft.LoraConfig."
+        )
+    for option in UNSUPPORTED_OPTIONS:
+        if getattr(config, option):
+            raise ValueError(
+                f"{option}={getattr(config, option)!r}: vLLM applies the matrices A and B of LoRA "
+                f"and nothing else, so it would sample from another policy; train without {option}."
+            )
+    if config.bias != "none":
+        raise ValueError(
+            f"bias={config.bias!r}: vLLM loads no biases with an adapter; use bias='none'."
+        )
+    if config.init_lora_weights not in INITS_THAT_LEAVE_THE_BASE_ALONE:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base model's weights, "
+            "which the server does not have; use one of "
+            f"{', '.join(map(repr, INITS_THAT_LEAVE_THE_BASE_ALONE))}, or save the changed base "
+            "model, serve that and train a fresh adapter on it."
+        )
+    _check_ranks_and_scales(model, name, config, max_rank)
+
+
+def _check_ranks_and_scales(model: PeftModel, name: str, config: LoraConfig, max_rank: int) -> None:
+    """Compare each layer with the one rank and the one scale that vLLM reads."""
+    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or name not in layer.scaling:
+            continue
+        if max(layer.r[name], config.r) > max_rank:
+            raise ValueError(
+                f"the LoRA rank of {path} is {max(layer.r[name], config.r)}, above the server's "
+                f"highest, vllm_max_lora_rank={max_rank}; raise that and start the server again "
+                "with it, or train with a lower rank."
+            )
+        if not math.isclose(layer.scaling[name], scale, rel_tol=1e-6):
+            raise ValueError(
+                f"{path} scales its adapter by {layer.scaling[name]:g}, and vLLM would silently "
+                f"scale it by {scale:g}, as lora_alpha={config.lora_alpha} and r={config.r} say "
+                "for all layers: it knows no rank_pattern or alpha_pattern. Keep alpha / r (with "
+                "use_rslora alpha / sqrt(r)) the same in every layer."
+            )
+
+
+def adapter_weights(model: PeftModel, accelerator: Accelerator, wrapped: Any) -> dict[str, Any]:
+    """The active adapter's whole weights on the CPU, by the names of an adapter file.
+
+    All processes must call this together.
+
+    Args:
+        model: the policy, unwrapped.
+        accelerator: what prepared it.
+        wrapped: the policy as prepared.
+    """
+    gathered = None
+    # FSDP2 shards each tensor, so that the few of the adapter can be gathered alone.
+    whole_model = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if whole_model and not accelerator.is_fsdp2:
+        gathered = accelerator.get_state_dict(wrapped)
+    weights = get_peft_model_state_dict(
+        model,
+        state_dict=gathered,
+        adapter_name=model.active_adapters[0],
+        save_embedding_layers=False,
+    )
+    return {name: _whole(tensor) for name, tensor in weights.items()}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.cpu().contiguous().clone()
+
+
+# ---- Versions ---------------------------------------------------------------------------------
+
+
+class WeightSync(ABC):
+    """Sends versions of the policy to one server.
+
+    Args:
+        client: of the server.
+        settings: where the folder is.
+        output_dir: of the run, for the default folder.
+    """
+
+    def __init__(
+        self, client: VLLMClient, settings: VLLMServerArguments, output_dir: str | None
+    ) -> None:
+        self.client = client
+        self.settings = settings
+        # Names must be new to a server that other runs, earlier or at the same time, use as well.
+        self.run = f"ebft-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        parent = settings.vllm_sync_dir or os.path.join(output_dir or ".", "vllm_sync")
+        self.folder = Path(os.path.abspath(parent)) / self.run
+        self.versions = 0
+
+    @staticmethod
+    @abstractmethod
+    def check(policy: Any, settings: VLLMServerArguments) -> None:
+        """Refuse a policy that cannot be sent.
+
+        Raises:
+            ValueError: naming what stands in the way, and what to do instead.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def check_server(policy: Any, client: VLLMClient) -> None:
+        """Refuse a server that cannot take this policy's weights, on the main process.
+
+        Raises:
+            VLLMServerError: what stands in the way, and what to do instead.
+        """
+
+    @abstractmethod
+    def publish(
+        self, policy: Any, accelerator: Accelerator, wrapped: Any, served: ServedModel
+    ) -> str:
+        """Send the policy's weights as they are. All processes must call this together.
+
+        Args:
+            policy: unwrapped.
+            accelerator: what prepared it.
+            wrapped: the policy as prepared.
+            served: the server's base model.
+
+        Returns:
+            The name to sample from.
+        """
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Take back from the server what was sent to it, on the main process."""
+
+    def close(self) -> None:
+        """Leave nothing behind on the server or on the disk; problems are logged."""
+        if self.versions == 0:
+            return
+        try:
+            self.forget()
+        except VLLMServerError as error:
+            logger.warning("could not clean up on the vLLM server: %s", error)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.versions = 0
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Have a folder written, and give it its name when it is whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write(partial)
+        return partial.rename(self.folder / name)
+
+    def _on_server(self, path: Path) -> str:
+        """The path by which the server knows a folder of this run."""
+        root = self.settings.vllm_sync_dir_on_server
+        return str(path) if root is None else os.path.join(root, self.run, path.name)
+
+
+class AdapterSync(WeightSync):
+    """Sends a LoRA adapter; the server keeps the current one and the one before."""
+
+    def __init__(
+        self, client: VLLMClient, settings: VLLMServerArguments, output_dir: str | None
+    ) -> None:
+        super().__init__(client, settings, output_dir)
+        self._sent: list[Path] = []
+
+    @staticmethod
+    def check(policy: Any, settings: VLLMServerArguments) -> None:
+        """See `WeightSync.check`."""
+        if not isinstance(policy, PeftModel):
+            raise ValueError(
+                f"vllm_lora_sync sends an adapter, and the policy ({type(policy).__name__}) has "
+                "none; give the trainer a peft_config, or use vllm_full_sync."
+            )
+        check_adapter(policy, settings.vllm_max_lora_rank)
+
+    @staticmethod
+    def check_server(policy: Any, client: VLLMClient) -> None:
+        """Nothing: the server checks what it loads, and says what is wrong."""
+
+    def publish(
+        self, policy: Any, accelerator: Accelerator, wrapped: Any, served: ServedModel
+    ) -> str:
+        """See `WeightSync.publish`."""
+        weights = adapter_weights(policy, accelerator, wrapped)
+        config = policy.peft_config[policy.active_adapters[0]]
+
+        def write(folder: Path) -> None:
+            save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(str(folder))
+
+        return on_main_process(lambda: self._send(write))
+
+    def _send(self, write: Callable[[Path], None]) -> str:
+        self.versions += 1
+        name = f"{self.run}-{self.versions:06d}"
+        folder = self._write(name, write)
+        self.client.load_adapter(name, self._on_server(folder))
+        self._sent.append(folder)
+        while len(self._sent) > KEPT_VERSIONS:
+            self._drop(self._sent.pop(0))
+        return name
+
+    def _drop(self, folder: Path) -> None:
+        self.client.unload_adapter(folder.name)
+        shutil.rmtree(folder)
+
+    def forget(self) -> None:
+        """Unload the adapters that the server has."""
+        while self._sent:
+            self._drop(self._sent.pop())
+
+
+class FullWeightSync(WeightSync):
+    """Sends all weights; the server has one version at a time, under its base model's name."""
+
+    @staticmethod
+    def check(policy: Any, settings: VLLMServerArguments) -> None:
+        """See `WeightSync.check`."""
+        if isinstance(policy, PeftModel):
+            raise ValueError(
+                "vllm_full_sync sends all weights of a policy that is trained whole, and this one "
+                "has an adapter; use vllm_lora_sync."
+            )
+        if not isinstance(policy, PreTrainedModel):
+            raise ValueError(
+                f"vllm_full_sync saves the policy with save_pretrained, which a "
+                f"{type(policy).__name__} does not have; train a transformers model."
+            )
+
+    @staticmethod
+    def check_server(policy: Any, client: VLLMClient) -> None:
+        """See `WeightSync.check_server`."""
+        if not policy.config.get_text_config(decoder=True).tie_word_embeddings:
+            return
+        device = client.device()
+        if device == "cpu":
+            # Seen in vLLM 0.31; small updates would stay below the tolerance in bfloat16.
+            raise VLLMServerError(
+                f"the policy ties its head to its embeddings, and the vLLM server at {client.url} "
+                "runs on a CPU, where it silently keeps the old head when weights are reloaded; "
+                "serve and train a copy of the model saved with tie_word_embeddings=False, or "
+                "train an adapter (vllm_lora_sync)."
+            )
+        if device is None:
+            logger.warning(
+                "the policy ties its head to its embeddings, and the vLLM server at %s does not "
+                "say what it runs on; on a CPU it would keep the old head when weights are "
+                "reloaded.",
+                client.url,
+            )
+
+    def publish(
+        self, policy: Any, accelerator: Accelerator, wrapped: Any, served: ServedModel
+    ) -> str:
+        """See `WeightSync.publish`."""
+        weights = accelerator.get_state_dict(wrapped)
+
+        def send() -> str:
+            self.versions += 1
+            before = self.folder / f"weights-{self.versions - 1:06d}"
+            folder = self._write(
+                f"weights-{self.versions:06d}",
+                lambda path: policy.save_pretrained(str(path), state_dict=weights),
+            )
+            # A server that is sent to a folder without weights dies at the next request.
+            if not any(folder.glob("*.safetensors")):
+                raise VLLMServerError(f"no weights were saved in {folder}.")
+            self.client.reload_weights(self._on_server(folder))
+            shutil.rmtree(before, ignore_errors=True)
+            return served.name
+
+        return on_main_process(send)
+
+    def forget(self) -> None:
+        """Nothing to take back: the server keeps the last weights."""

@@ -1,0 +1,180 @@
+"""Numbers that let a person see a run go right or wrong: collected per micro-batch, reduced on
+logging.
+
+Every metric is a ratio of two sums, so that micro-batches, accumulation steps and processes with
+different numbers of blocks are averaged correctly, and one small all-reduce serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_ebft.objective.rewards import Rewards
+from hf_ebft.packed.targets import TokenLogProbs
+from hf_ebft.rows.documents import Documents
+from hf_ebft.rows.layout import PackedLayout
+
+PREFIX = "ebft/"
+# Advantages smaller than this share of a reward's range of 2 move nothing.
+ZERO_ADVANTAGE = 1e-6
+
+# Always reduced in this order, whatever a process has seen: all processes send equally many
+# numbers.
+NAMES = (
+    "alignment",
+    "diversity",
+    "mean_reward",
+    "cfm_loss",
+    "rl_loss",
+    "ce_loss",
+    "kl",
+    "advantages_mean",
+    "advantages_square",
+    "entropy",
+    "duplicate_rollouts",
+    "zero_advantage_groups",
+    "blocks_per_document",
+    "documents_without_blocks",
+    "seconds_rollout",
+    "seconds_features",
+    "seconds_training",
+)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A metric's contribution: the sum of its values and their number (or weight)."""
+
+    total: Tensor | float
+    count: Tensor | float
+
+
+class MetricAccumulator:
+    """Sums of metrics since they were last taken.
+
+    Args:
+        device: where the sums live; adding to them does not wait for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # MPS has no float64; float32 sums over one logging interval are exact enough there.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, len(NAMES), dtype=dtype, device=device)
+
+    def add(self, values: Mapping[str, Ratio]) -> None:
+        """Add contributions; names must be in ``NAMES``."""
+        for name, ratio in values.items():
+            column = NAMES.index(name)
+            self._sums[0, column] += ratio.total
+            self._sums[1, column] += ratio.count
+
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over everything added since the last call, on all processes; then start afresh.
+
+        Args:
+            reduce: sums a tensor over processes. Called exactly once, on every process.
+
+        Returns:
+            ``ebft/...`` names to numbers; metrics that nobody contributed to are absent.
+        """
+        totals, counts = reduce(self._sums).tolist()
+        self.clear()
+        means = {
+            name: total / count
+            for name, total, count in zip(NAMES, totals, counts, strict=True)
+            if count
+        }
+        if "advantages_square" in means:
+            variance = means.pop("advantages_square") - means.pop("advantages_mean") ** 2
+            means["advantages_std"] = max(variance, 0.0) ** 0.5
+        return {PREFIX + name: value for name, value in means.items()}
+
+    def clear(self) -> None:
+        """Forget everything added since the last ``take``."""
+        self._sums.zero_()
+
+
+def block_metrics(rewards: Rewards, advantages: Tensor, layout: PackedLayout) -> dict[str, Ratio]:
+    """Metrics of rewards and advantages over the blocks that exist.
+
+    Args:
+        rewards: fields (B, n, K) and cfm_loss (B, K).
+        advantages: (B, n, K).
+        layout: the batch.
+    """
+    exists = layout.blocks.exists
+    blocks = exists.sum()
+    rollouts = blocks * layout.n_samples
+
+    def over_rollouts(values: Tensor) -> Ratio:
+        return Ratio(torch.where(exists[:, None, :], values, 0.0).sum(), rollouts)
+
+    idle = (advantages.abs() <= ZERO_ADVANTAGE).all(dim=1)
+    return {
+        "alignment": over_rollouts(rewards.alignment),
+        "diversity": over_rollouts(rewards.diversity),
+        "mean_reward": over_rollouts(rewards.reward),
+        "cfm_loss": Ratio(torch.where(exists, rewards.cfm_loss, 0.0).sum(), blocks),
+        "advantages_mean": over_rollouts(advantages),
+        "advantages_square": over_rollouts(advantages.square()),
+        "zero_advantage_groups": Ratio((idle & exists).sum(), blocks),
+    }
+
+
+def rollout_metrics(tokens: Tensor, layout: PackedLayout) -> dict[str, Ratio]:
+    """How many rollouts repeat another of their group, and how many blocks documents have.
+
+    Args:
+        tokens: (B, n, K, G).
+        layout: the batch.
+    """
+    exists = layout.blocks.exists
+    same = (tokens[:, :, None] == tokens[:, None, :]).all(dim=-1)  # (B, n, n, K)
+    earlier = torch.ones(same.shape[1:3], dtype=torch.bool, device=same.device).tril(-1)
+    repeats = (same & earlier[None, :, :, None]).any(dim=2)  # (B, n, K)
+    blocks = exists.sum()
+    documents = layout.documents.count
+    return {
+        "duplicate_rollouts": Ratio(
+            (repeats & exists[:, None, :]).sum(), blocks * layout.n_samples
+        ),
+        "blocks_per_document": Ratio(blocks, documents),
+        "documents_without_blocks": Ratio(documents - documents_with_blocks(layout), documents),
+    }
+
+
+def documents_with_blocks(layout: PackedLayout) -> Tensor:
+    """Number of documents that have at least one block, a float scalar."""
+    per_document = layout.blocks.per_document()
+    return (layout.blocks.exists / per_document.clamp(min=1)).sum().round()
+
+
+def token_metrics(
+    log_probs: TokenLogProbs,
+    rl_loss: Tensor,
+    ce_loss: Tensor | None,
+    kl: Tensor | None,
+    layout: PackedLayout,
+) -> dict[str, Ratio]:
+    """Metrics of the training pass.
+
+    The entropy is estimated by ``-log p`` of the sampled tokens at the sampling temperature,
+    unbiased when ``top_p`` is 1 and free of cost.
+    """
+    exists = layout.blocks.exists
+    tokens = exists.sum() * layout.n_samples * layout.length
+    documents: Documents = layout.documents
+    surprise = torch.where(exists[:, None, :, None], -log_probs.rollout.detach(), 0.0).sum()
+    metrics = {
+        "entropy": Ratio(surprise, tokens),
+        "rl_loss": Ratio(rl_loss.detach() * documents.count, documents.count),
+    }
+    if ce_loss is not None:
+        metrics["ce_loss"] = Ratio(ce_loss.detach() * documents.count, documents.count)
+    if kl is not None:
+        metrics["kl"] = Ratio(kl.detach() * documents.count, documents.count)
+    return metrics

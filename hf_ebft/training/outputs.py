@@ -1,0 +1,31 @@
+"""What a training step gives to callbacks and to callers of `compute_loss`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_ebft.objective.rewards import Rewards
+from hf_ebft.packed.sampling import Rollouts
+
+
+@dataclass(frozen=True)
+class EBFTOutput:
+    """What `compute_loss(..., return_outputs=True)` returns beside the loss.
+
+    Attributes:
+        rollouts: the sampled rollouts.
+        rewards: (B, n, K) rewards and their parts.
+        advantages: (B, n, K).
+        log_probs: (B, n, K, G) of the rollout tokens, at the sampling temperature, with gradient.
+        rl_loss, ce_loss, kl: scalars before their weights; None where the weight is zero.
+    """
+
+    rollouts: Rollouts
+    rewards: Rewards
+    advantages: Tensor
+    log_probs: Tensor
+    rl_loss: Tensor
+    ce_loss: Tensor | None
+    kl: Tensor | None

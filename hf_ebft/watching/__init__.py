@@ -1,0 +1,1 @@
+"""What people read about a run: curves, console lines, TensorBoard pictures, model cards."""

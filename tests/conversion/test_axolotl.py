@@ -1,0 +1,252 @@
+"""axolotl's configurations: every key carried over or named, and the result runs our script."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_ebft import EBFTConfig
+from hf_ebft.cli import main
+from hf_ebft.conversion import Conversion, convert_axolotl, to_yaml
+from hf_ebft.conversion.axolotl import (
+    EBFT_SAME,
+    EBFT_STRIDED,
+    EBFT_STRUCTURED,
+    SAME,
+    TRL_SAME,
+    VLLM_SAME,
+)
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "tests" / "conversion" / "axolotl").glob("*.yaml"))
+sys.path.insert(0, str(ROOT / "examples"))
+
+
+def load(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(
+        (ROOT / "tests/conversion/axolotl" / f"{name}.yaml").read_text()
+    )
+    return config
+
+
+def keys_of(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every key of a file; of the three sections and the first data set, what they hold."""
+    for key, value in config.items():
+        if key in ("ebft", "trl", "vllm"):
+            yield from (f"{key}.{inner}" for inner in value)
+        elif key == "datasets":
+            yield from (f"datasets[0].{inner}" for inner in value[0])
+            yield from (f"datasets[{number}]" for number in range(1, len(value)))
+        else:
+            yield key
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_key_is_dropped_silently(path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    conversion = convert_axolotl(config)
+    keys = set(keys_of(config))
+    assert keys == conversion.carried.keys() | conversion.left.keys()
+    assert not conversion.carried.keys() & conversion.left.keys()
+    assert set(conversion.carried.values()) <= conversion.options.keys()
+    assert len(conversion.left) < len(keys) / 3
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_is_written_can_be_run(path: Path, tmp_path: Path) -> None:
+    """Parsed by the script into its dataclasses, which check each value."""
+    pytest.importorskip("trl")
+    import run_ebft
+    import structured_mode
+
+    file = tmp_path / "run.yaml"
+    assert main(["convert", str(path), "--output", str(file)]) == 0
+    groups = run_ebft.parse_arguments([f"--config={file}", "--use_cpu"])
+    run_ebft.check(*groups[1:4])
+    values = {k: v for group in groups for k, v in vars(group).items()}
+    config = yaml.safe_load(path.read_text())
+    for key in EBFT_SAME:
+        if key in config["ebft"]:
+            assert values[key] == config["ebft"][key]
+    assert values["learning_rate"] == config["learning_rate"]
+    assert values["per_device_train_batch_size"] == config["micro_batch_size"]
+    assert values["mode"] == config["ebft"].get("mode", "structured")
+    if values["mode"] == "structured":
+        structured_mode.refuse_strided_options(groups[0], groups[3])
+        assert values["num_generations"] == 4 and values["epsilon"] == 0.2
+
+
+def test_a_structured_run() -> None:
+    conversion = convert_axolotl(load("llama-1b-ebft-opencode"))
+    options = conversion.options
+    expected: dict[str, Any] = {
+        "mode": "structured",
+        "model_name_or_path": "meta-llama/Llama-3.2-1B",
+        "dataset_name_or_path": "nvidia/OpenCodeInstruct",
+        "train_split": "train[:1%]",
+        "transform": "question_answer",
+        "transform_args": {"question_column": "input", "answer_column": "output", "chat": True},
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "use_peft": True,
+        "lora_target_modules": ["all-linear"],
+        "dtype": "bfloat16",
+        "bf16": False,
+        "attn_implementation": "flash_attention_2",
+        "use_whitening": False,
+        "adaptive_max_tokens": True,
+        "report_to": ["tensorboard"],
+        "report_rows": 0,
+    }
+    assert {name: options[name] for name in expected} == expected
+    assert conversion.left.keys() == {
+        "chat_template",
+        "trl.scale_rewards",
+        "sequence_len",
+        "special_tokens",
+    }
+    assert any(
+        note.startswith("adaptive_max_tokens: true is axolotl's") for note in conversion.notes
+    )
+
+
+def test_a_strided_run() -> None:
+    options = convert_axolotl(load("llama-3b-ebft-strided-fft")).options
+    expected = {"stride": 8, "n_samples_per_prompt": 4, "temperature": 0.6, "warmup_steps": 0.1}
+    expected |= {"text_column": "question", "sequence_len": 1024, "run_name": "strided-3b"}
+    expected |= {"train_split": "train[:5000]", "report_to": ["wandb"], "diversity_coef": 0.0}
+    assert {name: options[name] for name in expected} == expected
+    # Not said there: axolotl does not whiten unless it is told to.
+    assert convert_axolotl(load("llama-1b-ebft-strided")).options["use_whitening"] is False
+
+
+def test_adapters_over_files() -> None:
+    """A stock server takes the place of axolotl's; its key needs no use_vllm here."""
+    conversion = convert_axolotl(load("qwen3-4b-ebft-structured-async"))
+    options = conversion.options
+    expected = {"vllm_lora_sync": True, "vllm_sync_interval": 2, "async_prefetch": True}
+    expected |= {"vllm_server_host": "127.0.0.1", "vllm_max_lora_rank": 32}
+    expected |= {"vllm_gpu_memory_utilization": 0.5, "vllm_max_model_length": 2048}
+    assert {name: options[name] for name in expected} == expected
+    assert "use_vllm" not in options
+    assert "after --" in conversion.left["vllm.enforce_eager"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "why"),
+    [
+        ({"surprise": 1}, "surprise", "no such option"),
+        ({"ebft": {"surprise": 1}}, "ebft.surprise", "no such option"),
+        ({"ebft": {"stride": 8}}, "ebft.stride", "axolotl does not read it in structured mode"),
+        ({"trl": {"reward_weights": [1.0]}}, "trl.reward_weights", "no such option"),
+        ({"trl": {"async_prefetch": True}}, "trl.async_prefetch", "needs vllm_lora_sync"),
+        ({"trl": {"beta": None}}, "trl.beta", "empty"),
+        ({"vllm": {"dtype": "auto"}}, "vllm.dtype", "after --"),
+        ({"datasets": [{"path": "a", "type": "my.transform"}]}, "datasets[0].type", "it is code"),
+        ({"datasets": [{"path": "a"}, {"path": "b"}]}, "datasets[1]", "one data set is read"),
+        ({"datasets": [{"path": "a", "shards": 3}]}, "datasets[0].shards", "no such option"),
+        ({"datasets": []}, "datasets", "no list of data sets"),
+        ({"adapter": "qlora"}, "adapter", "qlora is not supported"),
+        ({"lora_target_linear": False}, "lora_target_linear", "lora_target_modules"),
+        ({"val_set_size": 500}, "val_set_size", "share of at most 0.5"),
+        ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_ratio", "said by another key"),
+        ({"deepspeed": "zero2.json"}, "deepspeed", "not supported"),
+        ({"load_in_8bit": False}, "load_in_8bit", "default"),
+        ({"use_wandb": False}, "use_wandb", "default"),
+        ({"wandb_project": ""}, "wandb_project", "empty"),
+    ],
+)
+def test_keys_without_a_place_are_named(change: dict[str, Any], key: str, why: str) -> None:
+    conversion = convert_axolotl({"rl": "ebft", **change})
+    assert why in conversion.left[key]
+    assert f"# - {key}: " in to_yaml(conversion, "axolotl.yaml")
+
+
+def test_pooling_of_the_other_mode_is_not_taken_over() -> None:
+    strided = {"mode": "strided", "embed_method": "completion_mean"}
+    conversion = convert_axolotl({"rl": "ebft", "ebft": strided, "trl": {"beta": 0.1}})
+    assert "embed_method" not in conversion.options
+    assert "for structured mode" in conversion.left["ebft.embed_method"]
+    assert "without TRL" in conversion.left["trl.beta"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rl": "grpo"}, "rl: 'grpo' is not EBFT"),
+        ({}, "rl: None is not EBFT"),
+        ({"rl": "ebft", "ebft": {"mode": "fast"}}, "ebft.mode is 'fast'"),
+        ({"rl": "ebft", "trl": [1]}, "trl must hold"),
+    ],
+)
+def test_other_configurations_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_axolotl(config)
+
+
+def test_every_option_written_exists() -> None:
+    """In the script's groups or in the configuration of the mode."""
+    pytest.importorskip("trl")
+    import run_options
+
+    from hf_ebft.structured import EBFTGRPOConfig
+
+    def names(*classes: Any) -> set[str]:
+        return {field.name for kind in classes for field in dataclasses.fields(kind)}
+
+    groups = names(
+        run_options.DataArguments,
+        run_options.ModelArguments,
+        run_options.LoraArguments,
+        run_options.ReportArguments,
+    )
+    both = names(EBFTConfig) & names(EBFTGRPOConfig)
+    assert set(SAME.values()) | set(EBFT_SAME) <= groups | both
+    assert set(EBFT_STRIDED) <= names(EBFTConfig)
+    structured = {*EBFT_STRUCTURED, *TRL_SAME, *VLLM_SAME.values()}
+    assert structured <= names(EBFTGRPOConfig)
+
+
+# ---- The command ------------------------------------------------------------------------------
+
+
+def test_the_command_prints_and_names_what_is_left(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = ROOT / "tests/conversion/axolotl/llama-1b-ebft-opencode.yaml"
+    assert main(["convert", str(path)]) == 0
+    printed = capsys.readouterr()
+    written = yaml.safe_load(printed.out)
+    assert written == convert_axolotl(yaml.safe_load(path.read_text())).options
+    assert "keys carried over, 4 not:" in printed.err and "trl.scale_rewards: " in printed.err
+    assert printed.out.startswith("# Converted from llama-1b-ebft-opencode.yaml.\n")
+    assert max(map(len, printed.out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("text", ["rl: grpo\n", "just words\n", "a: [\n", None])
+def test_the_command_says_what_is_wrong(
+    text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "axolotl.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert main(["convert", str(path)]) == 2
+    assert f"hf-ebft convert: {path}: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_package_is_a_command(tmp_path: Path) -> None:
+    path = ROOT / "tests/conversion/axolotl/llama-1b-ebft-strided.yaml"
+    command = [sys.executable, "-m", "hf_ebft", "convert", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["mode"] == "strided"
+
+
+def test_an_empty_conversion_is_still_a_file() -> None:
+    assert to_yaml(Conversion(), "a.yaml") == "# Converted from a.yaml.\n{}\n"

@@ -1,0 +1,304 @@
+"""The HTTP client against a server that fails in every way we have seen or can think of."""
+
+import json
+import logging
+import math
+import socket
+import threading
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from hf_ebft.structured.vllm.client import (
+    BadAnswer,
+    ModelNotServed,
+    RequestRefused,
+    Sampling,
+    ServerUnavailable,
+    VLLMClient,
+    VLLMServerError,
+)
+from hf_ebft.structured.vllm.settings import VLLMServerSettings
+from tests.structured.vllm import fake_server
+from tests.structured.vllm.fake_server import FakeVLLM, serving
+
+SAMPLING = Sampling(max_tokens=5, temperature=0.7, stop_token_ids=(0,), seed=3)
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def running():
+    with serving() as fake:
+        yield fake
+
+
+@pytest.fixture
+def fake(running):
+    """The server of this file, as it starts."""
+    running.restart()
+    running.faults.clear()
+    running.requests.clear()
+    running.edit = lambda answer: answer
+    return running
+
+
+def client_of(fake, waits=None, **settings):
+    """A client that notes how long it would have waited instead of waiting."""
+    defaults = {
+        "vllm_lora_sync": True,
+        "vllm_server_base_url": fake.url,
+        "vllm_request_timeout": 5.0,
+        "vllm_request_retries": 2,
+    }
+    note = [] if waits is None else waits
+    return VLLMClient(VLLMServerSettings(**(defaults | settings)), pause=note.append)
+
+
+def test_tokens_and_log_probs_are_the_models_at_the_temperature(fake):
+    found = client_of(fake).complete("base", PROMPT, 3, SAMPLING)
+    assert len(found) == 3
+    assert len({tuple(completion.token_ids) for completion in found}) > 1
+    for completion in found:
+        ids = torch.tensor([PROMPT + completion.token_ids])
+        with torch.no_grad():
+            logits = fake.original(ids).logits[0, len(PROMPT) - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1).gather(-1, ids[0, len(PROMPT) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.log_probs), expected)
+
+
+def test_nothing_of_the_sampling_is_left_to_the_servers_defaults(fake):
+    client_of(fake).complete("base", PROMPT, 1, SAMPLING)
+    payload = fake.requests[-1][1]
+    assert payload["prompt"] == PROMPT  # tokens, not text
+    assert payload["return_token_ids"] is True and payload["logprobs"] == 0
+    plain = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    plain |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert {name: payload[name] for name in plain} == plain
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        fake_server.status(500),
+        fake_server.status(503),
+        fake_server.status(429),
+        fake_server.cut_off,
+        fake_server.no_answer,
+        fake_server.body('{"choices": [{"ind'),
+        fake_server.body("<html>gateway</html>"),
+    ],
+    ids=["500", "503", "429", "cut off", "no answer", "half a JSON", "no JSON"],
+)
+def test_a_request_that_fails_twice_is_sent_again_with_growing_waits(fake, fault):
+    untroubled = client_of(fake).complete("base", PROMPT, 2, SAMPLING)
+    waits = []
+    client = client_of(fake, waits)
+    fake.fail("/v1/completions", fault, times=2)
+    assert client.complete("base", PROMPT, 2, SAMPLING) == untroubled
+    assert waits == [1.0, 2.0]
+    assert client.retries_done == 2
+
+
+def test_retries_are_bounded_and_the_last_cause_is_told(fake):
+    fake.fail("/v1/completions", fake_server.status(500, "CUDA out of memory"), times=3)
+    with pytest.raises(ServerUnavailable, match=r"3 times in a row.*CUDA out of memory"):
+        client_of(fake).complete("base", PROMPT, 1, SAMPLING)
+    assert len([path for path, _ in fake.requests if path == "/v1/completions"]) == 3
+
+
+def test_a_slow_answer_counts_as_failed_and_is_asked_for_again(fake):
+    fake.fail("/v1/completions", fake_server.slow(1.0))
+    client = client_of(fake, vllm_request_timeout=0.3)
+    assert len(client.complete("base", PROMPT, 1, SAMPLING)) == 1
+    assert client.retries_done == 1
+
+
+def test_a_refusal_is_not_repeated_and_shows_the_servers_words(fake):
+    waits = []
+    with pytest.raises(RequestRefused, match="maximum context length"):
+        client_of(fake, waits).complete("base", [5] * 300, 1, SAMPLING)
+    assert waits == []
+
+
+def test_an_unknown_adapter_is_told_apart(fake):
+    with pytest.raises(ModelNotServed, match="`gone` does not exist"):
+        client_of(fake).complete("gone", PROMPT, 1, SAMPLING)
+
+
+def drop_a_choice(answer):
+    return {"choices": answer["choices"][:-1]}
+
+
+def edit_choice(**changes):
+    def edit(answer):
+        return {"choices": [choice | changes for choice in answer["choices"]]}
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (drop_a_choice, "asked for 2 completions and sent 1"),
+        (lambda answer: {"choices": None}, "asked for 2 completions and sent none"),
+        (edit_choice(token_ids=None), "without token ids"),
+        (edit_choice(logprobs=None), "with no log-probs"),
+        (edit_choice(logprobs={"token_logprobs": [-1.0]}, token_ids=[4, 5]), "2 tokens with 1 log"),
+        (edit_choice(logprobs={"token_logprobs": [None]}, token_ids=[4]), "log-prob None"),
+        (edit_choice(logprobs={"token_logprobs": [math.nan]}, token_ids=[4]), "log-prob nan"),
+        (edit_choice(logprobs={"token_logprobs": [-9999.0]}, token_ids=[4]), "log-prob -9999"),
+        (edit_choice(logprobs={"token_logprobs": [0.5]}, token_ids=[4]), "log-prob 0.5"),
+        (edit_choice(logprobs={"token_logprobs": []}, token_ids=[]), "without any token"),
+    ],
+)
+def test_an_answer_that_lacks_something_stops_the_run_and_says_what(fake, edit, message):
+    fake.edit = edit
+    with pytest.raises(BadAnswer, match=message):
+        client_of(fake).complete("base", PROMPT, 2, SAMPLING)
+
+
+def test_a_completion_that_was_broken_off_is_asked_for_again(fake):
+    fake.edit = edit_choice(finish_reason="abort")
+    client = client_of(fake)
+    client._pause = lambda seconds: setattr(fake, "edit", lambda answer: answer)
+    assert len(client.complete("base", PROMPT, 1, SAMPLING)) == 1
+
+
+def test_completions_come_in_the_order_of_their_numbers(fake):
+    straight = client_of(fake).complete("base", PROMPT, 3, SAMPLING)
+    fake.edit = lambda answer: {"choices": answer["choices"][::-1]}
+    assert client_of(fake).complete("base", PROMPT, 3, SAMPLING) == straight
+
+
+# ---- Waiting for the server ----------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_server_that_comes_up_later_is_waited_for(caplog, monkeypatch):
+    monkeypatch.setattr("hf_ebft.structured.vllm.client.PROGRESS_EVERY", 0.05)
+    port = free_port()
+    started = []
+    timer = threading.Timer(0.4, lambda: started.append(FakeVLLM(port=port)))
+    timer.start()
+    settings = VLLMServerSettings(
+        vllm_lora_sync=True, vllm_server_host="127.0.0.1", vllm_server_port=port
+    )
+    client = VLLMClient(settings, pause=lambda seconds: time.sleep(0.05))
+    with caplog.at_level(logging.WARNING):
+        client.wait_until_ready()
+    assert started
+    started[0].close()
+    assert "waiting for the vLLM server" in caplog.text and "refused" in caplog.text
+
+
+def test_a_server_that_never_comes_up_is_a_clear_error():
+    settings = VLLMServerSettings(
+        vllm_lora_sync=True,
+        vllm_server_base_url=f"http://127.0.0.1:{free_port()}/",
+        vllm_server_timeout=0.2,
+    )
+    client = VLLMClient(settings, pause=lambda seconds: time.sleep(0.05))
+    with pytest.raises(VLLMServerError, match=r"no vLLM server is up .*serve_vllm\.py"):
+        client.wait_until_ready()
+
+
+def test_an_unhealthy_server_is_waited_for_too(fake):
+    fake.fail("/health", fake_server.status(503), times=3)
+    client_of(fake).wait_until_ready()
+
+
+# ---- What the server is --------------------------------------------------------------------------
+
+
+def test_base_model_is_found_beside_adapters(fake):
+    fake.adapters["a"] = None
+    served = client_of(fake).base_model()
+    assert (served.name, served.path, served.max_length) == ("base", "/models/base", 256)
+
+
+def test_a_base_model_of_another_name_is_refused(fake):
+    with pytest.raises(VLLMServerError, match="serves base, not vllm_served_model_name='llama'"):
+        client_of(fake, vllm_served_model_name="llama").base_model()
+
+
+def test_something_else_than_vllm_is_recognised(fake):
+    fake.fail("/v1/models", fake_server.body('{"hello": "world"}'))
+    with pytest.raises(BadAnswer, match="no vLLM server"):
+        client_of(fake).base_model()
+
+
+def test_start_time_tells_a_restart(fake):
+    client = client_of(fake)
+    before = client.start_time()
+    assert client.start_time() == before
+    fake.restart()
+    assert client.start_time() != before
+
+
+def test_start_time_is_unknown_without_metrics(fake):
+    fake.fail("/metrics", fake_server.status(404))
+    assert client_of(fake).start_time() is None
+
+
+# ---- Adapters ------------------------------------------------------------------------------------
+
+
+def test_a_refused_adapter_shows_the_servers_words_and_is_sent_once(fake, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 64}))
+    waits = []
+    with pytest.raises(RequestRefused, match="LoRA rank 64 is greater than max_lora_rank 16"):
+        client_of(fake, waits).load_adapter("a", str(tmp_path))
+    assert waits == []
+
+
+def test_a_folder_that_the_server_does_not_see_names_the_setting(fake):
+    with pytest.raises(VLLMServerError, match="vllm_sync_dir_on_server"):
+        client_of(fake).load_adapter("a", "/nowhere")
+
+
+def test_a_server_without_runtime_loading_says_how_to_start_it(fake):
+    fake.fail("/v1/load_lora_adapter", fake_server.status(404, "Not Found"))
+    with pytest.raises(VLLMServerError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        client_of(fake).load_adapter("a", "/nowhere")
+
+
+def test_a_lost_answer_to_loading_an_adapter_is_no_failure(fake):
+    def loads_and_loses_the_answer(handler):
+        fake.adapters["a"] = fake.base
+        raise fake_server.Dropped
+
+    fake.fail("/v1/load_lora_adapter", loads_and_loses_the_answer)
+    client_of(fake).load_adapter("a", "/x")
+
+
+def test_unloading_what_is_not_there_is_fine(fake):
+    client_of(fake).unload_adapter("a")
+
+
+def test_full_weights_need_development_mode(fake):
+    fake.fail("/pause", fake_server.status(404, "Not Found"))
+    with pytest.raises(VLLMServerError, match="VLLM_SERVER_DEV_MODE=1"):
+        client_of(fake).reload_weights("/x")
+
+
+def test_a_server_is_resumed_even_if_reloading_failed(fake):
+    fake.fail("/collective_rpc", fake_server.status(500, "no such file"))
+    with pytest.raises(VLLMServerError, match="no such file"):
+        client_of(fake).reload_weights("/x")
+    assert not fake.paused
+
+
+def test_an_api_key_is_sent(fake, monkeypatch):
+    seen = []
+    fake.fail("/health", lambda handler: seen.append(handler.headers["Authorization"]) or False)
+    monkeypatch.setenv("VLLM_API_KEY", "token")
+    client_of(fake).wait_until_ready()
+    assert seen == ["Bearer token"]

@@ -1,0 +1,106 @@
+"""Two processes over gloo that sample from one server: DDP and FSDP2, adapters and full weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("trl")
+
+from tests.structured.vllm.fake_server import serving
+from tests.structured.vllm.training import PROMPTS
+
+HERE = Path(__file__).parent
+CONFIGS = HERE.parents[2] / "accelerate_configs"
+
+pytestmark = pytest.mark.slow
+
+
+def launched(scenario, url, folder, config):
+    """What both processes of a scenario saw."""
+    settings = yaml.safe_load((CONFIGS / config).read_text())
+    settings |= {"use_cpu": True, "num_processes": 2, "num_machines": 1, "main_process_port": 0}
+    settings["mixed_precision"] = "no"
+    settings.pop("gpu_ids", None)
+    path = folder / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    if config.startswith("fsdp"):
+        environment["HF_EBFT_TEST_FSDP_ON_CPU"] = "1"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
+    command += [str(HERE / "worker.py"), scenario, url, str(folder)]
+    finished = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "config", "path", "class_name"),
+    [
+        ("adapters", "ddp_cpu.yaml", "/v1/load_lora_adapter", "PeftModelForCausalLM"),
+        ("adapters", "fsdp2_lora.yaml", "/v1/load_lora_adapter", "FSDPPeftModelForCausalLM"),
+        ("full_weights", "ddp_cpu.yaml", "/collective_rpc", "LlamaForCausalLM"),
+        ("full_weights", "fsdp2.yaml", "/collective_rpc", "FSDPLlamaForCausalLM"),
+    ],
+)
+def test_processes_share_one_server_through_a_restart(tmp_path, scenario, config, path, class_name):
+    with serving() as fake:
+        ranks = launched(scenario, fake.url, tmp_path, config)
+        paths = [path for path, _ in fake.requests]
+    for rank in ranks:
+        assert rank["model"] == class_name
+        assert len(rank["prompts"]) == 16
+        # Fresh at the start and, since the server was restarted, at the third step.
+        fresh = rank["differences"][:4] + rank["differences"][8:12]
+        assert max(fresh) < 1e-4
+        assert max(rank["differences"][4:8]) > 1e-3  # stale
+    # Each process its own prompts, together those of the run.
+    seen = [set(rank["prompts"][:4]) for rank in ranks]
+    assert seen[0].isdisjoint(seen[1])
+    assert seen[0] | seen[1] <= set(PROMPTS)
+    assert ranks[0]["restarts"] == [1]
+    # One process sends weights: at the start and after the restart.
+    assert paths.count(path) == 2
+
+
+def test_an_error_on_one_process_stops_all(tmp_path):
+    with serving() as fake:
+        ranks = launched("one_fails", fake.url, tmp_path, "ddp_cpu.yaml")
+    assert "another process failed: BadAnswer: no token ids" in ranks[0]["error"]
+    assert ranks[1]["error"] == "BadAnswer: no token ids"
+
+
+def test_prefetching_on_two_processes(tmp_path):
+    with serving() as fake:
+        ranks = launched("prefetched", fake.url, tmp_path, "ddp_cpu.yaml")
+        rollouts = [
+            payload
+            for path, payload in fake.requests
+            if path == "/v1/completions" and not payload["ignore_eos"]
+        ]
+    assert ranks[0]["vllm/staleness"] == [0, 1, 1]
+    assert ranks[0]["vllm/prefetch_missed"] == []
+    # Three steps of one prompt on each process; seeds differ everywhere.
+    assert len(rollouts) == len({payload["seed"] for payload in rollouts}) == 6
+
+
+def test_one_process_that_loses_the_server_has_all_send_weights_again(tmp_path):
+    with serving() as fake:
+        ranks = launched("one_loses", fake.url, tmp_path, "ddp_cpu.yaml")
+    assert [rank["steps"] for rank in ranks] == [2, 2]
+    assert ranks[0]["restarts"] == [1]
+
+
+def test_a_prompt_too_long_on_one_process_stops_all(tmp_path):
+    with serving() as fake:
+        ranks = launched("one_gets_a_long_prompt", fake.url, tmp_path, "ddp_cpu.yaml")
+    errors = sorted(rank["error"] for rank in ranks)
+    assert errors[0].startswith("VLLMServerError: another process failed: ValueError")
+    assert "--max-model-len" in errors[1]
