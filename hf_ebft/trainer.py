@@ -32,7 +32,7 @@ from hf_ebft.objective.losses import (
     policy_gradient_loss,
     refuse_not_finite,
 )
-from hf_ebft.objective.rewards import Rewards, rewards_by
+from hf_ebft.objective.rewards import Rewards, rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
 from hf_ebft.packed.deferred import TrainingPass
 from hf_ebft.packed.forward import PackedForward
@@ -42,7 +42,7 @@ from hf_ebft.packed.model_parts import bare_model, vocabulary_size
 from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.packed.teacher_forcing import teacher_forcing_inputs
 from hf_ebft.packed.verification import verify_packing
-from hf_ebft.rows.anchors import blocks_by
+from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.rows.documents import EBFT_COLUMNS, Documents, split_rows
 from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.training.ema import EMACallback
@@ -227,7 +227,7 @@ class EBFTTrainer(CardTrainer):
         """
         settings = self.ebft
         documents = self._read(inputs)
-        blocks = blocks_by(
+        blocks = find_blocks_for(
             settings,
             documents,
             pad_to_multiple_of=max(1, settings.pad_to_multiple_of // settings.stride),
@@ -277,7 +277,7 @@ class EBFTTrainer(CardTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             features = self.feature_network.embed(rollouts, score)
         with torch.no_grad():
-            rewards = rewards_by(
+            rewards = rewards_from_settings(
                 settings,
                 features.generated,
                 features.ground_truth,

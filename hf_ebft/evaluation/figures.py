@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.feature_network.network import FeatureNetwork
-from hf_ebft.objective.rewards import rewards_by
+from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
 from hf_ebft.packed.forward import PackedForward, inference_mode_of
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.packed.targets import TokenLogProbs
-from hf_ebft.rows.anchors import blocks_by
+from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
 
@@ -142,7 +142,7 @@ def evaluate_documents(
                 document_masking=settings.document_masking,
                 eos_token_id=eos_token_id,
             )
-            blocks = blocks_by(settings, documents, stride=stride)
+            blocks = find_blocks_for(settings, documents, stride=stride)
             layout = PackedLayout(documents, blocks, n_samples, settings.generate_max_len)
             draws = [
                 _measure(
@@ -188,7 +188,7 @@ def _measure(
     )
     features = feature_network.embed(rollouts)
     rewarded, plain = (
-        rewards_by(
+        rewards_from_settings(
             settings,
             features.generated,
             features.ground_truth,

@@ -30,13 +30,13 @@ from hf_ebft.evaluation.figures import (
     sums_by_document,
 )
 from hf_ebft.feature_network.network import FeatureNetwork
-from hf_ebft.objective.rewards import rewards_by
+from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
 from hf_ebft.packed.forward import PackedForward, inference_mode_of
 from hf_ebft.packed.heads import ToLogits
 from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.packed.targets import target_log_probs
-from hf_ebft.rows.anchors import Blocks, blocks_by, find_blocks
+from hf_ebft.rows.anchors import Blocks, find_blocks, find_blocks_for
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
 
@@ -205,7 +205,7 @@ class _Measurer:
         settings, longest = self.settings, max(self.lengths)
         width = document_slots(documents).shape[1]
         text, tokens = self._text_figures(documents, width)
-        blocks = blocks_by(settings, documents, generate_max_len=longest)
+        blocks = find_blocks_for(settings, documents, generate_max_len=longest)
         empty = torch.zeros(1, width, dtype=torch.float64, device=documents.input_ids.device)
         sums = {g: dict.fromkeys(ROLLOUT_FIGURES, empty) for g in self.lengths}
         count = empty
@@ -273,7 +273,7 @@ class _Measurer:
         settings = self.settings
         features = self.feature_network.embed(rollouts)
         rewarded, plain = (
-            rewards_by(
+            rewards_from_settings(
                 settings,
                 features.generated,
                 features.ground_truth,

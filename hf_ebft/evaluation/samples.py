@@ -13,11 +13,11 @@ from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.evaluation.figures import STREAM, Collator, Rows
 from hf_ebft.feature_network.network import FeatureNetwork
-from hf_ebft.objective.rewards import rewards_by
+from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
-from hf_ebft.rows.anchors import Blocks, blocks_by
+from hf_ebft.rows.anchors import Blocks, find_blocks_for
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
 
@@ -151,7 +151,7 @@ def sample_groups(
         seed=seed,
     )
     features = feature_network.embed(rollouts)
-    rewards = rewards_by(
+    rewards = rewards_from_settings(
         settings, features.generated, features.ground_truth, corpus_whitening=corpus_whitening
     )
     return [
@@ -189,7 +189,7 @@ def _continue_rows(
         document_masking=settings.document_masking,
         eos_token_id=eos_token_id,
     )
-    blocks = _middle_block(blocks_by(settings, documents, generate_max_len=length))
+    blocks = _middle_block(find_blocks_for(settings, documents, generate_max_len=length))
     return sample_rollouts(
         model,
         PackedForward.of(model, settings.packed_attention),

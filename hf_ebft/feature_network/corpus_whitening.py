@@ -24,7 +24,7 @@ from hf_ebft.config import EBFTSettings
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.whitening import CorpusWhitening
 from hf_ebft.packed.sampling import Rollouts, make_generator
-from hf_ebft.rows.anchors import blocks_by
+from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
 
@@ -129,7 +129,7 @@ def _ground_truth_features(
     feature_network: FeatureNetwork, documents: Documents, settings: EBFTSettings
 ) -> Tensor:
     """(N, D) features of the windows of all blocks of a batch."""
-    blocks = blocks_by(settings, documents)
+    blocks = find_blocks_for(settings, documents)
     layout = PackedLayout(documents, blocks, n_samples=1, length=settings.generate_max_len)
     # Nothing of the document sees rollouts, so any tokens will do.
     tokens = torch.zeros(layout.rollout_shape, dtype=torch.long, device=blocks.exists.device)

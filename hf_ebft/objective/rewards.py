@@ -187,7 +187,7 @@ def _check_features(generated: Tensor, ground_truth: Tensor) -> None:
         )
 
 
-def rewards_by(
+def rewards_from_settings(
     settings: FeatureMatchingArguments,
     generated: Tensor,
     ground_truth: Tensor,
@@ -195,12 +195,12 @@ def rewards_by(
     use_whitening: bool | None = None,
     corpus_whitening: CorpusWhitening | None = None,
 ) -> Rewards:
-    """:func:`feature_matching_rewards` with a run's settings.
+    """`feature_matching_rewards` with a run's settings.
 
     Args:
         settings: coefficients and whitening.
         generated, ground_truth, corpus_whitening: see there.
-        use_whitening: in place of the settings'.
+        use_whitening: replaces the settings' if given.
     """
     return feature_matching_rewards(
         generated,

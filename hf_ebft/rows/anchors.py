@@ -1,9 +1,9 @@
-"""Where blocks start.
+"""Where blocks start: anchors, prefixes and ground-truth windows.
 
-Block k of a document continues the nested prefix ``doc[:e_k]`` with ``e_k = a_0 + k * stride``; its
-ground truth is the window ``doc[e_k : e_k + G]``. The first prefix ends at
-``a_0 = context_length``, or, where a completion is marked, at
-``max(context_length, completion_start + min_completion_prefix)`` of that document.
+Block k of a document continues the nested prefix `doc[:e_k]` with `e_k = a_0 + k * stride`; its
+ground truth is the window `doc[e_k : e_k + G]`. The first prefix ends at
+`a_0 = context_length`, or, where a completion is marked, at
+`max(context_length, completion_start + min_completion_prefix)` of that document.
 
 Dimension letters: B rows, S tokens of a row, K blocks (the most that any row has), G tokens of a
 rollout.
@@ -24,7 +24,7 @@ from hf_ebft.rows.documents import Documents
 class Blocks:
     """The blocks of a batch, in the order of their anchors; K is at least 1.
 
-    A batch without any block still has K = 1 with ``exists`` False, so that every process of a
+    A batch without any block still has K = 1 with `exists` False, so that every process of a
     distributed run makes the same forward passes whatever its documents are.
 
     Attributes:
@@ -73,7 +73,7 @@ def find_blocks(
         pad_to_multiple_of: K is rounded up to a multiple of this.
 
     Returns:
-        ``floor((S - G - a_0) / stride) + 1`` blocks for a document of S tokens (none if that is not
+        `floor((S - G - a_0) / stride) + 1` blocks for a document of S tokens (none if that is not
         positive), less those whose window contains a masked label.
     """
     marked = documents.completion_start >= 0
@@ -107,8 +107,8 @@ def find_blocks(
     )
 
 
-def blocks_by(settings: StridedArguments, documents: Documents, **changes: int) -> Blocks:
-    """:func:`find_blocks` with a run's settings.
+def find_blocks_for(settings: StridedArguments, documents: Documents, **changes: int) -> Blocks:
+    """`find_blocks` with a run's settings.
 
     Args:
         settings: where blocks start and how long rollouts are.

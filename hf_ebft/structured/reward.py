@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ebft.data.thinking import answer_start
 from hf_ebft.objective.advantages import compute_advantages
-from hf_ebft.objective.rewards import Rewards, rewards_by
+from hf_ebft.objective.rewards import Rewards, rewards_from_settings
 from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.structured.config import StructuredSettings, refuse_groups_that_do_not_sum_to_zero
 from hf_ebft.structured.encoding import Example, ExampleEncoder, text_of
@@ -251,7 +251,7 @@ class FeatureMatchingReward:
         n_samples = self._group_size(gather_rows(fingerprints(examples, device)))
         groups = (-1, n_samples)
         # One block per prompt: K = 1.
-        rewards = rewards_by(
+        rewards = rewards_from_settings(
             settings,
             gather_rows(generated_RD).unflatten(0, groups)[:, :, None],
             gather_rows(truth_RD).unflatten(0, groups)[:, :1],
