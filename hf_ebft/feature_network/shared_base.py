@@ -6,7 +6,8 @@ training started from.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -51,9 +52,32 @@ def why_not_shareable(policy: nn.Module) -> str | None:
     return None
 
 
-def adapters_off(policy: nn.Module) -> AbstractContextManager[None]:
-    """A PEFT policy as its base alone, within the context."""
-    return cast("PeftModel", policy).disable_adapter()
+@contextmanager
+def adapters_off(policy: nn.Module) -> Iterator[None]:
+    """A PEFT policy as its base alone, within the context; afterwards exactly as it was.
+
+    PEFT itself switches every adapter layer on when its own context ends, and makes all parameters
+    of the active adapters trainable: the ones that the user froze would be trained.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    before = dict(policy.named_parameters())
+    trainable = {name: weight.requires_grad for name, weight in before.items()}
+    off = [
+        module
+        for module in policy.modules()
+        if isinstance(module, BaseTunerLayer) and module.disable_adapters
+    ]
+    try:
+        with cast("PeftModel", policy).disable_adapter():
+            yield
+    finally:
+        for module in off:
+            module.enable_adapters(False)
+        # FSDP2 may show its shards before and whole parameters afterwards.
+        for name, weight in [*before.items(), *policy.named_parameters()]:
+            if weight.requires_grad != trainable[name]:
+                weight.requires_grad_(trainable[name])
 
 
 def _adapters_do_nothing(policy: nn.Module) -> bool:
