@@ -39,7 +39,12 @@ from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.fsdp import gathering_fits, is_sharded, parameters_gathered
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import bare_model, vocabulary_size
-from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
+from hf_ebft.packed.sampling import (
+    Rollouts,
+    SamplingRecord,
+    make_generator,
+    sample_with_record,
+)
 from hf_ebft.packed.teacher_forcing import teacher_forcing_inputs
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.rows.anchors import find_blocks_for
@@ -94,6 +99,7 @@ class EBFTTrainer(CardTrainer):
 
     model: nn.Module  # Trainer's own annotation admits None, which it never is here
     _corpus_whitening: CorpusWhitening | None
+    _record: SamplingRecord | None
 
     # The Trainer has to divide the loss by the accumulation steps; see _share_of_step.
     loss_is_scaled_for_ga = False
@@ -141,6 +147,7 @@ class EBFTTrainer(CardTrainer):
         self._evaluation_metrics = MetricAccumulator(device)
         self._stopwatch = Stopwatch(device)
         self._micro_step = (-1, 0)  # (global step, micro-batches seen in it)
+        self._keeps_record, self._record = False, None  # see _sample_with_record
         self._evaluation_batch: int | None = None  # None while training
         self._teacher_forced = False
         self._warned_of_no_blocks = False
@@ -183,11 +190,11 @@ class EBFTTrainer(CardTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         settings = self.ebft
         with self._stopwatch.phase("rollout"):
-            rollouts = self.sample_rollouts(model, inputs)
+            rollouts, record = self._sample_with_record(model, inputs)
         layout = rollouts.layout
         with self._stopwatch.phase("features"):
             rewards, advantages, reference = self._score(rollouts)
-        log_probs = self._training_pass.log_probs(model, rollouts)
+        log_probs = self._training_pass.log_probs(model, rollouts, record)
         rl_loss = policy_gradient_loss(log_probs.rollout, advantages, layout)
         loss, ce_loss, kl = settings.rl_coef * rl_loss, None, None
         if log_probs.document is not None:
@@ -214,8 +221,7 @@ class EBFTTrainer(CardTrainer):
     def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
         """Sample rollouts for a batch; override to supply others.
 
-        A subclass may return
-        ``dataclasses.replace(super().sample_rollouts(model, inputs), tokens=...)``.
+        A subclass may return `super().sample_rollouts(model, inputs).with_tokens(...)`.
 
         Args:
             model: the wrapped policy.
@@ -236,10 +242,10 @@ class EBFTTrainer(CardTrainer):
             documents, blocks, settings.n_samples_per_prompt, settings.generate_max_len
         )
         targets = None
-        if not self._evaluating:
+        if self._keeps_record:
             targets = self._training_pass.targets_in_sampling(model, layout)
         with self._parameters_for_sampling(model):
-            return sample_rollouts(
+            rollouts, record = sample_with_record(
                 model,
                 self._forward,
                 layout,
@@ -249,6 +255,19 @@ class EBFTTrainer(CardTrainer):
                 generator=self._generator(documents.input_ids.device),
                 targets=targets,
             )
+        if self._keeps_record:
+            self._record = record
+        return rollouts
+
+    def _sample_with_record(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Rollouts, SamplingRecord | None]:
+        """`sample_rollouts` for a loss, and what it computed beside the tokens, if it sampled."""
+        self._keeps_record, self._record = True, None
+        try:
+            return self.sample_rollouts(model, inputs), self._record
+        finally:
+            self._keeps_record, self._record = False, None
 
     @property
     def _training_pass(self) -> TrainingPass:

@@ -264,7 +264,7 @@ class FeatureNetwork(FrozenNetwork):
         states = states_in(cache)
         generated, later = [], []
         for chunk in chunks:
-            some = rollouts.of_blocks(chunk)
+            some = rollouts.select_blocks(chunk)
             part, places = some.layout.rollouts_part, self._rollout_places(some.layout)
             cache = self.forward.new_cache(states)
             embedded, reference = self._pass(some, part, places, score, cache)

@@ -29,7 +29,7 @@ from hf_ebft.packed.forward import PackedForward, is_random_in_training, states_
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import checkpoints_activations
-from hf_ebft.packed.sampling import DocumentPass, Rollouts
+from hf_ebft.packed.sampling import DocumentPass, Rollouts, SamplingRecord
 from hf_ebft.packed.targets import Targets, TokenLogProbs
 from hf_ebft.rows.chunks import chunks_of
 from hf_ebft.rows.layout import PackedLayout
@@ -72,22 +72,30 @@ class TrainingPass:
         kept = not isinstance(model, DistributedDataParallel)
         return targets if targets and kept and not is_random_in_training(model) else None
 
-    def log_probs(self, model: nn.Module, rollouts: Rollouts) -> TokenLogProbs:
+    def log_probs(
+        self, model: nn.Module, rollouts: Rollouts, record: SamplingRecord | None = None
+    ) -> TokenLogProbs:
         """`packed_log_probs` with gradient, in as many chunks as keep memory in bounds.
 
-        Where there are no :meth:`document_targets`, in one pass over the whole row. Tokens that the
+        Where there are no `document_targets`, in one pass over the whole row. Tokens that the
         policy has not sampled itself, as it is now, cost one more forward pass.
 
         Args:
             model: the wrapped policy.
             rollouts: the batch and its sampled tokens.
+            record: what was computed in sampling just now. It is ignored where it is not about
+                these rollouts. Its pass over the documents serves one backward pass, so hand it
+                over once.
         """
         targets = self.document_targets(model, rollouts.layout)
         if targets is None:
             return self._packed(model, rollouts)
-        sampling = rollouts.sampling_by(model, self.temperature)
-        kept = [] if sampling is None else sampling.document_passes
-        documents = kept.pop() if kept else None
+        rollouts.layout.check_tokens(rollouts.tokens)
+        if record is not None and not record.describes(rollouts, model, self.temperature):
+            record = None
+        # Nobody may change the tokens between the loss and its backward pass.
+        rollouts = record.rollouts if record else rollouts.with_tokens(rollouts.tokens.clone())
+        documents = record.document_pass if record else None
         if documents is None or (self.with_document and documents.log_probs.document is None):
             cache = self.forward.new_cache()
             log_probs = self._packed(model, rollouts, part=targets.part, cache=cache)
@@ -96,7 +104,7 @@ class TrainingPass:
             rollouts, self._chunks(rollouts.layout), partial(self._of_rollouts, _inside(model))
         )
         states = documents.states
-        later = passes.values(states) if sampling is None else sampling.log_probs[..., 1:]
+        later = record.log_probs[..., 1:] if record else passes.values(states)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         later = _Deferred.apply(later, passes, len(states), *states, *weights)
         first = documents.log_probs.rollout
@@ -164,7 +172,7 @@ class _RolloutPasses:
 
     def log_probs(self, chunk: slice, states: Sequence[Tensor]) -> Tensor:
         """(B, n, k, G - 1) of the tokens after the first, of the k blocks of a chunk."""
-        return self.score(self.rollouts.of_blocks(chunk), states)
+        return self.score(self.rollouts.select_blocks(chunk), states)
 
     def values(self, states: Sequence[Tensor]) -> Tensor:
         """(B, n, K, G - 1), without gradient."""

@@ -7,8 +7,7 @@ Q tokens of a row that are continued, N rows of logits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,26 +33,6 @@ class DocumentPass:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What the policy made of the tokens that it sampled.
-
-    Attributes:
-        tokens: (B, n, K, G) int64.
-        log_probs: (B, n, K, G) float32, of the tokens, at the temperature, before any truncation.
-        temperature: of the sampling.
-        policy: which weights these are, see :func:`state_of`.
-        document_passes: the pass over the documents, if it was to be kept. Whoever trains on it
-            takes it out: its graph serves one backward pass.
-    """
-
-    tokens: Tensor
-    log_probs: Tensor
-    temperature: float
-    policy: Any
-    document_passes: list[DocumentPass] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class Rollouts:
     """Sampled continuations of the prefixes of a batch.
 
@@ -61,40 +40,75 @@ class Rollouts:
         tokens: (B, n, K, G) int64; arbitrary where the block does not exist.
         exists: (B, K) bool.
         layout: where prefixes, windows and rollouts lie in the packed row.
-        sampling: what is known of the tokens from sampling them; None where they came otherwise.
     """
 
     tokens: Tensor
     exists: Tensor
     layout: PackedLayout
-    sampling: Sampling | None = None
+
+    def with_tokens(self, tokens: Tensor) -> Rollouts:
+        """The same blocks with other tokens.
+
+        Args:
+            tokens: (B, n, K, G) int64, on any device.
+
+        Raises:
+            ValueError: tokens of another shape or type.
+        """
+        self.layout.check_tokens(tokens)
+        return Rollouts(tokens.to(self.tokens.device), self.exists, self.layout)
+
+    def select_blocks(self, blocks: slice) -> Rollouts:
+        """The rollouts of some blocks."""
+        layout = self.layout.select_blocks(blocks)
+        return Rollouts(self.tokens[:, :, blocks], layout.blocks.exists, layout)
 
     def input_ids(self, part: PackedPart) -> Tensor:
         """(B, Q) token ids of what a part of the row feeds."""
         return self.layout.input_ids(self.tokens)[:, part.queries.slot[0]]
 
-    def of_blocks(self, blocks: slice) -> Rollouts:
-        """Those of some blocks; what is known from sampling them is left behind."""
-        layout = self.layout.of_blocks(blocks)
-        return Rollouts(self.tokens[:, :, blocks], layout.blocks.exists, layout)
 
-    def sampling_by(self, policy: nn.Module, temperature: float) -> Sampling | None:
-        """What is known of the tokens, if this policy has sampled them so, as it is now.
+@dataclass(frozen=True)
+class SamplingRecord:
+    """What sampling computed beside the tokens. Training on these very rollouts can use it.
 
-        None where tokens were replaced since, or the policy is another one or has been trained.
-        """
-        known = self.sampling
-        if known is None or (known.policy, known.temperature) != (state_of(policy), temperature):
-            return None
-        return known if torch.equal(known.tokens, self.tokens) else None
+    It is handed on beside the rollouts and not inside them: rollouts may get other tokens, or be
+    trained on a second time, when none of this is true any longer.
 
-
-def state_of(policy: nn.Module) -> tuple[int, int]:
-    """What tells a model and its weights from another model and from other weights.
-
-    Every tensor counts how often it was changed in place; autograd checks saved tensors by it.
+    Attributes:
+        rollouts: as they were sampled; nobody else holds their tokens.
+        log_probs: (B, n, K, G) float32, of the tokens, at the temperature, before any truncation.
+        temperature: of the sampling.
+        policy: the model that sampled.
+        weight_versions: of the policy's weights, see `weight_versions`.
+        document_pass: the pass over the documents, if it was to be kept. Its graph serves one
+            backward pass.
     """
-    return id(policy), sum(parameter._version for parameter in policy.parameters())
+
+    rollouts: Rollouts
+    log_probs: Tensor
+    temperature: float
+    policy: nn.Module
+    weight_versions: tuple[int, ...]
+    document_pass: DocumentPass | None = None
+
+    def describes(self, rollouts: Rollouts, policy: nn.Module, temperature: float) -> bool:
+        """Whether this policy, as it is now, has sampled these tokens at this temperature."""
+        return (
+            rollouts.layout is self.rollouts.layout
+            and policy is self.policy
+            and temperature == self.temperature
+            and weight_versions(policy) == self.weight_versions
+            and torch.equal(rollouts.tokens, self.rollouts.tokens)
+        )
+
+
+def weight_versions(policy: nn.Module) -> tuple[int, ...]:
+    """How often each weight was changed in place, as autograd counts it for tensors that it saves.
+
+    A subclass may sample with other weights than it trains, averaged ones for example.
+    """
+    return tuple(parameter._version for parameter in policy.parameters())
 
 
 def make_generator(device: torch.device, *entropy: int) -> torch.Generator:
@@ -117,9 +131,37 @@ def sample_rollouts(
     top_p: float,
     chunk_size: int,
     generator: torch.Generator,
-    targets: Targets | None = None,
 ) -> Rollouts:
     """Sample G tokens after every prefix of the batch, n times.
+
+    Args:
+        model, forward, layout, temperature, top_p, chunk_size, generator: see `sample_with_record`,
+            whose errors it raises, too.
+    """
+    rollouts, _ = sample_with_record(
+        model,
+        forward,
+        layout,
+        temperature=temperature,
+        top_p=top_p,
+        chunk_size=chunk_size,
+        generator=generator,
+    )
+    return rollouts
+
+
+def sample_with_record(
+    model: nn.Module,
+    forward: PackedForward,
+    layout: PackedLayout,
+    *,
+    temperature: float,
+    top_p: float,
+    chunk_size: int,
+    generator: torch.Generator,
+    targets: Targets | None = None,
+) -> tuple[Rollouts, SamplingRecord]:
+    """Sample G tokens after every prefix of the batch, n times, and say what was computed.
 
     The number of forward passes is G whatever the batch holds, so that all processes of a
     distributed run gather parameters equally often.
@@ -134,6 +176,9 @@ def sample_rollouts(
         generator: source of randomness, on the model's device.
         targets: of the documents, to be scored with gradient in the pass over them that sampling
             makes anyway; the pass is kept. In evaluation mode, like all of it.
+
+    Returns:
+        The rollouts, and what can serve a training pass over them.
 
     Raises:
         FloatingPointError: the policy's logits are not finite.
@@ -171,14 +216,14 @@ def sample_rollouts(
 
     with inference_mode_of(model):
         cache = forward.new_cache()
-        document_passes = []
+        document_pass = None
         with torch.set_grad_enabled(targets is not None):
             first = forward.through_head(
                 model, text, part, part.index_of[kept.places], first_tokens, cache=cache
             )
             if targets is not None:
                 scored = targets.together(first[2:])
-                document_passes.append(DocumentPass(scored, states_in(cache)))
+                document_pass = DocumentPass(scored, states_in(cache))
         steps = [first[:2]]
         for step in range(length - 1):
             part, text = layout.step_part(step), steps[-1][0]
@@ -187,8 +232,16 @@ def sample_rollouts(
         layout.from_row(torch.stack(of_steps, dim=2).flatten(1)).contiguous()
         for of_steps in zip(*steps, strict=True)
     )
-    sampling = Sampling(tokens.clone(), log_probs, temperature, state_of(model), document_passes)
-    return Rollouts(tokens, layout.blocks.exists, layout, sampling)
+    rollouts = Rollouts(tokens, layout.blocks.exists, layout)
+    record = SamplingRecord(
+        rollouts.with_tokens(tokens.clone()),
+        log_probs,
+        temperature,
+        model,
+        weight_versions(model),
+        document_pass,
+    )
+    return rollouts, record
 
 
 def token_probabilities(logits: Tensor, temperature: float) -> Tensor:

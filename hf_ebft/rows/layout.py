@@ -66,13 +66,17 @@ class PackedLayout:
 
     def input_ids(self, tokens: Tensor) -> Tensor:
         """(B, R) token ids of the row that holds the rollouts ``tokens`` (B, n, K, G)."""
+        self.check_tokens(tokens)
+        return torch.cat([self.documents.input_ids, self.to_row(tokens)], dim=1)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise a ValueError unless these can be rollouts of the batch: (B, n, K, G) int64."""
         if tuple(tokens.shape) != self.rollout_shape or tokens.dtype != torch.int64:
             raise ValueError(
                 f"Rollout tokens have shape {tuple(tokens.shape)} and type {tokens.dtype}; this "
                 f"batch needs (rows, samples, blocks, tokens) = {self.rollout_shape} of "
                 "torch.int64."
             )
-        return torch.cat([self.documents.input_ids, self.to_row(tokens)], dim=1)
 
     @cached_property
     def coordinates(self) -> Coordinates:
@@ -171,7 +175,7 @@ class PackedLayout:
         # Python's collector of cycles would free them and their masks, some steps later.
         return PackedPart(replace(self), queries, keys, has_documents, steps, own_steps)
 
-    def of_blocks(self, blocks: slice) -> PackedLayout:
+    def select_blocks(self, blocks: slice) -> PackedLayout:
         """The same documents with some of their blocks."""
         return PackedLayout(self.documents, self.blocks[blocks], self.n_samples, self.length)
 

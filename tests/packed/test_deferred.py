@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +190,9 @@ def test_log_probs_of_sampling_are_those_of_the_policy_that_sampled(tmp_path: Pa
     """Not of tokens put in their place, of another model, or of weights trained since."""
     trainer = EBFTTrainer(tiny_llama(), config(tmp_path, top_p=0.8, temperature=0.7))
     batch = trainer._prepare_inputs(ragged())
-    rollouts = trainer.sample_rollouts(trainer.model, batch)
-    sampling = rollouts.sampling_by(trainer.model, 0.7)
-    assert sampling is not None
-    known = sampling.log_probs
+    rollouts, record = trainer._sample_with_record(trainer.model, batch)
+    assert record is not None and record.describes(rollouts, trainer.model, 0.7)
+    known = record.log_probs
     trainer.ebft.training_chunk_size = WHOLE
 
     class Same(EBFTTrainer):
@@ -204,18 +204,96 @@ def test_log_probs_of_sampling_are_those_of_the_policy_that_sampled(tmp_path: Pa
     exists = rollouts.exists[:, None, :, None].expand(known.shape)
     torch.testing.assert_close(known[exists], outputs.log_probs.detach()[exists])
 
-    other = dataclasses.replace(rollouts, tokens=(rollouts.tokens + 1) % 7)
-    assert other.sampling_by(trainer.model, 0.7) is None
-    assert rollouts.sampling_by(tiny_llama(), 0.7) is None
-    assert rollouts.sampling_by(trainer.model, 1.0) is None
+    others = (rollouts.tokens + 1) % 7
+    assert not record.describes(rollouts.with_tokens(others), trainer.model, 0.7)
+    replaced = dataclasses.replace(rollouts, tokens=others)
+    assert not record.describes(replaced, trainer.model, 0.7)
+    same_tokens = rollouts.with_tokens(rollouts.tokens.clone())
+    assert record.describes(same_tokens, trainer.model, 0.7)
+    elsewhere = dataclasses.replace(rollouts, layout=dataclasses.replace(rollouts.layout))
+    assert not record.describes(elsewhere, trainer.model, 0.7)
+    assert not record.describes(rollouts, tiny_llama(), 0.7)
+    assert not record.describes(rollouts, trainer.model, 1.0)
     rollouts.tokens[0, 0, 0, 0] += 1
-    assert rollouts.sampling_by(trainer.model, 0.7) is None
+    assert not record.describes(rollouts, trainer.model, 0.7)
     rollouts.tokens[0, 0, 0, 0] -= 1
-    assert rollouts.sampling_by(trainer.model, 0.7) is not None
+    assert record.describes(rollouts, trainer.model, 0.7)
     optimizer = torch.optim.AdamW(trainer.model.parameters())
     outputs.log_probs.sum().backward()
     optimizer.step()
-    assert rollouts.sampling_by(trainer.model, 0.7) is None
+    assert not record.describes(rollouts, trainer.model, 0.7)
+
+
+WAYS_TO_GIVE_TOKENS: dict[str, Callable[[Rollouts, Tensor], Rollouts]] = {
+    "with_tokens": lambda rollouts, tokens: rollouts.with_tokens(tokens),
+    "replace": lambda rollouts, tokens: dataclasses.replace(rollouts, tokens=tokens),
+    "in place": lambda rollouts, tokens: (rollouts.tokens.copy_(tokens), rollouts)[1],
+    "anew": lambda rollouts, tokens: Rollouts(tokens, rollouts.exists, rollouts.layout),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_GIVE_TOKENS.values(), ids=WAYS_TO_GIVE_TOKENS)
+def test_given_tokens_are_trained_on_whatever_sampling_has_computed(
+    way: Callable[[Rollouts, Tensor], Rollouts], tmp_path: Path
+) -> None:
+    """However a subclass puts its tokens in the place of the sampled ones."""
+
+    class Given(EBFTTrainer):
+        def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
+            rollouts = super().sample_rollouts(model, inputs)
+            return way(rollouts, (rollouts.tokens + 1) % 7)
+
+    expected_loss, expected = gradients(
+        Given(tiny_llama(), config(tmp_path, training_chunk_size=WHOLE)), ragged()
+    )
+    loss, found = gradients(Given(tiny_llama(), config(tmp_path, training_chunk_size=6)), ragged())
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+    assert_same_tensors(found, expected, relative=ROUNDING)
+
+
+def test_tokens_changed_before_the_backward_pass_change_nothing(tmp_path: Path) -> None:
+    """A callback may write into the rollouts that it is told of."""
+    for cls in (EBFTTrainer, PrefixRollouts):
+        trainer = cls(tiny_llama(), config(tmp_path, training_chunk_size=6))
+        _, expected = gradients(trainer, ragged())
+        trainer._micro_step = (-1, 0)  # the same rollouts again
+        trainer.model.zero_grad()
+        loss, outputs = trainer.compute_loss(trainer.model, ragged(), return_outputs=True)
+        outputs.rollouts.tokens.zero_()
+        loss.backward()
+        assert_same_tensors(gradient_of(trainer.model), expected, relative=0)
+
+
+def test_rollouts_of_other_weights_are_scored_by_the_trained_ones(tmp_path: Path) -> None:
+    """A subclass may sample with averaged weights, put into the model for that time."""
+
+    class Averaged(EBFTTrainer):
+        def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
+            head = model.lm_head.weight
+            own = head.detach().clone()
+            with torch.no_grad():
+                head.mul_(0.5)
+                rollouts = super().sample_rollouts(model, inputs)
+                head.copy_(own)
+            return rollouts
+
+    def of(chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+        args = config(tmp_path, training_chunk_size=chunk)
+        return gradients(Averaged(tiny_llama(), args), ragged())
+
+    (loss, found), (expected_loss, expected) = of(6), of(WHOLE)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+    assert_same_tensors(found, expected, relative=ROUNDING)
+
+
+def test_rollouts_outside_of_a_loss_keep_no_graph(tmp_path: Path) -> None:
+    """Evaluation, callbacks and users sample, too, and nobody would train on what was kept."""
+    trainer = EBFTTrainer(tiny_llama(), config(tmp_path, training_chunk_size=6))
+    counts = CountTokens(trainer.model)
+    trainer.sample_rollouts(trainer.model, trainer._prepare_inputs(ragged()))
+    assert counts.with_gradient == 0
+    loss = trainer.compute_loss(trainer.model, ragged())
+    assert isinstance(loss, Tensor) and trainer._record is None
 
 
 def test_old_rollouts_are_scored_by_the_policy_as_it_is_now(tmp_path: Path) -> None:
@@ -241,10 +319,15 @@ def test_old_rollouts_are_scored_by_the_policy_as_it_is_now(tmp_path: Path) -> N
 
 def test_the_same_rollouts_can_be_trained_on_twice(tmp_path: Path) -> None:
     """The pass over the documents that sampling made serves the first time only."""
-    trainer = EBFTTrainer(tiny_llama(), config(tmp_path, training_chunk_size=6))
-    rollouts = trainer.sample_rollouts(trainer.model, trainer._prepare_inputs(ragged()))
-    assert rollouts.sampling is not None and len(rollouts.sampling.document_passes) == 1
-    trainer.sample_rollouts = lambda model, inputs: rollouts  # type: ignore[method-assign]
+
+    class Again(EBFTTrainer):
+        kept: Rollouts | None = None
+
+        def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
+            self.kept = self.kept or super().sample_rollouts(model, inputs)
+            return self.kept
+
+    trainer = Again(tiny_llama(), config(tmp_path, training_chunk_size=6))
     first, second = (gradients(trainer, ragged()) for _ in range(2))
     torch.testing.assert_close(first[0], second[0])
     assert_same_tensors(second[1], first[1], relative=ROUNDING)

@@ -146,6 +146,16 @@ def test_batch_without_blocks_gives_one_rollout_that_does_not_exist(
     assert rollouts.tokens.shape == (2, 2, 1, LENGTH)
 
 
+def test_other_tokens_keep_the_blocks(policy: PreTrainedModel) -> None:
+    rollouts = sample(policy, make_layout(random_documents(19, 11)))
+    other = rollouts.with_tokens(rollouts.tokens.flip(1))
+    assert torch.equal(other.tokens, rollouts.tokens.flip(1))
+    assert other.exists is rollouts.exists and other.layout is rollouts.layout
+    for wrong in (rollouts.tokens[:, :1], rollouts.tokens.int()):
+        with pytest.raises(ValueError, match=r"needs .* = \(2, 2, 5, 4\) of torch.int64"):
+            rollouts.with_tokens(wrong)
+
+
 # ---- What sampling must leave alone --------------------------------------------------------------
 
 

@@ -22,7 +22,13 @@ from hf_ebft.packed.deferred import TrainingPass, can_defer
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import decoder_layers
-from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
+from hf_ebft.packed.sampling import (
+    Rollouts,
+    SamplingRecord,
+    make_generator,
+    sample_rollouts,
+    sample_with_record,
+)
 from hf_ebft.packed.targets import KeptPlaces, Targets
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.rows.anchors import find_blocks
@@ -192,8 +198,12 @@ def deferral_difference(model: nn.Module, forward: PackedForward, rollouts: Roll
     there = weight.abs().sign()  # blocks that do not exist have no log-probabilities
     worst = 0.0
     targets = Targets(rollouts.layout.document_part, **scoring)
-    for batch in (rollouts, _sampled_again(model, forward, rollouts, targets)):
-        deferred = TrainingPass(forward, training_chunk_size=1, **scoring).log_probs(model, batch)
+    for batch, record in (
+        (rollouts, None),
+        _sampled_again(model, forward, rollouts, targets),
+    ):
+        training_pass = TrainingPass(forward, training_chunk_size=1, **scoring)
+        deferred = training_pass.log_probs(model, batch, record)
         found = torch.autograd.grad((weight * deferred.rollout).sum(), weights, allow_unused=True)
         worst = _worse(worst, there * deferred.rollout.detach(), there * whole.detach())
         for ours, reference in zip(found, expected, strict=True):
@@ -205,9 +215,9 @@ def deferral_difference(model: nn.Module, forward: PackedForward, rollouts: Roll
 
 def _sampled_again(
     model: nn.Module, forward: PackedForward, rollouts: Rollouts, targets: Targets
-) -> Rollouts:
+) -> tuple[Rollouts, SamplingRecord]:
     """The same rollouts, with the pass over the documents kept for training."""
-    again = sample_rollouts(
+    again, record = sample_with_record(
         model,
         forward,
         rollouts.layout,
@@ -218,8 +228,8 @@ def _sampled_again(
         targets=targets,
     )
     assert torch.equal(again.tokens, rollouts.tokens)
-    assert again.sampling is not None and again.sampling.document_passes
-    return again
+    assert record.document_pass is not None
+    return again, record
 
 
 def measure(

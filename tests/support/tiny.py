@@ -3,7 +3,6 @@
 Dimension letters: B documents, K blocks, n samples, G rollout length.
 """
 
-import dataclasses
 import inspect
 import json
 import textwrap
@@ -102,7 +101,7 @@ class PrefixRollouts(EBFTTrainer):
             generator = torch.Generator().manual_seed(int((prefix.cpu() * weights).sum()))
             shape = (tokens.shape[1], tokens.shape[3])
             tokens[row, :, block] = torch.randint(vocabulary, shape, generator=generator)
-        return dataclasses.replace(rollouts, tokens=tokens)
+        return rollouts.with_tokens(tokens)
 
 
 def batch_of(rows: list[dict[str, Any]], *, side: str = "right", pad: int = 0) -> dict[str, Tensor]:

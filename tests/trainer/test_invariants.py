@@ -4,7 +4,6 @@ No test here knows the right numbers; each compares two runs that have to agree.
 """
 
 import copy
-import dataclasses
 import gc
 import os
 import shutil
@@ -607,7 +606,7 @@ def test_duplicates_and_idle_groups_are_counted(tmp_path: Path) -> None:
         def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
             rollouts = super().sample_rollouts(model, inputs)
             tokens = rollouts.tokens[:, :1].expand_as(rollouts.tokens).clone()
-            return dataclasses.replace(rollouts, tokens=tokens)
+            return rollouts.with_tokens(tokens)
 
     args = config(tmp_path, max_steps=1, n_samples_per_prompt=4)
     trainer = Equal(tiny_llama(), args, train_dataset=texts(20, 26))
