@@ -544,7 +544,7 @@ class EBFTTrainer(CardTrainer):
         attention: str = self.ebft.packed_attention
         if self.args.torch_compile and attention == "auto":
             attention = "dense"  # TorchDynamo cannot carry the plan of split attention
-        self._forward = PackedForward.of(policy, attention)
+        self._forward = PackedForward.for_model(policy, attention)
         self._vocabulary_size = vocabulary_size(policy)
         self.feature_network = build_feature_network(
             policy, self._given_feature_network, self.ebft, self.accelerator

@@ -23,7 +23,7 @@ from transformers import (
 from hf_ebft.evaluation.completions import CompletionMetrics
 from hf_ebft.evaluation.figures import Rows
 from hf_ebft.evaluation.samples import RolloutGroup, sample_groups
-from hf_ebft.packed.forward import inference_mode_of
+from hf_ebft.packed.forward import evaluation_mode
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.sampling import make_generator
 from hf_ebft.trainer import EBFTTrainer
@@ -274,7 +274,7 @@ class CompletionMetricsCallback(TrainerCallback):
             sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
         on_accelerator = {} if device.type == "cpu" else {"device_type": device.type}
         forked = [] if device.type == "cpu" else [device]
-        with inference_mode_of(model), torch.random.fork_rng(forked, **on_accelerator):
+        with evaluation_mode(model), torch.random.fork_rng(forked, **on_accelerator):
             for first in range(0, len(indices), self.batch_size):
                 some = indices[first : first + self.batch_size]
                 # generate takes no generator of its own.

@@ -24,7 +24,7 @@ from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
-from hf_ebft.packed.forward import PackedForward, inference_mode_of
+from hf_ebft.packed.forward import PackedForward, evaluation_mode
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.packed.targets import TokenLogProbs
@@ -129,12 +129,12 @@ def evaluate_documents(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1 to measure anything.")
     collate = data_collator or EBFTDataCollator()
-    forward = PackedForward.of(model, settings.packed_attention)
+    forward = PackedForward.for_model(model, settings.packed_attention)
     device = next(model.parameters()).device
 
     found_rows: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in FIGURES}
-    with inference_mode_of(model):
+    with evaluation_mode(model):
         for first in range(0, len(rows), batch_size):
             batch = collate([rows[i] for i in range(first, min(first + batch_size, len(rows)))])
             documents = Documents.from_inputs(

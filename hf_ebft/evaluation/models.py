@@ -32,7 +32,7 @@ from hf_ebft.evaluation.figures import (
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
-from hf_ebft.packed.forward import PackedForward, inference_mode_of
+from hf_ebft.packed.forward import PackedForward, evaluation_mode
 from hf_ebft.packed.heads import ToLogits
 from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.packed.targets import target_log_probs
@@ -142,7 +142,7 @@ def measure_model(
     """
     _check(rows, lengths, n_draws, tokens_at_once)
     collate = data_collator or EBFTDataCollator()
-    forward = PackedForward.of(model, settings.packed_attention)
+    forward = PackedForward.for_model(model, settings.packed_attention)
     device = next(model.parameters()).device
     measurer = _Measurer(
         model,
@@ -155,7 +155,7 @@ def measure_model(
         corpus_whitening,
     )
     parts: list[_Part] = []
-    with inference_mode_of(model):
+    with evaluation_mode(model):
         for row in range(len(rows)):
             # One row after the other: whatever the others are, a row gets the same random numbers.
             batch = collate([rows[row]])

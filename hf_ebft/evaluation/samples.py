@@ -192,7 +192,7 @@ def _continue_rows(
     blocks = _middle_block(find_blocks_for(settings, documents, generate_max_len=length))
     return sample_rollouts(
         model,
-        PackedForward.of(model, settings.packed_attention),
+        PackedForward.for_model(model, settings.packed_attention),
         PackedLayout(documents, blocks, n_samples=n_samples, length=length),
         temperature=settings.temperature,
         top_p=settings.top_p,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_ebft.config import EmbedMethod, FeatureNormalization
 from hf_ebft.objective.features import normalize_layers, pool, token_positions
 from hf_ebft.objective.rewards import feature_matching_rewards
-from hf_ebft.packed.forward import inference_mode_of
+from hf_ebft.packed.forward import evaluation_mode
 
 
 def embed_continuations(
@@ -44,7 +44,7 @@ def embed_continuations(
         raise ValueError("There is an empty continuation, or none: each needs at least one token.")
     device = next(model.parameters()).device
     embedded = []
-    with inference_mode_of(model):
+    with evaluation_mode(model):
         # One after the other: padding would need position ids, which not every model takes.
         for ids in continuations:
             whole = torch.tensor([[*prefix, *ids]], device=device)

@@ -23,12 +23,12 @@ from transformers import DynamicCache
 from hf_ebft.config import EmbedMethod, FeatureNormalization
 from hf_ebft.feature_network.shared_base import adapters_off
 from hf_ebft.objective.features import normalize_layers, pool, token_positions
-from hf_ebft.packed.forward import PackedForward, inference_mode_of, states_in
+from hf_ebft.packed.forward import PackedForward, evaluation_mode, states_in
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.model_parts import backbone, decoder_layers
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.packed.targets import TokenLogProbs
-from hf_ebft.rows.chunks import chunks_of
+from hf_ebft.rows.chunks import block_chunks
 from hf_ebft.rows.layout import PackedLayout, PackedPart
 
 
@@ -92,7 +92,7 @@ class FrozenNetwork:
         """No gradient; a shared policy as it was before training, then as it is again."""
         with torch.no_grad(), contextlib.ExitStack() as stack:
             if self.shared:
-                stack.enter_context(inference_mode_of(self.model))
+                stack.enter_context(evaluation_mode(self.model))
                 stack.enter_context(adapters_off(self.model))
             yield
 
@@ -166,7 +166,7 @@ class FeatureNetwork(FrozenNetwork):
         embed_method: pooling over the tokens of a block.
         packed_attention: attention implementation for the packed row.
         chunk_size: rollout tokens whose activations exist at once, see
-            :func:`hf_ebft.rows.chunks.chunks_of`.
+            :func:`hf_ebft.rows.chunks.block_chunks`.
 
     Raises:
         ValueError: the network cannot be exact on packed rows.
@@ -183,7 +183,7 @@ class FeatureNetwork(FrozenNetwork):
         chunk_size: int | None = None,
         shared: bool = False,
     ) -> None:
-        self.forward = PackedForward.of(model, packed_attention)
+        self.forward = PackedForward.for_model(model, packed_attention)
         super().__init__(
             model, feature_layers=feature_layers, normalization=normalization, shared=shared
         )
@@ -230,9 +230,9 @@ class FeatureNetwork(FrozenNetwork):
     def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
         """Of the blocks; one for all of them where the network cannot go on from a cache."""
         # FSDP2 would gather all parameters for every chunk.
-        if is_sharded(self.model) or not self.forward.goes_on_from_cache:
+        if is_sharded(self.model) or not self.forward.can_continue_from_cache:
             return (slice(0, layout.rollout_shape[2]),)
-        return chunks_of(layout, self.chunk_size, tokens_fed=layout.length)
+        return block_chunks(layout, self.chunk_size, tokens_fed=layout.length)
 
     def _in_one_pass(
         self, rollouts: Rollouts, score: Callable[..., TokenLogProbs] | None
@@ -324,7 +324,7 @@ class FeatureNetwork(FrozenNetwork):
                 self.backbone(
                     input_ids=rollouts.input_ids(part),
                     position_ids=part.queries.position,
-                    attention_mask=self.forward.recipe.masks_of(part),
+                    attention_mask=self.forward.recipe.masks_for(part),
                     use_cache=cache is not None,
                     past_key_values=cache,
                 )

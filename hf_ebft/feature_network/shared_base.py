@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from hf_ebft.packed.forward import inference_mode_of
+from hf_ebft.packed.forward import evaluation_mode
 from hf_ebft.packed.model_parts import vocabulary_size
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _adapters_do_nothing(policy: nn.Module) -> bool:
     device = next(policy.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary_size(policy), (1, PROBE_LENGTH), generator=generator).to(device)
-    with inference_mode_of(policy):
+    with evaluation_mode(policy):
         with_adapters = policy(input_ids=ids, use_cache=False).logits.float()
         with adapters_off(policy):
             without = policy(input_ids=ids, use_cache=False).logits.float()

@@ -31,7 +31,7 @@ from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import checkpoints_activations
 from hf_ebft.packed.sampling import DocumentPass, Rollouts, SamplingRecord
 from hf_ebft.packed.targets import Targets, TokenLogProbs
-from hf_ebft.rows.chunks import chunks_of
+from hf_ebft.rows.chunks import block_chunks
 from hf_ebft.rows.layout import PackedLayout
 
 
@@ -43,7 +43,7 @@ class TrainingPass:
         forward: how the policy runs packed rows.
         temperature, with_document, chunk_size: see `Targets`.
         training_chunk_size: rollout tokens whose activations exist at once, see
-            :func:`hf_ebft.rows.chunks.chunks_of`.
+            :func:`hf_ebft.rows.chunks.block_chunks`.
     """
 
     forward: PackedForward
@@ -101,7 +101,9 @@ class TrainingPass:
             log_probs = self._packed(model, rollouts, part=targets.part, cache=cache)
             documents = DocumentPass(log_probs, states_in(cache))
         passes = _RolloutPasses(
-            rollouts, self._chunks(rollouts.layout), partial(self._of_rollouts, _inside(model))
+            rollouts,
+            self._chunks(rollouts.layout),
+            partial(self._score_rollouts, _unwrapped(model)),
         )
         states = documents.states
         later = record.log_probs[..., 1:] if record else passes.values(states)
@@ -110,7 +112,7 @@ class TrainingPass:
         first = documents.log_probs.rollout
         return TokenLogProbs(torch.cat([first, later], dim=-1), documents.log_probs.document)
 
-    def _of_rollouts(
+    def _score_rollouts(
         self, model: nn.Module, rollouts: Rollouts, states: Sequence[Tensor]
     ) -> Tensor:
         """(B, n, K, G - 1) of the tokens after the first, against the documents' states."""
@@ -131,7 +133,7 @@ class TrainingPass:
     def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
         # The last token of a rollout predicts nothing.
         fed = layout.length - 1
-        return chunks_of(layout, self.training_chunk_size, tokens_fed=fed)
+        return block_chunks(layout, self.training_chunk_size, tokens_fed=fed)
 
 
 def can_defer(model: nn.Module, forward: PackedForward) -> bool:
@@ -140,17 +142,17 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
     Not where FSDP2 gathers parameters around each pass or another wrapper than DDP stands between,
     with gradient checkpointing (which drops caches), or where the forward cannot go on from one.
     """
-    inner = _inside(model)
+    inner = _unwrapped(model)
     return (
         torch.is_grad_enabled()
         and not is_sharded(model)
         and (isinstance(inner, PreTrainedModel) or hasattr(type(inner), "get_base_model"))
         and not (model.training and checkpoints_activations(inner))
-        and forward.goes_on_from_cache
+        and forward.can_continue_from_cache
     )
 
 
-def _inside(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> nn.Module:
     """The model that DDP wraps; DDP itself must not be called while it adds up gradients."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_ebft.packed.heads import Head, ToLogits, head_of
+from hf_ebft.packed.heads import Head, ToLogits, find_head
 from hf_ebft.packed.masks import MaskRecipe
 from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.packed.supported import RowLimits, check_supported, set_packed_attention
@@ -38,7 +38,7 @@ class PackedForward:
     head: Head | None
 
     @classmethod
-    def of(cls, model: nn.Module, packed_attention: str = "auto") -> PackedForward:
+    def for_model(cls, model: nn.Module, packed_attention: str = "auto") -> PackedForward:
         """Check the model, set its attention and read its recipe.
 
         Raises:
@@ -49,11 +49,11 @@ class PackedForward:
         base = bare_model(model)
         set_packed_attention(model, packed_attention)
         return cls(
-            recipe=MaskRecipe.of(base),
+            recipe=MaskRecipe.for_model(base),
             limits=limits,
             config=base.config,
             takes_logits_to_keep="logits_to_keep" in inspect.signature(base.forward).parameters,
-            head=head_of(model),
+            head=find_head(model),
         )
 
     def logits(
@@ -80,7 +80,7 @@ class PackedForward:
         arguments: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": part.queries.position,
-            "attention_mask": self.recipe.masks_of(part),
+            "attention_mask": self.recipe.masks_for(part),
             "use_cache": cache is not None,
         }
         if cache is not None:
@@ -155,7 +155,7 @@ class PackedForward:
         return cache
 
     @cached_property
-    def goes_on_from_cache(self) -> bool:
+    def can_continue_from_cache(self) -> bool:
         """Whether the row may be fed in parts of many sizes, later ones against a cache.
 
         Keys and values of every layer must be all that the model's cache holds; and block masks
@@ -192,7 +192,7 @@ def states_in(cache: DynamicCache) -> list[Tensor]:
 
 
 @contextmanager
-def inference_mode_of(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No gradient and evaluation mode, then every module's own mode again.
 
     Sampling must see neither dropout nor gradient checkpointing (which drops the cache), and

@@ -90,7 +90,7 @@ class Head:
                 head.forward = given
 
 
-def head_of(model: nn.Module) -> Head | None:
+def find_head(model: nn.Module) -> Head | None:
     """The head of a causal language model, or None if its code does more with it than is known.
 
     Args:

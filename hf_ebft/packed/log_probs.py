@@ -40,4 +40,4 @@ def packed_log_probs(
     results = forward.through_head(
         model, rollouts.input_ids(part), part, targets.keep, score, cache=cache
     )
-    return targets.together(results)
+    return targets.join(results)

@@ -113,7 +113,7 @@ class MaskRecipe:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> MaskRecipe:
+    def for_model(cls, model: PreTrainedModel) -> MaskRecipe:
         """Read the recipe off a (bare) transformers model.
 
         Raises:
@@ -149,7 +149,7 @@ class MaskRecipe:
             dtype=model.dtype,
         )
 
-    def masks_of(self, part: PackedPart) -> Masks:
+    def masks_for(self, part: PackedPart) -> Masks:
         """Masks for one forward pass over the packed row; made once for all who ask the same."""
         if self not in part.masks:
             if self.implementation != SPLIT:
@@ -186,7 +186,7 @@ class MaskRecipe:
         # would free them, some steps later.
         queries, keys = part.queries, part.keys
         rows, n_queries = queries.slot.shape
-        return PackedMask.of(
+        return PackedMask.from_plan(
             self.plan(kind, part),
             shape=(rows, 1, n_queries, keys.slot.shape[1]),
             device=queries.slot.device,
@@ -269,7 +269,7 @@ class PackedMask(Tensor):
     _dense: Tensor | None
 
     @classmethod
-    def of(
+    def from_plan(
         cls,
         plan: AttentionPlan,
         *,
@@ -304,7 +304,7 @@ class PackedMask(Tensor):
                 found = func(*args, **(kwargs or {}))
                 if not isinstance(found, Tensor):
                     return found
-            args, kwargs = tree_map(_looked_at, (args, dict(kwargs or {})))
+            args, kwargs = tree_map(_materialized, (args, dict(kwargs or {})))
             return func(*args, **kwargs)
 
 
@@ -314,7 +314,7 @@ _ABOUT_A_TENSOR = frozenset(
 )
 
 
-def _looked_at(value: Any) -> Any:
+def _materialized(value: Any) -> Any:
     return value.dense() if isinstance(value, PackedMask) else value
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_ebft.packed.forward import PackedForward, inference_mode_of, states_in
+from hf_ebft.packed.forward import PackedForward, evaluation_mode, states_in
 from hf_ebft.packed.heads import ToLogits
 from hf_ebft.packed.targets import KeptPlaces, Targets, TokenLogProbs
 from hf_ebft.rows.layout import PackedLayout, PackedPart
@@ -199,7 +199,7 @@ def sample_with_record(
 
     part, text = layout.document_part, layout.documents.input_ids
     if targets is None:
-        kept = KeptPlaces.of(layout, whole_document=False, part=part)
+        kept = KeptPlaces.for_layout(layout, whole_document=False, part=part)
     else:
         kept = targets.kept
     # The first token is predicted by the prefix's last one, for all samples alike.
@@ -214,7 +214,7 @@ def sample_with_record(
             found += targets.score(tokens, states, to_logits)
         return found
 
-    with inference_mode_of(model):
+    with evaluation_mode(model):
         cache = forward.new_cache()
         document_pass = None
         with torch.set_grad_enabled(targets is not None):
@@ -222,7 +222,7 @@ def sample_with_record(
                 model, text, part, part.index_of[kept.places], first_tokens, cache=cache
             )
             if targets is not None:
-                scored = targets.together(first[2:])
+                scored = targets.join(first[2:])
                 document_pass = DocumentPass(scored, states_in(cache))
         steps = [first[:2]]
         for step in range(length - 1):

@@ -39,12 +39,12 @@ class Stretches:
     Attributes:
         low: (B, g, T), T tokens of each of g groups (T = 1 if all see alike).
         high: (B, g).
-        there: (B, g) bool; groups that are not there see something, and nobody looks at it.
+        exists: (B, g) bool; what the others see is arbitrary, and their output is ignored.
     """
 
     low: Tensor
     high: Tensor
-    there: Tensor
+    exists: Tensor
 
 
 @dataclass(frozen=True)
@@ -131,16 +131,16 @@ def make_tiles(stretches: Stretches, per_group: tuple[int, int]) -> Iterator[Til
         stretches: what the groups see.
         per_group: (n, T).
     """
-    low, high, there = stretches.low, stretches.high, stretches.there
+    low, high = stretches.low, stretches.high
     n_groups = high.shape[1]
     n_queries = per_group[0] * per_group[1]
     rows = TILE_ROWS["cpu" if low.device.type == "cpu" else "cuda"]
     size = max(-(-n_groups // TILES), FEWEST_ROWS // n_queries)
     size = max(1, min(rows // n_queries, size))
-    # Bounds over the groups that are there: the whole tile's columns, and those that all see.
+    # Bounds over the groups that exist: the whole tile's columns, and those that all see.
     # One trip to the host for all tiles.
     far = torch.iinfo(torch.int32).max
-    absent = ~there
+    absent = ~stretches.exists
     bounds = torch.stack(
         [
             _per_tile(low.amin(2).masked_fill(absent, far), size, far).amin(dim=1),

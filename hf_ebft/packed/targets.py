@@ -51,7 +51,7 @@ class KeptPlaces:
     index_of: Tensor
 
     @classmethod
-    def of(
+    def for_layout(
         cls, layout: PackedLayout, *, whole_document: bool, part: PackedPart | None = None
     ) -> KeptPlaces:
         """Predictors of all rollout tokens, and of all document tokens if ``whole_document``.
@@ -95,7 +95,9 @@ class Targets:
     @cached_property
     def kept(self) -> KeptPlaces:
         """The places whose states are needed."""
-        return KeptPlaces.of(self.part.layout, whole_document=self._of_document, part=self.part)
+        return KeptPlaces.for_layout(
+            self.part.layout, whole_document=self._scores_document, part=self.part
+        )
 
     @cached_property
     def keep(self) -> Tensor:
@@ -103,11 +105,11 @@ class Targets:
         return self.part.index_of[self.kept.places]
 
     @property
-    def _of_document(self) -> bool:
+    def _scores_document(self) -> bool:
         return self.with_document and self.part.has_documents
 
     def score(self, tokens: Tensor, states: Tensor, to_logits: ToLogits) -> list[Tensor]:
-        """Log-probabilities, by kind of target; :meth:`together` joins them.
+        """Log-probabilities, by kind of target; `join` puts them together.
 
         Args:
             tokens: (B, n, K, G) of the rollouts; the first ones are enough for the documents alone.
@@ -118,7 +120,7 @@ class Targets:
         documents, predictor = layout.documents, layout.predictor
         row = torch.arange(states.shape[0], device=states.device) * states.shape[1]
 
-        def of(place: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        def log_probs_at(place: Tensor, targets: Tensor, temperature: float) -> Tensor:
             index = self.kept.index_of[place] + row.view(-1, *[1] * (place.dim() - 1))
             found = target_log_probs(
                 states.flatten(0, 1),
@@ -133,20 +135,22 @@ class Targets:
         results = []
         if self.part.has_documents:
             # The n samples of a block start from one distribution.
-            starts = of(predictor[:, 0, :, 0], tokens[..., 0].transpose(1, 2), self.temperature)
+            starts = log_probs_at(
+                predictor[:, 0, :, 0], tokens[..., 0].transpose(1, 2), self.temperature
+            )
             results.append(starts.transpose(1, 2)[..., None])
         if len(self.part.steps) > 0:
-            later = of(predictor[..., 1:], tokens[..., 1:, None], self.temperature)
+            later = log_probs_at(predictor[..., 1:], tokens[..., 1:, None], self.temperature)
             results.append(later[..., 0])
-        if self._of_document:
+        if self._scores_document:
             place = torch.arange(layout.document_width - 1, device=row.device)
             place = place.expand(row.shape[0], -1)
-            results.append(of(place, documents.input_ids[:, 1:, None], 1.0)[..., 0])
+            results.append(log_probs_at(place, documents.input_ids[:, 1:, None], 1.0)[..., 0])
         return results
 
-    def together(self, results: Sequence[Tensor]) -> TokenLogProbs:
+    def join(self, results: Sequence[Tensor]) -> TokenLogProbs:
         """The log-probabilities of :meth:`score` by token."""
-        if not self._of_document:
+        if not self._scores_document:
             return TokenLogProbs(rollout=torch.cat(list(results), dim=-1), document=None)
         *of_rollouts, of_document = results
         is_target = predicted_targets(self.part.layout.documents)

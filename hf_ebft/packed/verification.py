@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hf_ebft.packed.forward import PackedForward, inference_mode_of
+from hf_ebft.packed.forward import PackedForward, evaluation_mode
 from hf_ebft.packed.model_parts import bare_model, vocabulary_size
 from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.packed.targets import KeptPlaces
@@ -87,7 +87,7 @@ def packing_divergence(model: nn.Module, forward: PackedForward) -> float:
         documents, stride=STRIDE, context_length=CONTEXT, generate_max_len=ROLLOUT_LENGTH
     )
     layout = PackedLayout(documents, blocks, SAMPLES, ROLLOUT_LENGTH)
-    with inference_mode_of(model), _short_windows(model, forward) as forward:
+    with evaluation_mode(model), _short_windows(model, forward) as forward:
         rollouts = sample_rollouts(
             model,
             forward,
@@ -128,7 +128,7 @@ def _short_windows(model: nn.Module, forward: PackedForward) -> Iterator[PackedF
 def _packed_log_probs(model: nn.Module, forward: PackedForward, rollouts: Rollouts) -> Tensor:
     """(n, K, G, V) from one forward pass over the packed row, through the head as in training."""
     layout = rollouts.layout
-    kept = KeptPlaces.of(layout, whole_document=False)
+    kept = KeptPlaces.for_layout(layout, whole_document=False)
     (logits,) = forward.through_head(
         model,
         layout.input_ids(rollouts.tokens),

@@ -14,7 +14,7 @@ from hf_ebft.rows.layout import PackedLayout
 CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
-def chunks_of(layout: PackedLayout, size: int | None, *, tokens_fed: int) -> tuple[slice, ...]:
+def block_chunks(layout: PackedLayout, size: int | None, *, tokens_fed: int) -> tuple[slice, ...]:
     """The K blocks in chunks of about equally many.
 
     Args:

@@ -49,7 +49,7 @@ def network(model: nn.Module, **settings: Any) -> FeatureNetwork:
 
 
 def rollouts_of(model: nn.Module, case: Case = CASE) -> Rollouts:
-    return sample(model, PackedForward.of(model), case.layout())[0]
+    return sample(model, PackedForward.for_model(model), case.layout())[0]
 
 
 def token_feature(states: list[Tensor], normalization: str) -> Tensor:

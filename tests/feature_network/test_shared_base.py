@@ -15,7 +15,7 @@ from hf_ebft import EBFTTrainer
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.feature_network.shared_base import adapters_off, why_not_shareable
 from hf_ebft.packed.forward import PackedForward
-from hf_ebft.packed.heads import head_of
+from hf_ebft.packed.heads import find_head
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
 from tests.support.exactness import Case, ragged_batch, sample
@@ -125,8 +125,8 @@ def fail_while_reading(model: nn.Module) -> None:
 
 PROBES: dict[str, Callable[[nn.Module], object]] = {
     "the probe for a shared base": why_not_shareable,
-    "the self-test of packing": lambda model: verify_packing(model, PackedForward.of(model)),
-    "the probe of the head": head_of,
+    "the self-test of packing": lambda model: verify_packing(model, PackedForward.for_model(model)),
+    "the probe of the head": find_head,
     "features of packed rows": read_packed,
     "features of sequences": read_sequences,
     "an error while adapters are off": fail_while_reading,
@@ -139,7 +139,7 @@ def test_probes_restore_what_they_touch(probe: str, attention: str) -> None:
     """Modes, what is trainable, random numbers, configuration, hooks and adapters."""
     model = old_beside_new()
     model.get_base_model().set_attn_implementation(attention)
-    PackedForward.of(model)  # chooses the attention that training uses, once and for good
+    PackedForward.for_model(model)  # chooses the attention that training uses, once and for good
     new_name = hasattr(model.get_base_model(), "activation_checkpointing_enable")
     getattr(model, f"{'activation' if new_name else 'gradient'}_checkpointing_enable")()
     model.train()

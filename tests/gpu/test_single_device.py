@@ -38,7 +38,7 @@ def batch(device):
 
 def loss_and_gradients(model, attention, checkpointing=None, training_chunk_size=10_000):
     rollouts = batch(next(model.parameters()).device)
-    forward = PackedForward.of(model, attention)
+    forward = PackedForward.for_model(model, attention)
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.train()
@@ -88,7 +88,7 @@ def test_compiled_flex_attention_agrees_with_the_dense_mask(checkpointing):
 
 def test_sampling_is_repeatable_and_finite():
     model = tiny_llama().to(DEVICE)
-    forward = PackedForward.of(model)
+    forward = PackedForward.for_model(model)
     layout = batch(DEVICE).layout
     drawn = [
         sample_rollouts(

@@ -239,7 +239,7 @@ def library_rewards(world: World, rollouts: Rollouts) -> Rewards:
 def library_log_probs(world: World, rollouts: Rollouts, temperature: float) -> Tensor:
     return packed_log_probs(
         world.policy,
-        PackedForward.of(world.policy),
+        PackedForward.for_model(world.policy),
         rollouts,
         temperature=temperature,
         with_document=False,

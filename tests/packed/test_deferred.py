@@ -81,13 +81,13 @@ def test_loss_and_gradient_are_those_of_the_whole_row(
 ) -> None:
     """For tokens that the policy sampled, and for tokens that came otherwise."""
 
-    def of(chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
         args = config(tmp_path, training_chunk_size=chunk, **settings)
         return gradients(trainer_class(tiny_llama(), args), batch())
 
-    expected_loss, expected = of(WHOLE)
+    expected_loss, expected = run(WHOLE)
     for chunk in (1, 13):
-        loss, found = of(chunk)
+        loss, found = run(chunk)
         torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
         assert_same_tensors(found, expected, relative=ROUNDING)
 
@@ -105,7 +105,7 @@ def test_whatever_is_trained_gets_its_gradient(trainable: str, tmp_path: Path) -
         "values": "v_proj",
     }
 
-    def of(chunk: int) -> dict[str, Tensor]:
+    def run(chunk: int) -> dict[str, Tensor]:
         args = config(tmp_path, training_chunk_size=chunk)
         if trainable in ("lora", "shared"):
             torch.manual_seed(0)  # for the adapters
@@ -123,9 +123,9 @@ def test_whatever_is_trained_gets_its_gradient(trainable: str, tmp_path: Path) -
             trainer = EBFTTrainer(model, args)
         return gradients(trainer, ragged())[1]
 
-    expected = of(WHOLE)
+    expected = run(WHOLE)
     assert any(float(gradient.abs().max()) > 1e-4 for gradient in expected.values())
-    assert_same_tensors(of(9), expected, relative=ROUNDING)
+    assert_same_tensors(run(9), expected, relative=ROUNDING)
 
 
 def test_gradients_can_be_asked_for_as_values(tmp_path: Path) -> None:
@@ -277,11 +277,11 @@ def test_rollouts_of_other_weights_are_scored_by_the_trained_ones(tmp_path: Path
                 head.copy_(own)
             return rollouts
 
-    def of(chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
         args = config(tmp_path, training_chunk_size=chunk)
         return gradients(Averaged(tiny_llama(), args), ragged())
 
-    (loss, found), (expected_loss, expected) = of(6), of(WHOLE)
+    (loss, found), (expected_loss, expected) = run(6), run(WHOLE)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
     assert_same_tensors(found, expected, relative=ROUNDING)
 
@@ -381,12 +381,12 @@ def test_what_cannot_wait_is_done_at_once(way: str, tmp_path: Path) -> None:
 
 
 def test_bfloat16_differs_by_its_rounding_alone(tmp_path: Path) -> None:
-    def of(chunk: int) -> dict[str, Tensor]:
+    def run(chunk: int) -> dict[str, Tensor]:
         model = tiny_llama().to(torch.bfloat16)
         args = config(tmp_path, training_chunk_size=chunk, feature_dtype="bfloat16")
         return gradients(PrefixRollouts(model, args), ragged())[1]
 
-    assert_same_tensors(of(6), of(WHOLE), relative=0.05)
+    assert_same_tensors(run(6), run(WHOLE), relative=0.05)
 
 
 def test_memory_does_not_grow_with_the_number_of_rollouts(tmp_path: Path) -> None:

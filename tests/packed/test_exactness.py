@@ -81,7 +81,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_way_equals_plain_forward_passes(model: nn.Module, name: str) -> None:
-    assert can_defer(model, PackedForward.of(model))  # or gradients would not be compared
+    assert can_defer(model, PackedForward.for_model(model))  # or gradients would not be compared
     found = measure(model, CASES[name])
     assert found.blocks > 4
     assert found.largest < TOLERANCE, found
@@ -91,7 +91,7 @@ def test_every_way_equals_plain_forward_passes(model: nn.Module, name: str) -> N
 def test_eager_attention_is_exact_too(architecture: str) -> None:
     model = tiny_model(architecture, attention="eager")
     found = measure(model, CASES["ragged, stride above G"])
-    assert PackedForward.of(model).recipe.implementation == "eager"
+    assert PackedForward.for_model(model).recipe.implementation == "eager"
     assert found.largest < TOLERANCE, found
 
 
@@ -115,21 +115,21 @@ def test_tolerance_is_far_below_what_a_wrong_mask_costs() -> None:
         """Takes the sliding window for full attention."""
 
         @classmethod
-        def of(cls, model: nn.Module, packed_attention: str = "auto") -> PackedForward:
-            forward = super().of(model, packed_attention)
+        def for_model(cls, model: nn.Module, packed_attention: str = "auto") -> PackedForward:
+            forward = super().for_model(model, packed_attention)
             return replace(forward, recipe=replace(forward.recipe, window=None))
 
     layout = CASES["ragged, stride above G"].layout()
-    rollouts, _ = sample(model, PackedForward.of(model), layout)
+    rollouts, _ = sample(model, PackedForward.for_model(model), layout)
     with torch.no_grad():
-        right = row_log_probs(model, PackedForward.of(model), rollouts)
-        wrong = row_log_probs(model, Misread.of(model), rollouts)
+        right = row_log_probs(model, PackedForward.for_model(model), rollouts)
+        wrong = row_log_probs(model, Misread.for_model(model), rollouts)
     assert (right - wrong).abs().max() > 1
 
 
 def test_documents_of_a_row_equal_documents_in_rows_of_their_own() -> None:
     model = tiny_model("qwen2")
-    forward = PackedForward.of(model)
+    forward = PackedForward.for_model(model)
     together = Case(packed_documents([14, 11, 3]), stride=4, context_length=2)
     apart = replace(together, batch=_one_row_each(together.batch))
     layout, apart_layout = together.layout(), apart.layout()
@@ -161,12 +161,12 @@ def _one_row_each(batch: Batch) -> Batch:
 @pytest.mark.parametrize("whole_document", [False, True])
 def test_places_kept_for_cross_entropy_do_not_change_the_rollouts(whole_document: bool) -> None:
     model = tiny_model("llama")
-    forward, layout = PackedForward.of(model), CASES["packed documents"].layout()
+    forward, layout = PackedForward.for_model(model), CASES["packed documents"].layout()
     rollouts, sampled = sample(model, forward, layout)
     with torch.no_grad():
         trained = row_log_probs(model, forward, rollouts, whole_document=whole_document)
-    there = rollouts.exists[:, None].expand(trained.shape[:3])
-    torch.testing.assert_close(trained[there], sampled[there], atol=TOLERANCE, rtol=0)
+    exists = rollouts.exists[:, None].expand(trained.shape[:3])
+    torch.testing.assert_close(trained[exists], sampled[exists], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "mixtral"])
@@ -174,7 +174,7 @@ def test_places_kept_for_cross_entropy_do_not_change_the_rollouts(whole_document
 def test_gradient_equals_that_of_plain_forward_passes(architecture: str, way: str) -> None:
     model = tiny_model(architecture)
     case = CASES["ragged, stride above G"]
-    forward, layout = PackedForward.of(model), case.layout()
+    forward, layout = PackedForward.for_model(model), case.layout()
     rollouts, _ = sample(model, forward, layout)
     weight = torch.randn(layout.rollout_shape, generator=torch.Generator().manual_seed(0))
     weight = weight * rollouts.exists[:, None, :, None]

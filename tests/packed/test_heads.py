@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_ebft.packed.forward import PackedForward
-from hf_ebft.packed.heads import Head, head_of
+from hf_ebft.packed.heads import Head, find_head
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.packed.verification import verify_packing
@@ -57,14 +57,14 @@ def log_probs_and_gradients(
 )
 def test_head_in_chunks_is_the_model_s_own(architecture: str, overrides: dict[str, object]) -> None:
     model = tiny_model(architecture, **overrides)
-    forward = PackedForward.of(model)
+    forward = PackedForward.for_model(model)
     assert forward.head is not None
     layout = CASE.layout()
     rollouts, _ = sample(model, forward, layout)
     found, gradients = log_probs_and_gradients(model, forward, rollouts)
     expected, expected_gradients = log_probs_and_gradients(model, without_head(forward), rollouts)
-    there = rollouts.exists[:, None].expand(found.shape[:3])
-    torch.testing.assert_close(found[there], expected[there], atol=1e-5, rtol=1e-5)
+    exists = rollouts.exists[:, None].expand(found.shape[:3])
+    torch.testing.assert_close(found[exists], expected[exists], atol=1e-5, rtol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(
@@ -77,7 +77,7 @@ def test_head_in_chunks_is_the_model_s_own(architecture: str, overrides: dict[st
             model, forward, rollouts, temperature=1.0, with_document=False, chunk_size=9
         ).rollout
     picked = whole.gather(-1, rollouts.tokens[..., None])[..., 0]
-    torch.testing.assert_close(at_1[there], picked[there], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(at_1[exists], picked[exists], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
@@ -89,13 +89,13 @@ def test_head_under_adapters(targets: str | list[str]) -> None:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    forward = PackedForward.of(adapted)
+    forward = PackedForward.for_model(adapted)
     assert forward.head is not None
     rollouts, _ = sample(adapted, forward, CASE.layout())
     found, gradients = log_probs_and_gradients(adapted, forward, rollouts)
     expected, expected_gradients = log_probs_and_gradients(adapted, without_head(forward), rollouts)
-    there = rollouts.exists[:, None].expand(found.shape[:3])
-    torch.testing.assert_close(found[there], expected[there], atol=1e-5, rtol=1e-5)
+    exists = rollouts.exists[:, None].expand(found.shape[:3])
+    torch.testing.assert_close(found[exists], expected[exists], atol=1e-5, rtol=1e-5)
     assert gradients.keys() == expected_gradients.keys() and gradients
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4)
@@ -103,7 +103,7 @@ def test_head_under_adapters(targets: str | list[str]) -> None:
 
 def test_model_is_as_it_was_afterwards() -> None:
     model = lora_model("llama")
-    forward = PackedForward.of(model)
+    forward = PackedForward.for_model(model)
     assert forward.head is not None
     before = dict(vars(model.get_output_embeddings()))
     sample(model, forward, CASE.layout())
@@ -123,15 +123,15 @@ def test_a_forward_that_another_library_has_hooked_stays_hooked() -> None:
         return original(hidden)
 
     head.forward = hooked
-    sample(model, PackedForward.of(model), CASE.layout())
+    sample(model, PackedForward.for_model(model), CASE.layout())
     assert called and head.forward is hooked
 
 
 def test_head_is_that_of_the_model_in_hand() -> None:
     """Not of the one that the recipe was read from: it may have been copied, or resized since."""
-    forward = PackedForward.of(tiny_model("llama"))
+    forward = PackedForward.for_model(tiny_model("llama"))
     other = tiny_model("llama")
-    expected, _ = sample(other, PackedForward.of(other), CASE.layout())
+    expected, _ = sample(other, PackedForward.for_model(other), CASE.layout())
     found, _ = sample(other, forward, CASE.layout())
     assert torch.equal(found.tokens, expected.tokens)
     other.resize_token_embeddings(200)
@@ -140,7 +140,7 @@ def test_head_is_that_of_the_model_in_hand() -> None:
 
 def test_head_that_is_not_called_is_noticed() -> None:
     model = tiny_model("llama")
-    forward = PackedForward.of(model)
+    forward = PackedForward.for_model(model)
     head = model.lm_head
     model.forward = lambda **arguments: CausalLMOutput(
         logits=nn.functional.linear(model.model(arguments["input_ids"])[0], head.weight)
@@ -161,16 +161,16 @@ def test_unknown_steps_after_the_head_keep_whole_logits() -> None:
             return output
 
     model = Halved(tiny_model("llama").config).eval()
-    assert head_of(model) is None
-    forward = PackedForward.of(model)
+    assert find_head(model) is None
+    forward = PackedForward.for_model(model)
     verify_packing(model, forward)
-    assert head_of(tiny_model("llama")) is not None
+    assert find_head(tiny_model("llama")) is not None
 
 
 def test_a_step_that_is_read_wrongly_is_refused_at_construction() -> None:
     """The self-test goes through the head, as training does."""
     model = tiny_model("llama")
-    forward = PackedForward.of(model)
+    forward = PackedForward.for_model(model)
     fields = {name: getattr(forward, name) for name in forward.__dataclass_fields__}
     wrong = Head(forward.head.name, scale=0.5)
     with pytest.raises(ValueError, match="other log-probabilities on a packed row"):
@@ -180,7 +180,7 @@ def test_a_step_that_is_read_wrongly_is_refused_at_construction() -> None:
 def test_sampling_never_makes_more_than_a_chunk_of_logits() -> None:
     """And draws the same whatever the chunk: random numbers go row by row."""
     model = tiny_model("llama")
-    forward = PackedForward.of(model)
+    forward = PackedForward.for_model(model)
     rows: list[int] = []
     model.lm_head.register_forward_hook(
         lambda _module, _args, output: rows.append(output.numel() // output.shape[-1])

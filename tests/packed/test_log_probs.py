@@ -108,7 +108,7 @@ def test_only_predictors_are_kept() -> None:
     layout = ragged_layout()
     exists = layout.blocks.exists[:, None, :, None].expand(layout.rollout_shape)
     predictors = set(layout.predictor[exists].tolist())
-    kept = KeptPlaces.of(layout, whole_document=False)
+    kept = KeptPlaces.for_layout(layout, whole_document=False)
     assert predictors <= set(kept.places.tolist())
     # Blocks that a row does not have stand where those of the longest row do.
     assert set(kept.places.tolist()) <= predictors | {0} | set(layout.predictor.flatten().tolist())
@@ -117,7 +117,7 @@ def test_only_predictors_are_kept() -> None:
     assert not set(last_steps.tolist()) & set(kept.places.tolist())
     assert torch.equal(kept.places[kept.index_of[kept.places]], kept.places)
 
-    with_document = KeptPlaces.of(layout, whole_document=True)
+    with_document = KeptPlaces.for_layout(layout, whole_document=True)
     assert with_document.places[: with_document.n_document].tolist() == list(range(13))
 
 

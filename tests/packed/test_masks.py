@@ -138,8 +138,8 @@ def test_every_query_sees_itself_so_that_no_softmax_is_empty() -> None:
 
 def test_one_kind_of_layer_gets_a_mask_and_several_get_a_dict() -> None:
     coordinates = CASES["ragged"].layout().coordinates
-    llama = MaskRecipe.of(tiny_model("llama"))
-    gemma = MaskRecipe.of(tiny_model("gemma3_text"))
+    llama = MaskRecipe.for_model(tiny_model("llama"))
+    gemma = MaskRecipe.for_model(tiny_model("gemma3_text"))
     assert isinstance(llama.build(coordinates, coordinates), Tensor)
     assert gemma.build(coordinates, coordinates).keys() == {FULL, SLIDING}
 
@@ -164,7 +164,7 @@ def test_recipe_follows_configuration_and_code(
 ) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides))
-    assert MaskRecipe.of(model).layer_types == kinds
+    assert MaskRecipe.for_model(model).layer_types == kinds
 
 
 def test_code_of_a_subclass_is_that_of_its_parents() -> None:
@@ -176,14 +176,14 @@ def test_code_of_a_subclass_is_that_of_its_parents() -> None:
     with torch.device("meta"):
         model = Renamed(tiny_config("mistral"))
     assert "create_sliding_window_causal_mask" in mask_functions(model)
-    assert MaskRecipe.of(model).layer_types == (SLIDING,)
+    assert MaskRecipe.for_model(model).layer_types == (SLIDING,)
 
 
 def test_layers_that_no_mask_can_tell_apart_are_refused() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("lfm2"))
     with pytest.raises(ValueError, match=r"layers of type conv.*full_attention, sliding_attention"):
-        MaskRecipe.of(model)
+        MaskRecipe.for_model(model)
 
 
 def test_window_counts_positions_and_not_places_of_the_row() -> None:
@@ -207,22 +207,22 @@ def _compiler() -> str | None:
 def test_compiled_flex_attention_equals_the_dense_mask(model_type: str) -> None:
     model = tiny_model(model_type, limit=4096)
     layout = Case(ragged_batch(33, 21), stride=6, generate_max_len=2).layout()
-    dense = PackedForward.of(model, "sdpa")
+    dense = PackedForward.for_model(model, "sdpa")
     rollouts, sampled = sample(model, dense, layout)
-    there = rollouts.exists[:, None].expand(sampled.shape[:3])
+    exists = rollouts.exists[:, None].expand(sampled.shape[:3])
     with torch.no_grad():
         expected = row_log_probs(model, dense, rollouts)
     # torch 2.13's C++ template does not compile with the dynamic shapes of a second length.
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         torch._dynamo.reset()
-        flex = PackedForward.of(model, "flex_attention")
+        flex = PackedForward.for_model(model, "flex_attention")
         assert flex.recipe.implementation == "flex_attention"
         with torch.no_grad():
             found = row_log_probs(model, flex, rollouts)
-        torch.testing.assert_close(found[there], expected[there], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[exists], expected[exists], atol=1e-5, rtol=0)
         # Every kind of mask and every length is compiled by itself, which takes long.
         if model_type == "llama":
             repeated, resampled = sample(model, flex, layout)
-            assert torch.equal(repeated.tokens[there], rollouts.tokens[there])
-            torch.testing.assert_close(resampled[there], sampled[there], atol=1e-5, rtol=0)
+            assert torch.equal(repeated.tokens[exists], rollouts.tokens[exists])
+            torch.testing.assert_close(resampled[exists], sampled[exists], atol=1e-5, rtol=0)
         torch._dynamo.reset()

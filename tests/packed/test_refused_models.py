@@ -99,7 +99,7 @@ REFUSED = [
 def test_types_that_cannot_be_exact(model_type: str, reason: str) -> None:
     model = skeleton(model_type)
     with pytest.raises(ValueError, match=f"^{type(model).__name__}.*{reason}"):
-        PackedForward.of(model)
+        PackedForward.for_model(model)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_configurations_that_cannot_be_exact(
     model_type: str, overrides: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=reason):
-        PackedForward.of(skeleton(model_type, **overrides))
+        PackedForward.for_model(skeleton(model_type, **overrides))
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,12 @@ def test_encoder_decoder_models() -> None:
     with torch.device("meta"):
         model = BartForConditionalGeneration(BartConfig(**config))
     with pytest.raises(ValueError, match="encoder-decoder model; EBFT needs a causal"):
-        PackedForward.of(model)
+        PackedForward.for_model(model)
 
 
 def test_modules_that_are_no_transformers_model() -> None:
     with pytest.raises(ValueError, match=r"Linear is not a transformers model"):
-        PackedForward.of(nn.Linear(2, 2))
+        PackedForward.for_model(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_modules_that_are_no_transformers_model() -> None:
 def test_prompt_learning(adapter: Any) -> None:
     model = get_peft_model(tiny_model("llama"), adapter)
     with pytest.raises(ValueError, match=r"virtual tokens before every row.*LoRA"):
-        PackedForward.of(model)
+        PackedForward.for_model(model)
 
 
 def test_trainer_and_feature_network_refuse_too(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_other_attention_is_switched_and_told(
     model = tiny_model("llama")
     model.config._attn_implementation = set_by_hand
     with caplog.at_level("WARNING", "hf_ebft"):
-        forward = PackedForward.of(model)
+        forward = PackedForward.for_model(model)
     assert forward.recipe.implementation == SPLIT == model.config._attn_implementation
     assert f"switched from {set_by_hand} to {SPLIT}" in caplog.text
 
@@ -269,14 +269,14 @@ def test_attention_is_left_alone_where_it_can_express_the_mask(
 ) -> None:
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
-    assert PackedForward.of(model).recipe.implementation == "eager"
+    assert PackedForward.for_model(model).recipe.implementation == "eager"
     assert not caplog.records
 
 
 def test_chosen_attention_is_set() -> None:
     model = tiny_model("llama")
     assert set_packed_attention(model, "eager") == "eager"
-    assert PackedForward.of(model, "sdpa").recipe.implementation == "sdpa"
+    assert PackedForward.for_model(model, "sdpa").recipe.implementation == "sdpa"
 
 
 def test_attention_that_a_model_does_not_have_is_refused() -> None:
@@ -284,7 +284,7 @@ def test_attention_that_a_model_does_not_have_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"CodeGen.*'eager' and cannot be switched to one of.*sdpa"
     ):
-        PackedForward.of(model, "sdpa")
+        PackedForward.for_model(model, "sdpa")
 
 
 # ---- The self-test ------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def test_self_test_catches_what_no_rule_knows(model_class: Any, dtype: torch.dty
     with pytest.raises(
         ValueError, match=r"other log-probabilities on a packed row.*verify_packing=False"
     ):
-        verify_packing(model, PackedForward.of(model))
+        verify_packing(model, PackedForward.for_model(model))
 
 
 def test_self_test_turns_failures_into_refusals() -> None:
@@ -364,13 +364,13 @@ def test_self_test_turns_failures_into_refusals() -> None:
     with pytest.raises(
         ValueError, match=r"Picky fails on a packed row \(RuntimeError: a mask of four"
     ):
-        verify_packing(model, PackedForward.of(model))
+        verify_packing(model, PackedForward.for_model(model))
 
 
 def test_self_test_catches_a_window_that_only_the_configuration_has() -> None:
     # Longer than the probe's document: the window has to shrink for it to show.
     model = tiny_model("llama", sliding_window=4096)
-    forward = PackedForward.of(model)
+    forward = PackedForward.for_model(model)
     misread = replace(forward, recipe=replace(forward.recipe, layer_types=("sliding_attention",)))
     assert verify_packing(model, forward) < 1e-6
     with pytest.raises(ValueError, match="other log-probabilities"):
@@ -382,7 +382,7 @@ def test_self_test_catches_a_window_that_only_the_configuration_has() -> None:
 def test_self_test_leaves_the_model_as_it_was(model_type: str) -> None:
     model = tiny_model(model_type, limit=4096).train()
     before = model.config.to_dict()
-    assert verify_packing(model, PackedForward.of(model)) < 1e-6
+    assert verify_packing(model, PackedForward.for_model(model)) < 1e-6
     assert model.config.to_dict() == before
     assert model.training and all(module.training for module in model.modules())
 
@@ -393,7 +393,7 @@ def test_self_test_allows_for_the_rounding_of_low_precision(
     model_type: str, dtype: torch.dtype
 ) -> None:
     model = tiny_model(model_type).to(dtype)
-    assert verify_packing(model, PackedForward.of(model)) < 1e-2
+    assert verify_packing(model, PackedForward.for_model(model)) < 1e-2
 
 
 def test_self_test_allows_for_unlikely_tokens_far_off_in_low_precision(
@@ -408,7 +408,7 @@ def test_self_test_allows_for_unlikely_tokens_far_off_in_low_precision(
     packed_log_probs = hf_ebft.packed.verification._packed_log_probs
     monkeypatch.setattr(hf_ebft.packed.verification, "_packed_log_probs", rounded)
     model = tiny_model("llama").to(torch.bfloat16)
-    assert verify_packing(model, PackedForward.of(model)) < 1e-2
+    assert verify_packing(model, PackedForward.for_model(model)) < 1e-2
 
 
 def test_self_test_passes_on_diverged_weights_as_such() -> None:
@@ -416,7 +416,7 @@ def test_self_test_passes_on_diverged_weights_as_such() -> None:
     with torch.no_grad():
         model.lm_head.weight[:] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite"):
-        verify_packing(model, PackedForward.of(model))
+        verify_packing(model, PackedForward.for_model(model))
 
 
 def test_trainer_runs_the_self_test_unless_told_not_to(tmp_path: Path) -> None:

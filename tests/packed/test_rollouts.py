@@ -53,7 +53,7 @@ def sample(
 ) -> Rollouts:
     return sample_rollouts(
         model,
-        PackedForward.of(model),
+        PackedForward.for_model(model),
         layout,
         temperature=temperature,
         top_p=1.0,

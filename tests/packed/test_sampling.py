@@ -74,7 +74,7 @@ def sample(
     """`copies * n` rollouts of every block."""
     return sample_rollouts(
         model,
-        PackedForward.of(model),
+        PackedForward.for_model(model),
         make_layout(copies, n),
         temperature=temperature,
         top_p=top_p,
@@ -318,7 +318,7 @@ def test_sampling_with_dropout_would_be_rejected(
     dropout_policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The power of the test above: the same sampler without the switch to evaluation mode."""
-    monkeypatch.setattr("hf_ebft.packed.sampling.inference_mode_of", lambda model: torch.no_grad())
+    monkeypatch.setattr("hf_ebft.packed.sampling.evaluation_mode", lambda model: torch.no_grad())
     counts = counts_by_block(sample(dropout_policy))
     p_values = fit(counts, exact_probabilities(copy.deepcopy(dropout_policy).eval()))
     assert max(p_values) < CLEARLY_WRONG, p_values

@@ -81,8 +81,8 @@ def test_plan_is_the_mask(
             groups = [queries[start : start + size] for start in range(0, len(queries), size)]
             covered += [query for tile in section.tiles for g in groups[tile.groups] for query in g]
         assert sorted(covered) == list(range(plan.n_queries))
-        there = existing(part)
-        assert torch.equal(visible(plan, len(dense))[there], dense[there])
+        exists = existing(part)
+        assert torch.equal(visible(plan, len(dense))[exists], dense[exists])
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
@@ -110,10 +110,10 @@ def test_outputs_and_gradients_are_those_of_dense_attention(
     expected = (weights @ dense_values).transpose(1, 2)
     found = split_attention(query, key, value, recipe().plan(kind, part), 0.7)
 
-    there = existing(part)
-    torch.testing.assert_close(found[there], expected[there], atol=1e-12, rtol=1e-12)
+    exists = existing(part)
+    torch.testing.assert_close(found[exists], expected[exists], atol=1e-12, rtol=1e-12)
     direction = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    direction = direction * there[:, :, None, None]
+    direction = direction * exists[:, :, None, None]
     ours = torch.autograd.grad((found * direction).sum(), (query, key, value))
     theirs = torch.autograd.grad((expected * direction).sum(), (query, key, value))
     for our, their in zip(ours, theirs, strict=True):
@@ -162,7 +162,7 @@ def test_scores_of_the_whole_row_never_exist() -> None:
 
 
 def packed_mask(kind: str = FULL) -> PackedMask:
-    masks = recipe().masks_of(CASES["ragged"].layout().row_part)
+    masks = recipe().masks_for(CASES["ragged"].layout().row_part)
     mask = masks[kind]
     assert isinstance(mask, PackedMask)
     return mask
@@ -170,8 +170,8 @@ def packed_mask(kind: str = FULL) -> PackedMask:
 
 def test_masks_of_a_part_are_made_once() -> None:
     part = CASES["ragged"].layout().row_part
-    assert recipe().masks_of(part) is recipe().masks_of(part)
-    assert recipe("sdpa").masks_of(part) is not recipe().masks_of(part)
+    assert recipe().masks_for(part) is recipe().masks_for(part)
+    assert recipe("sdpa").masks_for(part) is not recipe().masks_for(part)
 
 
 def test_a_packed_mask_that_is_only_handed_on_is_never_made(
@@ -188,7 +188,7 @@ def test_a_packed_mask_that_is_only_handed_on_is_never_made(
     for name, overrides in (("llama", {}), ("gemma3_text", {}), ("gpt2", {})):
         model = tiny_model(name, **overrides)
         layout = CASES["ragged"].layout()
-        forward = PackedForward.of(model)
+        forward = PackedForward.for_model(model)
         assert forward.recipe.implementation == SPLIT
         rollouts, _ = sample(model, forward, layout)
         row_log_probs(model, forward, rollouts).sum().backward()
@@ -239,10 +239,10 @@ def test_it_is_the_eager_attention_of_transformers() -> None:
     for kind in KINDS:
         additive = recipe("eager").build(part.queries, part.keys)[kind]
         expected, _ = eager_attention_forward(module, query, key, value, additive, scaling=0.5)
-        mask = recipe().masks_of(part)[kind]
+        mask = recipe().masks_for(part)[kind]
         found, _ = _split_attention_forward(module, query, key, value, mask, scaling=0.5)
-        there = existing(part)
-        torch.testing.assert_close(found[there], expected[there], atol=1e-6, rtol=1e-5)
+        exists = existing(part)
+        torch.testing.assert_close(found[exists], expected[exists], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -254,7 +254,7 @@ def test_gradients_are_the_same_under_gradient_checkpointing(
     gradients = []
     for checkpointing in (False, True):
         model = tiny_model(architecture)
-        forward = PackedForward.of(model)
+        forward = PackedForward.for_model(model)
         rollouts, _ = sample(model, forward, layout)
         model.train()
         if checkpointing:
@@ -284,8 +284,8 @@ def test_a_model_with_split_attention_is_still_an_ordinary_model() -> None:
     batch = ragged_batch(9, 6, left=True)
     with torch.no_grad():
         expected, found = (model(**batch).logits for model in (plain, split))
-        there = batch["attention_mask"].bool()
-        torch.testing.assert_close(found[there], expected[there])
+        exists = batch["attention_mask"].bool()
+        torch.testing.assert_close(found[exists], expected[exists])
         continued = [
             model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
             for model in (plain, split)
@@ -312,7 +312,7 @@ def test_choice_of_attention(choice: str, before: str, after: str) -> None:
     model = tiny_model("llama")
     model.set_attn_implementation(before)
     assert set_packed_attention(model, choice) == after
-    assert PackedForward.of(model, choice).recipe.implementation == after
+    assert PackedForward.for_model(model, choice).recipe.implementation == after
 
 
 @pytest.mark.parametrize("architecture", ["falcon", "gpt_neo"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_ebft.rows.chunks import chunks_of
+from hf_ebft.rows.chunks import block_chunks
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_chunks_cover_the_blocks_evenly(
     layout: Any = SimpleNamespace(
         rollout_shape=shape, blocks=SimpleNamespace(exists=torch.ones(1, dtype=torch.bool))
     )
-    chunks = chunks_of(layout, size, tokens_fed=shape[3])
+    chunks = block_chunks(layout, size, tokens_fed=shape[3])
     covered = [block for chunk in chunks for block in range(shape[2])[chunk]]
     assert covered == list(range(shape[2]))
     sizes = [chunk.stop - chunk.start for chunk in chunks]

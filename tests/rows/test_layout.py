@@ -326,7 +326,7 @@ def test_no_rollout_token_predicts_two(case: Case) -> None:
 @given(case=cases(), whole_document=st.booleans())
 def test_kept_places_cover_every_predictor(case: Case, whole_document: bool) -> None:
     layout = case.layout
-    kept = KeptPlaces.of(layout, whole_document=whole_document)
+    kept = KeptPlaces.for_layout(layout, whole_document=whole_document)
     places = kept.places.tolist()
     assert places == sorted(set(places))
     assert kept.places[: kept.n_document].max() < layout.document_width

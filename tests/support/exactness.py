@@ -175,7 +175,7 @@ def row_log_probs(
 ) -> Tensor:
     """(B, n, K, G, V) from one forward pass over the packed row, with gradient if it is on."""
     layout = rollouts.layout
-    kept = KeptPlaces.of(layout, whole_document=whole_document)
+    kept = KeptPlaces.for_layout(layout, whole_document=whole_document)
     logits = forward.logits(model, layout.input_ids(rollouts.tokens), layout.row_part, kept.places)
     rows = torch.arange(logits.shape[0])[:, None, None, None]
     return logits.float().log_softmax(-1)[rows, kept.index_of[layout.predictor]]
@@ -195,7 +195,7 @@ def deferral_difference(model: nn.Module, forward: PackedForward, rollouts: Roll
     whole = packed_log_probs(model, forward, rollouts, **scoring).rollout
     expected = torch.autograd.grad((weight * whole).sum(), weights, allow_unused=True)
     scale = max(float(gradient.abs().max()) for gradient in expected if gradient is not None)
-    there = weight.abs().sign()  # blocks that do not exist have no log-probabilities
+    exists = weight.abs().sign()  # blocks that do not exist have no log-probabilities
     worst = 0.0
     targets = Targets(rollouts.layout.document_part, **scoring)
     for batch, record in (
@@ -205,7 +205,7 @@ def deferral_difference(model: nn.Module, forward: PackedForward, rollouts: Roll
         training_pass = TrainingPass(forward, training_chunk_size=1, **scoring)
         deferred = training_pass.log_probs(model, batch, record)
         found = torch.autograd.grad((weight * deferred.rollout).sum(), weights, allow_unused=True)
-        worst = _worse(worst, there * deferred.rollout.detach(), there * whole.detach())
+        worst = _worse(worst, exists * deferred.rollout.detach(), exists * whole.detach())
         for ours, reference in zip(found, expected, strict=True):
             assert (ours is None) == (reference is None)
             if ours is not None and reference is not None:
@@ -246,7 +246,7 @@ def measure(
         ValueError: the library refuses the model, or the batch for being too long for it.
         AssertionError: it finds other blocks than the definition does.
     """
-    forward, layout = PackedForward.of(model, packed_attention), case.layout()
+    forward, layout = PackedForward.for_model(model, packed_attention), case.layout()
     rollouts, sampled = sample(model, forward, layout)
     found = Differences()
     model.train()
@@ -319,7 +319,7 @@ class Verdict:
 def judge(model: nn.Module, case: Case, packed_attention: str = "auto") -> Verdict:
     """Pass a model through everything that a trainer asks of it, and measure it if it passes."""
     try:
-        forward = PackedForward.of(model, packed_attention)
+        forward = PackedForward.for_model(model, packed_attention)
         verify_packing(model, forward)
     except ValueError as error:
         return Verdict("refused", reason=str(error))

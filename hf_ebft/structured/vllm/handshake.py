@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ebft.packed.forward import inference_mode_of
+from hf_ebft.packed.forward import evaluation_mode
 from hf_ebft.structured.vllm.client import (
     Completion,
     Sampling,
@@ -139,7 +139,7 @@ def probe_logits(
 ) -> Tensor:
     """Logits (T, V) in float32 of the tokens after the prompt."""
     ids = torch.tensor([list(tokens)], device=device)
-    with inference_mode_of(model):
+    with evaluation_mode(model):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return logits[0, prompt_length - 1 : -1].float()
 
