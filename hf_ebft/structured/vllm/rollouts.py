@@ -40,8 +40,9 @@ from hf_ebft.structured.vllm.handshake import (
     tolerance_for,
 )
 from hf_ebft.structured.vllm.prefetch import Following, StalenessAware
+from hf_ebft.structured.vllm.processes import on_every_process, on_main_process, raise_together
 from hf_ebft.structured.vllm.settings import VLLMServerArguments
-from hf_ebft.structured.vllm.sync import AdapterSync, FullWeightSync, WeightSync, on_main_process
+from hf_ebft.structured.vllm.sync import AdapterSync, FullWeightSync, WeightSync
 
 logger = logging.getLogger(__name__)
 
@@ -336,8 +337,9 @@ class VLLMRollouts:
         tolerance = tolerance_for(
             model, args.bf16, args.fp16, settings.vllm_dtype, settings.vllm_handshake_tolerance
         )
-        self._note("vllm/handshake_difference", found.mean)
-        on_main_process(
+        # Each process trains a policy of its own, and one alone may have gone astray.
+        self._note("vllm/handshake_difference", max(gather_object([found.mean])))
+        on_every_process(
             lambda: require_agreement(
                 found, tolerance, temperature, f"handshake {when}", settings.vllm_full_sync
             )
@@ -587,13 +589,3 @@ def wait_for(futures: Sequence[Future[Any]]) -> None:
     """Wait until all are done, whatever became of them."""
     for future in futures:
         future.exception()
-
-
-def raise_together(failure: Exception | None) -> None:
-    """Raise on every process if any has failed; all must call this together."""
-    message = None if failure is None else f"{type(failure).__name__}: {failure}"
-    messages = [text for text in gather_object([message]) if text is not None]
-    if failure is not None:
-        raise failure
-    if messages:
-        raise VLLMServerError(f"another process failed: {messages[0]}")

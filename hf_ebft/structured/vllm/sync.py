@@ -16,23 +16,22 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from hf_ebft.structured.vllm.client import ServedModel, ServerGone, VLLMClient, VLLMServerError
+from hf_ebft.structured.vllm.client import ServedModel, VLLMClient, VLLMServerError
+from hf_ebft.structured.vllm.processes import on_main_process
 from hf_ebft.structured.vllm.settings import VLLMServerArguments
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 KEPT_VERSIONS = 2
 """Adapters that the server holds: the current one and, for requests under way, the one before."""
@@ -53,31 +52,6 @@ UNSUPPORTED_OPTIONS = (
 )
 """Options of `peft.LoraConfig` with which an adapter is more than the A and B that vLLM reads."""
 INITS_THAT_LEAVE_THE_BASE_ALONE = (True, False, "eva", "gaussian", "orthogonal")
-
-
-def on_main_process(action: Callable[[], T]) -> T:
-    """Run an action on the main process and give its result to all; all must call this together.
-
-    Raises:
-        VLLMServerError: on every process, if the action failed (`ServerGone` if it failed by that);
-            on the main one what it raised.
-    """
-    outcome: list[Any] = [None, None, False]  # result, message of a failure, whether it is gone
-    error: Exception | None = None
-    if PartialState().is_main_process:
-        try:
-            outcome[0] = action()
-        except Exception as failure:
-            error = failure
-            outcome[1] = f"{type(failure).__name__}: {failure}"
-            outcome[2] = isinstance(failure, ServerGone)
-    broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    if outcome[1] is not None:
-        kind = ServerGone if outcome[2] else VLLMServerError
-        raise kind(f"the main process failed: {outcome[1]}")
-    return outcome[0]
 
 
 # ---- Adapters ---------------------------------------------------------------------------------

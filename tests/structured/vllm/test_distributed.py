@@ -104,3 +104,11 @@ def test_a_prompt_too_long_on_one_process_stops_all(tmp_path):
     errors = sorted(rank["error"] for rank in ranks)
     assert errors[0].startswith("VLLMServerError: another process failed: ValueError")
     assert "--max-model-len" in errors[1]
+
+
+def test_a_policy_that_differs_on_one_process_stops_all(tmp_path):
+    """Rank 1 was 2.5 nats from the server while rank 0, which alone was checked, saw 9e-7."""
+    with serving() as fake:
+        ranks = launched("one_has_another_policy", fake.url, tmp_path, "ddp_cpu.yaml")
+    assert ranks[0]["error"].startswith("VLLMServerError: another process failed: VLLMServerError")
+    assert "log-probs of the vLLM server and of the policy differ" in ranks[1]["error"]

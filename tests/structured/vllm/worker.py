@@ -138,7 +138,7 @@ def one_gets_a_long_prompt(url, folder):
         rows=rows,
         per_device_train_batch_size=4,
     )
-    return failure_of(trainer)
+    return failure_of(trainer.train)
 
 
 def one_fails(url, folder):
@@ -156,13 +156,25 @@ def one_fails(url, folder):
             raise BadAnswer("no token ids")
 
         rollouts.client.complete = failing
-    return failure_of(trainer)
+    return failure_of(trainer.train)
 
 
-def failure_of(trainer):
-    """How training ends."""
+def one_has_another_policy(url, folder):
+    """Weights of one process that are not those of the main one, which alone sends them."""
+    rollouts = rollouts_for(settings_for(url, folder))
+    trainer = make_trainer(
+        small_policy(), small_tokenizer(), rollouts, folder, per_device_train_batch_size=4
+    )
+    if PartialState().process_index == 1:
+        with torch.no_grad():
+            trainer.model.get_output_embeddings().weight.mul_(3.0)
+    return failure_of(lambda: rollouts(["import os"] * 4, trainer))
+
+
+def failure_of(action):
+    """How an action ends."""
     try:
-        trainer.train()
+        action()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"error": None}
@@ -172,7 +184,7 @@ if __name__ == "__main__":
     scenario, url, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     scenarios = (
         *(adapters, full_weights, prefetched),
-        *(one_fails, one_loses, one_gets_a_long_prompt),
+        *(one_fails, one_loses, one_gets_a_long_prompt, one_has_another_policy),
     )
     seen = {run.__name__: run for run in scenarios}[scenario](url, folder)
     torch.save(seen, folder / f"rank{PartialState().process_index}.pt")
