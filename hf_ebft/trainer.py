@@ -39,12 +39,7 @@ from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.fsdp import gathering_fits, is_sharded, parameters_gathered
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import bare_model, vocabulary_size
-from hf_ebft.packed.sampling import (
-    Rollouts,
-    SamplingRecord,
-    make_generator,
-    sample_with_record,
-)
+from hf_ebft.packed.sampling import Rollouts, SamplingRecord, sample_with_record
 from hf_ebft.packed.teacher_forcing import teacher_forcing_inputs
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.rows.anchors import find_blocks_for
@@ -66,6 +61,7 @@ from hf_ebft.training.preparation import (
     refuse_what_would_be_ignored,
     with_adapters,
 )
+from hf_ebft.training.random_streams import RolloutStreams, corpus_rows
 from hf_ebft.training.stopwatch import Stopwatch
 from hf_ebft.watching.saving import CardTrainer
 from hf_ebft.watching.tensorboard import PicturesCallback
@@ -74,9 +70,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
-
-# Separate the random streams of training and evaluation.
-TRAINING_STREAM, EVALUATION_STREAM = 0, 1
 
 
 class EBFTTrainer(CardTrainer):
@@ -146,7 +139,7 @@ class EBFTTrainer(CardTrainer):
         self._training_metrics = MetricAccumulator(device)
         self._evaluation_metrics = MetricAccumulator(device)
         self._stopwatch = Stopwatch(device)
-        self._micro_step = (-1, 0)  # (global step, micro-batches seen in it)
+        self.random_streams = RolloutStreams(self.args)
         self._keeps_record, self._record = False, None  # see _sample_with_record
         self._evaluation_batch: int | None = None  # None while training
         self._teacher_forced = False
@@ -316,7 +309,9 @@ class EBFTTrainer(CardTrainer):
             return None
         if self._corpus_whitening is None:
             rows = choose_rows(
-                self.train_dataset, settings.corpus_whitening_documents, self.args.seed
+                self.train_dataset,
+                settings.corpus_whitening_documents,
+                corpus_rows(self.args.seed),
             )
             # Iterating a DataLoader draws from torch's global generator.
             with torch.random.fork_rng(devices=[]):
@@ -385,18 +380,9 @@ class EBFTTrainer(CardTrainer):
         return parameters_gathered(model, reshard_after=True)
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        """The sampler's own randomness, a function of (seed, place in the run, process).
-
-        It leaves torch's global generator, and with it data order and dropout, alone.
-        """
-        seed, process = self.args.seed, self.args.process_index
-        if self._evaluating:
-            assert self._evaluation_batch is not None
-            return make_generator(device, seed, EVALUATION_STREAM, self._evaluation_batch, process)
-        step, seen = self._micro_step
-        seen = seen + 1 if step == self.state.global_step else 0
-        self._micro_step = (self.state.global_step, seen)
-        return make_generator(device, seed, TRAINING_STREAM, self.state.global_step, seen, process)
+        if self._evaluation_batch is not None:
+            return self.random_streams.for_evaluation(device, self._evaluation_batch)
+        return self.random_streams.for_training(device, self.state.global_step)
 
     # ---- Evaluation ---------------------------------------------------------------------------
 
@@ -474,7 +460,7 @@ class EBFTTrainer(CardTrainer):
             self.averaging.resume_from = None if unnamed else str(resume_from_checkpoint)
         self._training_metrics.clear()
         self._stopwatch.take()
-        self._micro_step = (-1, 0)
+        self.random_streams.restart()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(

@@ -27,9 +27,8 @@ from hf_ebft.packed.forward import evaluation_mode
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.sampling import make_generator
 from hf_ebft.trainer import EBFTTrainer
+from hf_ebft.training.random_streams import Stream
 
-# Keeps these completions apart from all other random numbers.
-STREAM = 5
 WATCHED_FILE = "watched_rollouts.jsonl"
 
 
@@ -279,7 +278,9 @@ class CompletionMetricsCallback(TrainerCallback):
                 some = indices[first : first + self.batch_size]
                 # generate takes no generator of its own.
                 torch.manual_seed(
-                    make_generator(torch.device("cpu"), self.seed, STREAM, some[0]).initial_seed()
+                    make_generator(
+                        torch.device("cpu"), self.seed, Stream.COMPLETIONS, some[0]
+                    ).initial_seed()
                 )
                 inputs = _left_padded([tokenizer(self.prompts[i])["input_ids"] for i in some])
                 generated = model.generate(

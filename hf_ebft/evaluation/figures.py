@@ -31,9 +31,7 @@ from hf_ebft.packed.targets import TokenLogProbs
 from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
-
-# Keeps these rollouts apart from those of training and of the trainer's own evaluation.
-STREAM = 2
+from hf_ebft.training.random_streams import Stream
 
 #: What is measured, with a label for people.
 FIGURES = {
@@ -152,7 +150,7 @@ def evaluate_documents(
                     layout,
                     settings,
                     corpus_whitening,
-                    make_generator(device, seed, STREAM, draw, first),
+                    make_generator(device, seed, Stream.DOCUMENTS, draw, first),
                 )
                 for draw in range(n_draws)
             ]

@@ -39,9 +39,8 @@ from hf_ebft.packed.targets import target_log_probs
 from hf_ebft.rows.anchors import Blocks, find_blocks, find_blocks_for
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.random_streams import Stream
 
-# Keeps these rollouts apart from all others.
-STREAM = 4
 LENGTHS = (8, 16, 32, 64, 128, 256)
 
 
@@ -213,7 +212,7 @@ class _Measurer:
             for part, some in enumerate(self._portions(blocks)):
                 if not some.exists.any():
                     continue
-                generator = make_generator(some.column.device, seed, STREAM, draw, row, part)
+                generator = make_generator(some.column.device, seed, Stream.MODELS, draw, row, part)
                 for g, figures in self._rollout_figures(documents, some, generator).items():
                     for name, values in figures.items():
                         total, n = sums_by_document(values, some.exists, some.document, width)

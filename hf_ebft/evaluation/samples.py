@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.evaluation.figures import STREAM, Collator, Rows
+from hf_ebft.evaluation.figures import Collator, Rows
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
@@ -20,6 +20,7 @@ from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.rows.anchors import Blocks, find_blocks_for
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.random_streams import Stream
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _continue_rows(
         temperature=settings.temperature,
         top_p=settings.top_p,
         chunk_size=settings.log_prob_chunk_size,
-        generator=make_generator(device, seed, STREAM),
+        generator=make_generator(device, seed, Stream.DOCUMENTS),
     )
 
 

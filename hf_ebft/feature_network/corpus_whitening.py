@@ -23,29 +23,25 @@ from torch import Tensor
 from hf_ebft.config import EBFTSettings
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.whitening import CorpusWhitening
-from hf_ebft.packed.sampling import Rollouts, make_generator
+from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
 
 logger = logging.getLogger(__name__)
 
-# Keeps the choice of rows apart from the rollouts of training and evaluation.
-STREAM = 3
 
-
-def choose_rows(dataset: Any, count: int, seed: int) -> list[Any]:
+def choose_rows(dataset: Any, count: int, generator: torch.Generator) -> list[Any]:
     """Rows of a training dataset to measure on, the same on every process.
 
     Args:
         dataset: of training rows. One with a length is sampled without replacement; of a stream the
             first rows are taken.
         count: how many; all rows if there are fewer.
-        seed: of the choice.
+        generator: of the choice, on the CPU; the same on every process.
     """
     if not isinstance(dataset, Sized):
         return list(islice(dataset, count))
-    generator = make_generator(torch.device("cpu"), seed, STREAM)
     chosen = torch.randperm(len(dataset), generator=generator)[:count].sort().values
     source: Any = dataset
     return [source[i] for i in chosen.tolist()]

@@ -16,6 +16,7 @@ from hf_ebft.evaluation import evaluate_documents
 from hf_ebft.feature_network.corpus_whitening import choose_rows
 from hf_ebft.objective.rewards import feature_matching_rewards
 from hf_ebft.objective.whitening import CorpusWhitening
+from hf_ebft.training.random_streams import corpus_rows
 from tests.support.tiny import (
     assert_same_tensors,
     batch_of,
@@ -315,11 +316,11 @@ def test_evaluation_takes_it(tmp_path: Path) -> None:
 
 def test_rows_are_chosen_by_seed_without_repeats() -> None:
     rows = list(range(50))
-    assert choose_rows(rows, 10, seed=1) == choose_rows(rows, 10, seed=1)
-    assert choose_rows(rows, 10, seed=1) != choose_rows(rows, 10, seed=2)
-    assert len(set(choose_rows(rows, 10, seed=1))) == 10
-    assert choose_rows(rows, 99, seed=1) == rows
-    assert choose_rows(iter(rows), 3, seed=1) == [0, 1, 2]
+    assert choose_rows(rows, 10, corpus_rows(1)) == choose_rows(rows, 10, corpus_rows(1))
+    assert choose_rows(rows, 10, corpus_rows(1)) != choose_rows(rows, 10, corpus_rows(2))
+    assert len(set(choose_rows(rows, 10, corpus_rows(1)))) == 10
+    assert choose_rows(rows, 99, corpus_rows(1)) == rows
+    assert choose_rows(iter(rows), 3, corpus_rows(1)) == [0, 1, 2]
 
 
 def test_without_training_text_it_is_refused(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_gradients_can_be_asked_for_as_values(tmp_path: Path) -> None:
     """`torch.autograd.grad` gets all of it, and nothing is left in ``.grad`` behind its back."""
     trainer = EBFTTrainer(tiny_llama(), config(tmp_path, training_chunk_size=6, ce_coef=0.1))
     _, expected = gradients(trainer, ragged())
-    trainer._micro_step = (-1, 0)  # the same rollouts again
+    trainer.random_streams.restart()  # the same rollouts again
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, ragged())
     assert isinstance(loss, Tensor)

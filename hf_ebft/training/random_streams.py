@@ -1,0 +1,61 @@
+"""Every random stream of the package has its name and number here, so that no two are the same.
+
+A generator is seeded from (seed, stream, place in the run) by `make_generator`. It leaves torch's
+global generator alone, and with it the order of the data and dropout. It needs no place in
+checkpoints: a resumed run draws what an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from transformers import TrainingArguments
+
+from hf_ebft.packed.sampling import make_generator
+
+
+class Stream(IntEnum):
+    """What the random numbers are for. Changing a number changes what seeded runs draw."""
+
+    TRAINING = 0  # rollouts of training steps
+    EVALUATION = 1  # rollouts of the trainer's evaluation
+    DOCUMENTS = 2  # rollouts of `evaluate_documents`, `sample_groups`
+    CORPUS_ROWS = 3  # which rows corpus whitening is measured on
+    MODELS = 4  # rollouts of `measure_model`
+    COMPLETIONS = 5  # completions of `CompletionMetricsCallback`
+
+
+def corpus_rows(seed: int) -> torch.Generator:
+    """The generator that chooses the rows which corpus whitening is measured on."""
+    return make_generator(torch.device("cpu"), seed, Stream.CORPUS_ROWS)
+
+
+class RolloutStreams:
+    """A trainer's generators of rollouts: one for each micro-batch, one for each evaluation batch.
+
+    Args:
+        args: its seed, and which process this is.
+    """
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self._args = args
+        self.restart()
+
+    def restart(self) -> None:
+        """A new run begins."""
+        self._step, self._micro_batch = -1, 0
+
+    def for_training(self, device: torch.device, global_step: int) -> torch.Generator:
+        """The generator of the next micro-batch of an optimizer step."""
+        self._micro_batch = self._micro_batch + 1 if global_step == self._step else 0
+        self._step = global_step
+        return self._make(device, Stream.TRAINING, global_step, self._micro_batch)
+
+    def for_evaluation(self, device: torch.device, batch: int) -> torch.Generator:
+        """The generator of an evaluation batch, the same in every evaluation."""
+        return self._make(device, Stream.EVALUATION, batch)
+
+    def _make(self, device: torch.device, stream: Stream, *place: int) -> torch.Generator:
+        args = self._args
+        return make_generator(device, args.seed, stream, *place, args.process_index)
