@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from hf_ebft.config import EmbedMethod, FeatureNormalization
 from hf_ebft.feature_network.shared_base import adapters_off
+from hf_ebft.objective.duplicates import first_equal_rollouts, with_equal_features
 from hf_ebft.objective.features import normalize_layers, pool, token_positions
 from hf_ebft.packed.forward import PackedForward, evaluation_mode, states_in
 from hf_ebft.packed.fsdp import is_sharded
@@ -200,7 +201,8 @@ class FeatureNetwork(FrozenNetwork):
     ) -> FeaturePass:
         """Embed rollouts and their ground-truth windows.
 
-        Token ids and layout travel to the network's device, embeddings come back.
+        Token ids and layout travel to the network's device, embeddings come back. Rollouts of one
+        block with equal tokens get the very same embedding.
 
         Args:
             rollouts: the batch and its sampled tokens.
@@ -221,8 +223,11 @@ class FeatureNetwork(FrozenNetwork):
             else:
                 found = self._in_chunks(there, chunks, score)
         reference = found.reference_log_probs
+        # Tokens after the last one that is read change nothing.
+        read = rollouts.tokens[..., : self._token_positions(rollouts.layout)[-1] + 1]
+        generated = with_equal_features(found.generated.to(home), first_equal_rollouts(read))
         return FeaturePass(
-            generated=found.generated.to(home) * exists[:, None, :, None],
+            generated=generated * exists[:, None, :, None],
             ground_truth=found.ground_truth.to(home) * exists[:, :, None],
             reference_log_probs=None if reference is None else reference.to(home),
         )
