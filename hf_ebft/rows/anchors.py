@@ -107,6 +107,48 @@ def find_blocks(
     )
 
 
+@dataclass(frozen=True)
+class Replies:
+    """How many of the replies of a batch get a block; a reply is an unbroken stretch of labelled
+    tokens of a document that marks a completion.
+
+    All blocks of a document lie on one lattice, `stride` apart, that starts with its first reply. A
+    later reply is reached for certain if it has `generate_max_len + stride - 1` tokens or more.
+
+    Attributes:
+        count: int64 scalar.
+        without_blocks: int64 scalar, those that no block lies in.
+        too_short: int64 scalar, those that are shorter than a rollout, which no stride would reach.
+    """
+
+    count: Tensor
+    without_blocks: Tensor
+    too_short: Tensor
+
+
+def count_replies(documents: Documents, blocks: Blocks, generate_max_len: int) -> Replies:
+    """Count the replies of a batch and those that its blocks do not reach.
+
+    Args:
+        documents: the batch.
+        blocks: all of its blocks.
+        generate_max_len: G.
+    """
+    labelled = documents.is_target & (documents.completion_start > 0)
+    before = torch.nn.functional.pad(labelled[:, :-1], (1, 0))
+    first = labelled & (~before | (documents.position == 0))
+    # (B, S): 1, 2, ... along the row; 0 collects what is no part of a reply.
+    reply = torch.where(labelled, first.long().cumsum(dim=1), 0)
+    nothing = torch.zeros(reply.shape[0], reply.shape[1] + 1, dtype=torch.long, device=reply.device)
+    length = nothing.scatter_add(1, reply, torch.ones_like(reply))[:, 1:]
+    reached = nothing.scatter_add(1, reply.gather(1, blocks.column), blocks.exists.long())[:, 1:]
+    return Replies(
+        count=first.sum(),
+        without_blocks=((length > 0) & (reached == 0)).sum(),
+        too_short=((length > 0) & (length < generate_max_len)).sum(),
+    )
+
+
 def find_blocks_for(settings: StridedArguments, documents: Documents, **changes: int) -> Blocks:
     """`find_blocks` with a run's settings.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_ebft.objective.rewards import Rewards
 from hf_ebft.packed.targets import TokenLogProbs
+from hf_ebft.rows.anchors import count_replies
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
 
@@ -39,6 +40,7 @@ NAMES = (
     "zero_advantage_groups",
     "blocks_per_document",
     "documents_without_blocks",
+    "replies_without_blocks",
     "seconds_rollout",
     "seconds_features",
     "seconds_training",
@@ -138,12 +140,14 @@ def rollout_metrics(tokens: Tensor, layout: PackedLayout) -> dict[str, Ratio]:
     repeats = (same & earlier[None, :, :, None]).any(dim=2)  # (B, n, K)
     blocks = exists.sum()
     documents = layout.documents.count
+    replies = count_replies(layout.documents, layout.blocks, layout.length)
     return {
         "duplicate_rollouts": Ratio(
             (repeats & exists[:, None, :]).sum(), blocks * layout.n_samples
         ),
         "blocks_per_document": Ratio(blocks, documents),
         "documents_without_blocks": Ratio(documents - documents_with_blocks(layout), documents),
+        "replies_without_blocks": Ratio(replies.without_blocks, replies.count),
     }
 
 

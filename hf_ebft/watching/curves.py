@@ -142,6 +142,14 @@ METRICS = (
         "share",
         "Documents too short for a rollout: trained by cross-entropy only, if at all.",
     ),
+    Metric(
+        "ebft/replies_without_blocks",
+        "replies without blocks",
+        "lower",
+        "share",
+        "Where completions are marked: too short for a rollout, or between two anchors. Lower "
+        "stride or generate_max_len.",
+    ),
     Metric("ebft/blocks_per_document", "blocks per document", None, "", "Places sampled from."),
 )
 METRIC_BY_NAME = {metric.name: metric for metric in METRICS}

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ebft.rows.anchors import Blocks, find_blocks
+from hf_ebft.rows.anchors import Blocks, count_replies, find_blocks
 from hf_ebft.rows.documents import IGNORE_INDEX, Documents
 
 PAD = 99
@@ -354,3 +354,59 @@ def test_padded_blocks_are_the_same_blocks_and_some_that_are_not_there(multiple:
     for name in ("column", "position", "document", "exists"):
         torch.testing.assert_close(getattr(padded, name)[:, :count], getattr(plain, name))
     assert not padded.exists[:, count:].any()
+
+
+# ---- Replies -------------------------------------------------------------------------------------
+
+
+def replies_of(text: Text) -> list[tuple[int, int]]:
+    """(start, end) of every unbroken stretch of labelled tokens, if the text starts masked."""
+    masked = text.masked or frozenset()
+    if not text.completion_start():
+        return []
+    starts = [i for i in range(text.length) if i not in masked and (i == 0 or i - 1 in masked)]
+    return [
+        (start, next((i for i in range(start, text.length) if i in masked), text.length))
+        for start in starts
+    ]
+
+
+@settings(deadline=None)  # machines may be busy
+@given(data=st.data(), pad_left=st.booleans(), numbers=numbers_strategy)
+def test_replies_that_no_block_reaches_are_counted(
+    data: st.DataObject, pad_left: bool, numbers: dict[str, Any]
+) -> None:
+    row = st.lists(texts(True), min_size=1, max_size=3)
+    rows = data.draw(st.lists(row, min_size=1, max_size=3))
+    documents = Documents.from_inputs(batch_of(rows, pad_left=pad_left))
+    counted = count_replies(
+        documents, find_blocks(documents, **numbers), numbers["generate_max_len"]
+    )
+    everything = [text for row in rows for text in row]
+    replies = [(text, *reply) for text in everything for reply in replies_of(text)]
+    without = [
+        (text, start, end)
+        for text, start, end in replies
+        if not any(start <= anchor < end for anchor in anchors_by_definition(text, **numbers))
+    ]
+    short = [end - start for _, start, end in replies if end - start < numbers["generate_max_len"]]
+    assert (int(counted.count), int(counted.without_blocks)) == (len(replies), len(without))
+    assert int(counted.too_short) == len(short)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_replies_that_are_long_enough_are_reached(stride: int) -> None:
+    """`generate_max_len + stride - 1` tokens are enough, and one less may not be."""
+    length, first = 4, 5
+    reached = []
+    for later in (length + stride - 2, length + stride - 1):
+        for gap in range(1, stride + 1):
+            end = 6 + first + gap
+            masked = masked_until(6) | frozenset(range(6 + first, end))
+            documents = Documents.from_inputs(batch_of([[Text(end + later, masked)]]))
+            blocks = find_blocks(
+                documents, stride=stride, context_length=2, generate_max_len=length
+            )
+            reached.append((later, int(count_replies(documents, blocks, length).without_blocks)))
+    assert all(missed == 0 for later, missed in reached if later == length + stride - 1)
+    assert any(missed == 1 for later, missed in reached if later == length + stride - 2)

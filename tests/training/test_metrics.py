@@ -164,3 +164,19 @@ def test_token_metrics_estimate_the_entropy() -> None:
     assert means["ebft/rl_loss"] == 0.5
     assert means["ebft/ce_loss"] == 2.0
     assert "ebft/kl" not in means
+
+
+def test_replies_that_get_no_block_are_a_metric() -> None:
+    """Of replies at tokens 5 to 9, 12 to 14 and 17 to 20, the second is shorter than a rollout and
+    the third lies between the anchors 13 and 21.
+    """
+    labels = torch.full((1, 30), -100)
+    for start, end in ((5, 10), (12, 15), (17, 21)):
+        labels[0, start:end] = 1
+    documents = Documents.from_inputs({"input_ids": torch.ones_like(labels), "labels": labels})
+    blocks = find_blocks(documents, stride=8, context_length=2, generate_max_len=4)
+    assert blocks.position.tolist() == [[5]]
+    layout = PackedLayout(documents, blocks, 3, 4)
+    metrics = MetricAccumulator(CPU)
+    metrics.add(rollout_metrics(torch.zeros(layout.rollout_shape, dtype=torch.long), layout))
+    assert metrics.take(as_they_are)["ebft/replies_without_blocks"] == pytest.approx(2 / 3)
