@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_ebft.structured.vllm.settings import VLLMServerArguments
@@ -101,6 +101,10 @@ class Completion:
     token_ids: list[int]
     log_probs: list[float]
     finish_reason: str
+
+    def beginning(self, tokens: int) -> Completion:
+        """Its first tokens, at most so many."""
+        return replace(self, token_ids=self.token_ids[:tokens], log_probs=self.log_probs[:tokens])
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
-"""Makes sure that the server samples from the policy: same tokenizer, same log-probs.
+"""Checks that the server samples from the policy: same tokenizer, same log-probs.
 
-One probe after every start, sync and restart catches what would otherwise be silent: another base
+A probe after every start, sync and restart catches what would otherwise be silent: another base
 model, an adapter that was not applied or applied with another scale, stale caches, raw log-probs.
+Rollouts from the policy's own weights are compared as well: another run may have replaced them on
+the server after the probe.
 
 Dimension letters: P tokens of the probe's prompt, T sampled tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ebft.packed.forward import evaluation_mode
+from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.structured.vllm.client import (
     Completion,
     Sampling,
@@ -31,6 +36,19 @@ PROBE_SEED = 20260312
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Largest mean difference of log-probs by the coarser precision, in nats. Seen on small models on a
 CPU: below 1e-6 in float32, 0.012 to 0.027 in bfloat16; faults were tenths of nats or more."""
+
+LEAST_MOVE = 0.1
+"""Share of the tolerance that the policy must have moved by before the server is expected to."""
+MOVE_IN_ROUNDINGS = 3.0
+"""The same in differences that rounding alone made: two roundings differ by 1.4 of one, and the
+mean of 16 tokens scatters by a fifth."""
+LEAST_SHARE = 0.25
+"""Share of the policy's move that the server must have made; one that follows makes all of it."""
+CHECKED_ROLLOUTS = 4
+CHECKED_TOKENS = 64
+"""Completions of a fresh batch, and tokens of each, that every process compares."""
+
+SERVE_COMMAND = "examples/serve_vllm.py"
 
 TOKENIZER_PROBES = (
     "def add(first, second):\n    return first + second  # done\n",
@@ -92,27 +110,54 @@ def sample_probe(
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How far the server's log-probs of the probe are from the policy's, in nats a token.
+class Scored:
+    """Tokens that the server sampled, scored by the server and by the policy, in nats.
 
     Attributes:
-        mean: mean absolute difference.
-        largest: largest absolute difference.
-        raw_mean: the mean difference if the server's were at temperature 1.
+        tokens: T token ids.
+        server: (T) float64, the server's log-probs.
+        policy: (T) float64, the policy's at the sampling temperature.
+        policy_raw: (T) float64, the policy's at temperature 1.
     """
 
-    mean: float
-    largest: float
-    raw_mean: float
+    tokens: list[int]
+    server: Tensor
+    policy: Tensor
+    policy_raw: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Mean absolute difference of a token."""
+        return (self.policy - self.server).abs().mean().item()
+
+    @property
+    def largest(self) -> float:
+        """Largest absolute difference of a token."""
+        return (self.policy - self.server).abs().max().item()
+
+    @property
+    def raw_mean(self) -> float:
+        """The mean difference if the server's log-probs were at temperature 1."""
+        return (self.policy_raw - self.server).abs().mean().item()
+
+    @staticmethod
+    def joined(parts: Sequence[Scored]) -> Scored:
+        """All tokens of several."""
+        return Scored(
+            [token for part in parts for token in part.tokens],
+            torch.cat([part.server for part in parts]),
+            torch.cat([part.policy for part in parts]),
+            torch.cat([part.policy_raw for part in parts]),
+        )
 
 
-def compare(
+def score(
     model: nn.Module,
     device: torch.device,
     prompt: Sequence[int],
     completion: Completion,
     temperature: float,
-) -> Comparison:
+) -> Scored:
     """Score the server's completion by the policy. All processes must call this together.
 
     Args:
@@ -122,30 +167,37 @@ def compare(
         completion: T tokens with the server's log-probs.
         temperature: at which they were sampled.
     """
-    logits = probe_logits(model, device, [*prompt, *completion.token_ids], len(prompt))
-    tokens = torch.tensor(completion.token_ids, device=logits.device)
-    theirs = torch.tensor(completion.log_probs, dtype=torch.float64)
+    logits_TV = completion_logits(model, device, prompt, completion.token_ids)
+    tokens_T = torch.tensor(completion.token_ids, device=logits_TV.device)
 
-    def differences(at: float) -> Tensor:
-        log_probs = (logits / at).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-        return (log_probs.double().cpu() - theirs).abs()
+    def log_probs(at: float) -> Tensor:
+        chosen_T = (logits_TV / at).log_softmax(-1).gather(-1, tokens_T[:, None])[:, 0]
+        return chosen_T.double().cpu()
 
-    found = differences(temperature)
-    return Comparison(found.mean().item(), found.max().item(), differences(1.0).mean().item())
+    server_T = torch.tensor(completion.log_probs, dtype=torch.float64)
+    return Scored(completion.token_ids, server_T, log_probs(temperature), log_probs(1.0))
 
 
-def probe_logits(
-    model: nn.Module, device: torch.device, tokens: Sequence[int], prompt_length: int
+def completion_logits(
+    model: nn.Module, device: torch.device, prompt: Sequence[int], tokens: Sequence[int]
 ) -> Tensor:
-    """Logits (T, V) in float32 of the tokens after the prompt."""
-    ids = torch.tensor([list(tokens)], device=device)
+    """Logits (T, V) in float32 of the T tokens after the prompt."""
+    ids = torch.tensor([[*prompt, *tokens]], device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    places_T = torch.arange(len(prompt) - 1, len(prompt) + len(tokens) - 1, device=device)
     with evaluation_mode(model):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    return logits[0, prompt_length - 1 : -1].float()
+        if "logits_to_keep" in inspect.signature(bare_model(model).forward).parameters:
+            logits_TV = model(**inputs, logits_to_keep=places_T).logits[0]
+        else:
+            logits_TV = model(**inputs).logits[0, places_T]
+    return logits_TV.float()
+
+
+# ---- Judging what was scored ---------------------------------------------------------------------
 
 
 def require_agreement(
-    found: Comparison, tolerance: float, temperature: float, what: str, full_weights: bool
+    found: Scored, tolerance: float, temperature: float, what: str, full_weights: bool
 ) -> None:
     """Raise unless the server samples from the policy.
 
@@ -176,6 +228,77 @@ def require_agreement(
         f"nats a token (at most {found.largest:.3g}), more than {tolerance:g}, so it samples from "
         f"another model. Likely causes: {'; '.join(causes)}. If the difference is rounding that "
         "you accept, set vllm_handshake_tolerance above it."
+    )
+
+
+def weights_took_effect(before: Scored, now: Scored, tolerance: float, what: str) -> bool:
+    """Whether the server followed the policy from one version of the weights to a later one.
+
+    In bfloat16 the policy may move far before its distance to a server that stands still exceeds
+    the tolerance. So its move on the probe is compared with the server's own: rounding is the same
+    before and after, and a server that ignores the new weights does not move at all.
+
+    Args:
+        before: the probe as an earlier version answered it.
+        now: the probe as the version just sent answers it.
+        tolerance: of `require_agreement`.
+        what: was done, for the message.
+
+    Returns:
+        True: it followed. False: the policy has not moved enough to tell.
+
+    Raises:
+        VLLMServerError: the policy moved and the server did not.
+    """
+    if now.tokens != before.tokens:
+        return True  # other tokens from the same random numbers: other weights
+    policy_move = (now.policy - before.policy).abs().mean().item()
+    server_move = (now.server - before.server).abs().mean().item()
+    if policy_move <= max(LEAST_MOVE * tolerance, MOVE_IN_ROUNDINGS * before.mean):
+        return False
+    if server_move >= LEAST_SHARE * policy_move:
+        return True
+    raise VLLMServerError(
+        f"{what}: the new weights have no effect on the vLLM server. On a fixed text the policy "
+        f"moved by {policy_move:.3g} nats a token since an earlier version, and the server by "
+        f"{server_move:.3g}. It loads what it is sent and does not use it: look into its log for "
+        "names of layers that it ignores, and start it anew without other options than "
+        f"{SERVE_COMMAND} gives it."
+    )
+
+
+def choose_rollouts(count: int, limit: int) -> list[int]:
+    """Which of a batch's completions to check: the first, the last, and some between.
+
+    Weights that are exchanged between two requests stay exchanged, so the last one shows it.
+    """
+    steps = max(1, limit - 1)
+    return sorted(count - 1 - round(place * (count - 1) / steps) for place in range(limit))
+
+
+def require_own_rollouts(found: Scored, tolerance: float, full_weights: bool) -> None:
+    """Raise unless fresh rollouts were sampled from the policy's weights.
+
+    The mean of few tokens scatters more than that of the probe, so they are allowed more.
+
+    Raises:
+        VLLMServerError: the difference, and that the weights were replaced after the handshake.
+    """
+    allowed = tolerance * max(1.0, math.sqrt(PROBE_TOKENS / len(found.tokens)))
+    if found.mean <= allowed:
+        return
+    advice = (
+        "only one run at a time can use vllm_full_sync with a server: give each a server of its own"
+        if full_weights
+        else "a run with vllm_full_sync changes the base model under all adapters: give it a "
+        "server of its own"
+    )
+    raise VLLMServerError(
+        f"the vLLM server sampled this batch from other weights than the policy's: their log-probs "
+        f"differ by {found.mean:.3g} nats a token (at most {found.largest:.3g}), more than "
+        f"{allowed:.3g}, although they agreed on the probe when the weights were sent. Most likely "
+        f"another run has replaced the server's weights since; {advice}. If the difference is "
+        "rounding that you accept, set vllm_handshake_tolerance above it."
     )
 
 

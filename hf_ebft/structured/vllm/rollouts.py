@@ -32,12 +32,18 @@ from hf_ebft.structured.vllm.client import (
     VLLMServerError,
 )
 from hf_ebft.structured.vllm.handshake import (
+    CHECKED_ROLLOUTS,
+    CHECKED_TOKENS,
+    Scored,
     check_tokenizer,
-    compare,
+    choose_rollouts,
     probe_prompt,
     require_agreement,
+    require_own_rollouts,
     sample_probe,
+    score,
     tolerance_for,
+    weights_took_effect,
 )
 from hf_ebft.structured.vllm.prefetch import Following, StalenessAware
 from hf_ebft.structured.vllm.processes import on_every_process, on_main_process, raise_together
@@ -118,6 +124,7 @@ class VLLMRollouts:
         self._sync: WeightSync | None = None
         self._served: ServedModel | None = None
         self._version: Version | None = None
+        self._probe_before: Scored | None = None
         self._server_start: float | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._prefetched: Pending | None = None
@@ -214,6 +221,7 @@ class VLLMRollouts:
             self._sync.close()
         self._sync = None
         self._version = None
+        self._probe_before = None
         self._prefetched = None
         atexit.unregister(self.close)
 
@@ -326,23 +334,66 @@ class VLLMRollouts:
         return self._sync.publish(policy, accelerator, trainer.model_wrapped, served)
 
     def _handshake(self, name: str, trainer: Any, served: ServedModel, when: str) -> None:
-        args, settings, model = trainer.args, self.settings, trainer.model
+        model, temperature = trainer.model, trainer.temperature
         rows = trainer.accelerator.unwrap_model(model).get_input_embeddings().num_embeddings
         prompt = probe_prompt(tokenizer_of(trainer), rows, served.max_length)
-        temperature = trainer.temperature
         completion = on_main_process(
             lambda: sample_probe(self.client, name, prompt, temperature),
         )
-        found = compare(model, trainer.accelerator.device, prompt, completion, temperature)
-        tolerance = tolerance_for(
-            model, args.bf16, args.fp16, settings.vllm_dtype, settings.vllm_handshake_tolerance
-        )
+        found = score(model, trainer.accelerator.device, prompt, completion, temperature)
+        tolerance = self._tolerance(trainer)
+        before = self._probe_before
+
+        def judge() -> bool:
+            what = f"handshake {when}"
+            require_agreement(found, tolerance, temperature, what, self.settings.vllm_full_sync)
+            return before is None or weights_took_effect(before, found, tolerance, what)
+
         # Each process trains a policy of its own, and one alone may have gone astray.
         self._note("vllm/handshake_difference", max(gather_object([found.mean])))
+        if on_every_process(judge):
+            self._probe_before = found
+
+    def _tolerance(self, trainer: Any) -> float:
+        args, settings = trainer.args, self.settings
+        return tolerance_for(
+            trainer.model,
+            args.bf16,
+            args.fp16,
+            settings.vllm_dtype,
+            settings.vllm_handshake_tolerance,
+        )
+
+    def _check_rollouts(
+        self, pending: Pending, completions: list[Completion], trainer: Any
+    ) -> None:
+        """Compare some rollouts with the policy, where it is the one that should have sampled them.
+
+        Stale rollouts come from a policy that is gone. All processes call this together.
+        """
+        if pending.step != trainer.state.global_step:
+            return
+        # As many forward passes on each process: with sharded weights they are collective.
+        limit = min(gather_object([min(CHECKED_ROLLOUTS, len(completions))]))
+        if limit == 0:
+            return
+        device, temperature = trainer.accelerator.device, trainer.temperature
+        found = Scored.joined(
+            [
+                score(
+                    trainer.model,
+                    device,
+                    pending.prompt_ids[index],
+                    completions[index].beginning(CHECKED_TOKENS),
+                    temperature,
+                )
+                for index in choose_rollouts(len(completions), limit)
+            ]
+        )
+        tolerance = self._tolerance(trainer)
+        self._note("vllm/rollout_difference", max(gather_object([found.mean])))
         on_every_process(
-            lambda: require_agreement(
-                found, tolerance, temperature, f"handshake {when}", settings.vllm_full_sync
-            )
+            lambda: require_own_rollouts(found, tolerance, self.settings.vllm_full_sync)
         )
 
     def _recover(self, trainer: Any) -> None:
@@ -433,7 +484,9 @@ class VLLMRollouts:
                 pending.futures[index] = self._ask(pending, index)
         self._note("vllm/retries", self.client.retries_done)
         self.client.retries_done = 0
-        return [completion for future in pending.futures for completion in future.result()]
+        completions = [completion for future in pending.futures for completion in future.result()]
+        self._check_rollouts(pending, completions, trainer)
+        return completions
 
     def _outcome(self, pending: Pending) -> tuple[list[int], Exception | None]:
         """Which requests must be sent again, and what cannot be helped.

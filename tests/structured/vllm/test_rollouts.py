@@ -485,6 +485,50 @@ def test_an_adapter_that_is_not_applied_is_noticed(fake, start):
     refused(start, VLLMServerError, "does not apply the adapter")
 
 
+@pytest.mark.parametrize("how", [{"settings": {}}, full()], ids=["adapter", "full weights"])
+def test_weights_replaced_after_the_handshake_are_noticed(fake, start, how):
+    """Two full-weight runs on one server trained 4 to 12 nats away from it, as staleness 0."""
+    trainer = start(**how)
+    other = small_policy(seed=1).eval()
+    served = fake.complete
+
+    def another_run_reloads(payload):
+        # After the handshake, and only when the last of three requests comes.
+        if not payload["ignore_eos"] and payload["prompt"] == last:
+            fake.base = other
+            fake.adapters = dict.fromkeys(fake.adapters, other)
+        return served(payload)
+
+    fake.complete = another_run_reloads
+    last = small_tokenizer()(PROMPTS[2])["input_ids"]
+    trainer.rollout_func.settings.vllm_max_concurrent_requests = 1
+    with pytest.raises(VLLMServerError, match="sampled this batch from other weights"):
+        trainer.rollout_func(PROMPTS[:3], trainer)
+
+
+def test_fresh_rollouts_are_compared_and_stale_ones_are_not(start):
+    trainer = start({"vllm_sync_interval": 2}, max_steps=4, learning_rate=3e-2)
+    trainer.train()
+    assert logged(trainer, "vllm/staleness") == [0, 1, 0, 1]
+    differences = logged(trainer, "vllm/rollout_difference")
+    assert len(differences) == 2 and max(differences) < 1e-5
+
+
+def test_an_adapter_without_any_effect_is_noticed_within_a_coarse_tolerance(fake, start):
+    """At bfloat16's tolerance the policy trains for many steps before it is 0.1 nats away."""
+    fake.ignore_adapters = True
+    trainer = start(
+        {"vllm_dtype": "bfloat16"},
+        peft=lora(init_lora_weights=True),  # starts as zero: the first handshake has to pass
+        learning_rate=1e-3,
+        max_steps=8,
+    )
+    with pytest.raises(VLLMServerError, match="the new weights have no effect on the vLLM server"):
+        trainer.train()
+    # Long before the difference itself would have been too large.
+    assert max(logged(trainer, "vllm/handshake_difference")) < 0.05
+
+
 def test_log_probs_before_the_temperature_are_recognised(fake, start):
     fake.raw_log_probs = True
     refused(start, VLLMServerError, "--logprobs-mode processed_logprobs")
