@@ -9,11 +9,12 @@ finished completion. (Tokenizing prompt + ground truth as one text may merge ove
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_ebft.data.thinking import answer_start
 from hf_ebft.structured.multi_turn import unfold
 
 # Tokenizers that put a space before every text are given this one first; it merges with nothing.
@@ -27,13 +28,17 @@ class Example:
     Attributes:
         prompt_ids: as TRL feeds them to the policy.
         truth_ids: of the ground-truth completion, the end-of-sequence token included.
-        is_target: for each of ``truth_ids``, whether an assistant wrote it. Only turns of others
-            inside a ground truth of several messages are not.
+        is_target: for each of `truth_ids`, whether the cross-entropy counts it. Turns of others
+            inside a ground truth of several messages do not count, nor does what comes before
+            `answer_start`.
+        answer_start: index in `truth_ids` from which on it is embedded; above 0 where thinking is
+            left out.
     """
 
     prompt_ids: tuple[int, ...]
     truth_ids: tuple[int, ...]
     is_target: tuple[bool, ...]
+    answer_start: int = 0
 
 
 class ExampleEncoder:
@@ -71,24 +76,34 @@ class ExampleEncoder:
         self._template_options = chat_template_kwargs or {}
         self._prepends_space = self._decode(self._ids("a") + self._ids("b")) != "ab"
 
-    def encode(self, prompts: Sequence[Any], truths: Sequence[Any]) -> list[Example]:
+    def encode(
+        self,
+        prompts: Sequence[Any],
+        truths: Sequence[Any],
+        embed_thinking: Sequence[bool | None] | None = None,
+    ) -> list[Example]:
         """Encode rows; equal neighbours (a prompt's completions) are encoded once.
 
         Args:
             prompts: texts, or conversations as lists of messages.
             truths: ground-truth completions: texts; after a conversation also lists of messages,
                 or of replies, one for each message of the user in the prompt.
+            embed_thinking: false where thinking is left out of the features. That includes the
+                empty block that templates of reasoning models write into an answer without any.
+                None, for all rows or one: thinking is embedded.
 
         Raises:
             ValueError: a row that cannot be encoded, with the reason.
         """
+        thinking = [None] * len(prompts) if embed_thinking is None else embed_thinking
+        rows = list(zip(prompts, truths, thinking, strict=True))
         examples: list[Example] = []
-        for index, (prompt, truth) in enumerate(zip(prompts, truths, strict=True)):
-            same = index > 0 and prompt == prompts[index - 1] and truth == truths[index - 1]
-            examples.append(examples[-1] if same else self._encode_one(prompt, truth))
+        for index, row in enumerate(rows):
+            same = index > 0 and row == rows[index - 1]
+            examples.append(examples[-1] if same else self._encode_one(*row))
         return examples
 
-    def _encode_one(self, prompt: Any, truth: Any) -> Example:
+    def _encode_one(self, prompt: Any, truth: Any, embed_thinking: bool | None) -> Example:
         if not isinstance(truth, str) and not (isinstance(truth, list) and truth):
             raise ValueError(
                 f"The ground truth of the prompt {_shown(prompt)} is {truth!r}; it must be a text "
@@ -96,6 +111,7 @@ class ExampleEncoder:
             )
         if isinstance(prompt, str):
             prompt_ids = list(self.tokenizer(text=prompt)["input_ids"])
+            self._refuse_inner_end(truth, prompt)
             pieces = [(self._ended(self._text_ids(prompt, truth)), True)]
         else:
             if isinstance(truth, str):
@@ -104,10 +120,33 @@ class ExampleEncoder:
                 prompt, truth = unfold(prompt, truth)
             prompt_ids = self._prompt_ids(prompt)
             pieces = self._turns(prompt, truth)
-        return Example(
+        example = Example(
             prompt_ids=tuple(prompt_ids),
             truth_ids=tuple(token for ids, _ in pieces for token in ids),
             is_target=tuple(target for ids, target in pieces for _ in ids),
+        )
+        leaves_out = embed_thinking is not None and not embed_thinking
+        return self._without_thinking(example, prompt) if leaves_out else example
+
+    def _without_thinking(self, example: Example, prompt: Any) -> Example:
+        """The example with its answer alone embedded and counted by the cross-entropy."""
+        if not all(example.is_target):
+            raise ValueError(
+                f"The prompt {_shown(prompt)} has embed_thinking=False and a ground truth of "
+                "several turns. Thinking can be left out before one answer only; remove it from "
+                "such rows and leave embed_thinking unset, or train on the last turn alone."
+            )
+        ids = example.truth_ids
+        start = answer_start(example.prompt_ids, ids, self.tokenizer)
+        if start > 0 and self._holds_only_ends(ids[start:]):
+            raise ValueError(
+                f"The ground truth of the prompt {_shown(prompt)} has embed_thinking=False and no "
+                "answer after its thinking. Filter out rows without an answer."
+            )
+        return replace(
+            example,
+            is_target=tuple(index >= start for index in range(len(ids))),
+            answer_start=start,
         )
 
     def _prompt_ids(self, prompt: list[dict[str, Any]]) -> list[int]:
@@ -157,6 +196,8 @@ class ExampleEncoder:
             if not by_assistant:
                 pieces.append((ids, False))
                 continue
+            for part in message.values():
+                self._refuse_inner_end(part, prompt)
             # A completion ends with its end-of-turn token; what templates write after it (a
             # newline) is nobody's turn.
             ended = self._ended(ids)
@@ -166,9 +207,29 @@ class ExampleEncoder:
         return pieces
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """Up to the last end-of-sequence token, which is added where there is none."""
-        places = [place for place, token in enumerate(ids) if token in self._ends]
-        return ids[: places[-1] + 1] if places else [*ids, self._eos]
+        """Up to the first end-of-sequence token, where sampling stops; added if there is none."""
+        for place, token in enumerate(ids):
+            if token in self._ends:
+                return ids[: place + 1]
+        return [*ids, self._eos]
+
+    def _refuse_inner_end(self, text: Any, prompt: Any) -> None:
+        """Raise if a text goes on after a token at which every completion ends."""
+        if not isinstance(text, str):
+            return
+        ids = self._ids(text)
+        ended = self._ended(ids)
+        if len(ended) < len(ids) and not self._holds_only_ends(ids[len(ended) :]):
+            token = self.tokenizer.convert_ids_to_tokens(ended[-1])
+            raise ValueError(
+                f"The ground truth of the prompt {_shown(prompt)} goes on after {token!r}, at "
+                f"which every completion ends: {_shown(text)}. Cut it there, or write the token "
+                "in another way."
+            )
+
+    def _holds_only_ends(self, ids: Sequence[int]) -> bool:
+        """Whether nothing but end tokens and space is there."""
+        return not self._decode([token for token in ids if token not in self._ends]).strip()
 
     def _render(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
         rendered = self.tokenizer.apply_chat_template(

@@ -26,6 +26,7 @@ from hf_ebft.structured.config import StructuredSettings, refuse_groups_that_do_
 from hf_ebft.structured.encoding import Example, ExampleEncoder, text_of
 from hf_ebft.structured.groups import fingerprints, gather_rows, group_size, own_rows
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
+from hf_ebft.structured.unfinished import rank_unfinished_last
 from hf_ebft.training.metrics import PREFIX, ZERO_ADVANTAGE
 
 GROUND_TRUTH_COLUMNS = ("ground_truth", "completion", "answer")
@@ -210,7 +211,7 @@ class FeatureMatchingReward:
         completion_ids: Sequence[Sequence[int]],
         truths: Sequence[Any],
         *,
-        embed_thinking: Sequence[bool] | None = None,
+        embed_thinking: Sequence[bool | None] | None = None,
         completion_mask: Sequence[Sequence[int]] | None = None,
         rollout_prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> Scores:
@@ -221,21 +222,21 @@ class FeatureMatchingReward:
         Args:
             prompts, completion_ids: as in `__call__`.
             truths: R ground truths.
-            embed_thinking: whether what a completion thinks before its answer is embedded too; the
-                ground truth is embedded as it stands. Default: it is.
+            embed_thinking: whether what completion and ground truth hold before their answer is
+                embedded too. Default: it is.
             completion_mask: 1 on tokens that the policy sampled, 0 on messages between its replies.
             rollout_prompt_ids: what the completions were sampled after, to be checked.
         """
         settings = self.settings
         device = PartialState().device
-        examples = self.encoder.encode(prompts, truths)
+        examples = self.encoder.encode(prompts, truths, embed_thinking)
         _refuse_other_prompts(examples, rollout_prompt_ids)
         n_local = len(examples)
         sampled = [
             self._sequence(
                 examples[row],
                 tuple(completion_ids[row]),
-                embed_thinking is None or embed_thinking[row],
+                embed_thinking is None or embed_thinking[row] in (None, True),
                 None if completion_mask is None else completion_mask[row],
             )
             for row in range(n_local)
@@ -244,7 +245,7 @@ class FeatureMatchingReward:
         has_answer = torch.tensor([sequence is not None for sequence in sampled], device=device)
         embedded = self.network.embed(known + [s for s in sampled if s is not None]).to(device)
         truth_RD = embedded[:n_local]
-        # Without an answer no features: no alignment with anything.
+        # Without an answer there are no features; `rank_unfinished_last` sets what these count for.
         generated_RD = torch.zeros_like(truth_RD)
         generated_RD[has_answer] = embedded[n_local:]
 
@@ -256,6 +257,8 @@ class FeatureMatchingReward:
             gather_rows(generated_RD).unflatten(0, groups)[:, :, None],
             gather_rows(truth_RD).unflatten(0, groups)[:, :1],
         )
+        answered = gather_rows(has_answer)
+        rewards = rank_unfinished_last(rewards, answered.unflatten(0, groups)[:, :, None])
         tokens = [tuple(ids) for ids in completion_ids]
         tokens_Pn = gather_rows(fingerprints(tokens, device)).unflatten(0, groups)
         same_Pnn = tokens_Pn[:, :, None] == tokens_Pn[:, None, :]
@@ -263,7 +266,7 @@ class FeatureMatchingReward:
             rewards=rewards,
             advantages=compute_advantages(rewards, settings.advantage_estimator),
             duplicates=same_Pnn.tril(-1).any(dim=2),
-            has_answer=gather_rows(has_answer),
+            has_answer=answered,
             examples=examples,
         )
 
@@ -330,9 +333,11 @@ class FeatureMatchingReward:
 def _ground_truth_sequence(example: Example) -> TokenSequence:
     return TokenSequence(
         prompt_ids=example.prompt_ids,
-        completion_ids=example.truth_ids,
+        completion_ids=example.truth_ids[example.answer_start :],
         not_averaged=frozenset(
-            place for place, is_target in enumerate(example.is_target) if not is_target
+            place
+            for place, is_target in enumerate(example.is_target[example.answer_start :])
+            if not is_target
         ),
     )
 

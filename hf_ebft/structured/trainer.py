@@ -215,7 +215,9 @@ class EBFTGRPOTrainer(StalenessCorrection, GRPOTrainer):
 
     def _encode(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
         return self.reward.encoder.encode(
-            [row["prompt"] for row in rows], [row[self._column] for row in rows]
+            [row["prompt"] for row in rows],
+            [row[self._column] for row in rows],
+            [row.get("embed_thinking") for row in rows],
         )
 
     # ---- Steps --------------------------------------------------------------------------------

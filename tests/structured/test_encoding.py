@@ -86,6 +86,39 @@ def test_prompt_ids_are_those_that_trl_feeds_to_the_policy(tmp_path):
         assert theirs and theirs <= ours
 
 
+def test_first_end_token_is_the_end():
+    """Phi's template writes `<|end|>` and `<|endoftext|>`; completions stop at the first."""
+    template = tokenizer().chat_template.replace("<|end|>\n", "<|end|>\n<eos>")
+    settings = {
+        "eos_token_ids": [end_of_turn()],
+        "chat_template_kwargs": {"chat_template": template},
+    }
+    example = encode([user("hi")], [assistant("hello")], **settings)
+    assert shown(example.truth_ids) == "hello<|end|>"
+    assert example.is_target == (True,) * len(example.truth_ids)
+    truth = [assistant("one"), user("more"), assistant("two")]
+    example = encode([user("count")], truth, **settings)
+    pairs = list(zip(example.truth_ids, example.is_target, strict=True))
+    assert shown(t for t, target in pairs if target) == "one<|end|>two<|end|>"
+    as_text = encode("hi", "hello<|end|>\n<eos>", eos_token_ids=[end_of_turn()])
+    assert shown(as_text.truth_ids) == "hello<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "truth"),
+    [
+        ("say", "a <eos> b and more"),
+        ([user("say")], "a <eos> b and more"),
+        ([user("say")], [assistant("a <eos> b and more")]),
+        ([user("say")], [assistant("a<eos>b"), user("c"), assistant("d")]),
+    ],
+)
+def test_ground_truth_that_goes_on_after_an_end_token_is_refused(prompt, truth):
+    """Its tail was lost without a word: no completion can write it."""
+    with pytest.raises(ValueError, match=r"goes on after '<eos>', at which every completion ends"):
+        encode(prompt, truth)
+
+
 def test_several_turns_leave_the_users_out_of_the_targets():
     truth = [assistant("one"), user("more"), assistant("two")]
     example = encode([user("count")], truth, eos_token_ids=[end_of_turn()])

@@ -160,7 +160,7 @@ def test_thinking_is_kept_out_of_the_features_where_a_row_asks_for_it():
     assert np.abs(np.subtract(with_thinking, without)).max() > 0.01
 
 
-def test_completion_that_never_answers_has_no_alignment():
+def test_completion_that_never_answers_counts_as_the_worst():
     seen = {}
     completions = ["<think>hm", *COMPLETIONS[1:]]
     reward = FeatureMatchingReward(policy(), tokenizer(), use_whitening=False)
@@ -177,8 +177,9 @@ def test_completion_that_never_answers_has_no_alignment():
         ["4"] * 4 + ["pass"] * 4,
         embed_thinking=[False] * 8,
     )
-    assert scores.rewards.alignment[0, 0, 0] == 0
-    assert scores.rewards.diversity[0, 0, 0] == 0
+    assert scores.rewards.alignment[0, 0, 0] == -2
+    assert scores.rewards.diversity[0, 0, 0] == 2
+    assert scores.rewards.reward[0, 0, 0] == -4 <= scores.rewards.reward[0].min()
 
 
 def test_rollouts_after_other_prompts_are_refused():
