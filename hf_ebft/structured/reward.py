@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal, cast, get_args
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ebft.data.thinking import answer_start
 from hf_ebft.objective.advantages import compute_advantages
+from hf_ebft.objective.duplicates import first_equal_rollouts, with_equal_features
 from hf_ebft.objective.rewards import Rewards, rewards_from_settings
 from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.structured.config import StructuredSettings, refuse_groups_that_do_not_sum_to_zero
@@ -251,10 +252,15 @@ class FeatureMatchingReward:
 
         n_samples = self._group_size(gather_rows(fingerprints(examples, device)))
         groups = (-1, n_samples)
-        # One block per prompt: K = 1.
+        # One block per prompt: K = 1. Processes round differently, so tokens decide what is equal.
+        sequence_W = gather_rows(fingerprints([_key(sequence) for sequence in sampled], device))
+        generated_PnKD = with_equal_features(
+            gather_rows(generated_RD).unflatten(0, groups)[:, :, None],
+            first_equal_rollouts(sequence_W.unflatten(0, groups)[:, :, None, None]),
+        )
         rewards = rewards_from_settings(
             settings,
-            gather_rows(generated_RD).unflatten(0, groups)[:, :, None],
+            generated_PnKD,
             gather_rows(truth_RD).unflatten(0, groups)[:, :1],
         )
         answered = gather_rows(has_answer)
@@ -328,6 +334,13 @@ class FeatureMatchingReward:
     def _own(self, values: Tensor, n_local: int) -> list[float]:
         """(P, n, 1) of all processes -> R numbers of this one."""
         return own_rows(values.flatten(), n_local, PartialState().process_index).tolist()
+
+
+def _key(sequence: TokenSequence | None) -> Hashable:
+    """What tells embedded sequences apart, written alike on every process."""
+    if sequence is None:
+        return None
+    return sequence.prompt_ids, sequence.completion_ids, tuple(sorted(sequence.not_averaged))
 
 
 def _ground_truth_sequence(example: Example) -> TokenSequence:

@@ -149,6 +149,33 @@ def test_equal_completions_of_all_groups_give_zero_advantages():
     assert seen["ebft/duplicate_rollouts"] == 0.75
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+def test_equal_completions_have_equal_features_whatever_a_process_rounds(thinking):
+    """Kernels of two processes can round differently; whitening took that for a direction."""
+    completions = ["x", "x", "return", "pass", "x", "y", "z", "4"]
+    if thinking:  # what is left out tells nothing apart
+        completions = [f"<think>{n}</think>\n\n{text}" for n, text in enumerate(completions)]
+    reward = FeatureMatchingReward(policy(), tokenizer())
+    embed = reward.network.embed
+
+    def embed_and_round(sequences):
+        generator = torch.Generator().manual_seed(0)
+        found = embed(sequences)
+        return found + 1e-4 * torch.randn(found.shape, generator=generator)
+
+    reward.network.embed = embed_and_round
+    scores = reward.score(
+        ["def f():"] * 8,
+        [ids(text) for text in completions],
+        ["4"] * 8,
+        embed_thinking=[not thinking] * 8,
+    )
+    # Of three equal completions each has two copies, and whitened copies have dot product 1/3.
+    copies = scores.rewards.diversity[0, [0, 1, 4], 0]
+    torch.testing.assert_close(copies, torch.full((3,), 2 / 7 * 2 / 3), rtol=0, atol=1e-4)
+    assert scores.rewards.alignment[0, [0, 1, 4], 0].unique().numel() == 1
+
+
 def test_thinking_is_kept_out_of_the_features_where_a_row_asks_for_it():
     thoughtful = [
         f"<think>hm {number}</think>\n\n{text}" for number, text in enumerate(COMPLETIONS)
