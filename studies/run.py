@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import importlib.util
 import json
 import multiprocessing
@@ -46,14 +47,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_ebft import EBFTConfig, EBFTTrainer
+from hf_ebft import EBFTConfig, EBFTTrainer, Rollouts
 from hf_ebft.config import WHITENING_SPACES, EBFTSettings
 from hf_ebft.data import TokenizedRows, tokenize_and_cut
 from hf_ebft.evaluation import measure_model
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.advantages import compute_advantages
-from hf_ebft.objective.rewards import Rewards, feature_matching_rewards
-from hf_ebft.training.outputs import EBFTOutput
+from hf_ebft.objective.rewards import feature_matching_rewards
+from hf_ebft.training.outputs import EBFTOutput, Scores
 
 # Rows that are measured together, as documents of one packed row: faster, and the same figures.
 PACKED = 4
@@ -227,9 +228,10 @@ class NaiveBaselineTrainer(EBFTTrainer):
     eq. 94 in arXiv 2603.12248 but what RLOO would do with rewards that were independent.
     """
 
-    def _score(self, rollouts: Any) -> tuple[Rewards, Tensor, Tensor | None]:
-        rewards, _, reference = super()._score(rollouts)
-        return rewards, naive_advantages(rewards.reward), reference
+    def score_rollouts(self, rollouts: Rollouts) -> Scores:
+        """The same rewards with other advantages."""
+        scores = super().score_rollouts(rollouts)
+        return dataclasses.replace(scores, advantages=naive_advantages(scores.rewards.reward))
 
 
 def naive_advantages(reward: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def measure_corpus_whitening(
 ) -> CorpusWhitening:
     """The second moment of the ground-truth features of batches, shrunk and decomposed.
 
-    Every process of a run must call this together, with equally many batches.
+    Every process of a run must call this together, with equally many batches. torch's global
+    generator, which iterating a DataLoader draws from, is left as it was.
 
     Args:
         feature_network: phi.
@@ -74,14 +75,15 @@ def measure_corpus_whitening(
     """
     total: Tensor | None = None
     count = torch.zeros(())
-    for documents in batches:
-        with torch.no_grad(), autocast():
-            features_ND = _ground_truth_features(feature_network, documents, settings)
-        # MPS has no float64.
-        wide = features_ND.cpu() if features_ND.device.type == "mps" else features_ND
-        moment = wide.double().T @ wide.double()
-        total = moment if total is None else total + moment
-        count = count + len(features_ND)
+    with torch.random.fork_rng(devices=[]):
+        for documents in batches:
+            with torch.no_grad(), autocast():
+                features_ND = _ground_truth_features(feature_network, documents, settings)
+            # MPS has no float64.
+            wide = features_ND.cpu() if features_ND.device.type == "mps" else features_ND
+            moment = wide.double().T @ wide.double()
+            total = moment if total is None else total + moment
+            count = count + len(features_ND)
     if total is None:
         raise ValueError(
             "whitening_space='corpus' found no batch of training rows to measure: with "
@@ -108,10 +110,10 @@ def measure_corpus_whitening(
             whitening.effective_rank,
             whitening.shrinkage,
         )
-    return whitening
+    return _from_main_process(whitening)
 
 
-def from_main_process(whitening: CorpusWhitening) -> CorpusWhitening:
+def _from_main_process(whitening: CorpusWhitening) -> CorpusWhitening:
     """The main process's whitening, on every process.
 
     Each has decomposed the same matrix, but on another device perhaps, and to the bit matters:

@@ -1,18 +1,73 @@
-"""From log-probabilities to the objective: policy gradient, cross-entropy, KL.
+"""The EBFT objective of a batch: policy gradient, cross-entropy and KL, from log-probabilities.
 
-Batch loss = mean over documents of ``rl_coef * L_rl + ce_coef * L_ce + kl_coef * L_kl``, each a
-mean over the document's own tokens, so that a document weighs the same however many blocks it has.
+Batch loss = mean over documents of `rl_coef * L_rl + ce_coef * L_ce + kl_coef * L_kl`, each a mean
+over the document's own tokens, so that a document weighs the same however many blocks it has.
 
 Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from hf_ebft.config import EBFTSettings
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a batch and its parts, scalars with gradient.
+
+    Attributes:
+        loss: the weighted sum of the parts.
+        rl: policy-gradient loss, before its weight.
+        ce: cross-entropy of the documents, before its weight; None where the weight is zero.
+        kl: KL to the reference policy, before its weight; None where the weight is zero.
+    """
+
+    loss: Tensor
+    rl: Tensor
+    ce: Tensor | None
+    kl: Tensor | None
+
+
+def ebft_objective(
+    settings: EBFTSettings,
+    layout: PackedLayout,
+    rollout_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    document_log_probs: Tensor | None = None,
+    reference_log_probs: Tensor | None = None,
+) -> Objective:
+    """Mean over documents of `rl_coef * L_rl + ce_coef * L_ce + kl_coef * L_kl`.
+
+    Args:
+        settings: the coefficients and `kl_estimator`.
+        layout: the batch.
+        rollout_log_probs: (B, n, K, G) at the sampling temperature, with gradient.
+        advantages: (B, n, K), constants.
+        document_log_probs: (B, S) at temperature 1, with gradient; None leaves out L_ce.
+        reference_log_probs: (B, n, K, G) of the reference policy; None leaves out L_kl.
+
+    Raises:
+        FloatingPointError: the loss is not finite; the message names its parts.
+    """
+    rl = policy_gradient_loss(rollout_log_probs, advantages, layout)
+    loss, ce, kl = settings.rl_coef * rl, None, None
+    if document_log_probs is not None:
+        ce = cross_entropy(document_log_probs, layout.documents)
+        loss = loss + settings.ce_coef * ce
+    if reference_log_probs is not None:
+        penalty = kl_penalty(rollout_log_probs, reference_log_probs, settings.kl_estimator)
+        kl = per_rollout_token_mean(penalty, layout)
+        loss = loss + settings.kl_coef * kl
+    _refuse_not_finite(loss, {"rl_loss": rl, "ce_loss": ce, "kl": kl})
+    return Objective(loss, rl, ce, kl)
 
 
 def per_rollout_token_mean(values: Tensor, layout: PackedLayout) -> Tensor:
@@ -30,7 +85,7 @@ def per_rollout_token_mean(values: Tensor, layout: PackedLayout) -> Tensor:
 
 
 def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, layout: PackedLayout) -> Tensor:
-    """REINFORCE: ``-mean(advantage * log p(token))`` per document, averaged over documents.
+    """REINFORCE: `-mean(advantage * log p(token))` per document, averaged over documents.
 
     Its gradient is the policy gradient of the expected reward; its value means nothing.
 
@@ -42,7 +97,7 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, layout: PackedLa
 
 
 def cross_entropy(document_log_probs: Tensor, documents: Documents) -> Tensor:
-    """Mean of ``-log p`` over each document's targets, then over the batch's documents.
+    """Mean of `-log p` over each document's targets, then over the batch's documents.
 
     Args:
         document_log_probs: (B, S), zero where a token is no target.
@@ -60,7 +115,7 @@ def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: str) -
 
     With r = log p_ref - log p: k1 = -r, k2 = r^2 / 2, k3 = exp(r) - 1 - r (J. Schulman,
     "Approximating KL divergence", 2020). The value is the estimator's. The gradient of k1's value
-    has mean zero, so k1 carries the score-function gradient ``-r * grad log p`` instead, which is
+    has mean zero, so k1 carries the score-function gradient `-r * grad log p` instead, which is
     unbiased for the KL of the token's distribution (as is that of k2; that of k3 is not).
 
     Args:
@@ -78,7 +133,7 @@ def kl_penalty(log_probs: Tensor, reference_log_probs: Tensor, estimator: str) -
     raise ValueError(f"kl_estimator={estimator!r} is unknown; choose one of k1, k2, k3.")
 
 
-def refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:
+def _refuse_not_finite(loss: Tensor, parts: dict[str, Tensor | None]) -> None:
     """Raise a FloatingPointError that names the parts of a loss that is NaN or infinite."""
     if bool(torch.isfinite(loss)):
         return

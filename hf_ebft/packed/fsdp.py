@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 import torch
@@ -46,6 +46,33 @@ def parameters_gathered(model: nn.Module, reshard_after: bool) -> Iterator[None]
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(reshard_after, recurse=False)
+
+
+class SamplingGather:
+    """Whether FSDP2 keeps the policy gathered while it samples: decided at the first sampling.
+
+    Args:
+        choice: `gather_params_for_sampling`.
+        accelerator: of the run.
+    """
+
+    def __init__(self, choice: str, accelerator: Accelerator) -> None:
+        self._choice = choice
+        self._accelerator = accelerator
+        self._gathers: bool | None = None
+
+    def __call__(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The context to sample in; every process must ask together."""
+        if not is_sharded(model):
+            return nullcontext()
+        if self._gathers is None:
+            self._gathers = self._choice == "true" or (
+                self._choice == "auto" and gathering_fits(model, self._accelerator)
+            )
+        plugin = self._accelerator.state.fsdp_plugin
+        if not self._gathers or not plugin.reshard_after_forward:
+            return nullcontext()
+        return parameters_gathered(model, reshard_after=True)
 
 
 def _resharding_units(model: nn.Module) -> list[FSDPModule]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -82,6 +82,15 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         f"{name} has no list of {config.num_hidden_layers} layers to take features from. Pass "
         "another model as feature_network."
     )
+
+
+def end_of_text_id(model: nn.Module, processing_class: Any = None) -> int | None:
+    """Token that ends a document: the tokenizer's EOS, else the first one of the model's."""
+    from_tokenizer = getattr(processing_class, "eos_token_id", None)
+    if from_tokenizer is not None:
+        return int(from_tokenizer)
+    eos = bare_model(model).config.get_text_config(decoder=True).eos_token_id
+    return eos[0] if isinstance(eos, list) else eos
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -131,6 +131,31 @@ class Documents:
         )
 
 
+@dataclass(frozen=True)
+class DocumentReader:
+    """How a run reads its batches: the settings of `Documents.from_inputs`, said once.
+
+    Attributes:
+        document_masking, eos_token_id, vocabulary_size, pad_to_multiple_of: see there.
+    """
+
+    document_masking: bool | None = None
+    eos_token_id: int | None = None
+    vocabulary_size: int | None = None
+    pad_to_multiple_of: int = 1
+
+    def read(self, inputs: Mapping[str, Any], device: torch.device | None = None) -> Documents:
+        """The documents of a batch, on a device (default: where its tensors are)."""
+        if device is not None:
+            inputs = {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in inputs.items()
+            }
+        return Documents.from_inputs(
+            inputs, **{field.name: getattr(self, field.name) for field in fields(self)}
+        )
+
+
 def predicted_targets(documents: Documents) -> Tensor:
     """(B, S) bool: labelled tokens that have a predecessor in their document."""
     return documents.is_target & (documents.position > 0)

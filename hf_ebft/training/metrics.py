@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor
 
 from hf_ebft.objective.rewards import Rewards
-from hf_ebft.packed.targets import TokenLogProbs
 from hf_ebft.rows.anchors import count_replies
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
@@ -100,6 +100,11 @@ class MetricAccumulator:
         self._sums.zero_()
 
 
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, on every one: a collective call."""
+    return reduce(values, reduction="sum")
+
+
 def block_metrics(rewards: Rewards, advantages: Tensor, layout: PackedLayout) -> dict[str, Ratio]:
     """Metrics of rewards and advantages over the blocks that exist.
 
@@ -158,7 +163,7 @@ def documents_with_blocks(layout: PackedLayout) -> Tensor:
 
 
 def token_metrics(
-    log_probs: TokenLogProbs,
+    rollout_log_probs: Tensor,
     rl_loss: Tensor,
     ce_loss: Tensor | None,
     kl: Tensor | None,
@@ -168,11 +173,16 @@ def token_metrics(
 
     The entropy is estimated by ``-log p`` of the sampled tokens at the sampling temperature,
     unbiased when ``top_p`` is 1 and free of cost.
+
+    Args:
+        rollout_log_probs: (B, n, K, G).
+        rl_loss, ce_loss, kl: scalars; None is left out.
+        layout: the batch.
     """
     exists = layout.blocks.exists
     tokens = exists.sum() * layout.n_samples * layout.length
     documents: Documents = layout.documents
-    surprise = torch.where(exists[:, None, :, None], -log_probs.rollout.detach(), 0.0).sum()
+    surprise = torch.where(exists[:, None, :, None], -rollout_log_probs.detach(), 0.0).sum()
     metrics = {
         "entropy": Ratio(surprise, tokens),
         "rl_loss": Ratio(rl_loss.detach() * documents.count, documents.count),

@@ -1,4 +1,4 @@
-"""What a training step gives to callbacks and to callers of `compute_loss`."""
+"""What a training step computes, for callbacks and for callers of `compute_loss`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_ebft.objective.losses import Objective
 from hf_ebft.objective.rewards import Rewards
 from hf_ebft.packed.sampling import Rollouts
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `EBFTTrainer.score_rollouts` makes of rollouts.
+
+    Attributes:
+        rewards: (B, n, K) rewards and their parts.
+        advantages: (B, n, K).
+        reference_log_probs: (B, n, K, G) of the rollout tokens under phi, at the sampling
+            temperature; None without a KL penalty.
+    """
+
+    rewards: Rewards
+    advantages: Tensor
+    reference_log_probs: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -29,3 +46,18 @@ class EBFTOutput:
     rl_loss: Tensor
     ce_loss: Tensor | None
     kl: Tensor | None
+
+    @classmethod
+    def of(
+        cls, rollouts: Rollouts, scores: Scores, log_probs: Tensor, objective: Objective
+    ) -> EBFTOutput:
+        """From the results of the parts of a step."""
+        return cls(
+            rollouts,
+            scores.rewards,
+            scores.advantages,
+            log_probs,
+            objective.rl,
+            objective.ce,
+            objective.kl,
+        )

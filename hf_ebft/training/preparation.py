@@ -17,6 +17,31 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def check_arguments(
+    args: TrainingArguments,
+    settings: EBFTSettings,
+    kwargs: dict[str, Any],
+    train_dataset: Any,
+    eval_dataset: Any,
+) -> None:
+    """Check all that can be checked before a trainer is built, and set `args` right.
+
+    Args:
+        args: of the run.
+        settings: those of `args`, or the defaults.
+        kwargs: what the trainer hands on to `Trainer`.
+        train_dataset, eval_dataset: as given.
+
+    Raises:
+        ValueError: something cannot work, or would be ignored.
+    """
+    refuse_what_would_be_ignored(args, kwargs)
+    refuse_empty(train_dataset, "train_dataset")
+    refuse_empty(eval_dataset, "eval_dataset")
+    refuse_missing_corpus(settings, train_dataset)
+    keep_one_device_per_process(args)
+
+
 def with_adapters(model: nn.Module | None, peft_config: PeftConfig | None) -> nn.Module | None:
     """The model wrapped by PEFT if a configuration is given."""
     if peft_config is None:

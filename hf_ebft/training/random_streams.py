@@ -7,6 +7,8 @@ checkpoints: a resumed run draws what an uninterrupted one would have drawn.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import torch
@@ -40,21 +42,36 @@ class RolloutStreams:
 
     def __init__(self, args: TrainingArguments) -> None:
         self._args = args
+        self._evaluation_batch: int | None = None  # None while training
         self.restart()
 
     def restart(self) -> None:
         """A new run begins."""
         self._step, self._micro_batch = -1, 0
 
-    def for_training(self, device: torch.device, global_step: int) -> torch.Generator:
-        """The generator of the next micro-batch of an optimizer step."""
+    @property
+    def evaluating(self) -> bool:
+        """Whether an evaluation is going on."""
+        return self._evaluation_batch is not None
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """An evaluation: its batches get the same generators in every evaluation."""
+        self._evaluation_batch = 0
+        try:
+            yield
+        finally:
+            self._evaluation_batch = None
+
+    def next(self, device: torch.device, global_step: int) -> torch.Generator:
+        """The generator of the next batch: of an optimizer step, or of the evaluation."""
+        if self._evaluation_batch is not None:
+            generator = self._make(device, Stream.EVALUATION, self._evaluation_batch)
+            self._evaluation_batch += 1
+            return generator
         self._micro_batch = self._micro_batch + 1 if global_step == self._step else 0
         self._step = global_step
         return self._make(device, Stream.TRAINING, global_step, self._micro_batch)
-
-    def for_evaluation(self, device: torch.device, batch: int) -> torch.Generator:
-        """The generator of an evaluation batch, the same in every evaluation."""
-        return self._make(device, Stream.EVALUATION, batch)
 
     def _make(self, device: torch.device, stream: Stream, *place: int) -> torch.Generator:
         args = self._args

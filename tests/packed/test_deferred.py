@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_ebft import EBFTTrainer, Rollouts
 from hf_ebft.packed.deferred import can_defer
+from hf_ebft.training.outputs import Scores
 from tests.support.tiny import (
     PrefixRollouts,
     assert_same_tensors,
@@ -256,7 +257,7 @@ def test_tokens_changed_before_the_backward_pass_change_nothing(tmp_path: Path) 
     for cls in (EBFTTrainer, PrefixRollouts):
         trainer = cls(tiny_llama(), config(tmp_path, training_chunk_size=6))
         _, expected = gradients(trainer, ragged())
-        trainer._micro_step = (-1, 0)  # the same rollouts again
+        trainer.random_streams.restart()  # the same rollouts again
         trainer.model.zero_grad()
         loss, outputs = trainer.compute_loss(trainer.model, ragged(), return_outputs=True)
         outputs.rollouts.tokens.zero_()
@@ -402,11 +403,9 @@ def test_memory_does_not_grow_with_the_number_of_rollouts(tmp_path: Path) -> Non
 
         def step() -> None:
             trainer.sample_rollouts = lambda model, inputs: rollouts  # type: ignore[method-assign]
-            trainer._score = (
-                lambda rollouts: (  # type: ignore[method-assign]
-                    _no_rewards(rollouts),
-                    torch.ones(rollouts.tokens.shape[:3]),
-                    None,
+            trainer.score_rollouts = (
+                lambda rollouts: Scores(  # type: ignore[method-assign]
+                    _no_rewards(rollouts), torch.ones(rollouts.tokens.shape[:3]), None
                 )
             )
             loss = trainer.compute_loss(trainer.model, batch_of(texts(64)))

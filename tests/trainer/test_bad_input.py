@@ -83,7 +83,7 @@ def test_rows_shorter_than_a_block_train_on_cross_entropy_only(
     args = config(tmp_path, max_steps=3, ce_coef=0.5)
     trainer = EBFTTrainer(tiny_llama(), args, train_dataset=texts(6, 3, 2, 5))
     before = copy.deepcopy(trainer.model.state_dict())
-    with caplog.at_level(logging.WARNING, logger="hf_ebft.trainer"):
+    with caplog.at_level(logging.WARNING, logger="hf_ebft.training.step_log"):
         trainer.train()
     warnings = [record.getMessage() for record in caplog.records]
     assert len([text for text in warnings if "room for a block" in text]) == 1
@@ -323,7 +323,7 @@ def test_a_loss_that_is_not_finite_stops_training(
     trainer = EBFTTrainer(tiny_llama(), args, train_dataset=texts(20, 20))
     before = copy.deepcopy(trainer.model.state_dict())
     monkeypatch.setattr(
-        "hf_ebft.trainer.cross_entropy", lambda log_probs, _: log_probs.sum() * math.nan
+        "hf_ebft.objective.losses.cross_entropy", lambda log_probs, _: log_probs.sum() * math.nan
     )
     with pytest.raises(FloatingPointError, match=r"loss is nan \(rl_loss=.*ce_loss=nan\)"):
         trainer.train()

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from hf_ebft.objective.advantages import compute_advantages
 from hf_ebft.objective.rewards import feature_matching_rewards
-from hf_ebft.packed.targets import TokenLogProbs
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
@@ -150,7 +149,7 @@ def test_token_metrics_estimate_the_entropy() -> None:
     metrics = MetricAccumulator(CPU)
     metrics.add(
         token_metrics(
-            TokenLogProbs(rollout=log_probs, document=None),
+            log_probs,
             torch.tensor(0.5),
             torch.tensor(2.0),
             None,

@@ -36,20 +36,35 @@ def test_the_numbers_of_the_streams_are_fixed() -> None:
 def test_a_micro_batch_draws_what_it_always_drew(tmp_path: Path) -> None:
     """Recorded when the trainer itself still numbered the streams: resumed runs rely on it."""
     streams = RolloutStreams(config(tmp_path, seed=3))
-    places = [streams.for_training(CPU, step) for step in (0, 0, 1)]
-    places += [streams.for_evaluation(CPU, 0), corpus_rows(3)]
+    places = [streams.next(CPU, step) for step in (0, 0, 1)]
+    with streams.evaluation():
+        places.append(streams.next(CPU, 1))
+    places.append(corpus_rows(3))
     assert [drawn(place) for place in places] == RECORDED
 
 
 def test_every_place_has_numbers_of_its_own(tmp_path: Path) -> None:
     streams = RolloutStreams(config(tmp_path, seed=3))
-    generators = [streams.for_training(CPU, step) for step in (0, 0, 0, 1, 1, 2)]
-    generators += [streams.for_evaluation(CPU, batch) for batch in range(4)]
+    generators = [streams.next(CPU, step) for step in (0, 0, 0, 1, 1, 2)]
+    with streams.evaluation():
+        generators += [streams.next(CPU, 2) for _ in range(4)]
     assert len({drawn(generator) for generator in generators}) == len(generators)
 
 
 def test_a_restart_draws_the_same_again(tmp_path: Path) -> None:
     streams = RolloutStreams(config(tmp_path, seed=3))
-    first = [drawn(streams.for_training(CPU, 5)) for _ in range(2)]
+    first = [drawn(streams.next(CPU, 5)) for _ in range(2)]
     streams.restart()
-    assert [drawn(streams.for_training(CPU, 5)) for _ in range(2)] == first
+    assert [drawn(streams.next(CPU, 5)) for _ in range(2)] == first
+
+
+def test_evaluations_draw_the_same_and_leave_training_alone(tmp_path: Path) -> None:
+    streams, undisturbed = (RolloutStreams(config(tmp_path, seed=3)) for _ in range(2))
+    evaluations = []
+    for _ in range(2):
+        assert drawn(streams.next(CPU, 0)) == drawn(undisturbed.next(CPU, 0))
+        with streams.evaluation():
+            assert streams.evaluating
+            evaluations.append([drawn(streams.next(CPU, 0)) for _ in range(2)])
+        assert not streams.evaluating
+    assert evaluations[0] == evaluations[1]

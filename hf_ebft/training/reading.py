@@ -1,0 +1,42 @@
+"""How the trainer reads batches into documents, and which columns it keeps for that."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+from transformers import Trainer
+
+from hf_ebft.config import EBFTSettings
+from hf_ebft.packed.model_parts import end_of_text_id
+from hf_ebft.rows.documents import EBFT_COLUMNS, DocumentReader
+
+
+class ReadingMixin(Trainer):
+    """The part of `EBFTTrainer` that reads batches.
+
+    Attributes:
+        ebft: `document_masking` and `pad_to_multiple_of`.
+    """
+
+    model: nn.Module  # Trainer's own annotation admits None, which it never is here
+    ebft: EBFTSettings
+    _vocabulary_size: int
+
+    @property
+    def document_reader(self) -> DocumentReader:
+        """How batches are read, in training and in evaluation."""
+        return DocumentReader(
+            document_masking=self.ebft.document_masking,
+            eos_token_id=end_of_text_id(self.model, self.processing_class),
+            vocabulary_size=self._vocabulary_size,
+            pad_to_multiple_of=self.ebft.pad_to_multiple_of,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Private in transformers, and the only way to keep columns that the model does not take
+        # while remove_unused_columns drops the others (TRL's trainers override it too).
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns = cast(list[str], self._signature_columns)
+            columns += EBFT_COLUMNS

@@ -1,0 +1,102 @@
+"""An optimizer step: micro-batches weigh by their documents, and are processed in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
+
+from hf_ebft.packed.fsdp import is_sharded
+from hf_ebft.rows.documents import Documents, split_rows
+from hf_ebft.training.ema import EMACallback
+from hf_ebft.training.metrics import sum_over_processes
+from hf_ebft.training.random_streams import RolloutStreams
+from hf_ebft.training.reading import ReadingMixin
+from hf_ebft.training.step_log import StepLog
+
+
+class StepsMixin(ReadingMixin):
+    """The part of `EBFTTrainer` that runs and logs optimizer steps.
+
+    Attributes:
+        ebft: `rollout_batch_size` says how many rows are processed at once.
+        step_log: collects metrics.
+        random_streams: start afresh with every run.
+        averaging: of the weights; None if unused.
+    """
+
+    step_log: StepLog
+    random_streams: RolloutStreams
+    averaging: EMACallback | None
+
+    # Trainer divides the loss by the accumulation steps; see share_of_step.
+    loss_is_scaled_for_ga = False
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """`Trainer`'s, started afresh: no earlier run and no loss computed by hand counts."""
+        if self.averaging is not None:
+            unnamed = resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool)
+            self.averaging.resume_from = None if unnamed else str(resume_from_checkpoint)
+        self.step_log.restart()
+        self.random_streams.restart()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step and the number of documents in them, everywhere.
+
+        `Trainer` counts label tokens here; EBFT's loss is a mean over documents.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(float(self.document_reader.read(batch).count) for batch in batches)
+        return batches, sum_over_processes(torch.tensor(count, device=device))
+
+    def share_of_step(
+        self, documents: Documents, documents_of_step: Tensor | int | None
+    ) -> Tensor | float:
+        """What turns a mean over this micro-batch into its part of the mean over the step.
+
+        `Trainer` then divides by the accumulation steps, and DDP or FSDP by the processes. It is 1
+        where all micro-batches hold equally many documents, and where this batch is the step.
+        """
+        if documents_of_step is None:
+            return 1.0
+        return documents.count * self._shares / documents_of_step
+
+    @property
+    def _shares(self) -> int:
+        return self.current_gradient_accumulation_steps * self.accelerator.num_processes
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """`Trainer`'s step, in parts of `rollout_batch_size` rows, timed by phase."""
+        parts = split_rows(inputs, self.ebft.rollout_batch_size)
+        if num_items_in_batch is None and len(parts) > 1:
+            # This batch is the step; its parts are not.
+            num_items_in_batch = self.document_reader.read(inputs).count * self._shares
+        losses = []
+        with self.step_log.phase("training"):
+            for part in parts:
+                # FSDP2 adds up shards, and would have to keep whole gradients to do it later.
+                later = part is not parts[-1] and not is_sharded(model)
+                with self.accelerator.no_sync(model) if later else nullcontext():
+                    losses.append(super().training_step(model, part, num_items_in_batch))
+        self.step_log.end_batch()
+        return torch.stack(losses).sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the `ebft/*` means since the last training log: means over all processes."""
+        if "loss" in logs:
+            logs = logs | self.step_log.take()
+        super().log(logs, start_time)
