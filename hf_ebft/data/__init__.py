@@ -2,6 +2,7 @@
 
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.data.sources import RawDataset, Table, hold_out, load_table, load_text_dataset
+from hf_ebft.data.special_tokens import encode_text
 from hf_ebft.data.thinking import answer_start, join_thinking, split_thinking
 from hf_ebft.data.tokenization import (
     TokenizationCounts,
@@ -36,6 +37,7 @@ __all__ = [
     "TokenizedRows",
     "answer_start",
     "chat",
+    "encode_text",
     "hold_out",
     "join_thinking",
     "load_table",

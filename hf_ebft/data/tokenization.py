@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_ebft.data.special_tokens import added_bos, without_bos
 from hf_ebft.data.transforms import BadRowError
 from hf_ebft.rows.documents import DOCUMENT_COLUMNS, IGNORE_INDEX
 
@@ -218,7 +219,7 @@ def _cut(
     """:func:`tokenize_and_cut`, where no row at all is a result like others."""
     _check_lengths(sequence_len, min_length, max_rows)
     counts = TokenizationCounts(kept_short=keep_short)
-    prefix = _prefix(tokenizer)
+    prefix = added_bos(tokenizer)
     suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     room = sequence_len - len(prefix)
     if room < 1:
@@ -228,13 +229,14 @@ def _cut(
     rows = _Rows(sequence_len, pack, max_rows)
     for source, ids in enumerate(_encode(documents, tokenizer)):
         counts.documents += 1
+        ids = without_bos(ids, prefix)
         if not ids:
             counts.empty += 1
             continue
         ids = ids + suffix
         counts.cut += len(ids) > room
         for start in range(0, len(ids), room):
-            piece = [*prefix, *ids[start : start + room]]
+            piece = [*prefix, *without_bos(ids[start : start + room], prefix)]
             if len(piece) < min_length:
                 counts.short += 1
                 counts.short_tokens += len(piece)
@@ -282,7 +284,7 @@ def tokenize_prompt_completion(
     _check_lengths(sequence_len, max(min_length, min_completion), max_rows)
     _require_eos(tokenizer)
     counts = TokenizationCounts(kept_short=keep_short)
-    prefix = _prefix(tokenizer)
+    prefix = added_bos(tokenizer)
     rows: list[dict[str, NDArray[np.int32]]] = []
     sources: list[tuple[int, ...]] = []
     for source, (prompt, completion) in enumerate(_encode_pairs(pairs, tokenizer)):
@@ -293,6 +295,7 @@ def tokenize_prompt_completion(
         if not completion:
             counts.empty += 1
             continue
+        prompt = without_bos(prompt, prefix)
         whole = [*prefix, *prompt, *completion, tokenizer.eos_token_id]
         counts.cut += len(whole) > sequence_len
         input_ids = np.array(whole[:sequence_len], dtype=np.int32)
@@ -356,8 +359,10 @@ def prompt_completion(
         raise BadRowError(f"{where}: column {completion_column!r} holds no text.")
     prompt = render_prompt(row[prompt_column], tokenizer, f"{where}: column {prompt_column!r}")
     prompt_ids, completion_ids = next(_encode_pairs([(prompt, completion)], tokenizer))
-    start = len(_prefix(tokenizer)) + len(prompt_ids)
-    whole = [*_prefix(tokenizer), *prompt_ids, *completion_ids, tokenizer.eos_token_id]
+    bos = added_bos(tokenizer)
+    prompt_ids = [*bos, *without_bos(prompt_ids, bos)]
+    start = len(prompt_ids)
+    whole = [*prompt_ids, *completion_ids, tokenizer.eos_token_id]
     input_ids = whole[:sequence_len]
     n_completion = max(0, len(input_ids) - start)
     if n_completion < min_completion:
@@ -391,7 +396,7 @@ def render_prompt(prompt: Any, tokenizer: Any, where: str) -> str:
             "tokenizer.chat_template, or give the prompts as text."
         )
     text: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return text.removeprefix(tokenizer.bos_token) if _prefix(tokenizer) else text
+    return text.removeprefix(tokenizer.bos_token) if added_bos(tokenizer) else text
 
 
 class _Rows:
@@ -459,12 +464,6 @@ def _require_eos(tokenizer: Any) -> None:
             "The tokenizer has no EOS token, so completions would have no end; set "
             "tokenizer.eos_token."
         )
-
-
-def _prefix(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: its BOS token, or nothing."""
-    added = tokenizer("").input_ids
-    return [tokenizer.bos_token_id] if added[:1] == [tokenizer.bos_token_id] else []
 
 
 def _encode(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
