@@ -267,6 +267,21 @@ def weights_took_effect(before: Scored, now: Scored, tolerance: float, what: str
     )
 
 
+def check_vocabulary(completions: Sequence[Completion], vocabulary: int) -> None:
+    """Refuse sampled tokens that the policy has no embedding for.
+
+    Raises:
+        VLLMServerError: naming the token and both vocabularies' sizes as far as they are known.
+    """
+    highest = max((max(completion.token_ids) for completion in completions), default=0)
+    if highest >= vocabulary:
+        raise VLLMServerError(
+            f"the vLLM server sampled token {highest}, and the policy has embeddings for tokens 0 "
+            f"to {vocabulary - 1} only: the served model has a larger vocabulary. Serve the very "
+            "model that is trained, saved after any change of its embeddings' size."
+        )
+
+
 def choose_rollouts(count: int, limit: int) -> list[int]:
     """Which of a batch's completions to check: the first, the last, and some between.
 

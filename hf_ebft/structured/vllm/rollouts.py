@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import ProcessorMixin
 
 from hf_ebft.structured.vllm.client import (
@@ -36,6 +37,7 @@ from hf_ebft.structured.vllm.handshake import (
     CHECKED_TOKENS,
     Scored,
     check_tokenizer,
+    check_vocabulary,
     choose_rollouts,
     probe_prompt,
     require_agreement,
@@ -335,11 +337,12 @@ class VLLMRollouts:
 
     def _handshake(self, name: str, trainer: Any, served: ServedModel, when: str) -> None:
         model, temperature = trainer.model, trainer.temperature
-        rows = trainer.accelerator.unwrap_model(model).get_input_embeddings().num_embeddings
-        prompt = probe_prompt(tokenizer_of(trainer), rows, served.max_length)
+        vocabulary = vocabulary_of(trainer)
+        prompt = probe_prompt(tokenizer_of(trainer), vocabulary, served.max_length)
         completion = on_main_process(
             lambda: sample_probe(self.client, name, prompt, temperature),
         )
+        check_vocabulary([completion], vocabulary)
         found = score(model, trainer.accelerator.device, prompt, completion, temperature)
         tolerance = self._tolerance(trainer)
         before = self._probe_before
@@ -485,6 +488,7 @@ class VLLMRollouts:
         self._note("vllm/retries", self.client.retries_done)
         self.client.retries_done = 0
         completions = [completion for future in pending.futures for completion in future.result()]
+        on_every_process(lambda: check_vocabulary(completions, vocabulary_of(trainer)))
         self._check_rollouts(pending, completions, trainer)
         return completions
 
@@ -593,6 +597,14 @@ def tokenizer_of(trainer: Any) -> Any:
     """The tokenizer, taken out of a processor."""
     processing = trainer.processing_class
     return processing.tokenizer if isinstance(processing, ProcessorMixin) else processing
+
+
+def vocabulary_of(trainer: Any) -> int:
+    """Rows of the policy's embedding."""
+    embedding = trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings()
+    if isinstance(embedding, BaseTunerLayer):  # an adapter around it
+        embedding = embedding.get_base_layer()
+    return embedding.num_embeddings
 
 
 def tokenize_prompts(prompts: list[Any], trainer: Any) -> list[list[int]]:

@@ -279,15 +279,17 @@ class AdapterSync(WeightSync):
         self.versions += 1
         name = f"{self.run}-{self.versions:06d}"
         folder = self._write(name, write)
-        self.client.load_adapter(name, self._on_server(folder))
+        # Remembered first: a server that was too slow to answer may still load it.
         self._sent.append(folder)
+        self.client.load_adapter(name, self._on_server(folder))
         while len(self._sent) > KEPT_VERSIONS:
             self._drop(self._sent.pop(0))
         return name
 
     def _drop(self, folder: Path) -> None:
         self.client.unload_adapter(folder.name)
-        shutil.rmtree(folder)
+        # Whoever cleaned up the disk in the meantime has done this already.
+        shutil.rmtree(folder, ignore_errors=True)
 
     def forget(self) -> None:
         """Unload the adapters that the server has."""

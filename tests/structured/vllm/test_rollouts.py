@@ -1,6 +1,7 @@
 """Rollouts from a server in TRL's trainer: right completions, weights, ratios, and recovery."""
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,15 @@ def test_rollouts_are_in_order_and_their_log_probs_are_the_policys(fake, start):
     # Neighbours with one prompt are one request.
     assert sorted(payload["n"] for payload in completions_asked(fake)) == [1, 2, 3]
     assert len({tuple(ids) for ids in found["completion_ids"]}) == len(prompts)
+    for prompt, tokens, theirs in zip(*found.values(), strict=True):
+        ours = plain_log_probs(trainer.model, prompt, tokens, 0.7)
+        torch.testing.assert_close(torch.tensor(theirs).double(), ours, atol=1e-5, rtol=0)
+
+
+def test_an_adapter_of_the_embedding_is_sampled_from(fake, start):
+    """PEFT's embedding has no number of rows; asking it for one was an AttributeError."""
+    trainer = start(peft=lora(target_modules=["embed_tokens", "q_proj"]))
+    found = trainer.rollout_func([PROMPTS[0]] * 2, trainer)
     for prompt, tokens, theirs in zip(*found.values(), strict=True):
         ours = plain_log_probs(trainer.model, prompt, tokens, 0.7)
         torch.testing.assert_close(torch.tensor(theirs).double(), ours, atol=1e-5, rtol=0)
@@ -201,6 +211,37 @@ def test_evaluation_samples_from_the_policy_as_it_is_with_the_same_seeds(fake, s
     trainer.evaluate()
     assert [path for path, _ in fake.requests].count("/v1/load_lora_adapter") == 0
     assert sorted(payload["seed"] for payload in completions_asked(fake)) == first
+
+
+def test_a_deleted_folder_stops_no_run(fake, start, tmp_path):
+    """Folders of earlier versions may be cleaned away while a run goes on."""
+    trainer = start()
+    trainer.rollout_func([PROMPTS[0]], trainer)
+    for step in range(1, 5):
+        shutil.rmtree(tmp_path / "sync")
+        trainer.state.global_step = step
+        trainer.rollout_func([PROMPTS[0]], trainer)
+    assert len(fake.adapters) == 2
+    trainer.rollout_func.close()
+    assert fake.adapters == {}
+
+
+def test_a_load_without_an_answer_leaves_no_adapter_behind(fake, start):
+    """The server loads it, but the trainer has given up waiting."""
+
+    def loads_without_an_answer(handler):
+        payload = fake.requests[-1][1]
+        fake.load(payload["lora_name"], Path(payload["lora_path"]))
+        raise fake_server.Dropped
+
+    trainer = start({"vllm_request_retries": 0})
+    fake.fail("/v1/load_lora_adapter", loads_without_an_answer, times=2)
+    trainer.rollout_func([PROMPTS[0]], trainer)
+    loaded = [payload for path, payload in fake.requests if path == "/v1/load_lora_adapter"]
+    assert len({payload["lora_name"] for payload in loaded}) == 3
+    assert len(fake.adapters) == 2
+    trainer.rollout_func.close()
+    assert fake.adapters == {}
 
 
 # ---- The importance ratio ------------------------------------------------------------------------
@@ -471,6 +512,30 @@ def refused(start, error, message, **options):
 
 def test_another_model_is_refused_at_the_start(start):
     refused(start, VLLMServerError, "handshake at the start.*other weights", model=small_policy(1))
+
+
+def test_a_server_with_a_larger_vocabulary_is_refused(fake, start):
+    """Its own tokens beyond the policy's ended in an IndexError of the policy's embedding."""
+    larger = small_policy()
+    larger.resize_token_embeddings(340, mean_resizing=False)
+    with torch.no_grad():
+        larger.lm_head.weight[300:] = larger.lm_head.weight[:300].abs().max() * 4
+    fake.original = larger.eval()
+    fake.restart()
+    refused(start, VLLMServerError, r"sampled token 3\d\d, .* tokens 0 to 299 only")
+
+
+def test_a_token_beyond_the_policys_in_a_rollout_is_refused(fake, start):
+    trainer = start()
+    trainer.rollout_func([PROMPTS[0]], trainer)
+
+    def beyond(answer):
+        return {"choices": [choice | {"token_ids": [300]} for choice in answer["choices"]]}
+
+    fake.edit = lambda answer: beyond(answer) if len(answer["choices"]) == 2 else answer
+    trainer.args.max_completion_length = trainer.max_completion_length = 1
+    with pytest.raises(VLLMServerError, match=r"sampled token 300, .* tokens 0 to 299 only"):
+        trainer.rollout_func([PROMPTS[0]] * 2, trainer)
 
 
 def test_another_tokenizer_is_refused_at_the_start(fake, start):

@@ -86,6 +86,7 @@ def test_plain_adapters_pass():
         {"use_rslora": True},
         {"init_lora_weights": "gaussian"},
         {"target_modules": "all-linear"},
+        {"target_modules": ["embed_tokens"]},
         # Another rank at the same alpha / r is applied rightly.
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}},
     ):
