@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_ebft.packed.heads import Head, ToLogits, find_head
+from hf_ebft.packed.heads import Head, ToLogits
 from hf_ebft.packed.masks import MaskRecipe
+from hf_ebft.packed.model_code import find_head
 from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.packed.supported import RowLimits, check_supported, set_packed_attention
 from hf_ebft.rows.layout import PackedPart

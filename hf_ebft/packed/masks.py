@@ -8,12 +8,10 @@ masks (eager) and block masks (flex_attention).
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_ebft.packed.model_code import mask_functions
 from hf_ebft.packed.split_attention import (
     AttentionPlan,
     Section,
@@ -34,62 +33,17 @@ from hf_ebft.packed.split_attention import (
 from hf_ebft.rows.layout import PackedPart
 from hf_ebft.rows.visibility import Coordinates, sees
 
+logger = logging.getLogger(__name__)
+
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # Layers that look through a mask and depend on the rest of the row in no other way.
 MASKABLE_LAYERS = frozenset({FULL, SLIDING, CHUNKED})
 # Our own implementation, under the name by which transformers' models find it.
 SPLIT = "ebft_split"
 PACKABLE_IMPLEMENTATIONS = (SPLIT, "sdpa", "eager", "flex_attention")
-# How transformers' models make their masks (transformers.masking_utils).
-MASK_FUNCTIONS = frozenset(
-    {
-        "create_bidirectional_mask",
-        "create_causal_mask",
-        "create_chunked_causal_mask",
-        "create_masks_for_generate",
-        "create_sliding_window_causal_mask",
-    }
-)
 
 Mask = Tensor | BlockMask
 Masks = Mask | dict[str, Mask]
-
-
-def _own_code(model: PreTrainedModel) -> list[ModuleType]:
-    """The Python modules that define a model and the models inside it."""
-    sources = {
-        ancestor.__module__
-        for part in model.modules()
-        for ancestor in type(part).__mro__
-        if issubclass(ancestor, PreTrainedModel) and ancestor is not PreTrainedModel
-    }
-    return [sys.modules[source] for source in sorted(sources & sys.modules.keys())]
-
-
-def mask_functions(model: PreTrainedModel) -> set[str]:
-    """Which of transformers' mask functions the model's own code uses; empty if it makes its own.
-
-    A configuration may name a window that the model never looks at. The code does not lie.
-    """
-    return {name for code in _own_code(model) for name in vars(code)} & MASK_FUNCTIONS
-
-
-def leaves_attention_to_function(model: PreTrainedModel) -> bool:
-    """Whether the model's code calls whatever attention function its configuration names.
-
-    Some code has branches of its own for "sdpa", and would take another name for eager attention.
-    """
-    for code in _own_code(model):
-        try:
-            source = inspect.getsource(code)
-        except (OSError, TypeError):
-            return False
-        has_attention = re.search(r"^class \w*Attention\w*\(", source, re.MULTILINE)
-        if has_attention and not hasattr(code, "ALL_ATTENTION_FUNCTIONS"):
-            return False
-        if re.search(r"_attn_implementation (==|!=|in|not in) [^\n]*\"sdpa\"", source):
-            return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -340,17 +294,33 @@ def _split_attention_forward(
     """
     if isinstance(attention_mask, PackedMask):
         plan = attention_mask.plan
-        plain = dropout == 0.0 and all(kwargs.get(name) is None for name in _CHANGES_OF_SCORES)
-        if plain and (query.shape[2], key.shape[2]) == (plan.n_queries, plan.n_keys):
+        changes = [name for name in _CHANGES_OF_SCORES if kwargs.get(name) is not None]
+        if dropout > 0.0:
+            changes.append("dropout")
+        if (query.shape[2], key.shape[2]) != (plan.n_queries, plan.n_keys):
+            changes.append("queries or keys that the packed row does not have")
+        if not changes:
             if torch.is_autocast_enabled(query.device.type):
                 dtype = torch.get_autocast_dtype(query.device.type)
                 query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             with torch.autocast(query.device.type, enabled=False):
                 return split_attention(query, key, value, plan, scaling), None
+        _log_dense_mask(type(module).__name__, ", ".join(changes))
         attention_mask = attention_mask.dense()
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+
+
+@cache
+def _log_dense_mask(attention: str, changes: str) -> None:
+    """Say once for each class of attention that it cannot be split, and why."""
+    logger.warning(
+        "%s uses %s, which split attention does not know: sdpa with a mask of the whole packed row "
+        "takes its place, which needs more memory and time.",
+        attention,
+        changes,
     )
 
 

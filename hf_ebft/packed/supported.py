@@ -14,12 +14,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_ebft.packed.masks import (
-    MASKABLE_LAYERS,
-    SPLIT,
-    leaves_attention_to_function,
-    mask_functions,
-)
+from hf_ebft.packed.masks import MASKABLE_LAYERS, SPLIT
+from hf_ebft.packed.model_code import mask_functions, why_not_split
 from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
@@ -234,8 +230,8 @@ def _takes(base: PreTrainedModel, implementation: str, reasons: list[str]) -> bo
     config = base.config.get_text_config(decoder=True)
     if config._attn_implementation == implementation:
         return True
-    if implementation == SPLIT and not leaves_attention_to_function(base):
-        reasons.append("split: its code does not leave attention to the chosen function")
+    if implementation == SPLIT and (reason := why_not_split(base)):
+        reasons.append(f"split: {reason}")
         return False
     try:
         base.set_attn_implementation(implementation)

@@ -15,7 +15,7 @@ from hf_ebft import EBFTTrainer
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.feature_network.shared_base import adapters_off, why_not_shareable
 from hf_ebft.packed.forward import PackedForward
-from hf_ebft.packed.heads import find_head
+from hf_ebft.packed.model_code import find_head
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
 from tests.support.exactness import Case, ragged_batch, sample

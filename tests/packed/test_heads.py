@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_ebft.packed.forward import PackedForward
-from hf_ebft.packed.heads import Head, find_head
+from hf_ebft.packed.heads import Head
 from hf_ebft.packed.log_probs import packed_log_probs
+from hf_ebft.packed.model_code import find_head
 from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.packed.verification import verify_packing
 from tests.support.architectures import tiny_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 
@@ -12,7 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoModelForCausalLM
 
 from hf_ebft.packed.forward import PackedForward
-from hf_ebft.packed.masks import CHUNKED, FULL, SLIDING, MaskRecipe, mask_functions
+from hf_ebft.packed.masks import CHUNKED, FULL, SLIDING, MaskRecipe, _log_dense_mask
+from hf_ebft.packed.model_code import mask_functions
 from hf_ebft.rows.layout import PackedLayout
 from tests.support.architectures import WINDOW, tiny_config, tiny_model
 from tests.support.exactness import Case, packed_documents, ragged_batch, row_log_probs, sample
@@ -195,6 +197,31 @@ def test_window_counts_positions_and_not_places_of_the_row() -> None:
     assert last - end > 3 * WINDOW
     assert mask[last, end - WINDOW + 1 : end].all()
     assert not mask[last, : end - WINDOW + 1].any()
+
+
+def test_a_mask_of_the_whole_row_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Attention that cannot be split is exact, and costs memory and time."""
+    _log_dense_mask.cache_clear()
+    model, layout = tiny_model("llama"), CASES["ragged"].layout()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    forward = PackedForward.for_model(model)
+    with caplog.at_level(logging.WARNING, logger="hf_ebft"):
+        rollouts, _ = sample(model, forward, layout)
+        assert not caplog.records
+        row_log_probs(model.train(), forward, rollouts)
+    (record,) = caplog.records
+    assert "LlamaAttention uses dropout, which split attention does not" in record.getMessage()
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
+def test_split_attention_is_refused_where_it_would_leave_something_out(model_type: str) -> None:
+    """A bound on the scores, or sinks. sdpa, which split attention falls back to, lacks them too.
+
+    With sinks left out, the log-probabilities were wrong and nothing said so.
+    """
+    with pytest.raises(ValueError, match=r"split: it does not support sdpa.*'eager'"):
+        PackedForward.for_model(tiny_model(model_type), "split")
 
 
 def _compiler() -> str | None:
