@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_ebft.data.special_tokens import added_bos, without_bos
+from hf_ebft.data.special_tokens import Endings, added_bos, without_bos
 from hf_ebft.data.transforms import BadRowError
 from hf_ebft.rows.documents import DOCUMENT_COLUMNS, IGNORE_INDEX
 
@@ -135,9 +135,10 @@ def tokenize_and_cut(
 ) -> TokenizedRows:
     """Tokenize raw text and cut it into rows of at most ``sequence_len`` tokens.
 
-    Every document is followed by the tokenizer's EOS token, if it has one, and cut where a row is
-    full. Each piece begins with the BOS token if the tokenizer adds one. Documents are read only
-    until there are enough rows.
+    Every document ends with the tokenizer's EOS token, if it has one, and is cut where a row is
+    full. A document that ends as the chat template ends a reply keeps that end and gets no EOS.
+    Each piece begins with the BOS token if the tokenizer adds one. Documents are read only until
+    there are enough rows.
 
     Args:
         documents: raw texts.
@@ -220,20 +221,20 @@ def _cut(
     _check_lengths(sequence_len, min_length, max_rows)
     counts = TokenizationCounts(kept_short=keep_short)
     prefix = added_bos(tokenizer)
-    suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    endings = Endings(tokenizer)
     room = sequence_len - len(prefix)
     if room < 1:
         raise ValueError(
             f"sequence_len={sequence_len} has no room for text beside the BOS token; raise it."
         )
     rows = _Rows(sequence_len, pack, max_rows)
-    for source, ids in enumerate(_encode(documents, tokenizer)):
+    for source, (ids, end) in enumerate(_encode_documents(documents, tokenizer, endings)):
         counts.documents += 1
         ids = without_bos(ids, prefix)
         if not ids:
             counts.empty += 1
             continue
-        ids = ids + suffix
+        ids = ids + end
         counts.cut += len(ids) > room
         for start in range(0, len(ids), room):
             piece = [*prefix, *without_bos(ids[start : start + room], prefix)]
@@ -263,8 +264,9 @@ def tokenize_prompt_completion(
     """Tokenize prompts with completions into rows whose ``labels`` are -100 on the prompt.
 
     The two texts are tokenized apart, so that no token spans the boundary; the prompt begins with
-    the BOS token if the tokenizer adds one, the completion ends with EOS. A completion that does
-    not fit is cut at its end and has no EOS then.
+    the BOS token if the tokenizer adds one. The completion ends with EOS; after a prompt that the
+    chat template has rendered it ends as the template ends a reply. A completion that does not fit
+    is cut and has no such end then.
 
     Args:
         pairs: prompts with their completions.
@@ -287,7 +289,8 @@ def tokenize_prompt_completion(
     prefix = added_bos(tokenizer)
     rows: list[dict[str, NDArray[np.int32]]] = []
     sources: list[tuple[int, ...]] = []
-    for source, (prompt, completion) in enumerate(_encode_pairs(pairs, tokenizer)):
+    endings = Endings(tokenizer)
+    for source, (prompt, completion, end) in enumerate(_encode_pairs(pairs, tokenizer, endings)):
         if max_rows is not None and len(rows) == max_rows:
             counts.stopped_early = True
             break
@@ -296,7 +299,7 @@ def tokenize_prompt_completion(
             counts.empty += 1
             continue
         prompt = without_bos(prompt, prefix)
-        whole = [*prefix, *prompt, *completion, tokenizer.eos_token_id]
+        whole = [*prefix, *prompt, *completion, *end]
         counts.cut += len(whole) > sequence_len
         input_ids = np.array(whole[:sequence_len], dtype=np.int32)
         completion_start = len(prefix) + len(prompt)
@@ -326,8 +329,9 @@ def prompt_completion(
     """:func:`tokenize_prompt_completion` for ``dataset.map``, one row at a time.
 
     A prompt may also be chat messages, which the tokenizer's chat template lays out up to where the
-    assistant is to speak. ``labels`` are -100 on the prompt, so that strided mode has its blocks in
-    the completion only. A completion that does not fit is cut at its end.
+    assistant is to speak; the row then ends as the template ends a reply. ``labels`` are -100 on
+    the prompt, so that strided mode has its blocks in the completion only. A completion that does
+    not fit is cut at its end.
 
     Args:
         row: one row.
@@ -358,11 +362,14 @@ def prompt_completion(
     if not isinstance(completion, str) or not completion:
         raise BadRowError(f"{where}: column {completion_column!r} holds no text.")
     prompt = render_prompt(row[prompt_column], tokenizer, f"{where}: column {prompt_column!r}")
-    prompt_ids, completion_ids = next(_encode_pairs([(prompt, completion)], tokenizer))
+    completion, end = Endings(tokenizer).of_completion(
+        prompt, completion, chat=not isinstance(row[prompt_column], str)
+    )
+    prompt_ids, completion_ids = _encode([prompt, completion], tokenizer)
     bos = added_bos(tokenizer)
     prompt_ids = [*bos, *without_bos(prompt_ids, bos)]
     start = len(prompt_ids)
-    whole = [*prompt_ids, *completion_ids, tokenizer.eos_token_id]
+    whole = [*prompt_ids, *completion_ids, *end]
     input_ids = whole[:sequence_len]
     n_completion = max(0, len(input_ids) - start)
     if n_completion < min_completion:
@@ -466,22 +473,36 @@ def _require_eos(tokenizer: Any) -> None:
         )
 
 
-def _encode(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
-    texts = iter(texts)
-    while batch := list(islice(texts, BATCH)):
-        # Not verbose: texts longer than the model's context are no mistake, they are cut later.
-        yield from tokenizer(
-            batch, add_special_tokens=False, return_attention_mask=False, verbose=False
-        ).input_ids
+    # Not verbose: texts longer than the model's context are no mistake, they are cut later.
+    ids: list[list[int]] = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+    ).input_ids
+    return ids
+
+
+def _encode_documents(
+    documents: Iterable[str], tokenizer: Any, endings: Endings
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of each document and of its end."""
+    documents = iter(documents)
+    while batch := list(islice(documents, BATCH)):
+        texts, ends = zip(*map(endings.of_document, batch), strict=True)
+        yield from zip(_encode(texts, tokenizer), ends, strict=True)
 
 
 def _encode_pairs(
-    pairs: Iterable[tuple[str, str]], tokenizer: Any
-) -> Iterator[tuple[list[int], list[int]]]:
-    # Prompt and completion take turns in one stream, so that both are tokenized in batches.
-    ids = _encode((text for pair in pairs for text in pair), tokenizer)
-    return zip(ids, ids, strict=True)
+    pairs: Iterable[tuple[str, str]], tokenizer: Any, endings: Endings
+) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """Token ids of each prompt, of its completion and of the completion's end."""
+    pairs = iter(pairs)
+    while batch := list(islice(pairs, BATCH)):
+        prompts = [prompt for prompt, _ in batch]
+        completions, ends = zip(*(endings.of_completion(*pair) for pair in batch), strict=True)
+        yield from zip(
+            _encode(prompts, tokenizer), _encode(completions, tokenizer), ends, strict=True
+        )
 
 
 def _finish(
