@@ -30,6 +30,7 @@ from hf_ebft.packed.sampling import Rollouts, SamplingRecord, sample_with_record
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.before_training import BeforeTrainingMixin
 from hf_ebft.training.ema import EMACallback
 from hf_ebft.training.evaluation import EvaluationMixin
 from hf_ebft.training.metrics import sum_over_processes
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class EBFTTrainer(StepsMixin, EvaluationMixin, CardTrainer):
+class EBFTTrainer(StepsMixin, EvaluationMixin, BeforeTrainingMixin, CardTrainer):
     """Drop-in replacement of `transformers.Trainer` that fine-tunes by feature matching.
 
     Args:
@@ -211,6 +212,16 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, CardTrainer):
         finally:
             self._keeps_record, self._record = False, None
 
+    @property
+    def _training_pass(self) -> TrainingPass:
+        return TrainingPass(
+            self._forward,
+            temperature=self.ebft.temperature,
+            with_document=self.ebft.ce_coef > 0,
+            chunk_size=self.ebft.log_prob_chunk_size,
+            training_chunk_size=self.ebft.training_chunk_size,
+        )
+
     def score_rollouts(self, rollouts: Rollouts) -> Scores:
         """Rewards and advantages of rollouts; override to train on others.
 
@@ -278,13 +289,6 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, CardTrainer):
             policy, self._given_feature_network, self.ebft, self.accelerator
         )
         self._corpus_whitening = None  # measured when first needed
-        self._training_pass = TrainingPass(
-            self._forward,
-            temperature=self.ebft.temperature,
-            with_document=self.ebft.ce_coef > 0,
-            chunk_size=self.ebft.log_prob_chunk_size,
-            training_chunk_size=self.ebft.training_chunk_size,
-        )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer`'s; the new policy of each `train()` is prepared like the first one."""

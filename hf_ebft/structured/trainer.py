@@ -31,6 +31,7 @@ from hf_ebft.structured.reward import (
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork
 from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 from hf_ebft.structured.vllm.trainer import StalenessCorrection
+from hf_ebft.training.before_training import BeforeTrainingMixin
 from hf_ebft.training.metrics import MetricAccumulator, Ratio
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 GROUND_TRUTH = "ground_truth"
 
 
-class EBFTGRPOTrainer(StalenessCorrection, GRPOTrainer):
+class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` that fine-tunes by feature matching.
 
     The advantages in its loss are those of the paper (leave-one-out, eq. 94), exactly.

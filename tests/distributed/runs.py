@@ -133,6 +133,25 @@ def trained(folder, **settings):
     return summary(trainer)
 
 
+def evaluated_first(folder, **settings):
+    """Runs of two steps: one as it is, one after an evaluation and a prediction."""
+    settings = {"evaluation": documents((21, 30, 17), seed=1), "max_steps": 2} | settings
+    plain = make_trainer(folder, **settings)
+    plain.train()
+    measured = make_trainer(folder, **settings)
+    before = measured.evaluate()
+    measured.predict(documents((25, 14), seed=2))
+    measured.train()
+    measured.evaluate()
+    wrapper = type(measured.model_wrapped).__name__
+    return {
+        "plain": summary(plain),
+        "measured": summary(measured),
+        "before": before,
+        "wrapper": wrapper,
+    }
+
+
 def resumed(folder, **settings):
     """Final weights of an uninterrupted run of 4 steps, and of one resumed after 2."""
     settings = {

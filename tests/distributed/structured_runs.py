@@ -24,7 +24,7 @@ def lora(make):
     return make(r=4, target_modules="all-linear")
 
 
-def run(folder, trainer_class=Recorded, peft_config=None, **settings):
+def run(folder, trainer_class=Recorded, peft_config=None, evaluate_first=False, **settings):
     """Two optimizer steps; what the losses were computed from, weights and log."""
     trainer = trainer_class(
         policy(),
@@ -34,11 +34,22 @@ def run(folder, trainer_class=Recorded, peft_config=None, **settings):
         processing_class=tokenizer(),
         peft_config=peft_config,
     )
+    before = trainer.evaluate() if evaluate_first else {}
     trainer.train()
     return {
+        "before": before,
         "seen": trainer.seen,
         "weights": full_weights(trainer.model),
         "history": trainer.state.log_history,
+    }
+
+
+def evaluated_first(folder, **settings):
+    """Weights after two steps: as they are, and after an evaluation."""
+    settings = {"per_device_train_batch_size": 4, "ce_coef": 0.1} | settings
+    return {
+        name: run(folder / name, evaluate_first=name == "measured", **settings)
+        for name in ("plain", "measured")
     }
 
 

@@ -16,7 +16,13 @@ if os.environ.get("HF_EBFT_TEST_FSDP_ON_CPU"):
 from accelerate import PartialState
 from peft import LoraConfig
 
-from tests.distributed.structured_runs import OUT_OF_STEP, cross_entropy_run, lora, run
+from tests.distributed.structured_runs import (
+    OUT_OF_STEP,
+    cross_entropy_run,
+    evaluated_first,
+    lora,
+    run,
+)
 
 
 def advantages(folder):
@@ -39,6 +45,7 @@ def advantages(folder):
             gradient_checkpointing=True,
         ),
         "evaluated": run(folder / "evaluated", eval_strategy="steps", eval_steps=1, ce_coef=0.1),
+        "evaluated_first": evaluated_first(folder / "ef"),
         "cross_entropy": cross_entropy_run(folder / "ce"),
         "adaptive": run(
             folder / "adaptive",
@@ -54,6 +61,7 @@ def sharded(folder):
     return {
         "replicated": run(folder / "replicated", feature_placement="same_device", ce_coef=0.1),
         "sharded": run(folder / "sharded", feature_placement="sharded", feature_batch_tokens=30),
+        "evaluated_first": evaluated_first(folder / "ef"),
     }
 
 

@@ -70,6 +70,25 @@ def test_batches_without_blocks_and_uneven_ends_do_not_hang(basics):
     assert_same_weights(basics[0]["uneven"]["weights"], basics[1]["uneven"]["weights"], 0.0)
 
 
+def assert_evaluation_left_no_trace(ranks, sharded):
+    """Weights after `evaluate()`, `predict()` and `train()` are those after `train()` alone.
+
+    Born from an upstream fault: preparing the model for evaluation kept `train()` from wrapping it,
+    so each process trained on its own gradients; FSDP2 crashed.
+    """
+    for run in ("evaluated_first", "evaluated_first_adapters"):
+        first, second = (rank[run] for rank in ranks)
+        assert_same_weights(first["measured"]["weights"], second["measured"]["weights"], 0.0)
+        assert_same_weights(first["measured"]["weights"], first["plain"]["weights"], 0.0)
+        assert first["measured"]["sharded"] == sharded
+        assert "eval_ebft/cfm_loss" in first["before"]
+        assert sharded or first["wrapper"] == "DistributedDataParallel"
+
+
+def test_evaluation_before_training_leaves_no_trace(basics):
+    assert_evaluation_left_no_trace(basics, sharded=False)
+
+
 def test_exception_on_one_process_ends_the_run_with_its_message(tmp_path):
     start = time.monotonic()
     finished = launch("crash", tmp_path, CONFIG, timeout=120)

@@ -9,7 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.launching import results
 from tests.distributed.runs import tiny_llama
-from tests.distributed.test_ddp import assert_same_metrics, assert_same_weights
+from tests.distributed.test_ddp import (
+    assert_evaluation_left_no_trace,
+    assert_same_metrics,
+    assert_same_weights,
+)
 
 CONFIG = "fsdp2.yaml"
 
@@ -32,6 +36,10 @@ def test_batches_without_blocks_and_uneven_ends_do_not_hang(basics):
         losses = [entry for entry in rank["no_blocks"]["history"] if "loss" in entry]
         assert losses[0]["ebft/documents_without_blocks"] == 1.0
         assert any("eval_ebft/cfm_loss" in entry for entry in rank["uneven"]["history"])
+
+
+def test_evaluation_before_training_leaves_no_trace(basics):
+    assert_evaluation_left_no_trace(basics, sharded=True)
 
 
 @pytest.mark.slow

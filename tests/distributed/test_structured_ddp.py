@@ -11,6 +11,7 @@ import yaml
 
 from tests.distributed.launching import CONFIGS, HERE, PROCESSES
 from tests.distributed.structured_runs import cross_entropy_run
+from tests.distributed.test_ddp import assert_same_weights
 from tests.support.tiny_structured import expected_advantages, policy, rows, tokenizer
 
 WORKER = HERE / "structured_worker.py"
@@ -148,3 +149,17 @@ def test_feature_network_sharded_by_fsdp2(tmp_path):
     for run in ("replicated", "sharded"):
         for seen in sampled_together(ranks, run, 1):
             assert_exact(seen, 4)
+    assert_evaluation_left_no_trace(ranks)
+
+
+def test_evaluation_before_training_leaves_no_trace(ranks):
+    """As `run_ebft.py` evaluates first, every launched run had processes that drifted apart."""
+    assert_evaluation_left_no_trace(ranks)
+
+
+def assert_evaluation_left_no_trace(ranks):
+    """Weights after `evaluate()` and `train()` are those after `train()` alone, everywhere."""
+    first, second = (rank["evaluated_first"] for rank in ranks)
+    assert_same_weights(first["measured"]["weights"], second["measured"]["weights"], 0.0)
+    assert_same_weights(first["measured"]["weights"], first["plain"]["weights"], 0.0)
+    assert np.isfinite(first["measured"]["before"]["eval_loss"])

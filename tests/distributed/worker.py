@@ -20,6 +20,7 @@ from tests.distributed.runs import (
     CharacterTokenizer,
     averaged,
     documents,
+    evaluated_first,
     make_trainer,
     resumed,
     summary,
@@ -31,7 +32,7 @@ from tests.distributed.runs import (
 
 def basics(folder):
     """Training with blocks and without, adapters, batches in parts, rollouts in chunks, an uneven
-    epoch, a tiny evaluation set."""
+    epoch, a tiny evaluation set, an evaluation before training."""
     uneven = make_trainer(
         folder / "uneven",
         data=documents((40, 5, 6, 33, 7)),
@@ -49,6 +50,8 @@ def basics(folder):
         "chunks_of_adapters": trained(folder / "ca", peft=True, training_chunk_size=8),
         "no_blocks": trained(folder / "no_blocks", data=documents((5, 6, 5, 6)), max_steps=1),
         "uneven": summary(uneven),
+        "evaluated_first": evaluated_first(folder / "ef"),
+        "evaluated_first_adapters": evaluated_first(folder / "efa", peft=True),
     }
 
 

@@ -1,0 +1,70 @@
+"""What `evaluate()` and `log()` before `train()` leave behind: nothing."""
+
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hf_ebft import EBFTTrainer
+from tests.support.tiny import config, texts, tiny_llama
+
+
+@pytest.mark.parametrize("first", ["evaluate", "log"])
+def test_curves_land_in_output_dir_whatever_came_first(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Born from runs whose curves went to ./runs, where `evaluate()` had opened the writer."""
+    monkeypatch.chdir(tmp_path)
+    trainer = EBFTTrainer(
+        tiny_llama(),
+        config(tmp_path / "out", max_steps=1, report_to=["tensorboard"]),
+        train_dataset=texts(20, 20),
+        eval_dataset=texts(20),
+    )
+    if first == "evaluate":
+        trainer.evaluate()
+    else:
+        trainer.log({"mine": 1.0})
+    trainer.train()
+    trainer.evaluate()
+    assert not (tmp_path / "runs").exists()
+    tags = set()
+    for folder in (tmp_path / "out" / "runs").iterdir():
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        tags |= set(events.Tags()["scalars"])
+    assert {"train/loss", "train/ebft/mean_reward", "eval/loss"} <= tags
+    assert first == "evaluate" or "train/mine" in tags
+
+
+def test_a_folder_that_the_user_chose_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
+    args = config(tmp_path / "out", report_to=["tensorboard"])
+    EBFTTrainer(tiny_llama(), args, eval_dataset=texts(20)).evaluate()
+    assert (tmp_path / "mine").is_dir()
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_mixed_precision_is_taken_off_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in one of several processes; `train()` puts it on a second time otherwise."""
+    monkeypatch.setattr(Accelerator, "use_distributed", property(lambda _: True))
+    model = tiny_llama()
+    before = dict(model.__dict__)
+    trainer = EBFTTrainer(model, config(tmp_path, bf16=True), eval_dataset=texts(20))
+    seen = []
+    monkeypatch.setattr(
+        trainer,
+        "prediction_step",
+        lambda model, *_, **__: seen.append(model.forward) or (None,) * 3,
+    )
+    trainer.evaluate()
+    assert hasattr(seen[0], "__wrapped__")
+    assert {"forward", "_original_forward", "_is_accelerate_prepared"}.isdisjoint(model.__dict__)
+    assert before.keys() == model.__dict__.keys()
+    assert trainer.model_wrapped is model
+    assert not trainer.accelerator._models
