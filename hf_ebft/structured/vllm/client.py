@@ -1,72 +1,44 @@
-"""Talks to a stock vLLM server over HTTP: bounded retries, checked answers, clear errors.
+"""Asks a stock vLLM server over HTTP for completions, and hands it weights.
 
 Whatever goes wrong ends in a right answer or in a `VLLMServerError`; a completion is never replaced
-by an empty one. Only the standard library is used, and no proxy of the environment: the server is a
-machine of one's own.
+by an empty one.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
 import logging
-import math
-import os
 import re
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from hf_ebft.structured.vllm.settings import VLLMServerArguments
+from hf_ebft.structured.vllm.answers import (
+    Completion,
+    ServedModel,
+    error_message,
+    parse,
+    read_completions,
+)
+from hf_ebft.structured.vllm.errors import (
+    BadAnswer,
+    ModelNotServed,
+    RequestRefused,
+    ServerUnavailable,
+    VLLMServerError,
+)
+from hf_ebft.structured.vllm.settings import SERVE_COMMAND, VLLMServerArguments
 
 logger = logging.getLogger(__name__)
 
-LONGEST_WAIT = 30.0
-"""Seconds between two tries of a request, at most; the first wait is one second."""
-POLL = 1.0
-"""Seconds between two looks at a server that is not up yet."""
+TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+"""Of answers that another try may get right."""
 PROGRESS_EVERY = 15.0
 """Seconds between two progress messages while waiting."""
-TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
-CLAMPED_LOG_PROB = -9999.0
-"""What vLLM writes for log-probs at or below it, minus infinity among them."""
-
-
-class VLLMServerError(RuntimeError):
-    """Something between the trainer and the vLLM server went wrong, in words for its user."""
-
-
-class ServerGone(VLLMServerError):
-    """The server went away; when it is back, the weights can be sent again."""
-
-
-class ServerUnavailable(ServerGone):
-    """No usable answer, after all retries: the server is down, restarting or out of reach."""
-
-
-class RequestRefused(VLLMServerError):
-    """The server understood the request and will not do it.
-
-    Attributes:
-        status: of the HTTP answer.
-        reason: the server's own message.
-    """
-
-    def __init__(self, status: int, reason: str, what: str) -> None:
-        super().__init__(f"the vLLM server refused to {what} ({status}): {reason}")
-        self.status = status
-        self.reason = reason
-
-
-class ModelNotServed(RequestRefused, ServerGone):
-    """The server does not know a model or adapter that it was given earlier: it was restarted."""
-
-
-class BadAnswer(VLLMServerError):
-    """The server answered, and the answer lacks something that training needs."""
+HEALTH_TIMEOUT = 10.0
+"""Seconds to wait for an answer of /health."""
+CLEANUP_TIMEOUT = 5.0
+"""Seconds to wait for each answer when the run is over; a server that has frozen gives none."""
 
 
 @dataclass(frozen=True)
@@ -88,50 +60,24 @@ class Sampling:
     ignore_stop: bool = False
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One sampled completion.
-
-    Attributes:
-        token_ids: with the stop token, if it ended by one; never empty.
-        log_probs: of these tokens under the sampled distribution, in nats, as many as tokens.
-        finish_reason: "stop" or "length".
-    """
-
-    token_ids: list[int]
-    log_probs: list[float]
-    finish_reason: str
-
-    def beginning(self, tokens: int) -> Completion:
-        """Its first tokens, at most so many."""
-        return replace(self, token_ids=self.token_ids[:tokens], log_probs=self.log_probs[:tokens])
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """The base model of a server."""
-
-    name: str
-    path: str
-    max_length: int | None
-
-
 class VLLMClient:
     """Requests to one server. Safe to use from several threads.
 
     Args:
         settings: address, timeouts, retries.
-        pause: sleeps for so many seconds; tests hand in something faster.
+        wait: seconds between two looks at a server that is not up yet, and before a request is
+            sent for the third time; tests take less.
     """
 
-    def __init__(
-        self, settings: VLLMServerArguments, pause: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, settings: VLLMServerArguments, wait: float = 1.0) -> None:
+        # Imported when there is a server: urllib3 is no requirement of the package.
+        from hf_ebft.structured.vllm.transport import Transport
+
         self.url = settings.vllm_url
-        self._settings = settings
-        self._pause = pause
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self.retries_done = 0
+        self._settings = settings
+        self._wait = wait
+        self._transport = Transport(self.url, settings.vllm_max_concurrent_requests, wait)
 
     # ---- Is it there, and what is it ---------------------------------------------------------
 
@@ -146,7 +92,9 @@ class VLLMClient:
         reported = started
         while True:
             try:
-                self._once("GET", "/health", None, min(timeout, 10.0))
+                self._request(
+                    "GET", "/health", None, "say that it is up", timeout=HEALTH_TIMEOUT, retries=0
+                )
                 return
             except (ServerUnavailable, RequestRefused) as error:
                 cause = error
@@ -154,7 +102,7 @@ class VLLMClient:
             if now - started >= timeout:
                 raise VLLMServerError(
                     f"no vLLM server is up at {self.url} after {timeout:g} s ({cause}). Start one "
-                    "with `python examples/serve_vllm.py --config YOUR.yaml`, check "
+                    f"with `{SERVE_COMMAND} --config YOUR.yaml`, check "
                     "vllm_server_base_url, or raise vllm_server_timeout for a model that loads "
                     "slowly."
                 )
@@ -167,7 +115,7 @@ class VLLMClient:
                     timeout,
                     cause,
                 )
-            self._pause(POLL)
+            time.sleep(self._wait)
 
     def base_model(self) -> ServedModel:
         """The base model that the server was started with.
@@ -175,7 +123,7 @@ class VLLMClient:
         Raises:
             VLLMServerError: there are several and none is named, or the named one is not there.
         """
-        answer = self._request("GET", "/v1/models", None, "list its models")
+        answer = parse(self._request("GET", "/v1/models", None, "list its models"))
         try:
             models = [
                 ServedModel(str(entry["id"]), str(entry["root"]), entry.get("max_model_len"))
@@ -211,7 +159,7 @@ class VLLMClient:
         None where the server does not say, as behind several API server processes.
         """
         try:
-            text = self._request("GET", "/metrics", None, "show its metrics", as_text=True)
+            text = self._request("GET", "/metrics", None, "show its metrics")
         except RequestRefused:
             return None
         found = re.search(r"^process_start_time_seconds (\S+)$", text, re.MULTILINE)
@@ -224,7 +172,7 @@ class VLLMClient:
         """
         path = "/server_info?config_format=json"
         try:
-            answer = self._request("GET", path, None, "tell its configuration")
+            answer = parse(self._request("GET", path, None, "tell its configuration"))
             return str(answer["vllm_config"]["device_config"]["device"])
         except (RequestRefused, KeyError, TypeError):
             return None
@@ -232,7 +180,7 @@ class VLLMClient:
     def tokenize(self, model: str, text: str) -> list[int]:
         """Token ids of a text by the server's tokenizer, without special tokens around it."""
         payload = {"model": model, "prompt": text, "add_special_tokens": False}
-        answer = self._request("POST", "/tokenize", payload, "tokenize a text")
+        answer = parse(self._request("POST", "/tokenize", payload, "tokenize a text"))
         tokens = answer.get("tokens") if isinstance(answer, dict) else None
         if not isinstance(tokens, list):
             raise BadAnswer(f"{self.url}/tokenize answered without tokens: {answer!r:.300}")
@@ -251,7 +199,6 @@ class VLLMClient:
                 payload,
                 f"load the adapter {name} from {path}",
                 transient=(),
-                as_text=True,
             )
         except RequestRefused as error:
             # The answer to an earlier try was lost on its way.
@@ -260,7 +207,7 @@ class VLLMClient:
             if error.status in (404, 405) and "No adapter found" not in error.reason:
                 raise VLLMServerError(
                     f"{error}. The server must run with --enable-lora and with "
-                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; examples/serve_vllm.py starts it so."
+                    f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; `{SERVE_COMMAND}` starts it so."
                 ) from error
             if "No adapter found" in error.reason:
                 raise VLLMServerError(
@@ -270,15 +217,21 @@ class VLLMClient:
                 ) from error
             raise
 
-    def unload_adapter(self, name: str) -> None:
-        """Let the server forget an adapter; one that it does not know is fine."""
+    def unload_adapter(self, name: str, *, at_the_end: bool = False) -> None:
+        """Let the server forget an adapter; one that it does not know is fine.
+
+        Args:
+            name: of the adapter.
+            at_the_end: the run is over, so that a server that does not answer is not waited for.
+        """
+        haste: dict[str, Any] = {"timeout": CLEANUP_TIMEOUT, "retries": 0} if at_the_end else {}
         try:
             self._request(
                 "POST",
                 "/v1/unload_lora_adapter",
                 {"lora_name": name},
                 f"unload the adapter {name}",
-                as_text=True,
+                **haste,
             )
         except RequestRefused as error:
             if error.status != 404:
@@ -288,10 +241,10 @@ class VLLMClient:
         """Replace the server's weights by those in a folder, while no request is under way."""
         hint = (
             "Full weights need a server in development mode (VLLM_SERVER_DEV_MODE=1); "
-            "examples/serve_vllm.py starts it so."
+            f"`{SERVE_COMMAND}` starts it so."
         )
         try:
-            self._request("POST", "/pause?mode=wait", {}, "pause", as_text=True)
+            self._request("POST", "/pause?mode=wait", {}, "pause")
             try:
                 self._request(
                     "POST",
@@ -299,10 +252,9 @@ class VLLMClient:
                     {"method": "reload_weights", "kwargs": {"weights_path": path}},
                     f"reload its weights from {path}",
                     transient=(),
-                    as_text=True,
                 )
             finally:
-                self._request("POST", "/resume", {}, "resume", as_text=True)
+                self._request("POST", "/resume", {}, "resume")
         except RequestRefused as error:
             raise VLLMServerError(f"{error} {hint}") from error
 
@@ -349,13 +301,14 @@ class VLLMClient:
             "return_token_ids": True,
             "stream": False,
         }
-        return self._request(
-            "POST",
-            "/v1/completions",
-            payload,
-            f"sample from {model}",
-            read=lambda answer: read_completions(answer, count),
-        )
+        what = f"sample from {model}"
+        try:
+            answer = self._request("POST", "/v1/completions", payload, what)
+        except RequestRefused as error:
+            if error.status == 404:
+                raise ModelNotServed(error.status, error.reason, what) from error
+            raise
+        return read_completions(parse(answer), count)
 
     # ---- Requests ----------------------------------------------------------------------------
 
@@ -363,146 +316,47 @@ class VLLMClient:
         self,
         method: str,
         path: str,
-        payload: dict[str, Any] | None,
+        payload: Any,
         what: str,
         *,
-        transient: Sequence[int] = TRANSIENT_STATUSES,
-        as_text: bool = False,
-        read: Callable[[Any], Any] | None = None,
-    ) -> Any:
-        """One request, sent again after failures that may pass.
+        transient: Collection[int] = TRANSIENT_STATUSES,
+        timeout: float | None = None,
+        retries: int | None = None,
+    ) -> str:
+        """The body of an answer.
 
         Args:
             method: GET or POST.
             path: below the server's address.
             payload: of a POST.
             what: the server is asked to do, for messages.
-            transient: statuses after which it is sent again.
-            as_text: return the body as it is, not parsed.
-            read: turns the parsed answer into what is returned; may raise `ServerUnavailable` for
-                an answer that another try may mend.
-        """
-        retries = self._settings.vllm_request_retries
-        for attempt in range(retries + 1):
-            try:
-                body = self._once(method, path, payload, self._settings.vllm_request_timeout)
-                answer = body if as_text else parse(body)
-                return answer if read is None else read(answer)
-            except RequestRefused as error:
-                if error.status not in transient:
-                    if path == "/v1/completions" and error.status == 404:
-                        raise ModelNotServed(error.status, error.reason, what) from error
-                    raise RequestRefused(error.status, error.reason, what) from error
-                cause: VLLMServerError = error
-            except ServerUnavailable as error:
-                cause = error
-            if attempt < retries:
-                wait = min(2.0**attempt, LONGEST_WAIT)
-                self.retries_done += 1
-                logger.warning(
-                    "the vLLM server at %s failed to %s (%s); try %d of %d in %g s",
-                    self.url,
-                    what,
-                    cause,
-                    attempt + 2,
-                    retries + 1,
-                    wait,
-                )
-                self._pause(wait)
-        raise ServerUnavailable(
-            f"the vLLM server at {self.url} failed to {what}, {retries + 1} times in a row; the "
-            f"last time: {cause}"
-        ) from cause
-
-    def _once(self, method: str, path: str, payload: dict[str, Any] | None, timeout: float) -> str:
-        """One request, once: the body of its answer.
+            transient: statuses after which the request is sent again.
+            timeout: seconds. Default: ``vllm_request_timeout``.
+            retries: default: ``vllm_request_retries``.
 
         Raises:
-            RequestRefused: any status that is an error.
-            ServerUnavailable: no whole answer.
+            ServerUnavailable: no whole answer, or a transient status to the last.
+            RequestRefused: another status that is an error.
         """
-        request = urllib.request.Request(self.url + path, method=method)
-        if payload is not None:
-            request.data = json.dumps(payload).encode()
-            request.add_header("Content-Type", "application/json")
-        if "VLLM_API_KEY" in os.environ:  # the variable that vLLM itself reads
-            request.add_header("Authorization", f"Bearer {os.environ['VLLM_API_KEY']}")
+        failed = f"the vLLM server at {self.url} failed to {what}"
         try:
-            with self._opener.open(request, timeout=timeout) as answer:
-                return answer.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                raise RequestRefused(error.code, message_of(error), f"{method} {path}") from error
-        except TimeoutError as error:
-            raise ServerUnavailable(f"no answer within {timeout:g} s") from error
-        except (OSError, http.client.HTTPException, UnicodeDecodeError) as error:
-            raise ServerUnavailable(f"{type(error).__name__}: {error}") from error
-
-
-def parse(body: str) -> Any:
-    """The JSON of an answer; one that was cut short may be whole the next time."""
-    try:
-        return json.loads(body)
-    except json.JSONDecodeError as error:
-        raise ServerUnavailable(f"an answer that is no JSON: {body!r:.200}") from error
-
-
-def message_of(error: urllib.error.HTTPError) -> str:
-    """The server's own words in an error answer."""
-    try:
-        body = error.read().decode()
-    except (OSError, http.client.HTTPException, UnicodeDecodeError):
-        return str(error.reason)
-    try:
-        content = json.loads(body)
-    except json.JSONDecodeError:
-        return body.strip() or str(error.reason)
-    for key in ("error", "message", "detail"):
-        if isinstance(content, dict) and key in content:
-            content = content[key]
-    return content if isinstance(content, str) else json.dumps(content)
-
-
-def read_completions(answer: Any, count: int) -> list[Completion]:
-    """Check an answer of ``/v1/completions`` and take out what training needs.
-
-    Raises:
-        BadAnswer: too few completions, no token ids, no or unusable log-probs.
-        ServerUnavailable: completions that were broken off (the server is going down).
-    """
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or len(choices) != count:
-        found = len(choices) if isinstance(choices, list) else "none"
-        raise BadAnswer(f"the vLLM server was asked for {count} completions and sent {found}.")
-    return [read_choice(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
-
-
-def read_choice(choice: dict[str, Any]) -> Completion:
-    """Check one choice of an answer; see `read_completions`."""
-    reason = choice.get("finish_reason")
-    if reason not in ("stop", "length"):
-        raise ServerUnavailable(f"a completion was broken off (finish_reason {reason!r})")
-    tokens = choice.get("token_ids")
-    if tokens is None:
-        raise BadAnswer(
-            "the vLLM server sent a completion without token ids, and text cannot be turned back "
-            "into the tokens that were sampled; it is too old for `return_token_ids`: install vLLM "
-            "0.22 or newer."
-        )
-    log_probs = (choice.get("logprobs") or {}).get("token_logprobs")
-    if log_probs is None or len(log_probs) != len(tokens):
-        found = "no" if log_probs is None else str(len(log_probs))
-        raise BadAnswer(
-            f"the vLLM server sent {len(tokens)} tokens with {found} log-probs; without them the "
-            "importance ratio is unknown."
-        )
-    if not tokens:
-        raise BadAnswer("the vLLM server sent a completion without any token.")
-    for position, value in enumerate(log_probs):
-        if value is None or not math.isfinite(value) or not CLAMPED_LOG_PROB < value <= 1e-3:
-            raise BadAnswer(
-                f"the vLLM server sent the log-prob {value} for token {tokens[position]}, number "
-                f"{position} of its completion: nothing can be sampled with that. Its weights or "
-                "activations overflow (float16?) or it filters tokens (a logits processor?)."
+            answer = self._transport.send(
+                method,
+                path,
+                payload,
+                timeout=self._settings.vllm_request_timeout if timeout is None else timeout,
+                retries=self._settings.vllm_request_retries if retries is None else retries,
+                transient=transient,
             )
-    return Completion([int(token) for token in tokens], [float(p) for p in log_probs], reason)
+        except ServerUnavailable as error:
+            raise ServerUnavailable(f"{failed}: {error}") from error
+        self.retries_done += answer.retries
+        if answer.status < 400:
+            return answer.body
+        reason = error_message(answer.body)
+        if answer.status in transient:
+            raise ServerUnavailable(
+                f"{failed}, {answer.retries + 1} times in a row; the last time: {answer.status} "
+                f"{reason}"
+            )
+        raise RequestRefused(answer.status, reason, what)

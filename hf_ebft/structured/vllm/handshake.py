@@ -21,13 +21,10 @@ from torch import Tensor, nn
 
 from hf_ebft.packed.forward import evaluation_mode
 from hf_ebft.packed.model_parts import bare_model
-from hf_ebft.structured.vllm.client import (
-    Completion,
-    Sampling,
-    ServedModel,
-    VLLMClient,
-    VLLMServerError,
-)
+from hf_ebft.structured.vllm.answers import Completion, ServedModel
+from hf_ebft.structured.vllm.client import Sampling, VLLMClient
+from hf_ebft.structured.vllm.errors import VLLMServerError
+from hf_ebft.structured.vllm.settings import SERVE_COMMAND
 
 PROBE_PROMPT_TOKENS = 192
 """More than one block of any prefix cache (128 tokens on CPUs), so that a stale one shows."""
@@ -47,8 +44,6 @@ LEAST_SHARE = 0.25
 CHECKED_ROLLOUTS = 4
 CHECKED_TOKENS = 64
 """Completions of a fresh batch, and tokens of each, that every process compares."""
-
-SERVE_COMMAND = "examples/serve_vllm.py"
 
 TOKENIZER_PROBES = (
     "def add(first, second):\n    return first + second  # done\n",

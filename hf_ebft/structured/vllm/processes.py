@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from hf_ebft.structured.vllm.client import ServerGone, VLLMServerError
+from hf_ebft.structured.vllm.errors import ServerGone, VLLMServerError
 
 T = TypeVar("T")
 

@@ -23,15 +23,9 @@ from accelerate.utils import gather_object
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import ProcessorMixin
 
-from hf_ebft.structured.vllm.client import (
-    Completion,
-    Sampling,
-    ServedModel,
-    ServerGone,
-    ServerUnavailable,
-    VLLMClient,
-    VLLMServerError,
-)
+from hf_ebft.structured.vllm.answers import Completion, ServedModel
+from hf_ebft.structured.vllm.client import Sampling, VLLMClient
+from hf_ebft.structured.vllm.errors import ServerGone, ServerUnavailable, VLLMServerError
 from hf_ebft.structured.vllm.handshake import (
     CHECKED_ROLLOUTS,
     CHECKED_TOKENS,

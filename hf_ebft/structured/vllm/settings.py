@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 ServerDtype = Literal["auto", "float32", "float16", "bfloat16"]
 SERVER_DTYPES: tuple[ServerDtype, ...] = get_args(ServerDtype)
+SERVE_COMMAND = "python examples/serve_vllm.py"
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for ``--max-lora-rank``."""
 
@@ -106,7 +107,9 @@ class VLLMServerArguments:
     )
     vllm_request_retries: int = field(
         default=5,
-        metadata={"help": "How often a failed request is sent again (waits of 1, 2, 4, ... s)."},
+        metadata={
+            "help": "How often a failed request is sent again (at once, then after 1, 2, 4, ... s)."
+        },
     )
     vllm_max_concurrent_requests: int = field(
         default=64, metadata={"help": "Requests that one process has under way at a time."}

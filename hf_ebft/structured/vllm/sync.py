@@ -27,7 +27,9 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from hf_ebft.structured.vllm.client import ServedModel, VLLMClient, VLLMServerError
+from hf_ebft.structured.vllm.answers import ServedModel
+from hf_ebft.structured.vllm.client import VLLMClient
+from hf_ebft.structured.vllm.errors import VLLMServerError
 from hf_ebft.structured.vllm.processes import on_main_process
 from hf_ebft.structured.vllm.settings import VLLMServerArguments
 
@@ -286,15 +288,15 @@ class AdapterSync(WeightSync):
             self._drop(self._sent.pop(0))
         return name
 
-    def _drop(self, folder: Path) -> None:
-        self.client.unload_adapter(folder.name)
+    def _drop(self, folder: Path, at_the_end: bool = False) -> None:
+        self.client.unload_adapter(folder.name, at_the_end=at_the_end)
         # Whoever cleaned up the disk in the meantime has done this already.
         shutil.rmtree(folder, ignore_errors=True)
 
     def forget(self) -> None:
         """Unload the adapters that the server has."""
         while self._sent:
-            self._drop(self._sent.pop())
+            self._drop(self._sent.pop(), at_the_end=True)
 
 
 class FullWeightSync(WeightSync):

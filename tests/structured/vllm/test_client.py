@@ -12,13 +12,12 @@ import torch
 
 pytest.importorskip("trl")
 
-from hf_ebft.structured.vllm.client import (
+from hf_ebft.structured.vllm.client import Sampling, VLLMClient
+from hf_ebft.structured.vllm.errors import (
     BadAnswer,
     ModelNotServed,
     RequestRefused,
-    Sampling,
     ServerUnavailable,
-    VLLMClient,
     VLLMServerError,
 )
 from hf_ebft.structured.vllm.settings import VLLMServerSettings
@@ -45,16 +44,19 @@ def fake(running):
     return running
 
 
-def client_of(fake, waits=None, **settings):
-    """A client that notes how long it would have waited instead of waiting."""
+def client_of(fake, wait=0.0, **settings):
+    """A client that does not wait between tries."""
     defaults = {
         "vllm_lora_sync": True,
         "vllm_server_base_url": fake.url,
         "vllm_request_timeout": 5.0,
         "vllm_request_retries": 2,
     }
-    note = [] if waits is None else waits
-    return VLLMClient(VLLMServerSettings(**(defaults | settings)), pause=note.append)
+    return VLLMClient(VLLMServerSettings(**(defaults | settings)), wait)
+
+
+def asked(fake, path="/v1/completions"):
+    return [found for found, _ in fake.requests].count(path)
 
 
 def test_tokens_and_log_probs_are_the_models_at_the_temperature(fake):
@@ -87,26 +89,50 @@ def test_nothing_of_the_sampling_is_left_to_the_servers_defaults(fake):
         fake_server.status(429),
         fake_server.cut_off,
         fake_server.no_answer,
-        fake_server.body('{"choices": [{"ind'),
-        fake_server.body("<html>gateway</html>"),
     ],
-    ids=["500", "503", "429", "cut off", "no answer", "half a JSON", "no JSON"],
+    ids=["500", "503", "429", "cut off", "no answer"],
 )
-def test_a_request_that_fails_twice_is_sent_again_with_growing_waits(fake, fault):
+def test_a_request_that_fails_is_sent_again_with_growing_waits(fake, fault, monkeypatch, caplog):
     untroubled = client_of(fake).complete("base", PROMPT, 2, SAMPLING)
     waits = []
-    client = client_of(fake, waits)
-    fake.fail("/v1/completions", fault, times=2)
-    assert client.complete("base", PROMPT, 2, SAMPLING) == untroubled
-    assert waits == [1.0, 2.0]
-    assert client.retries_done == 2
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", waits.append)
+    client = client_of(fake, wait=1.0, vllm_request_retries=4)
+    fake.fail("/v1/completions", fault, times=4)
+    with caplog.at_level(logging.WARNING, logger="hf_ebft"):
+        assert client.complete("base", PROMPT, 2, SAMPLING) == untroubled
+    assert waits == [1.0, 2.0, 4.0]  # the second try comes at once
+    assert client.retries_done == 4
+    assert "was sent again 4 times" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [fake_server.body('{"choices": [{"ind'), fake_server.body("<html>gateway</html>")],
+    ids=["half a JSON", "no JSON"],
+)
+def test_an_answer_that_is_no_json_comes_from_a_server_that_is_gone(fake, fault):
+    fake.fail("/v1/completions", fault)
+    with pytest.raises(ServerUnavailable, match="an answer that is no JSON"):
+        client_of(fake).complete("base", PROMPT, 2, SAMPLING)
+
+
+def test_a_server_that_refuses_connections_is_not_tried_again(monkeypatch):
+    """Whoever asks for a whole batch waits for the server once, not once for each request."""
+    waits = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", waits.append)
+    settings = VLLMServerSettings(
+        vllm_lora_sync=True, vllm_server_base_url=f"http://127.0.0.1:{free_port()}"
+    )
+    with pytest.raises(ServerUnavailable, match="refused"):
+        VLLMClient(settings).complete("base", PROMPT, 1, SAMPLING)
+    assert waits == []
 
 
 def test_retries_are_bounded_and_the_last_cause_is_told(fake):
     fake.fail("/v1/completions", fake_server.status(500, "CUDA out of memory"), times=3)
     with pytest.raises(ServerUnavailable, match=r"3 times in a row.*CUDA out of memory"):
         client_of(fake).complete("base", PROMPT, 1, SAMPLING)
-    assert len([path for path, _ in fake.requests if path == "/v1/completions"]) == 3
+    assert asked(fake) == 3
 
 
 def test_a_slow_answer_counts_as_failed_and_is_asked_for_again(fake):
@@ -117,10 +143,9 @@ def test_a_slow_answer_counts_as_failed_and_is_asked_for_again(fake):
 
 
 def test_a_refusal_is_not_repeated_and_shows_the_servers_words(fake):
-    waits = []
     with pytest.raises(RequestRefused, match="maximum context length"):
-        client_of(fake, waits).complete("base", [5] * 300, 1, SAMPLING)
-    assert waits == []
+        client_of(fake).complete("base", [5] * 300, 1, SAMPLING)
+    assert asked(fake) == 1
 
 
 def test_an_unknown_adapter_is_told_apart(fake):
@@ -160,11 +185,10 @@ def test_an_answer_that_lacks_something_stops_the_run_and_says_what(fake, edit, 
         client_of(fake).complete("base", PROMPT, 2, SAMPLING)
 
 
-def test_a_completion_that_was_broken_off_is_asked_for_again(fake):
+def test_a_completion_that_was_broken_off_comes_from_a_server_that_is_gone(fake):
     fake.edit = edit_choice(finish_reason="abort")
-    client = client_of(fake)
-    client._pause = lambda seconds: setattr(fake, "edit", lambda answer: answer)
-    assert len(client.complete("base", PROMPT, 1, SAMPLING)) == 1
+    with pytest.raises(ServerUnavailable, match=r"broken off .finish_reason 'abort'"):
+        client_of(fake).complete("base", PROMPT, 1, SAMPLING)
 
 
 def test_completions_come_in_the_order_of_their_numbers(fake):
@@ -191,7 +215,7 @@ def test_a_server_that_comes_up_later_is_waited_for(caplog, monkeypatch):
     settings = VLLMServerSettings(
         vllm_lora_sync=True, vllm_server_host="127.0.0.1", vllm_server_port=port
     )
-    client = VLLMClient(settings, pause=lambda seconds: time.sleep(0.05))
+    client = VLLMClient(settings, wait=0.05)
     with caplog.at_level(logging.WARNING):
         client.wait_until_ready()
     assert started
@@ -205,7 +229,7 @@ def test_a_server_that_never_comes_up_is_a_clear_error():
         vllm_server_base_url=f"http://127.0.0.1:{free_port()}/",
         vllm_server_timeout=0.2,
     )
-    client = VLLMClient(settings, pause=lambda seconds: time.sleep(0.05))
+    client = VLLMClient(settings, wait=0.05)
     with pytest.raises(VLLMServerError, match=r"no vLLM server is up .*serve_vllm\.py"):
         client.wait_until_ready()
 
@@ -213,6 +237,7 @@ def test_a_server_that_never_comes_up_is_a_clear_error():
 def test_an_unhealthy_server_is_waited_for_too(fake):
     fake.fail("/health", fake_server.status(503), times=3)
     client_of(fake).wait_until_ready()
+    assert asked(fake, "/health") == 4
 
 
 # ---- What the server is --------------------------------------------------------------------------
@@ -253,10 +278,9 @@ def test_start_time_is_unknown_without_metrics(fake):
 
 def test_a_refused_adapter_shows_the_servers_words_and_is_sent_once(fake, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 64}))
-    waits = []
     with pytest.raises(RequestRefused, match="LoRA rank 64 is greater than max_lora_rank 16"):
-        client_of(fake, waits).load_adapter("a", str(tmp_path))
-    assert waits == []
+        client_of(fake).load_adapter("a", str(tmp_path))
+    assert asked(fake, "/v1/load_lora_adapter") == 1
 
 
 def test_a_folder_that_the_server_does_not_see_names_the_setting(fake):
@@ -276,11 +300,29 @@ def test_a_lost_answer_to_loading_an_adapter_is_no_failure(fake):
         raise fake_server.Dropped
 
     fake.fail("/v1/load_lora_adapter", loads_and_loses_the_answer)
-    client_of(fake).load_adapter("a", "/x")
+    client = client_of(fake)
+    client.load_adapter("a", "/x")
+    # The second try was refused: the adapter has been loaded already.
+    assert asked(fake, "/v1/load_lora_adapter") == 2 and client.retries_done == 1
+    assert list(fake.adapters) == ["a"]
 
 
 def test_unloading_what_is_not_there_is_fine(fake):
+    fake.adapters["b"] = fake.base
     client_of(fake).unload_adapter("a")
+    assert list(fake.adapters) == ["b"]
+    client_of(fake).unload_adapter("b")
+    assert fake.adapters == {}
+
+
+def test_a_frozen_server_is_not_waited_for_at_the_end(fake, monkeypatch):
+    monkeypatch.setattr("hf_ebft.structured.vllm.client.CLEANUP_TIMEOUT", 0.2)
+    fake.fail("/v1/unload_lora_adapter", fake_server.slow(1.0), times=3)
+    started = time.monotonic()
+    with pytest.raises(ServerUnavailable, match="unload the adapter a"):
+        client_of(fake).unload_adapter("a", at_the_end=True)
+    assert time.monotonic() - started < 0.9
+    fake.faults.clear()
 
 
 def test_full_weights_need_development_mode(fake):

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("trl")
 
-from hf_ebft.structured.vllm.client import Completion, VLLMServerError
+from hf_ebft.structured.vllm.answers import Completion
+from hf_ebft.structured.vllm.errors import VLLMServerError
 from hf_ebft.structured.vllm.handshake import (
     PROBE_TOKENS,
     Scored,

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,12 @@ pytest.importorskip("trl")
 
 from trl import GRPOConfig, GRPOTrainer
 
-from hf_ebft.structured.vllm.client import BadAnswer, RequestRefused, VLLMServerError
+from hf_ebft.structured.vllm.errors import BadAnswer, RequestRefused, VLLMServerError
 from hf_ebft.structured.vllm.rollouts import VLLMRollouts, runs_of, tokenize_prompts
 from hf_ebft.structured.vllm.settings import VLLMServerArguments, VLLMServerSettings
+from hf_ebft.structured.vllm.transport import Transport
 from tests.structured.vllm import fake_server
-from tests.structured.vllm.fake_server import serving, small_policy, small_tokenizer
+from tests.structured.vllm.fake_server import FakeVLLM, serving, small_policy, small_tokenizer
 from tests.structured.vllm.training import (
     PROMPTS,
     CorrectingTrainer,
@@ -469,17 +471,76 @@ def test_a_restart_in_the_midst_of_a_batch_loses_no_completion(fake, start, how)
 
 def test_a_server_that_is_down_for_a_while_is_waited_for(fake, start):
     trainer = start()
-    trainer.rollout_func([PROMPTS[0]], trainer)
-    for path, times in (("/v1/completions", 4), ("/health", 3)):
+    first = trainer.rollout_func([PROMPTS[0]], trainer)
+    fake.requests.clear()
+    for path, times in (("/v1/completions", 6), ("/health", 3)):
         fake.fail(path, fake_server.no_answer, times=times)
     found = trainer.rollout_func([PROMPTS[0], PROMPTS[1]], trainer)
-    assert all(found["completion_ids"])
+    assert found["prompt_ids"][0] == first["prompt_ids"][0]
+    for prompt, tokens, theirs in zip(*found.values(), strict=True):
+        ours = plain_log_probs(trainer.model, prompt, tokens, 0.7)
+        torch.testing.assert_close(torch.tensor(theirs).double(), ours, atol=1e-5, rtol=0)
+    assert [path for path, _ in fake.requests].count("/health") == 4
+    assert trainer.rollout_func.figures()["vllm/restarts"] == 1
+
+
+def test_a_batch_waits_once_for_a_server_that_is_down(fake, start, monkeypatch):
+    """Each of its requests was tried six times, over half a minute, before anything was noticed."""
+    trainer = start()
+    trainer.rollout_func([PROMPTS[0]], trainer)
+    fake.close()
+    again = []
+    timer = threading.Timer(0.3, lambda: again.append(FakeVLLM(port=fake.http.server_address[1])))
+    sent = []
+    real = Transport.send
+
+    def counting(self, method, path, *args, **settings):
+        sent.append((path, bool(again)))
+        return real(self, method, path, *args, **settings)
+
+    monkeypatch.setattr(Transport, "send", counting)
+    trainer.rollout_func.client._wait = 0.02
+    timer.start()
+    found = trainer.rollout_func(PROMPTS, trainer)
+    again[0].close()
+    assert len(found["completion_ids"]) == len(PROMPTS) and all(found["completion_ids"])
+    asked = [up for path, up in sent if path == "/v1/completions"]
+    # Each request once while it was down; then the probe, and each once more.
+    assert asked == [False] * len(PROMPTS) + [True] * (1 + len(PROMPTS))
+    assert 1 < sent.count(("/health", False)) < 20
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [fake_server.body('{"choices": [{"ind'), fake_server.body("<html>gateway</html>"), "abort"],
+    ids=["half a JSON", "no JSON", "broken off"],
+)
+def test_a_completion_of_a_server_that_is_going_down_is_asked_for_again(fake, start, fault):
+    trainer = start()
+    trainer.rollout_func([PROMPTS[0]], trainer)
+
+    def aborts_once(answer):
+        fake.edit = lambda answer: answer
+        return {"choices": [answer["choices"][0] | {"finish_reason": "abort"}]}
+
+    if fault == "abort":
+        fake.edit = aborts_once
+    else:
+        fake.fail("/v1/completions", fault)
+    found = trainer.rollout_func([PROMPTS[1]], trainer)
+    ours = plain_log_probs(trainer.model, found["prompt_ids"][0], found["completion_ids"][0], 0.7)
+    torch.testing.assert_close(torch.tensor(found["logprobs"][0]).double(), ours, atol=1e-5, rtol=0)
+    assert trainer.rollout_func.figures()["vllm/restarts"] == 1
 
 
 def test_a_server_that_dies_while_it_gets_weights(fake, start):
     trainer = start()
     fake.fail("/v1/load_lora_adapter", fake_server.no_answer, times=3)
-    assert trainer.rollout_func([PROMPTS[0]], trainer)["completion_ids"][0]
+    found = trainer.rollout_func([PROMPTS[0]], trainer)
+    ours = plain_log_probs(trainer.model, found["prompt_ids"][0], found["completion_ids"][0], 0.7)
+    torch.testing.assert_close(torch.tensor(found["logprobs"][0]).double(), ours, atol=1e-5, rtol=0)
+    # Three tries of the first version had no answer; the second was loaded.
+    assert len({payload["lora_name"] for path, payload in fake.requests if "load" in path}) == 2
 
 
 def test_a_server_that_keeps_failing_stops_the_run(fake, start):

@@ -95,7 +95,7 @@ def make_trainer(
 
 def rollouts_for(settings):
     """Rollouts that do not wait between tries."""
-    return VLLMRollouts(settings, VLLMClient(settings, pause=lambda seconds: None))
+    return VLLMRollouts(settings, VLLMClient(settings, wait=0.0))
 
 
 def plain_log_probs(model, prompt, tokens, temperature):

@@ -20,7 +20,7 @@ if os.environ.get("HF_EBFT_TEST_FSDP_ON_CPU"):
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from hf_ebft.structured.vllm.client import BadAnswer, ServerUnavailable
+from hf_ebft.structured.vllm.errors import BadAnswer, ServerUnavailable
 from tests.structured.vllm.fake_server import small_policy, small_tokenizer
 from tests.structured.vllm.training import (
     logged,

@@ -1,0 +1,37 @@
+"""What can go wrong between the trainer and the vLLM server."""
+
+from __future__ import annotations
+
+
+class VLLMServerError(RuntimeError):
+    """Something between the trainer and the vLLM server went wrong, in words for its user."""
+
+
+class ServerGone(VLLMServerError):
+    """The server went away; when it is back, the weights can be sent again."""
+
+
+class ServerUnavailable(ServerGone):
+    """No usable answer, after all retries: the server is down, restarting or out of reach."""
+
+
+class RequestRefused(VLLMServerError):
+    """The server understood the request and will not do it.
+
+    Attributes:
+        status: of the HTTP answer.
+        reason: the server's own message.
+    """
+
+    def __init__(self, status: int, reason: str, what: str) -> None:
+        super().__init__(f"the vLLM server refused to {what} ({status}): {reason}")
+        self.status = status
+        self.reason = reason
+
+
+class ModelNotServed(RequestRefused, ServerGone):
+    """The server does not know a model or adapter that it was given earlier: it was restarted."""
+
+
+class BadAnswer(VLLMServerError):
+    """The server answered, and the answer lacks something that training needs."""
