@@ -14,7 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ from hf_ebft.structured.vllm.prefetch import Following, StalenessAware
 from hf_ebft.structured.vllm.processes import on_every_process, on_main_process, raise_together
 from hf_ebft.structured.vllm.settings import VLLMServerArguments
 from hf_ebft.structured.vllm.sync import AdapterSync, FullWeightSync, WeightSync
+from hf_ebft.structured.vllm.workers import DaemonPool
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class VLLMRollouts:
         self._version: Version | None = None
         self._probe_before: Scored | None = None
         self._server_start: float | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool: DaemonPool | None = None
         self._prefetched: Pending | None = None
         self._calls_at = -1
         self._calls = 0
@@ -211,7 +212,7 @@ class VLLMRollouts:
     def close(self) -> None:
         """Unload what was sent, remove its folders. The next call would start afresh."""
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.close()
             self._pool = None
         if self._sync is not None:
             self._sync.close()
@@ -242,9 +243,7 @@ class VLLMRollouts:
         self.check(trainer)
         if isinstance(trainer, StalenessAware):
             trainer.server_rollouts = self
-        self._pool = ThreadPoolExecutor(
-            self.settings.vllm_max_concurrent_requests, thread_name_prefix="vllm"
-        )
+        self._pool = DaemonPool(self.settings.vllm_max_concurrent_requests)
         self._sync = self._kind(self.client, self.settings, trainer.args.output_dir)
         atexit.register(self.close)
 
