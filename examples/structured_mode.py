@@ -27,8 +27,8 @@ from run_options import DataArguments, LoraArguments, ModelArguments, ReportArgu
 from hf_ebft.data import BadRowError, RawDataset, Table, transform_rows
 from hf_ebft.evaluation import PairedDifference, format_table, paired_bootstrap
 from hf_ebft.structured import EBFTGRPOConfig, EBFTGRPOTrainer, VLLMRollouts
+from hf_ebft.structured.columns import ground_truth_column
 from hf_ebft.structured.multi_turn import MultiTurnRollouts, generate_on_server
-from hf_ebft.structured.reward import ground_truth_column
 from hf_ebft.watching.console import use_compact_progress
 
 GROUND_TRUTH = "ground_truth"

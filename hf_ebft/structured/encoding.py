@@ -8,7 +8,7 @@ finished completion. (Tokenizing prompt + ground truth as one text may merge ove
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,7 @@ class ExampleEncoder:
         tokenizer: the policy's.
         eos_token_ids: ids that end a completion, besides the tokenizer's own.
         chat_template_kwargs: TRL's, given to the chat template.
+        vocabulary_size: rows of the policy's embedding; default: not checked.
 
     Raises:
         ValueError: the tokenizer has no end-of-sequence token.
@@ -59,6 +60,7 @@ class ExampleEncoder:
         *,
         eos_token_ids: Iterable[int] = (),
         chat_template_kwargs: dict[str, Any] | None = None,
+        vocabulary_size: int | None = None,
     ) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(
@@ -74,6 +76,7 @@ class ExampleEncoder:
         self._eos = int(tokenizer.eos_token_id)
         self._ends = {self._eos, *eos_token_ids}
         self._template_options = chat_template_kwargs or {}
+        self._vocabulary_size = vocabulary_size
         self._prepends_space = self._decode(self._ids("a") + self._ids("b")) != "ab"
 
     def encode(
@@ -104,6 +107,14 @@ class ExampleEncoder:
         return examples
 
     def _encode_one(self, prompt: Any, truth: Any, embed_thinking: bool | None) -> Example:
+        if not isinstance(prompt, (str, list)) or prompt == []:
+            what = "an empty list" if prompt == [] else f"a {type(prompt).__name__}"
+            raise ValueError(
+                f"The prompt with the ground truth {_shown(truth)} is {what}; it must be a text or "
+                "a list of messages."
+            )
+        for value in (prompt, truth):
+            _refuse_unreadable(value, prompt)
         if not isinstance(truth, str) and not (isinstance(truth, list) and truth):
             raise ValueError(
                 f"The ground truth of the prompt {_shown(prompt)} is {truth!r}; it must be a text "
@@ -125,8 +136,26 @@ class ExampleEncoder:
             truth_ids=tuple(token for ids, _ in pieces for token in ids),
             is_target=tuple(target for ids, target in pieces for _ in ids),
         )
+        self._refuse_unknown_ids(example, prompt, truth)
         leaves_out = embed_thinking is not None and not embed_thinking
         return self._without_thinking(example, prompt) if leaves_out else example
+
+    def _refuse_unknown_ids(self, example: Example, prompt: Any, truth: Any) -> None:
+        """Raise for rows that the policy's embedding cannot read."""
+        if not example.prompt_ids:
+            raise ValueError(
+                f"The prompt {_shown(prompt)} with the ground truth {_shown(truth)} has no token, "
+                "so nothing would predict the first one of a completion. Give it a text, or use a "
+                "tokenizer that begins with BOS."
+            )
+        highest = max(example.prompt_ids + example.truth_ids)
+        if self._vocabulary_size is not None and highest >= self._vocabulary_size:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise ValueError(
+                f"The row with the prompt {_shown(prompt)} has the token {token!r} (id {highest}), "
+                f"and the model's embedding has {self._vocabulary_size} rows. Call "
+                "model.resize_token_embeddings(len(tokenizer)), or use the model's own tokenizer."
+            )
 
     def _without_thinking(self, example: Example, prompt: Any) -> Example:
         """The example with its answer alone embedded and counted by the cross-entropy."""
@@ -267,6 +296,30 @@ def text_of(truth: Any) -> str:
     if isinstance(truth, str):
         return truth
     return "\n".join(part if isinstance(part, str) else str(part["content"]) for part in truth)
+
+
+def _refuse_unreadable(value: Any, prompt: Any) -> None:
+    """Raise for text that is no Unicode, and for parts of messages that are no text."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The row with the prompt {_shown(prompt)} holds {value[error.start]!r}, half of a "
+                "UTF-16 pair and no character. Repair the text, or filter out the row."
+            ) from error
+    elif isinstance(value, Mapping):
+        kind = value.get("type", "text")
+        if "content" not in value and kind != "text":
+            raise ValueError(
+                f"The row with the prompt {_shown(prompt)} holds a part of type {kind!r}, and the "
+                "feature network reads text only."
+            )
+        for part in value.values():
+            _refuse_unreadable(part, prompt)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _refuse_unreadable(part, prompt)
 
 
 def _shown(value: Any, most: int = 120) -> str:

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from accelerate.utils import gather_object
 
+from hf_ebft.structured.trl_internals import sample_replies
+
 if TYPE_CHECKING:
     from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 
@@ -253,13 +255,7 @@ def generate_with_trainer(
     prompt_ids: list[list[int]], trainer: Any
 ) -> tuple[list[list[int]], list[list[float]] | None]:
     """One reply for each context, by whatever a TRL trainer samples with."""
-    # Private to TRL, and called by its own loop over tool calls for the same purpose: there is no
-    # public way to continue token ids. One completion for each context, since every chat has a
-    # history of its own.
-    sampled: tuple[list[list[int]], list[list[float]] | None] = trainer._generate_single_turn(
-        prompt_ids, images=None, multimodal_fields={}, num_generations=1
-    )
-    return sampled
+    return sample_replies(trainer, prompt_ids)
 
 
 def generate_on_server(rollouts: VLLMRollouts) -> TurnGenerator:

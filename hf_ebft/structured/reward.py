@@ -10,7 +10,6 @@ import copy
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -23,16 +22,14 @@ from hf_ebft.objective.advantages import compute_advantages
 from hf_ebft.objective.duplicates import first_equal_rollouts, with_equal_features
 from hf_ebft.objective.rewards import Rewards, rewards_from_settings
 from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.structured.columns import ground_truth_column
 from hf_ebft.structured.config import StructuredSettings, refuse_groups_that_do_not_sum_to_zero
 from hf_ebft.structured.encoding import Example, ExampleEncoder, text_of
 from hf_ebft.structured.groups import fingerprints, gather_rows, group_size, own_rows
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
+from hf_ebft.structured.trl_internals import restore_forward
 from hf_ebft.structured.unfinished import rank_unfinished_last
 from hf_ebft.training.metrics import PREFIX, ZERO_ADVANTAGE
-
-GROUND_TRUTH_COLUMNS = ("ground_truth", "completion", "answer")
-# TRL hands the other columns of the dataset to reward functions, but not this one.
-WITHHELD_COLUMN = "completion"
 
 Baseline = Literal["group_mean", "leave_one_out"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
@@ -140,6 +137,7 @@ class FeatureMatchingReward:
                 _eos_token_ids(self.network.model) if eos_token_ids is None else eos_token_ids
             ),
             chat_template_kwargs=chat_template_kwargs,
+            vocabulary_size=self.network.vocabulary_size,
         )
         self.column = self.settings.ground_truth_column
         self.num_generations = num_generations
@@ -367,48 +365,6 @@ def _refuse_other_prompts(
             )
 
 
-def ground_truth_column(columns: Any, wanted: str | None) -> str:
-    """The column with the ground truth.
-
-    Args:
-        columns: names of the columns there are.
-        wanted: the one that was asked for, or None.
-
-    Raises:
-        ValueError: there is none, or more than one to choose from.
-    """
-    names = sorted(columns)
-    if wanted is not None:
-        if wanted in columns:
-            return wanted
-        raise ValueError(
-            f"The dataset has no column {wanted!r} (ground_truth_column); it has {names}."
-            + _about_withheld(wanted)
-        )
-    found = [name for name in GROUND_TRUTH_COLUMNS if name in columns]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(
-            f"The columns {', '.join(found)} may all hold the ground truth; say which by "
-            "ground_truth_column."
-        )
-    raise ValueError(
-        f"None of the columns {names} holds the ground truth; name one of them "
-        f"{' or '.join(GROUND_TRUTH_COLUMNS)}, or say which by ground_truth_column."
-        + _about_withheld(WITHHELD_COLUMN)
-    )
-
-
-def _about_withheld(name: str) -> str:
-    if name != WITHHELD_COLUMN:
-        return ""
-    return (
-        f" (TRL keeps a column called {WITHHELD_COLUMN!r} from reward functions: rename it where "
-        "FeatureMatchingReward is used on its own.)"
-    )
-
-
 def _network_of(
     given: SequenceFeatureNetwork | nn.Module | str, settings: StructuredSettings
 ) -> SequenceFeatureNetwork:
@@ -439,18 +395,6 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     duplicate = copy.deepcopy(model)
     restore_forward(duplicate)
     return duplicate
-
-
-def restore_forward(duplicate: nn.Module) -> None:
-    """Give a copied model its class' forward again where it had TRL's, in place.
-
-    TRL replaces the forward of a policy by a closure over the policy's own. A deep copy takes the
-    closure along, and would run the weights that are being trained.
-    """
-    bare = bare_model(duplicate)
-    forward = vars(bare).get("forward")
-    if isinstance(forward, MethodType) and "fused_lm_head" in forward.__func__.__code__.co_varnames:
-        del bare.forward
 
 
 def _refuse_unused(options: dict[str, Any], given: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather
@@ -78,6 +78,12 @@ class SequenceFeatureNetwork(FrozenNetwork):
         self.embed_method = embed_method
         self.batch_tokens = batch_tokens
         self.autocast = autocast
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many token ids the network can read."""
+        embedding = cast(nn.Embedding, bare_model(self.model).get_input_embeddings())
+        return embedding.num_embeddings
 
     def embed(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Embed sequences; equal ones are read once and get the very same embedding.

@@ -15,20 +15,24 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer  # type: ignore[attr-defined]  # re-exported lazily
 
 from hf_ebft.feature_network.loading import build_placed_network
 from hf_ebft.structured.config import EBFTGRPOConfig
 from hf_ebft.structured.cross_entropy import ground_truth_nll
-from hf_ebft.structured.encoding import Example
-from hf_ebft.structured.reward import (
-    WITHHELD_COLUMN,
-    FeatureMatchingReward,
-    ground_truth_column,
-    restore_forward,
+from hf_ebft.structured.datasets import (
+    prepare_dataset,
+    prepare_evaluation,
+    refuse_partial_groups,
+    refuse_too_few_prompts,
+    with_one_bos,
 )
+from hf_ebft.structured.encoding import Example
+from hf_ebft.structured.reward import FeatureMatchingReward
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork
+from hf_ebft.structured.trl_internals import restore_forward, set_most_tokens, take_metrics
 from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 from hf_ebft.structured.vllm.trainer import StalenessCorrection
 from hf_ebft.training.before_training import BeforeTrainingMixin
@@ -38,9 +42,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
-
-# Where the ground truth stands while training, if its own column is one that TRL withholds.
-GROUND_TRUTH = "ground_truth"
 
 
 class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
@@ -107,15 +108,11 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         if others and kwargs.get("reward_processing_classes") is not None:
             classes = [None, *_as_list(kwargs["reward_processing_classes"])]
             kwargs["reward_processing_classes"] = classes
-        column, train_dataset = _with_ground_truth(train_dataset, args, "train_dataset")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: _with_ground_truth(dataset, args, f"eval_dataset[{name!r}]", column)[1]
-                for name, dataset in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = _with_ground_truth(eval_dataset, args, "eval_dataset", column)[1]
-        self._column = column
+        self._column, train_dataset = prepare_dataset(train_dataset, args, "train_dataset")
+        refuse_too_few_prompts(train_dataset, args)
+        if eval_dataset is not None:
+            refuse_partial_groups(args)
+            eval_dataset = prepare_evaluation(eval_dataset, args, self._column)
         super().__init__(
             model=cast(Any, model),
             reward_funcs=cast(Any, [self.feature_matching, *others]),
@@ -127,6 +124,8 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
             rollout_func=rollout_func,
             **kwargs,
         )
+        self.train_dataset = with_one_bos(self.train_dataset, self.processing_class)
+        self.eval_dataset = with_one_bos(self.eval_dataset, self.processing_class)
         self.feature_network = self._build_network(feature_network)
         self.reward = FeatureMatchingReward(
             self.feature_network,
@@ -136,13 +135,14 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
             eos_token_ids=self.eos_token_ids,
             settings=args,
         )
-        self.reward.column = column
+        self.reward.column = self._column
         self._set_budget(self._most_tokens)
         self._metrics_of_loss = {
             mode: MetricAccumulator(self.accelerator.device) for mode in ("train", "eval")
         }
         self._rows: Sequence[dict[str, Any]] = ()
         self._micro_step = 0
+        self._evaluation_prefix = "eval"
 
     def feature_matching(
         self,
@@ -231,6 +231,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         steps = self.args.steps_per_generation
         assert steps is not None
         if self._micro_step % (steps * self.num_iterations) == 0:  # as TRL decides to sample
+            self._encode(inputs)  # refuses rows that cannot be read before anything is sampled
             self._set_budget(self.rollout_budget(inputs))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_step += 1
@@ -245,25 +246,59 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
     ) -> tuple[Tensor | None, Any, Any]:
         """TRL's step, with the rows kept as in `training_step`."""
         self._rows = inputs
+        self._encode(inputs)
         self._set_budget(self.rollout_budget(inputs))
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """TRL's evaluation, of data sets in all the forms that the constructor takes."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = with_one_bos(
+                prepare_evaluation(eval_dataset, self.args, self._column), self.processing_class
+            )
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """TRL's loop, sampling with a fixed seed and leaving the random state of training alone."""
+        refuse_partial_groups(self.args)
+        self._evaluation_prefix = metric_key_prefix
+        take_metrics(self, "eval")  # left by `predict`, which logs nothing
+        self._metrics_of_loss["eval"] = MetricAccumulator(self.accelerator.device)
         device = self.accelerator.device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices=devices, device_type=_forked_type(device)):
             torch.manual_seed(self.args.seed + self.args.process_index)
-            return super().evaluation_loop(*args, **kwargs)
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `ebft/ce_loss` and `ebft/rl_loss`, means over all processes, to TRL's log."""
+        """Add `ebft/ce_loss` and `ebft/rl_loss`, means over all processes, to TRL's log.
+
+        Metrics of an evaluation carry the prefix of its data set, as `eval_a_loss` does. TRL calls
+        them `eval_...` whatever the set, so that several sets would overwrite each other.
+        """
         mode = "train" if self.model.training else "eval"
-        means = self._metrics_of_loss[mode].take(
+        means: dict[str, Any] = self._metrics_of_loss[mode].take(
             lambda sums: self.accelerator.reduce(sums, reduction="sum")
         )
-        prefix = "" if mode == "train" else "eval_"
-        logs.update({prefix + name: value for name, value in means.items()})
+        if mode == "train":
+            logs.update(means)
+        else:
+            means |= take_metrics(self, "eval")
+            logs.update({f"{self._evaluation_prefix}_{name}": mean for name, mean in means.items()})
         super().log(logs, start_time)
 
     @property
@@ -296,10 +331,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
 
     def _set_budget(self, tokens: int) -> None:
         self.completion_budget = self.reward.completion_budget = tokens
-        if self.use_vllm:
-            self.vllm_generation.max_completion_length = tokens
-        else:
-            self.generation_config.max_new_tokens = tokens
+        set_most_tokens(self, tokens)
 
     # ---- Preparation --------------------------------------------------------------------------
 
@@ -320,38 +352,6 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
             )
 
         return build_placed_network(self.model, given, args, self.accelerator, make)
-
-
-def _with_ground_truth(
-    dataset: Any, args: EBFTGRPOConfig, name: str, wanted: str | None = None
-) -> tuple[str, Any]:
-    """The column of the ground truth, and the dataset with it under a name that TRL passes on.
-
-    Args:
-        dataset: what was given.
-        args: with ``ground_truth_column``.
-        name: of the dataset, for messages.
-        wanted: what the column is to be called; default: what it is called, if TRL passes that on.
-    """
-    if dataset is None:
-        raise ValueError(f"{name} is missing: EBFT learns from prompts and their ground truths.")
-    columns = dataset.column_names or list(next(iter(dataset)))
-    try:
-        if "prompt" not in columns:
-            raise ValueError(f"There is no column 'prompt', only {sorted(columns)}.")
-        column = ground_truth_column(columns, args.ground_truth_column)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    wanted = wanted or (GROUND_TRUTH if column == WITHHELD_COLUMN else column)
-    if column == wanted:
-        return column, dataset
-    if wanted in columns:
-        raise ValueError(
-            f"{name}: the column {column!r} has to be called {wanted!r} while training (TRL keeps "
-            f"{WITHHELD_COLUMN!r} from rewards, and all datasets need one name), but that name is "
-            "taken; remove one of the two columns."
-        )
-    return wanted, dataset.rename_column(column, wanted)
 
 
 def _refuse_tools(kwargs: dict[str, Any]) -> None:

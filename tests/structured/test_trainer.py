@@ -15,6 +15,7 @@ from hf_ebft.structured.reward import frozen_copy
 from tests.support.tiny import logged, weights_of
 from tests.support.tiny_structured import (
     Recorder,
+    assert_advantages,
     config,
     expected_advantages,
     policy,
@@ -47,12 +48,6 @@ def make(folder, *, model=None, data=None, trainer_class=RecordedEBFT, trainer=N
         processing_class=tokenizer(),
         **(trainer or {}),
     )
-
-
-def assert_advantages(seen, expected):
-    found = [advantage for _, _, advantage in seen]
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
-    assert np.std(found) > 0.1  # rollouts that differ, or nothing would have been tested
 
 
 def generations(trainer, micro_batches):
@@ -244,6 +239,19 @@ def test_peft_policy_shares_its_base_or_has_a_copy(tmp_path, placement):
     )  # fmt: skip
 
 
+def test_kl_penalty_leaves_advantages_as_they_are(tmp_path):
+    """`beta` is a term of the loss in GRPO, not of the reward."""
+    trainer = make(
+        tmp_path,
+        trainer={"peft_config": LoraConfig(r=4, target_modules="all-linear")},
+        beta=0.1,
+    )
+    trainer.train()
+    for seen in trainer.seen:
+        assert_advantages(seen, expected_advantages(policy(), seen, rows(), n_samples=4))
+    assert logged(trainer, "kl")[1] > 0
+
+
 def test_given_network_and_name_are_used(tmp_path):
     trainer = make(tmp_path, trainer={"feature_network": policy(seed=5)}, max_steps=1)
     trainer.train()
@@ -321,8 +329,16 @@ def gradients_of(folder, trainer_class=RecordedEBFT, **settings):
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 16},
         {"per_device_train_batch_size": 32, "num_iterations": 2, "max_steps": 2},
         {"per_device_train_batch_size": 32, "temperature": 0.5},
+        {"per_device_train_batch_size": 32, "gradient_checkpointing": True},
     ],
-    ids=["one batch", "4 micro-batches", "half a group", "2 passes", "temperature"],
+    ids=[
+        "one batch",
+        "4 micro-batches",
+        "half a group",
+        "2 passes",
+        "temperature",
+        "checkpointing",
+    ],
 )
 def test_cross_entropy_gradient_is_that_of_the_mean_over_prompts(tmp_path, settings):
     """A prompt counts once whatever n is, and accumulation divides nothing twice."""

@@ -207,3 +207,12 @@ def expected_advantages(
         for index, value in zip(indices, values, strict=True):
             expected[index] = value
     return expected
+
+
+def assert_advantages(
+    seen: list[tuple[tuple[int, ...], tuple[int, ...], float]], expected: list[float]
+) -> None:
+    """Compare the advantages of rows, as `Recorder` keeps them, with those expected."""
+    found = [advantage for _, _, advantage in seen]
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+    assert np.std(found) > 0.1  # rollouts that differ, or nothing would have been tested

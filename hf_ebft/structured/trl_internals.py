@@ -1,0 +1,88 @@
+"""What structured mode uses of TRL that TRL does not promise to keep.
+
+Each function here stands for one private or undocumented thing of TRL's trainers. They were read in
+TRL 1.16, and `setup.cfg` bounds the version for their sake: tests/structured/test_trl_internals.py
+fails for each that has moved.
+
+Two more are names only: the columns that TRL withholds from rewards
+(`hf_ebft.structured.columns.WITHHELD_COLUMN`), and the entries of a batch that
+`hf_ebft.structured.vllm.trainer` exchanges.
+"""
+
+from __future__ import annotations
+
+import math
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from hf_ebft.packed.model_parts import bare_model
+
+
+def take_metrics(trainer: Any, mode: str) -> dict[str, float | None]:
+    """The means that TRL's next `log` would add, by name without a prefix; it then adds none.
+
+    Args:
+        trainer: a `GRPOTrainer`.
+        mode: `train` or `eval`.
+
+    Returns:
+        As TRL forms them: over the values that are numbers, None if none is.
+    """
+    means: dict[str, float | None] = {}
+    for name, values in trainer._metrics[mode].items():
+        numbers = [value for value in values if not math.isnan(value)]
+        means[name] = sum(numbers) / len(numbers) if numbers else None
+    trainer._metrics[mode].clear()
+    return means
+
+
+def sample_replies(
+    trainer: Any, prompt_ids: list[list[int]]
+) -> tuple[list[list[int]], list[list[float]] | None]:
+    """One reply for each context, by whatever the trainer samples with; a collective call.
+
+    TRL's own loop over tool calls uses the same method, since there is no public way to continue
+    token ids.
+
+    Args:
+        trainer: a `GRPOTrainer`.
+        prompt_ids: of each context, its tokens.
+
+    Returns:
+        Token ids of the replies, and their log-probs where the sampler has them.
+    """
+    # One completion for each context, since every chat has a history of its own.
+    sampled: tuple[list[list[int]], list[list[float]] | None] = trainer._generate_single_turn(
+        prompt_ids, images=None, multimodal_fields={}, num_generations=1
+    )
+    return sampled
+
+
+def set_most_tokens(trainer: Any, tokens: int) -> None:
+    """Bound the completions that a `GRPOTrainer` samples from now on."""
+    if trainer.use_vllm:
+        trainer.vllm_generation.max_completion_length = tokens
+    else:
+        trainer.generation_config.max_new_tokens = tokens
+
+
+def trainer_of(log_metric: Any) -> Any:
+    """The trainer that calls a reward function, from the `log_metric` it passes; None if unknown.
+
+    Reward functions get no other hint of who subtracts a baseline from what they return.
+    """
+    return getattr(log_metric, "__self__", None)
+
+
+def restore_forward(duplicate: nn.Module) -> None:
+    """Give a copied model its class' forward again where it had TRL's, in place.
+
+    TRL replaces the forward of a policy by a closure over the policy's own. A deep copy takes the
+    closure along, and would run the weights that are being trained.
+    """
+    bare = bare_model(duplicate)
+    forward = vars(bare).get("forward")
+    if isinstance(forward, MethodType) and "fused_lm_head" in forward.__func__.__code__.co_varnames:
+        del bare.forward
