@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
 
 from trl import GRPOConfig  # type: ignore[attr-defined]  # re-exported lazily
 
@@ -120,6 +120,22 @@ def refuse_groups_that_do_not_sum_to_zero(
         )
 
 
+# Keys of TRL's `generation_kwargs` that a field of the configuration, or TRL itself, decides.
+DECIDED_BY_FIELD = {
+    "max_new_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "num_return_sequences": "num_generations",
+    "n": "num_generations",
+}
+DECIDED_BY_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 @dataclass
 class EBFTGRPOConfig(VLLMServerArguments, StructuredSettings, GRPOConfig):
     """`trl.GRPOConfig` plus the settings of EBFT on prompts with ground-truth completions.
@@ -165,6 +181,8 @@ class EBFTGRPOConfig(VLLMServerArguments, StructuredSettings, GRPOConfig):
         assert self.num_generations is not None  # GRPOConfig has checked it
         self.validate_for(self.num_generations, "num_generations")
         self.validate_vllm_server(self.use_vllm)
+        self._refuse_what_trl_ignores()
+        self._refuse_generation_kwargs()
         evaluated = self.num_generations_eval
         if evaluated is not None and evaluated < 2:
             raise ValueError(
@@ -202,6 +220,67 @@ class EBFTGRPOConfig(VLLMServerArguments, StructuredSettings, GRPOConfig):
                 f"max_completion_length={self.max_completion_length} must be at least 1: a "
                 "completion without tokens has no features."
             )
+
+    def _refuse_what_trl_ignores(self) -> None:
+        """Raise for fields that would have no effect, or one on sampling alone."""
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} would have no effect: "
+                "neither GRPO's loss nor the cross-entropy of ce_coef smooths its targets. "
+                "Leave it at 0."
+            )
+        if self.neftune_noise_alpha:
+            raise ValueError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} draws new noise in sampling and "
+                "in every forward pass of the loss, so that log-probs would be those of another "
+                "policy than the one that sampled. Leave it unset."
+            )
+        if self.data_seed is not None:
+            raise ValueError(
+                f"data_seed={self.data_seed} would have no effect: TRL shuffles prompts by seed. "
+                "Set seed."
+            )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy={str(self.train_sampling_strategy)!r} would have no "
+                "effect: TRL draws prompts by its own sampler. Leave it unset; "
+                "shuffle_dataset=False keeps the order of the dataset."
+            )
+        if self.max_tool_calling_iterations is not None:
+            raise ValueError(
+                f"max_tool_calling_iterations={self.max_tool_calling_iterations} would have no "
+                "effect: structured mode refuses tools, which change the prompt while completions "
+                "are sampled. Leave it unset."
+            )
+        if self.use_vllm:
+            return
+        for entry in fields(GRPOConfig):
+            by_vllm_only = entry.name.startswith(("vllm_importance", "vllm_structured"))
+            if by_vllm_only and getattr(self, entry.name) != entry.default:
+                raise ValueError(
+                    f"{entry.name}={getattr(self, entry.name)!r} would have no effect: TRL reads "
+                    "it with use_vllm=True only. Leave it out."
+                )
+
+    def _refuse_generation_kwargs(self) -> None:
+        """Raise for keys of `generation_kwargs` that would be overwritten, or break completions."""
+        for name, value in cast("dict[str, Any]", self.generation_kwargs or {}).items():
+            given = f"generation_kwargs={{{name!r}: {value!r}}}"
+            if name in DECIDED_BY_FIELD:
+                raise ValueError(
+                    f"{given} is decided by the field {DECIDED_BY_FIELD[name]}; set that one."
+                )
+            if name in DECIDED_BY_TOKENIZER:
+                raise ValueError(
+                    f"{given} would end completions at other tokens than ground truths; set it on "
+                    "the tokenizer, or add end tokens to the model's generation_config."
+                )
+            if (name == "do_sample" and not value) or (name == "num_beams" and value != 1):
+                raise ValueError(
+                    f"{given} does not sample from the policy, so that the completions of a group "
+                    "would hardly differ and their log-probs would not be the policy's. Leave it "
+                    "out."
+                )
 
 
 def _is_positive(value: Any) -> bool:
