@@ -150,6 +150,7 @@ def worker(placement: str, gather: GatherParams, reports: Path) -> None:
     }
     path = reports / f"{trainer.args.process_index}.json"
     path.write_text(json.dumps(report))
+    trainer.accelerator.end_training()  # an open process group sometimes aborts at exit
 
 
 def _peak_bytes() -> int:

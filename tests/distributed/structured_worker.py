@@ -72,3 +72,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     seen = SCENARIOS[scenario](target)
     torch.save(seen, target / f"rank{PartialState().process_index}.pt")
+    PartialState().destroy_process_group()  # left open, it sometimes aborts the process at its end
