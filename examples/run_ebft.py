@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,14 +32,14 @@ from typing import Any
 
 from run_loading import (
     DATA_SEED,
+    finish,
     load_model,
     load_split,
     load_text,
     load_tokenizer,
     lora_config,
-    save,
+    resume_from,
     say,
-    say_where,
     show_library_log,
     shuffled,
 )
@@ -84,18 +85,21 @@ FEWEST_DOCUMENTS = 8
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, load, measure, train, measure, save, report."""
+    """Parse, load, measure, train, save, measure, report."""
     argv = sys.argv[1:] if argv is None else argv
     show_library_log()
     mode, why, train = choose_mode(argv)
+    # Said before the options are read: an option of the other mode is then no surprise.
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"Mode: {mode} ({why}).", flush=True)
     data, names, lora, report, args = parse_arguments(argv, mode)
     check(names, lora, report)
-    say(args, f"Mode: {mode} ({why}).")
+    checkpoint = resume_from(args)
     set_seed(args.seed)  # adapters start at random
     if mode == "structured":
         import structured_mode  # TRL is needed from here on, and only here
 
-        structured_mode.run(data, names, lora, report, args, train)
+        structured_mode.run(data, names, lora, report, args, train, checkpoint)
         return
     tokenizer = load_tokenizer(names, args)
     with args.main_process_first(desc="loading the text"):
@@ -114,11 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     comparison = Comparison(trainer, tokenizer, eval_rows, report)
     comparison.measure()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    comparison.measure()
-    save(trainer, lora, data)
-    comparison.show()
-    say_where(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer, comparison, lora, data)
 
 
 # ---- Mode -----------------------------------------------------------------------------------

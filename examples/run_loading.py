@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import stdlib_functions
 import stdlib_text
@@ -22,9 +22,12 @@ from run_options import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ebft import EBFTTrainer
 from hf_ebft.data import TRANSFORMS, RawDataset, Table, hold_out, load_table, transform_rows
+
+logger = logging.getLogger(__name__)
 
 # The data must not depend on --seed, or runs with different seeds could not be compared.
 DATA_SEED = 0
@@ -164,18 +167,114 @@ def lora_config(lora: LoraArguments) -> LoraConfig | None:
     )
 
 
-def save(trainer: Trainer, lora: LoraArguments, data: DataArguments) -> None:
-    """The model (or its adapters), the tokenizer, the card and the log, into output_dir."""
-    if isinstance(trainer, EBFTTrainer):
-        name = data.dataset_name_or_path
-        trainer.create_model_card(dataset=Path(name).name if Path(name).exists() else name)
+def resume_from(args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from, if any; `true` means the newest one in output_dir.
+
+    Raises:
+        ValueError: there is none.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        folder = str(args.output_dir)
+        checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+        if checkpoint is None:
+            raise ValueError(
+                f"resume_from_checkpoint=true finds no checkpoint in {folder}; name the folder of "
+                "one, or leave the option out to start anew."
+            )
+        return str(checkpoint)
+    if not Path(wanted).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint={wanted} is no folder; name that of a checkpoint, or write "
+            "true for the newest one in output_dir."
+        )
+    return str(wanted)
+
+
+class Comparison(Protocol):
+    """The model on held-out data, before and after training."""
+
+    def measure(self) -> None:
+        """Measure the model as it is now."""
+
+    def show(self) -> None:
+        """Print the differences, and write them to output_dir."""
+
+
+def finish(
+    trainer: Trainer, comparison: Comparison, lora: LoraArguments, data: DataArguments
+) -> None:
+    """Save the model, measure it, show the comparison, write the card, say where everything is.
+
+    A step that fails stops no other that can do without it: a full disk must not cost the table,
+    and no report the model.
+
+    Args:
+        trainer: it has trained.
+        comparison: measured before training.
+        lora: whether adapters are merged.
+        data: for the card.
+
+    Raises:
+        Exception: the first error of a step, after all others.
+    """
+    errors: list[Exception] = []
+
+    def attempt(what: str, step: Callable[[], Any]) -> bool:
+        try:
+            step()
+        except Exception as error:
+            logger.exception("%s failed. The run goes on with what comes after it.", what)
+            errors.append(error)
+            return False
+        return True
+
+    if lora.lora_merge:  # measured first: a shared feature network is the model without adapters
+        measured = attempt("Measuring the model", comparison.measure)
+        saved = attempt("Saving the model", lambda: save(trainer, lora))
+    else:
+        saved = attempt("Saving the model", lambda: save(trainer, lora))
+        measured = attempt("Measuring the model", comparison.measure)
+    if measured:
+        attempt("The report", comparison.show)
+    attempt("Saving the trainer's state", trainer.save_state)
+    if saved:
+        attempt("The model card", lambda: write_card(trainer, data))
+        if trainer.args.push_to_hub:
+            attempt("Pushing to the hub", trainer.push_to_hub)
+        say_where(trainer)
+    end(trainer)
+    if errors:
+        raise errors[0]
+
+
+def save(trainer: Trainer, lora: LoraArguments) -> None:
+    """The model, or its adapters, with the tokenizer, into output_dir."""
     if lora.lora_merge:
         adapted: Any = trainer.model
         trainer.model = adapted.merge_and_unload()
     trainer.save_model()
-    trainer.save_state()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+
+
+def write_card(trainer: Trainer, data: DataArguments) -> None:
+    """The model card, with the name of the data."""
+    if isinstance(trainer, EBFTTrainer):
+        name = data.dataset_name_or_path
+        trainer.create_model_card(dataset=Path(name).name if Path(name).exists() else name)
+
+
+def end(trainer: Trainer) -> None:
+    """Close TensorBoard's file and the process group.
+
+    Evaluation after training opens the file again. A process group that is open when Python exits
+    sometimes aborts the process, though its work is done.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.on_train_end(trainer.args, trainer.state, trainer.control)
+    trainer.accelerator.end_training()
 
 
 def show_library_log() -> None:

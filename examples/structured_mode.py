@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from run_loading import (
     DATA_SEED,
+    finish,
     load_model,
     load_text,
     load_tokenizer,
     lora_config,
-    save,
     say,
-    say_where,
     shuffled,
 )
 from run_options import DataArguments, LoraArguments, ModelArguments, ReportArguments
@@ -56,12 +55,14 @@ def run(
     report: ReportArguments,
     args: EBFTGRPOConfig,
     train: Table | None,
+    checkpoint: str | None,
 ) -> None:
-    """Load, measure, train, measure, save, report.
+    """Load, measure, train, save, measure, report.
 
     Args:
         data, names, lora, report, args: the options.
         train: the training data, if it has been opened already.
+        checkpoint: where to go on from, if anywhere.
     """
     refuse_strided_options(data, report)
     tokenizer = load_tokenizer(names, args)
@@ -70,6 +71,7 @@ def run(
         prompts, held_out = load_prompts(
             data, args, wants_eval=report.report_rows > 0 or args.do_eval, train=train
         )
+    require_a_batch(prompts, args)
     trainer = EBFTGRPOTrainer(
         model=load_model(names, len(tokenizer)),
         args=args,
@@ -83,11 +85,24 @@ def run(
 
     comparison = Comparison(trainer, held_out, report)
     comparison.measure()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    comparison.measure()
-    save(trainer, lora, data)
-    comparison.show()
-    say_where(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer, comparison, lora, data)
+
+
+def require_a_batch(prompts: datasets.Dataset, args: EBFTGRPOConfig) -> None:
+    """Raise if there are too few prompts for one step.
+
+    TRL leaves out the prompts that do not fill a batch of completions, and then trains on none.
+    """
+    assert args.generation_batch_size is not None and args.num_generations is not None
+    needed = args.generation_batch_size // args.num_generations
+    if len(prompts) < needed:
+        raise ValueError(
+            f"There are {len(prompts)} prompts, fewer than the {needed} of one batch of "
+            f"completions (generation_batch_size {args.generation_batch_size} / num_generations "
+            f"{args.num_generations}), so nothing would be trained. Give more prompts, or lower "
+            "per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation."
+        )
 
 
 def refuse_strided_options(data: DataArguments, report: ReportArguments) -> None:

@@ -224,6 +224,16 @@ def test_data_without_ground_truths_is_refused(
         structured(tmp_path, f"--dataset_name_or_path={path}", "--eval_fraction=0.5")
 
 
+def test_fewer_prompts_than_a_batch_are_refused(tmp_path: Path) -> None:
+    """TRL would train on none of them, and the script would say where the model is."""
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "ground_truth": "b"}\n' * 7)
+    arguments = [f"--dataset_name_or_path={path}", "--eval_fraction=0.5", "--num_generations=4"]
+    arguments += ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=5"]
+    with pytest.raises(ValueError, match="There are 4 prompts, fewer than the 5 of one batch"):
+        structured(tmp_path, *arguments)
+
+
 def test_ground_truths_may_have_any_name(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{n}", "solution": f"{n + 1}", "n": n} for n in range(6)]

@@ -207,6 +207,67 @@ def test_two_processes_under_accelerate_launch(
     assert len(tags(output)["train/ebft/cfm_loss"]) == 2
 
 
+class FullDisk(OSError):
+    """No space left."""
+
+
+@pytest.mark.parametrize("fails", ["save_model", "create_model_card", "measure"])
+def test_what_fails_after_training_costs_nothing_else(
+    tmp_path: Path,
+    model_folder: str,
+    text_file: str,
+    fails: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A full disk leaves the table, a card that cannot be written the model, and so on."""
+    output = tmp_path / "out"
+    calls = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise FullDisk(28, "No space left on device")
+
+    def measure(comparison: Any) -> None:
+        calls.append(comparison)
+        fail() if len(calls) == 2 else original(comparison)
+
+    original = run_ebft.Comparison.measure
+    if fails == "measure":
+        monkeypatch.setattr(run_ebft.Comparison, "measure", measure)
+    else:
+        monkeypatch.setattr(run_ebft.EBFTTrainer, fails, fail)
+    ended = []
+    monkeypatch.setattr("accelerate.Accelerator.end_training", lambda self: ended.append(self))
+    run = options(model_folder, text_file, output, max_steps=1, eval_fraction=0.2)
+    with pytest.raises(FullDisk):
+        run_ebft.main(argv(run))
+    printed = capsys.readouterr()
+    assert ("before and after training" in printed.out) == (fails != "measure")
+    assert (output / "report.json").exists() == (fails != "measure")
+    assert (output / "model.safetensors").exists() == (fails != "save_model")
+    assert (f"The model is in {output}" in printed.out) == (fails != "save_model")
+    assert (output / "trainer_state.json").exists()
+    assert len(ended) == 1
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint(
+    tmp_path: Path, model_folder: str, text_file: str
+) -> None:
+    output = tmp_path / "out"
+    run = options(model_folder, text_file, output, report_rows=0, save_strategy="steps")
+    run |= {"save_steps": 1}
+    resumed = argv(run | {"max_steps": 2, "resume_from_checkpoint": "true"})
+    with pytest.raises(ValueError, match=r"finds no checkpoint in .*out; name the folder"):
+        run_ebft.main(resumed)
+    run_ebft.main(argv(run | {"max_steps": 1}))
+    run_ebft.main(resumed)
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
+    assert not (output / "checkpoint-2" / "checkpoint-1").exists()
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=gone is no folder"):
+        run_ebft.main(argv(run | {"resume_from_checkpoint": "gone"}))
+
+
 # ---- Options --------------------------------------------------------------------------------
 
 
@@ -372,6 +433,18 @@ def test_the_mode_is_said(
     run = options(model_folder, text_file, tmp_path / "out", report_rows=0, max_steps=1)
     run_ebft.main(argv(run))
     assert "Mode: strided (there are no prompts with ground truths)." in capsys.readouterr().out
+
+
+def test_the_mode_is_said_before_its_options_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`answer` chooses structured mode, whose batch sizes surprise who expected the other."""
+    data = table(tmp_path / "data.jsonl", [{"prompt": "1 + 1 =", "answer": "2"}] * 8)
+    arguments = [f"--dataset_name_or_path={data}", f"--output_dir={tmp_path}", "--use_cpu"]
+    with pytest.raises(ValueError, match="divisible"):
+        run_ebft.main([*arguments, "--bf16=false", "--per_device_train_batch_size=3"])
+    said = "Mode: structured (the columns are 'prompt' and 'answer')."
+    assert said in capsys.readouterr().out
 
 
 def test_an_explicit_mode_opens_nothing(tmp_path: Path) -> None:
