@@ -123,17 +123,11 @@ class VLLMClient:
         Raises:
             VLLMServerError: there are several and none is named, or the named one is not there.
         """
-        answer = parse(self._request("GET", "/v1/models", None, "list its models"))
-        try:
-            models = [
-                ServedModel(str(entry["id"]), str(entry["root"]), entry.get("max_model_len"))
-                for entry in answer["data"]
-                if entry.get("parent") is None
-            ]
-        except (KeyError, TypeError) as error:
-            raise BadAnswer(
-                f"what answers at {self.url}/v1/models is no vLLM server: {answer!r:.300}"
-            ) from error
+        models = [
+            ServedModel(str(entry["id"]), str(entry["root"]), entry.get("max_model_len"))
+            for entry in self._models()
+            if entry.get("parent") is None
+        ]
         wanted = self._settings.vllm_served_model_name
         names = ", ".join(model.name for model in models)
         if wanted is not None:
@@ -152,6 +146,19 @@ class VLLMClient:
                 "vllm_served_model_name."
             )
         return models[0]
+
+    def adapter_names(self) -> list[str]:
+        """Names of the adapters that the server has."""
+        return [str(entry["id"]) for entry in self._models() if entry.get("parent") is not None]
+
+    def _models(self) -> list[dict[str, Any]]:
+        answer = parse(self._request("GET", "/v1/models", None, "list its models"))
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(entries, list) or not all({"id", "root"} <= set(one) for one in entries):
+            raise BadAnswer(
+                f"what answers at {self.url}/v1/models is no vLLM server: {answer!r:.300}"
+            )
+        return entries
 
     def start_time(self) -> float | None:
         """When the server's process started (seconds since 1970); tells a restarted one.

@@ -260,6 +260,9 @@ class VLLMRollouts:
         served = self.client.base_model()
         check_tokenizer(self.client, served, tokenizer_of(trainer))
         self._kind.check_server(trainer.accelerator.unwrap_model(trainer.model), self.client)
+        if self._served is None:
+            assert self._sync is not None
+            self._sync.remove_leftovers()
         if self.settings.vllm_full_sync and start is None:
             raise VLLMServerError(
                 f"the vLLM server at {self.client.url} does not say when it started "

@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import secrets
 import shutil
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ from transformers import PreTrainedModel
 from hf_ebft.structured.vllm.answers import ServedModel
 from hf_ebft.structured.vllm.client import VLLMClient
 from hf_ebft.structured.vllm.errors import VLLMServerError
+from hf_ebft.structured.vllm.leftovers import new_run_name, remove_leftovers
 from hf_ebft.structured.vllm.processes import on_main_process
 from hf_ebft.structured.vllm.settings import VLLMServerArguments
 
@@ -171,8 +170,7 @@ class WeightSync(ABC):
     ) -> None:
         self.client = client
         self.settings = settings
-        # Names must be new to a server that other runs, earlier or at the same time, use as well.
-        self.run = f"ebft-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        self.run = new_run_name()
         parent = settings.vllm_sync_dir or os.path.join(output_dir or ".", "vllm_sync")
         self.folder = Path(os.path.abspath(parent)) / self.run
         self.versions = 0
@@ -214,6 +212,10 @@ class WeightSync(ABC):
     @abstractmethod
     def forget(self) -> None:
         """Take back from the server what was sent to it, on the main process."""
+
+    def remove_leftovers(self) -> None:
+        """Clear away what trainers that were killed left behind, on the main process."""
+        remove_leftovers(self.client, self.folder.parent)
 
     def close(self) -> None:
         """Leave nothing behind on the server or on the disk; problems are logged."""

@@ -1,0 +1,75 @@
+"""What trainers that were killed left on the server and on the disk, found by their names."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+from pathlib import Path
+
+import psutil
+
+from hf_ebft.structured.vllm.client import VLLMClient
+from hf_ebft.structured.vllm.errors import VLLMServerError
+
+logger = logging.getLogger(__name__)
+
+RUN_NAME = re.compile(
+    r"ebft-(?P<host>.+)-(?P<process>\d+)-(?P<started>\d+)-[0-9a-f]{6}(?P<version>-\d{6})?"
+)
+CLOCK_TOLERANCE = 2.0
+"""Seconds by which a process' start may be told differently."""
+
+
+def new_run_name() -> str:
+    """A name for the folders and adapters of one run, which says whose they are.
+
+    Other runs, earlier or at the same time, use the same server and folder.
+    """
+    process = psutil.Process()
+    started = int(process.create_time())
+    return f"ebft-{_host()}-{process.pid}-{started}-{secrets.token_hex(3)}"
+
+
+def is_abandoned(name: str) -> bool:
+    """Whether a run, or an adapter of it, belongs to a trainer of this machine that is gone.
+
+    Of other machines' trainers nothing is known, so theirs are not abandoned.
+    """
+    found = RUN_NAME.fullmatch(name)
+    if found is None or found["host"] != _host():
+        return False
+    try:
+        started = psutil.Process(int(found["process"])).create_time()
+    except psutil.NoSuchProcess:
+        return True
+    # A number is given to a new process once the old one is gone.
+    return abs(started - int(found["started"])) > CLOCK_TOLERANCE
+
+
+def remove_leftovers(client: VLLMClient, parent: Path) -> None:
+    """Unload the adapters and remove the folders of trainers that are gone; problems are logged.
+
+    Args:
+        client: of the server.
+        parent: folder that holds a folder for each run.
+    """
+    try:
+        for adapter in filter(is_abandoned, client.adapter_names()):
+            logger.info("unloading %s, which a trainer that is gone left on the server", adapter)
+            client.unload_adapter(adapter)
+    except VLLMServerError as error:
+        logger.warning("could not unload the adapters of trainers that are gone: %s", error)
+    if not parent.is_dir():
+        return
+    for entry in os.scandir(parent):
+        if entry.is_dir(follow_symlinks=False) and is_abandoned(entry.name):
+            logger.info("removing %s, which a trainer that is gone left behind", entry.path)
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "-", socket.gethostname())
