@@ -25,7 +25,7 @@ from hf_ebft.packed.deferred import TrainingPass
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.fsdp import SamplingGather
 from hf_ebft.packed.log_probs import packed_log_probs
-from hf_ebft.packed.model_parts import vocabulary_size
+from hf_ebft.packed.model_parts import forward_inputs, vocabulary_size
 from hf_ebft.packed.sampling import Rollouts, SamplingRecord, sample_with_record
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.rows.anchors import find_blocks_for
@@ -285,6 +285,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, BeforeTrainingMixin, CardTrainer)
             attention = "dense"  # TorchDynamo cannot carry the plan of split attention
         self._forward = PackedForward.for_model(policy, attention)
         self._vocabulary_size = vocabulary_size(policy)
+        self._model_inputs = forward_inputs(policy)
         self.feature_network = build_feature_network(
             policy, self._given_feature_network, self.ebft, self.accelerator
         )

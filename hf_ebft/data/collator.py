@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ebft.rows.documents import IGNORE_INDEX, PROMPT_LENGTH
+from hf_ebft.rows.documents import IGNORE_INDEX, LABEL_MASKS, PROMPT_LENGTH
 
 
 class EBFTDataCollator:
     """Pads every per-token column on the right, whatever columns the rows have.
 
-    Rows are dicts with ``input_ids`` and, optionally, ``attention_mask``, ``labels``,
-    ``position_ids``, ``document_ids`` / ``seq_idx`` (one value per token) and ``prompt_length``
-    (one value per row). A missing ``attention_mask`` is made, so padding is never mistaken for
-    text, and a tokenizer without a pad token needs none.
+    Rows are dicts with `input_ids` and, optionally, `attention_mask`, `labels`,
+    `completion_mask`, `assistant_masks`, `position_ids`, `document_ids` / `seq_idx` (one value per
+    token) and `prompt_length` (one value per row). A missing `attention_mask` is made, so padding
+    is never mistaken for text, and a tokenizer without a pad token needs none.
 
     Args:
         processing_class: tokenizer whose pad token fills ``input_ids``; 0 is used where it has
@@ -80,7 +80,7 @@ class EBFTDataCollator:
                 "remove_unused_columns=True."
             ) from error
         whole = not values.is_floating_point() and values.dtype != torch.bool
-        if values.numel() > 0 and not whole and name != "attention_mask":
+        if values.numel() > 0 and not whole and name not in ("attention_mask", *LABEL_MASKS):
             raise ValueError(
                 f"Column {name!r} of a row holds {values.dtype}, not whole numbers; convert it to "
                 "int64, or drop it."

@@ -93,6 +93,11 @@ def end_of_text_id(model: nn.Module, processing_class: Any = None) -> int | None
     return eos[0] if isinstance(eos, list) else eos
 
 
+def forward_inputs(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments that the model's own forward takes."""
+    return frozenset(inspect.signature(bare_model(model).forward).parameters)
+
+
 def vocabulary_size(model: nn.Module) -> int:
     """Number of token ids that the model embeds."""
     weight = bare_model(model).get_input_embeddings().weight

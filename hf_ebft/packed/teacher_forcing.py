@@ -9,9 +9,9 @@ import torch
 
 from hf_ebft.packed.masks import MaskRecipe
 from hf_ebft.rows.documents import (
-    DOCUMENT_COLUMNS,
     EBFT_COLUMNS,
     IGNORE_INDEX,
+    LABEL_MASKS,
     PROMPT_LENGTH,
     Documents,
     predicted_targets,
@@ -25,17 +25,17 @@ def teacher_forcing_inputs(
     """What the model's own forward needs to return the teacher-forced cross-entropy of a batch.
 
     A batch that a plain Trainer could evaluate is passed on as it is. Where labels are missing,
-    ``prompt_length`` marks the prompt, or rows pack several documents, equivalent right-padded
-    inputs
-    are made: labels masked accordingly, positions and attention restarting in every document.
+    other columns mask them, or rows pack several documents, equivalent right-padded inputs are
+    made: labels masked accordingly, positions and attention restarting in every document.
 
     Args:
         inputs: the batch as collated.
-        documents: the same batch, read by :meth:`Documents.from_inputs`.
+        documents: the same batch, read by `Documents.from_inputs`.
         recipe: how the model takes masks.
     """
     packed = bool((documents.document > 0).any())
-    if inputs.get("labels") is not None and inputs.get(PROMPT_LENGTH) is None and not packed:
+    masked = any(inputs.get(name) is not None for name in (PROMPT_LENGTH, *LABEL_MASKS))
+    if inputs.get("labels") is not None and not masked and not packed:
         return {name: value for name, value in inputs.items() if name not in EBFT_COLUMNS}
     rebuilt: dict[str, Any] = {
         "input_ids": documents.input_ids,
@@ -46,5 +46,5 @@ def teacher_forcing_inputs(
         coordinates = document_coordinates(documents)
         rebuilt["position_ids"] = coordinates.position
         rebuilt["attention_mask"] = recipe.build(coordinates, coordinates)
-    replaced = {*rebuilt, "position_ids", PROMPT_LENGTH, *DOCUMENT_COLUMNS}
+    replaced = {*rebuilt, "position_ids", *EBFT_COLUMNS}
     return {name: value for name, value in inputs.items() if name not in replaced} | rebuilt

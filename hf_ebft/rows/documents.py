@@ -15,7 +15,10 @@ from torch import Tensor
 # Columns that only EBFT understands: kept by the trainer, never passed to the model.
 PROMPT_LENGTH = "prompt_length"
 DOCUMENT_COLUMNS = ("document_ids", "seq_idx")
-EBFT_COLUMNS = (PROMPT_LENGTH, *DOCUMENT_COLUMNS)
+# TRL's columns: 1 at the tokens of a completion, and at those that an assistant wrote.
+LABEL_MASKS = ("completion_mask", "assistant_masks")
+EBFT_COLUMNS = (PROMPT_LENGTH, *DOCUMENT_COLUMNS, *LABEL_MASKS)
+READ_COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", *EBFT_COLUMNS)
 IGNORE_INDEX = -100
 
 
@@ -28,9 +31,10 @@ class Documents:
         document: (B, S) int64, which document of the row a token belongs to; -1 at padding.
         position: (B, S) int64, the token's index within its own document; 0 at padding.
         length: (B, S) int64, tokens of the token's own document; 0 at padding.
-        is_target: (B, S) bool, tokens that labels leave unmasked (all real tokens without labels).
+        is_target: (B, S) bool, tokens that labels and label masks leave unmasked (all real tokens
+            without any).
         completion_start: (B, S) int64, index within the token's document of the first token that
-            labels or ``prompt_length`` mark as completion; -1 where nothing marks one.
+            labels, label masks or `prompt_length` mark as completion; -1 where nothing marks one.
     """
 
     input_ids: Tensor
@@ -62,9 +66,10 @@ class Documents:
         """Read a batch as collators make it.
 
         Args:
-            inputs: ``input_ids`` (B, S'); optional ``attention_mask`` (B, S'), ``labels`` (B, S')
-                equal to input_ids or -100, ``prompt_length`` (B,) in tokens without padding, and
-                document boundaries as ``document_ids`` / ``seq_idx`` (B, S') or ``position_ids``
+            inputs: `input_ids` (B, S'); optional `attention_mask` (B, S'), `labels` (B, S')
+                equal to input_ids or -100, `completion_mask` and `assistant_masks` (B, S') 0 where
+                a token is no target, `prompt_length` (B,) in tokens without padding, and
+                document boundaries as `document_ids` / `seq_idx` (B, S') or `position_ids`
                 that restart.
             document_masking: see :class:`hf_ebft.config.StridedArguments`.
             eos_token_id: token that ends a document, used when ``document_masking`` is True and
@@ -113,7 +118,7 @@ class Documents:
                 )
             completion_start = prompt_length[:, None].expand_as(position)
             is_target = is_target & (position >= completion_start)
-        elif inputs.get("labels") is not None:
+        elif marks_targets(inputs):
             unreached = torch.full_like(per_document, input_ids.shape[1])
             first_target = unreached.scatter_reduce(
                 1, slot, torch.where(is_target, position, input_ids.shape[1]), reduce="amin"
@@ -137,22 +142,43 @@ class DocumentReader:
 
     Attributes:
         document_masking, eos_token_id, vocabulary_size, pad_to_multiple_of: see there.
+        model_inputs: names that the model's own forward takes. A batch with one of them that EBFT
+            does not read is refused: evaluation would use it and training would not.
     """
 
     document_masking: bool | None = None
     eos_token_id: int | None = None
     vocabulary_size: int | None = None
     pad_to_multiple_of: int = 1
+    model_inputs: frozenset[str] = frozenset()
 
     def read(self, inputs: Mapping[str, Any], device: torch.device | None = None) -> Documents:
-        """The documents of a batch, on a device (default: where its tensors are)."""
+        """The documents of a batch, on a device (default: where its tensors are).
+
+        Raises:
+            ValueError: a batch that `Documents.from_inputs` refuses, or with inputs of the model
+                that EBFT does not hand on.
+        """
+        unread = sorted((self.model_inputs & inputs.keys()).difference(READ_COLUMNS))
+        if unread:
+            raise ValueError(
+                f"The batch has {', '.join(unread)}, which the model takes as input, but EBFT "
+                "samples and trains on token ids alone: the model would be another one in "
+                "evaluation than in training. Drop these columns (dataset.remove_columns, or "
+                "tokenizer(..., return_token_type_ids=False)), or leave them out in the data "
+                "collator."
+            )
         if device is not None:
             inputs = {
                 name: value.to(device) if isinstance(value, Tensor) else value
                 for name, value in inputs.items()
             }
         return Documents.from_inputs(
-            inputs, **{field.name: getattr(self, field.name) for field in fields(self)}
+            inputs,
+            document_masking=self.document_masking,
+            eos_token_id=self.eos_token_id,
+            vocabulary_size=self.vocabulary_size,
+            pad_to_multiple_of=self.pad_to_multiple_of,
         )
 
 
@@ -234,7 +260,21 @@ def _read_attention_mask(inputs: Mapping[str, Any], input_ids: Tensor) -> Tensor
     return attention_mask.bool()
 
 
+def marks_targets(inputs: Mapping[str, Any]) -> bool:
+    """Whether a batch says by labels or by label masks which tokens are targets."""
+    return any(inputs.get(name) is not None for name in ("labels", *LABEL_MASKS))
+
+
 def _read_label_mask(inputs: Mapping[str, Any], input_ids: Tensor, real: Tensor) -> Tensor:
+    unmasked = _read_labels(inputs, input_ids, real)
+    for name in LABEL_MASKS:
+        mask = _same_shape(inputs, name, input_ids)
+        if mask is not None:
+            unmasked = unmasked & mask.bool()
+    return unmasked
+
+
+def _read_labels(inputs: Mapping[str, Any], input_ids: Tensor, real: Tensor) -> Tensor:
     labels = _same_shape(inputs, "labels", input_ids)
     if labels is None:
         return torch.ones_like(real)

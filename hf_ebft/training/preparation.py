@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sized
+from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_ebft.config import EBFTSettings
+from hf_ebft.config import EBFTConfig, EBFTSettings
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -36,6 +38,7 @@ def check_arguments(
         ValueError: something cannot work, or would be ignored.
     """
     refuse_what_would_be_ignored(args, kwargs)
+    refuse_options_of_other_trainers(args)
     refuse_empty(train_dataset, "train_dataset")
     refuse_empty(eval_dataset, "eval_dataset")
     refuse_missing_corpus(settings, train_dataset)
@@ -78,6 +81,53 @@ def refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]
             f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for the EBFT "
             "loss; set it to 0."
         )
+
+
+def refuse_options_of_other_trainers(args: TrainingArguments) -> None:
+    """Raise a ValueError for options of another trainer that are set, and warn of the others.
+
+    `SFTConfig` and the like are `TrainingArguments`, too, but nothing here reads `packing` or
+    `completion_only_loss`. A field counts as another trainer's if a library declares it. Fields
+    that a script adds in a class of its own are the script's to read.
+    """
+    read = EBFTConfig if isinstance(args, EBFTSettings) else TrainingArguments
+    known = {field.name for field in fields(read)}
+    foreign = [
+        field
+        for field in fields(args)
+        if field.name not in known and _declaring_library(type(args), field.name) is not None
+    ]
+    changed = {
+        field.name: getattr(args, field.name)
+        for field in foreign
+        if getattr(args, field.name) not in (None, _default(field))
+    }
+    kind = type(args).__name__
+    if changed:
+        listed = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        raise ValueError(
+            f"{kind} sets {listed}, which EBFTTrainer does not know and would ignore. Use an "
+            "EBFTConfig; cut, pack and mask rows when the dataset is made (hf_ebft.data, or the "
+            "columns labels, completion_mask, assistant_masks, position_ids)."
+        )
+    if foreign:
+        logger.warning(
+            "args is of type %s: EBFTTrainer applies none of its own options, not even their "
+            "defaults (%s). Use an EBFTConfig.",
+            kind,
+            ", ".join(f"{f.name}={getattr(args, f.name)!r}" for f in foreign if _default(f)),
+        )
+
+
+def _declaring_library(kind: type, name: str) -> str | None:
+    """Which of the libraries around `Trainer` declares a field of a class; None for a script."""
+    declares = [base for base in kind.__mro__ if name in inspect.get_annotations(base)]
+    library = declares[0].__module__.split(".")[0] if declares else ""
+    return library if library in ("transformers", "trl", "hf_ebft") else None
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def refuse_empty(dataset: Any, name: str) -> None:

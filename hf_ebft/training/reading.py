@@ -22,6 +22,7 @@ class ReadingMixin(Trainer):
     model: nn.Module  # Trainer's own annotation admits None, which it never is here
     ebft: EBFTSettings
     _vocabulary_size: int
+    _model_inputs: frozenset[str]
 
     @property
     def document_reader(self) -> DocumentReader:
@@ -31,6 +32,7 @@ class ReadingMixin(Trainer):
             eos_token_id=end_of_text_id(self.model, self.processing_class),
             vocabulary_size=self._vocabulary_size,
             pad_to_multiple_of=self.ebft.pad_to_multiple_of,
+            model_inputs=self._model_inputs,
         )
 
     def _set_signature_columns_if_needed(self) -> None:
