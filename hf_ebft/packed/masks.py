@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ from hf_ebft.packed.split_attention import (
     AttentionPlan,
     Section,
     Stretches,
+    Tile,
     make_tiles,
     split_attention,
 )
-from hf_ebft.rows.layout import PackedPart
+from hf_ebft.rows.layout import PackedLayout, PackedPart
 from hf_ebft.rows.visibility import Coordinates, sees
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,14 @@ class MaskRecipe:
                 part.masks[self] = self._as_argument(lambda kind: self._packed_mask(kind, part))
         return part.masks[self]
 
+    def prepare(self, part: PackedPart) -> None:
+        """Make what a pass needs beside the model, where it takes little memory to hold it ready.
+
+        A decoding step then launches the model alone.
+        """
+        if self.implementation == SPLIT:
+            self.masks_for(part)
+
     def build(self, queries: Coordinates, keys: Coordinates) -> Masks:
         """Masks for any ``queries`` (B, Q) over any ``keys`` (B, C), as a model's forward takes
         them.
@@ -138,52 +147,101 @@ class MaskRecipe:
     def _packed_mask(self, kind: str, part: PackedPart) -> PackedMask:
         # The mask must not hold the part, which holds the mask: only Python's collector of cycles
         # would free them, some steps later.
-        queries, keys = part.queries, part.keys
-        rows, n_queries = queries.slot.shape
+        copy = replace(part, masks={})
+        rows, n_queries = part.queries.slot.shape
         return PackedMask.from_plan(
             self.plan(kind, part),
-            shape=(rows, 1, n_queries, keys.slot.shape[1]),
-            device=queries.slot.device,
-            make_dense=lambda: self._dense_mask(kind, queries, keys),
+            shape=(rows, 1, n_queries, part.n_keys),
+            device=part.queries.slot.device,
+            make_dense=lambda: self._dense_mask(kind, copy.queries, copy.keys),
         )
 
     def plan(self, kind: str, part: PackedPart) -> AttentionPlan:
         """The same visibility as stretches of document columns and own tokens."""
-        layout, device = part.layout, part.queries.slot.device
-        documents, blocks = layout.documents, layout.blocks
+        layout = part.layout
+        n_queries = part.queries.slot.shape[1]
         sections = []
         if part.has_documents:
-            column = torch.arange(layout.document_width, device=device)
-            real = documents.document >= 0
-            first = column - documents.position + self.first_visible(kind, documents.position)
-            # Padding may look at anything, so it looks at what costs nothing.
-            low = torch.where(real, first, 0)[:, :, None]
-            stretches = Stretches(low, (column + 1).expand_as(real), real)
-            tiles = tuple(make_tiles(stretches, (1, 1)))
+            tiles = self._tiles(partial(self._document_stretches, kind), layout, (1, 1))
             sections.append(Section(slice(0, layout.document_width), (1, 1), tiles))
         if len(part.steps) > 0:
-            step = torch.arange(part.steps.start, part.steps.stop, device=device)
-            own_step = torch.arange(part.own_steps.stop, device=device)
-            own_hidden = (own_step > step[:, None])[None, None, None, None]
-            low = (blocks.column - blocks.position)[:, :, None]
-            if kind != FULL:
-                first = self.first_visible(kind, blocks.position[:, :, None] + step)
-                low = low + torch.minimum(first, blocks.position[:, :, None])
-                own_position = blocks.position[:, :, None] + own_step
-                too_early = own_position[:, :, None, :] < first[:, :, :, None]
-                own_hidden = own_hidden | too_early[:, None, :, None]
-            per_group = (layout.n_samples, len(step))
-            tiles = tuple(make_tiles(Stretches(low, blocks.column, blocks.exists), per_group))
-            start = layout.document_width if part.has_documents else 0
-            queries = slice(start, part.queries.slot.shape[1])
-            sections.append(Section(queries, per_group, tiles, own_hidden))
+            per_group = (layout.n_samples, len(part.steps))
+            sections.append(
+                Section(
+                    queries=slice(layout.document_width if part.has_documents else 0, n_queries),
+                    per_group=per_group,
+                    tiles=self._rollout_tiles(kind, part, per_group),
+                    n_own=len(part.own_steps),
+                    own_hidden=self._own_hidden(kind, part),
+                )
+            )
         return AttentionPlan(
             sections=tuple(sections),
-            n_queries=part.queries.slot.shape[1],
-            n_keys=part.keys.slot.shape[1],
+            n_queries=n_queries,
+            n_keys=part.n_keys,
             document_width=layout.document_width,
-            step_major=part.steps != part.own_steps,
+            step_major=part.step_major,
         )
+
+    def _tiles(
+        self,
+        stretches: Callable[[PackedLayout], Stretches],
+        layout: PackedLayout,
+        per_group: tuple[int, int],
+    ) -> tuple[Tile, ...]:
+        on_device = stretches(layout)
+        on_host = on_device if layout.on_host is layout else stretches(layout.on_host)
+        return tuple(make_tiles(on_device, on_host, per_group))
+
+    def _rollout_tiles(
+        self, kind: str, part: PackedPart, per_group: tuple[int, int]
+    ) -> tuple[Tile, ...]:
+        stretches = partial(self._rollout_stretches, kind, part.steps)
+        if kind != FULL:
+            return self._tiles(stretches, part.layout, per_group)
+        # Every token of a rollout sees the whole prefix, so decoding steps have their tiles in
+        # common.
+        known = part.layout.cache
+        if (FULL, per_group) not in known:
+            known[FULL, per_group] = self._tiles(stretches, part.layout, per_group)
+        tiles: tuple[Tile, ...] = known[FULL, per_group]
+        return tiles
+
+    def _document_stretches(self, kind: str, layout: PackedLayout) -> Stretches:
+        """What the S document tokens see of the documents."""
+        documents = layout.documents
+        column = torch.arange(layout.document_width, device=documents.position.device)
+        real = documents.document >= 0
+        first = column - documents.position + self.first_visible(kind, documents.position)
+        # Padding may look at anything, so it looks at what costs nothing.
+        low = torch.where(real, first, 0)[:, :, None]
+        return Stretches(low, (column + 1).expand_as(real), real)
+
+    def _rollout_stretches(self, kind: str, steps: range, layout: PackedLayout) -> Stretches:
+        """What these steps of every block's rollouts see of the documents."""
+        blocks = layout.blocks
+        low = (blocks.column - blocks.position)[:, :, None]
+        if kind != FULL:
+            step = torch.arange(steps.start, steps.stop, device=low.device)
+            first = self.first_visible(kind, blocks.position[:, :, None] + step)
+            low = low + torch.minimum(first, blocks.position[:, :, None])
+        return Stretches(low, blocks.column, blocks.exists)
+
+    def _own_hidden(self, kind: str, part: PackedPart) -> Tensor | None:
+        """(B or 1, 1, K or 1, 1, T, O) bool: own tokens ahead or outside of the window."""
+        blocks, device = part.layout.blocks, part.queries.slot.device
+        # The newest token alone sees all of its own where nothing limits it.
+        if kind == FULL and len(part.steps) == 1 and part.steps.stop == part.own_steps.stop:
+            return None
+        step = torch.arange(part.steps.start, part.steps.stop, device=device)
+        own_step = torch.arange(part.own_steps.stop, device=device)
+        hidden = (own_step > step[:, None])[None, None, None, None]
+        if kind != FULL:
+            first = self.first_visible(kind, blocks.position[:, :, None] + step)
+            own_position = blocks.position[:, :, None] + own_step
+            too_early = own_position[:, :, None, :] < first[:, :, :, None]
+            hidden = hidden | too_early[:, None, :, None]
+        return hidden
 
     def _dense_mask(self, kind: str, queries: Coordinates, keys: Coordinates) -> Tensor:
         """(B, 1, Q, C): additive for eager, else boolean."""

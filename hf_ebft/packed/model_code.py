@@ -14,6 +14,7 @@ import inspect
 import itertools
 import logging
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -172,11 +173,17 @@ class _BackboneOutput:
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Another forward, without the hooks that somebody may have put around it."""
     given = module.__dict__.get("forward")  # of a library that hooks modules this way
+    hooks = {name: getattr(module, name) for name in ("_forward_pre_hooks", "_forward_hooks")}
     module.forward = forward
+    for name in hooks:
+        setattr(module, name, OrderedDict())
     try:
         yield
     finally:
+        for name, own in hooks.items():
+            setattr(module, name, own)
         if given is None:
             del module.forward
         else:

@@ -224,14 +224,24 @@ def sample_with_record(
             if targets is not None:
                 scored = targets.join(first[2:])
                 document_pass = DocumentPass(scored, states_in(cache))
+        parts = [layout.step_part(step) for step in range(length - 1)]
+        for part in parts:
+            forward.recipe.prepare(part)
         steps = [first[:2]]
-        for step in range(length - 1):
-            part, text = layout.step_part(step), steps[-1][0]
+        for part in parts:
+            text = steps[-1][0]
             steps.append(forward.through_head(model, text, part, every_rollout, drawn, cache=cache))
     tokens, log_probs = (
         layout.from_row(torch.stack(of_steps, dim=2).flatten(1)).contiguous()
         for of_steps in zip(*steps, strict=True)
     )
+    # Once, at the end: a look at every step would make the host wait for the device.
+    if bool(torch.isnan(log_probs).any()):
+        raise FloatingPointError(
+            "The policy's logits are not finite, so no rollout can be sampled. Its weights have "
+            "probably diverged: lower learning_rate, raise warmup_steps or set max_grad_norm; with "
+            "fp16, train in bf16."
+        )
     rollouts = Rollouts(tokens, layout.blocks.exists, layout)
     record = SamplingRecord(
         rollouts.with_tokens(tokens.clone()),
@@ -283,30 +293,25 @@ def draw(probabilities: Tensor, generator: torch.Generator, each: int = 1) -> Te
     summed in parts, and only the part that holds the token is cumulated. Sums are in double
     precision, so that rare tokens at the end of a large vocabulary keep their share.
 
-    Raises:
-        FloatingPointError: the distribution holds NaN, which torch would report as a device assert.
+    A distribution that holds NaN gives some token of the vocabulary.
     """
     rows, vocabulary = probabilities.shape
     width = math.isqrt(vocabulary)
     parts = nn.functional.pad(probabilities, (0, -vocabulary % width)).view(rows, -1, width)
     up_to_part = parts.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     total = up_to_part[:, -1:]
-    if bool(torch.isnan(total).any()):
-        raise FloatingPointError(
-            "The policy's logits are not finite, so no rollout can be sampled. Its weights have "
-            "probably diverged: lower learning_rate, raise warmup_steps or set max_grad_norm; with "
-            "fp16, train in bf16."
-        )
     uniform = torch.rand(
         (rows, each), generator=generator, dtype=torch.float64, device=probabilities.device
     )
     threshold = torch.minimum(uniform * total, _just_below(total))
-    part = torch.searchsorted(up_to_part, threshold, right=True)
+    # Among NaN, which no threshold is below, the search goes to the end and beyond.
+    part = torch.searchsorted(up_to_part, threshold, right=True).clamp(max=parts.shape[1] - 1)
     before_part = nn.functional.pad(up_to_part, (1, 0)).gather(1, part)
     inside = parts.gather(1, part[..., None].expand(-1, -1, width))
     inside = inside.cumsum(dim=-1, dtype=torch.float64)
     left = torch.minimum((threshold - before_part)[..., None], _just_below(inside[..., -1:]))
-    return part * width + torch.searchsorted(inside, left, right=True)[..., 0]
+    token = part * width + torch.searchsorted(inside, left, right=True)[..., 0]
+    return token.clamp(max=vocabulary - 1)
 
 
 def _just_below(total: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,24 +78,21 @@ class Section:
             rollout after rollout.
         per_group: (n, T).
         tiles: they cover every group once.
+        n_own: O.
         own_hidden: (B or 1, 1, g or 1, 1, T, O) bool, own tokens that a rollout token does not see;
-            None where there are no own tokens.
+            None where it sees them all.
     """
 
     queries: slice
     per_group: tuple[int, int]
     tiles: tuple[Tile, ...]
+    n_own: int = 0
     own_hidden: Tensor | None = None
 
     @property
     def n_rollouts(self) -> int:
         """g * n."""
         return (self.queries.stop - self.queries.start) // self.per_group[1]
-
-    @property
-    def n_own(self) -> int:
-        """O."""
-        return 0 if self.own_hidden is None else self.own_hidden.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -124,11 +122,14 @@ class AttentionPlan:
         return own.unflatten(2, (-1, n_own))
 
 
-def make_tiles(stretches: Stretches, per_group: tuple[int, int]) -> Iterator[Tile]:
+def make_tiles(
+    stretches: Stretches, on_host: Stretches, per_group: tuple[int, int]
+) -> Iterator[Tile]:
     """Cut a section's groups into tiles.
 
     Args:
         stretches: what the groups see.
+        on_host: the same in the host's memory, which decides the shapes.
         per_group: (n, T).
     """
     low, high = stretches.low, stretches.high
@@ -138,17 +139,16 @@ def make_tiles(stretches: Stretches, per_group: tuple[int, int]) -> Iterator[Til
     size = max(-(-n_groups // TILES), FEWEST_ROWS // n_queries)
     size = max(1, min(rows // n_queries, size))
     # Bounds over the groups that exist: the whole tile's columns, and those that all see.
-    # One trip to the host for all tiles.
-    far = torch.iinfo(torch.int32).max
-    absent = ~stretches.exists
-    bounds = torch.stack(
+    far, exists = np.iinfo(np.int32).max, on_host.exists.numpy()
+    host_low, host_high = on_host.low.numpy(), on_host.high.numpy()
+    bounds = np.stack(
         [
-            _per_tile(low.amin(2).masked_fill(absent, far), size, far).amin(dim=1),
-            _per_tile(low.amax(2).masked_fill(absent, -1), size, -1).amax(dim=1),
-            _per_tile(high.masked_fill(absent, far), size, far).amin(dim=1),
-            _per_tile(high.masked_fill(absent, -1), size, -1).amax(dim=1),
+            _per_tile(np.where(exists, host_low.min(2), far), size, far).min(1),
+            _per_tile(np.where(exists, host_low.max(2), -1), size, -1).max(1),
+            _per_tile(np.where(exists, host_high, far), size, far).min(1),
+            _per_tile(np.where(exists, host_high, -1), size, -1).max(1),
         ],
-        dim=1,
+        axis=1,
     ).tolist()
     for index, (start, all_from, all_to, stop) in enumerate(bounds):
         groups = slice(index * size, min((index + 1) * size, n_groups))
@@ -166,11 +166,11 @@ def make_tiles(stretches: Stretches, per_group: tuple[int, int]) -> Iterator[Til
         yield Tile(groups=groups, columns=slice(start, stop), hidden=tuple(hidden))
 
 
-def _per_tile(bound: Tensor, size: int, filling: int) -> Tensor:
+def _per_tile(bound: np.ndarray, size: int, filling: int) -> np.ndarray:
     """(B, g) -> (tiles, B * size), the last tile filled up."""
     missing = -bound.shape[1] % size
-    filled = torch.nn.functional.pad(bound, (0, missing), value=filling)
-    return filled.unflatten(1, (-1, size)).transpose(0, 1).flatten(1)
+    filled = np.pad(bound, ((0, 0), (0, missing)), constant_values=filling)
+    return filled.reshape(len(bound), -1, size).transpose(1, 0, 2).reshape(-1, len(bound) * size)
 
 
 def split_attention(
@@ -281,7 +281,7 @@ class _SectionPass:
 
     def attend(self) -> Tensor:
         """(B, H, g * n, r, T, F)."""
-        rows, own = self._flat(self.rows), self.section.own_hidden is not None
+        rows, own = self._flat(self.rows), self.section.n_own > 0
         output = rows.new_empty(*rows.shape[:2], self.value.shape[3])
         own_scores = self._own_scores() if own else None
         own_weights = torch.empty_like(own_scores) if own_scores is not None else None
@@ -309,7 +309,7 @@ class _SectionPass:
         rows, d_rows = self._flat(self.rows), torch.empty_like(self._flat(self.rows))
         d_output, row_sums = self._flat(d_output), self._flat(row_sums)
         own_scores = d_own_weights = own_weights = d_own_scores = None
-        if self.section.own_hidden is not None:
+        if self.section.n_own > 0:
             own_scores = self._own_scores()
             own_values = self._own(self.value).transpose(1, 2)
             d_own_weights = torch.bmm(self._by_rollout(d_output), own_values).view_as(own_scores)
@@ -365,11 +365,11 @@ class _SectionPass:
     def _own_scores(self) -> Tensor:
         """(B * H, g * w, O), minus infinity where a token does not see one of its own."""
         own_hidden = self.section.own_hidden
-        assert own_hidden is not None
         keys = self._own(self.key).transpose(1, 2)
         scores = torch.bmm(self._by_rollout(self._flat(self.rows)), keys)
         scores = scores.view(self.batch.numel(), -1, self.section.n_own)
-        self._by_group(scores).masked_fill_(own_hidden, -torch.inf)
+        if own_hidden is not None:
+            self._by_group(scores).masked_fill_(own_hidden, -torch.inf)
         return scores
 
     def _own(self, keys: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -61,18 +62,24 @@ class KeptPlaces:
             whole_document: whether document tokens are predicted, too.
             part: keep only those that are in this part of the row; default: all.
         """
-        device = layout.predictor.device
-        document = inside = torch.zeros(0, dtype=torch.long, device=device)
+        # By numpy and in the host's memory: how many places there are must be known there.
+        document = inside = np.zeros(0, dtype=np.int64)
         if part is None or part.has_documents:
-            document = torch.unique(layout.predictor[..., 0])
+            document = np.unique(layout.on_host.predictor[..., 0].numpy())
             if whole_document:
-                document = torch.arange(max(1, layout.document_width - 1), device=device)
+                document = np.arange(max(1, layout.document_width - 1))
         if part is None or len(part.steps) > 0:
-            inside = torch.unique(layout.predictor[0, :, :, 1:])
-        places = torch.cat([document, inside])
-        index_of = torch.zeros(layout.row_width, dtype=torch.long, device=device)
-        index_of[places] = torch.arange(places.shape[0], device=device)
-        return cls(places=places, n_document=document.shape[0], index_of=index_of)
+            rollouts = np.arange(layout.document_width, layout.row_width)
+            inside = rollouts.reshape(-1, layout.length)[:, :-1].flatten()
+        places = np.concatenate([document, inside])
+        index_of = np.zeros(layout.row_width, dtype=np.int64)
+        index_of[places] = np.arange(len(places))
+        device = layout.documents.input_ids.device
+        return cls(
+            places=torch.from_numpy(places).to(device),
+            n_document=len(document),
+            index_of=torch.from_numpy(index_of).to(device),
+        )
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,27 @@ class PackedLayout:
         blocks: its blocks; K is their number.
         n_samples: n.
         length: G.
+        cache: what was worked out about the layout, shared with its parts.
     """
 
     documents: Documents
     blocks: Blocks
     n_samples: int
     length: int
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def on_host(self) -> PackedLayout:
+        """The same layout in the host's memory, read off the device once.
+
+        Whatever decides shapes is worked out there, so that no forward pass waits for the device.
+        """
+        if self.documents.input_ids.device.type == "cpu":
+            return self
+        if "on_host" not in self.cache:
+            self.cache["on_host"] = self.to(torch.device("cpu"))
+        found: PackedLayout = self.cache["on_host"]
+        return found
 
     @property
     def document_width(self) -> int:
@@ -78,9 +93,15 @@ class PackedLayout:
                 "torch.int64."
             )
 
-    @cached_property
+    @property
     def coordinates(self) -> Coordinates:
         """Coordinates of all R tokens of each row."""
+        if "coordinates" not in self.cache:
+            self.cache["coordinates"] = self._coordinates()
+        found: Coordinates = self.cache["coordinates"]
+        return found
+
+    def _coordinates(self) -> Coordinates:
         rows, samples, blocks, length = self.rollout_shape
         device = self.documents.input_ids.device
         steps = torch.arange(length, device=device)
@@ -123,23 +144,19 @@ class PackedLayout:
     @cached_property
     def document_part(self) -> PackedPart:
         """The documents alone, as they are before anything is sampled."""
-        coordinates = document_coordinates(self.documents)
-        return self._part(coordinates, coordinates, True, range(0), range(0))
+        return self._part(document_coordinates(self.documents), True, range(0), range(0))
 
     @cached_property
     def row_part(self) -> PackedPart:
         """The whole row at once."""
         steps = range(self.length)
-        return self._part(self.coordinates, self.coordinates, True, steps, steps)
+        return self._part(self.coordinates, True, steps, steps)
 
     @cached_property
     def predicting_part(self) -> PackedPart:
         """The row without the last token of every rollout, which predicts nothing."""
         steps = range(self.length - 1)
-        slot = self.coordinates.slot[0, self.document_width :].view(-1, self.length)
-        document = torch.arange(self.document_width, device=slot.device)
-        coordinates = self.coordinates.select(torch.cat([document, slot[:, :-1].flatten()]))
-        return self._part(coordinates, coordinates, True, steps, steps)
+        return self._part(self.coordinates.select(self._slots(steps)), True, steps, steps)
 
     @cached_property
     def rollouts_part(self) -> PackedPart:
@@ -153,27 +170,25 @@ class PackedLayout:
 
     def _without_documents(self, part: PackedPart) -> PackedPart:
         queries = part.queries.map(lambda field: field[:, self.document_width :])
-        return self._part(queries, part.keys, False, part.steps, part.own_steps)
+        return self._part(queries, False, part.steps, part.own_steps)
 
     def step_part(self, step: int) -> PackedPart:
         """The ``step``-th token of every rollout, after a cache of all that comes before it."""
-        document = torch.arange(self.document_width, device=self.documents.input_ids.device)
-        cached = [self.step_slots(earlier) for earlier in range(step + 1)]
         queries = self.coordinates.select(self.step_slots(step))
-        keys = self.coordinates.select(torch.cat([document, *cached]))
-        return self._part(queries, keys, False, range(step, step + 1), range(step + 1))
+        return self._part(queries, False, range(step, step + 1), range(step + 1))
+
+    def _slots(self, steps: range) -> Tensor:
+        """Places of the documents and of the first tokens of every rollout, in the row's order."""
+        place = torch.arange(self.row_width, device=self.documents.input_ids.device)
+        own = place[self.document_width :].view(-1, self.length)[:, : len(steps)]
+        return torch.cat([place[: self.document_width], own.flatten()])
 
     def _part(
-        self,
-        queries: Coordinates,
-        keys: Coordinates,
-        has_documents: bool,
-        steps: range,
-        own_steps: range,
+        self, queries: Coordinates, has_documents: bool, steps: range, own_steps: range
     ) -> PackedPart:
         # With a layout of its own: a layout and its parts must not hold each other, or only
         # Python's collector of cycles would free them and their masks, some steps later.
-        return PackedPart(replace(self), queries, keys, has_documents, steps, own_steps)
+        return PackedPart(replace(self), queries, has_documents, steps, own_steps)
 
     def select_blocks(self, blocks: slice) -> PackedLayout:
         """The same documents with some of their blocks."""
@@ -195,8 +210,6 @@ class PackedPart:
     Attributes:
         layout: of the row.
         queries: coordinates of the tokens that are fed.
-        keys: coordinates of the tokens that they may see: those in the cache, then themselves. The
-            S document tokens come first.
         has_documents: whether the document tokens are fed; they come first, too.
         steps: which tokens of every rollout are fed. One step stands in the row's order, all of
             them as they stand in the row.
@@ -207,11 +220,34 @@ class PackedPart:
 
     layout: PackedLayout
     queries: Coordinates
-    keys: Coordinates
     has_documents: bool
     steps: range
     own_steps: range
     masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def n_keys(self) -> int:
+        """C."""
+        _, samples, blocks, _ = self.layout.rollout_shape
+        return self.layout.document_width + blocks * samples * len(self.own_steps)
+
+    @property
+    def step_major(self) -> bool:
+        """Whether the rollouts' keys stand step by step, as in a cache that grows."""
+        return self.steps != self.own_steps
+
+    @cached_property
+    def keys(self) -> Coordinates:
+        """Coordinates (B, C) of the tokens that those may see: the cached ones, then themselves.
+
+        The S document tokens come first.
+        """
+        layout = self.layout
+        if not self.step_major:
+            return layout.coordinates.select(layout._slots(self.own_steps))
+        document = torch.arange(layout.document_width, device=self.queries.slot.device)
+        own = [layout.step_slots(step) for step in self.own_steps]
+        return layout.coordinates.select(torch.cat([document, *own]))
 
     @cached_property
     def index_of(self) -> Tensor:

@@ -229,7 +229,10 @@ def test_no_weight_is_read_and_nothing_stays_replaced() -> None:
         for weight in model.parameters():
             weight.fill_(torch.nan)
     calls: list[int] = []
-    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    for module in (model.model.layers[0], model.model, model.lm_head):
+        module.register_forward_hook(lambda *_: calls.append(1))
     assert expected is not None and find_head(model) == expected
     assert not calls
+    model.lm_head(torch.zeros(1, model.config.hidden_size))
+    assert calls == [1]
     assert "forward" not in vars(model.model) and "forward" not in vars(model.lm_head)

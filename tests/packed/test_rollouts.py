@@ -271,8 +271,29 @@ def test_draw_keeps_the_share_of_rare_tokens_late_in_a_large_vocabulary(
         assert int(draw(probabilities, make_generator(CPU, 0))) == token
 
 
-def test_draw_refuses_what_is_not_finite() -> None:
-    probabilities = torch.full((2, 3), 1 / 3)
-    probabilities[1, 2] = torch.nan
-    with pytest.raises(FloatingPointError, match="not finite"):
-        draw(probabilities, make_generator(CPU, 0))
+@pytest.mark.parametrize("vocabulary", [3, 10, 4096])
+def test_draw_stays_in_the_vocabulary_where_probabilities_are_not_finite(vocabulary: int) -> None:
+    """Sampling looks for NaN once, at its end; until then no index may be out of range."""
+    for first in (0, vocabulary - 1):
+        probabilities = torch.full((2, vocabulary), 1 / vocabulary)
+        probabilities[1, first:] = torch.nan
+        tokens = draw(probabilities, make_generator(CPU, 0), 5)
+        assert int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary
+
+
+@pytest.mark.parametrize("step", range(LENGTH))
+def test_sampling_refuses_what_is_not_finite_at_any_step(
+    step: int, policy: PreTrainedModel
+) -> None:
+    layout, calls = make_layout(random_documents(11, 5)), itertools.count()
+
+    def spoil(_module: nn.Module, _args: Any, output: Any) -> None:
+        if next(calls) == step:
+            output.last_hidden_state[0, :, 0] = torch.nan
+
+    hook = policy.model.register_forward_hook(spoil)
+    try:
+        with pytest.raises(FloatingPointError, match="logits are not finite"):
+            sample(policy, layout)
+    finally:
+        hook.remove()
