@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -22,17 +22,15 @@ from hf_ebft.objective.advantages import compute_advantages
 from hf_ebft.objective.duplicates import first_equal_rollouts, with_equal_features
 from hf_ebft.objective.rewards import Rewards, rewards_from_settings
 from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.structured.baselines import BASELINES, Baseline, check_trainer
 from hf_ebft.structured.columns import ground_truth_column
 from hf_ebft.structured.config import StructuredSettings, refuse_groups_that_do_not_sum_to_zero
 from hf_ebft.structured.encoding import Example, ExampleEncoder, text_of
 from hf_ebft.structured.groups import fingerprints, gather_rows, group_size, own_rows
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
-from hf_ebft.structured.trl_internals import restore_forward
+from hf_ebft.structured.trl_internals import restore_forward, trainer_of
 from hf_ebft.structured.unfinished import rank_unfinished_last
 from hf_ebft.training.metrics import PREFIX, ZERO_ADVANTAGE
-
-Baseline = Literal["group_mean", "leave_one_out"]
-BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
 # Settings that a finished network has behind it.
 NETWORK_OPTIONS = (
@@ -72,10 +70,12 @@ class FeatureMatchingReward:
     becomes the wanted advantage A *after* that. A sums to zero over every group of n >= 3, hence:
 
     - `GRPOTrainer` subtracts the group's mean: A - mean(A) = A, so A is returned. Its
-      ``scale_rewards`` must be off.
+      `scale_rewards` must be off.
     - `RLOOTrainer` subtracts the mean of the others: A_j - (0 - A_j) / (n - 1) = A_j n / (n - 1),
-      so A (n - 1) / n is returned, with ``trainer_baseline="leave_one_out"``. Its
-      ``normalize_advantages`` and ``reward_clip_range`` must be off.
+      so A (n - 1) / n is returned, with `trainer_baseline="leave_one_out"`. Its
+      `normalize_advantages` and `reward_clip_range` must be off, and its `beta` 0.
+
+    Trainers with other settings are warned of in the log, at the first call.
 
     The ground truth is read from a column of the dataset, which TRL passes by name (all but one
     called ``completion``: rename that). The trainers' `reward` is then the mean advantage, about 0;
@@ -144,6 +144,7 @@ class FeatureMatchingReward:
         # What a trainer that knows more than TRL passes may set for the batch to come.
         self.group_sizes: tuple[int | None, ...] = (num_generations, num_generations_eval)
         self.completion_budget: int | None = None
+        self._trainer_checked = False
         # TRL names metrics and columns of the completions table after the function.
         self.__name__ = "feature_matching"
 
@@ -174,8 +175,12 @@ class FeatureMatchingReward:
             R numbers.
 
         Raises:
-            ValueError: no ground truth among the columns, or rows that are no groups.
+            ValueError: no ground truth among the columns, rows that are no groups, or a trainer
+                that subtracts another baseline.
         """
+        if not self._trainer_checked:
+            check_trainer(trainer_of(log_metric), self.trainer_baseline)
+            self._trainer_checked = True
         start = time.perf_counter()
         truths = columns[ground_truth_column(columns, self.column)]
         scores = self.score(
