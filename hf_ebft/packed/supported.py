@@ -181,6 +181,22 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return nested or ([rope] if rope else [])
 
 
+def sequence_limit(model: nn.Module) -> tuple[int, str] | None:
+    """Most tokens of a plain row that a model can read, whatever else is in its batch.
+
+    Args:
+        model: bare or wrapped by PEFT, not yet distributed.
+
+    Returns:
+        The number of tokens and why there are no more; None without a limit.
+    """
+    base = bare_model(model)
+    config = base.config.get_text_config(decoder=True)
+    if getattr(config, "alibi", False):
+        return None
+    return _row_limits(config, type(base).__name__).document
+
+
 def set_packed_attention(model: nn.Module, choice: str) -> str:
     """Give the model an attention implementation that can express the packed mask.
 
