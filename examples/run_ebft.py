@@ -48,7 +48,6 @@ from run_options import (
     DataArguments,
     Mode,
     ReportArguments,
-    as_arguments,
     check,
     early_options,
     parse_arguments,
@@ -56,6 +55,7 @@ from run_options import (
 from transformers import HfArgumentParser, set_seed
 
 from hf_ebft import EBFTConfig, EBFTTrainer
+from hf_ebft.conversion.checking import as_arguments
 from hf_ebft.data import (
     RawDataset,
     Table,

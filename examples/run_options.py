@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_ebft import EBFTConfig
+from hf_ebft.conversion.checking import as_arguments
 from hf_ebft.data import TRANSFORMS
 
 EXAMPLES = Path(__file__).parent
@@ -319,20 +319,6 @@ def file_options(path: str, parser: ArgumentParser) -> dict[str, Any]:
             f"{parser.prog}: error: --config {path} must hold lines of the form 'option: value'.\n",
         )
     return options
-
-
-def as_arguments(options: dict[str, Any]) -> list[str]:
-    """Options of a file as command-line arguments, so that both are read in one way."""
-    arguments: list[str] = []
-    for name, value in options.items():
-        if value is None:  # as if it were not there
-            continue
-        if isinstance(value, list):
-            arguments += [f"--{name}", *map(str, value)]
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            arguments.append(f"--{name}={text}")
-    return arguments
 
 
 def check(names: ModelArguments, lora: LoraArguments, report: ReportArguments) -> None:

@@ -1,4 +1,4 @@
-"""``hf-ebft``: what is done from the command line beside training.
+"""The command `hf-ebft`: what is done from the command line beside training.
 
 hf-ebft convert axolotl.yaml --output run.yaml
 python -m hf_ebft convert axolotl.yaml          # the same, printed
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert.add_argument("--output", type=Path, help="file to write; default: print")
     arguments = parser.parse_args(argv)
     try:
+        refuse_source(arguments.file, arguments.output)
         conversion = convert_axolotl(read(arguments.file))
     except (OSError, ValueError, yaml.YAMLError) as error:
         print(f"hf-ebft convert: {arguments.file}: {error}", file=sys.stderr)
@@ -42,6 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.output.write_text(text, encoding="utf-8")
     print(summary(conversion), file=sys.stderr)
     return 0
+
+
+def refuse_source(source: Path, output: Path | None) -> None:
+    """Raise if the output would overwrite what is converted.
+
+    Raises:
+        ValueError: both are the same file.
+    """
+    if output is not None and output.resolve() == source.resolve():
+        raise ValueError("--output is the file that is converted; name another one.")
 
 
 def read(path: Path) -> Mapping[str, object]:

@@ -1,4 +1,4 @@
-"""axolotl's ``rl: ebft`` configurations as options of ``examples/run_ebft.py``.
+"""axolotl's `rl: ebft` configurations as options of `examples/run_ebft.py`.
 
 Every key of the file ends up in one of two places: among the options, or in the list of those that
 could not be carried over, with the reason. Where a default differs, axolotl's is written out.
@@ -6,9 +6,12 @@ could not be carried over, with the reason. Where a default differs, axolotl's i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from hf_ebft.conversion.checking import check_values
 
 #: Keys that mean the same in both modes: axolotl's name -> ours.
 SAME: dict[str, str] = {
@@ -57,7 +60,7 @@ SAME: dict[str, str] = {
     "dataloader_drop_last": "dataloader_drop_last",
     "ddp_timeout": "ddp_timeout",
 }
-#: Keys of ``ebft`` that both modes have.
+#: Keys of `ebft` that both modes have.
 EBFT_SAME = (
     "feature_layers",
     "embed_method",
@@ -66,7 +69,7 @@ EBFT_SAME = (
     "diversity_coef",
     "ce_coef",
 )
-#: Keys of ``ebft`` for strided mode; the names are ours.
+#: Keys of `ebft` for strided mode; the names are ours.
 EBFT_STRIDED = (
     "stride",
     "context_length",
@@ -78,17 +81,24 @@ EBFT_STRIDED = (
     "advantage_estimator",
     "min_completion_prefix",
 )
-#: Keys of ``ebft`` for structured mode; the names are ours.
+#: Keys of `ebft` for structured mode; the names are ours.
 EBFT_STRUCTURED = ("adaptive_max_tokens", "gt_length_multiplier")
 #: axolotl's defaults that are not ours, with the modes that have the option.
 OTHER_DEFAULTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "use_whitening": (False, ("strided", "structured")),
     "adaptive_max_tokens": (True, ("structured",)),
 }
-#: Keys of ``trl`` that `trl.GRPOConfig` and ours have by the same name.
+#: Keys of `trl` that `trl.GRPOConfig` and ours have by the same name.
 TRL_SAME = (
+    # groups and lengths
     "num_generations",
+    "num_generations_eval",
+    "generation_batch_size",
+    "steps_per_generation",
     "max_completion_length",
+    "shuffle_dataset",
+    "pad_to_multiple_of",
+    # sampling
     "temperature",
     "top_p",
     "top_k",
@@ -96,22 +106,91 @@ TRL_SAME = (
     "repetition_penalty",
     "generation_kwargs",
     "chat_template_kwargs",
+    "cache_implementation",
+    "use_transformers_continuous_batching",
+    "transformers_continuous_batching_config",
+    # loss
     "loss_type",
     "epsilon",
     "epsilon_high",
+    "delta",
     "beta",
     "num_iterations",
     "mask_truncated_completions",
-    "log_completions",
+    "importance_sampling_level",
+    "sapo_temperature_neg",
+    "sapo_temperature_pos",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "off_policy_mask_threshold",
+    "use_bias_correction_kl",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "entropy_coef_min",
+    "entropy_coef_max",
+    "entropy_coef_delta",
+    "entropy_target",
+    "multi_objective_aggregation",
     "sync_ref_model",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
+    # model
+    "disable_dropout",
+    "cast_lm_head_to_fp32",
+    "router_aux_loss_coef",
+    # logging
+    "log_completions",
+    "num_completions_to_print",
+    "log_unique_prompts",
+    "log_completions_hub_repo",
+    # vLLM
     "vllm_mode",
+    "vllm_model_impl",
+    "vllm_server_base_url",
     "vllm_server_host",
     "vllm_server_port",
     "vllm_server_timeout",
+    "vllm_group_port",
+    "vllm_gpu_memory_utilization",
+    "vllm_max_model_length",
+    "vllm_tensor_parallel_size",
+    "vllm_enable_sleep_mode",
+    "vllm_structured_outputs_regex",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
 )
-#: Keys of ``vllm`` that ``examples/serve_vllm.py`` reads from our file.
+#: Keys of `trl` that have another name here.
+TRL_RENAMED: dict[str, str] = {
+    "vllm_max_model_len": "vllm_max_model_length",
+    "vllm_guided_decoding_regex": "vllm_structured_outputs_regex",
+}
+#: Keys of `trl` without a place here, and why.
+TRL_NO_PLACE: dict[str, str] = {
+    "scale_rewards": "advantages are not divided by a standard deviation; advantage_estimator: "
+    "group_norm is the estimator that does",
+    "reward_funcs": "the script has one reward, feature matching; add others in a script of yours",
+    "reward_weights": "the script has one reward, feature matching; alignment_coef and "
+    "diversity_coef weigh its parts",
+    "model_init_kwargs": "the script loads the model; see dtype, attn_implementation",
+    "trust_remote_code": "it is a key of the file itself, outside trl",
+    "ds3_gather_for_generation": "DeepSpeed is not supported",
+    "max_tool_calling_iterations": "structured mode has no tools",
+    "log_multimodal": "structured mode embeds text only",
+    "use_transformers_paged": "TRL has given it up; use_transformers_continuous_batching took its "
+    "place",
+    "vllm_importance_sampling_cap": "TRL has given it up; vllm_importance_sampling_clip_max took "
+    "its place",
+    "vllm_dtype": "give it to examples/serve_vllm.py after --, as vLLM calls it",
+    "vllm_enable_prefix_caching": "give it to examples/serve_vllm.py after --, as vLLM calls it",
+    "vllm_device": "TRL has given it up; CUDA_VISIBLE_DEVICES of the server's process says it",
+    "rollout_func": "it is code; the script takes the rollouts that the data needs",
+}
+#: Keys of `vllm` that `examples/serve_vllm.py` reads from our file.
 VLLM_SAME: dict[str, str] = {
     "gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "tensor_parallel_size": "vllm_tensor_parallel_size",
@@ -137,13 +216,45 @@ NO_PLACE: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class _Chat:
+    """A transform of chats: settings of `hf_ebft.data.chat`, the mode, and what differs there."""
+
+    settings: Mapping[str, str]
+    mode: str = "structured"
+    note: str | None = None
+
+
+_LAST_REPLY_ONLY = (
+    "Only the last reply of a chat is learned; axolotl's rows have blocks in every reply. For such "
+    "rows give input_ids and labels to EBFTTrainer in a script."
+)
+#: axolotl's transforms of chats: module and function.
+CHATS: dict[tuple[str, str], _Chat] = {
+    ("ebft_chat_multiturn", "transform"): _Chat({"turn": "all"}),
+    ("ebft_chat_multiturn", "transform_last_turn"): _Chat({"turn": "last"}),
+    ("ebft_reasoning", "transform"): _Chat({"turn": "last", "thinking": "keep"}),
+    ("ebft_reasoning", "transform_split_thinking"): _Chat({"turn": "last", "thinking": "keep"}),
+    ("ebft_reasoning", "transform_answer_only"): _Chat(
+        {"turn": "last", "thinking": "strip"},
+        note="The thinking is taken out of rollouts too; axolotl strips the ground truth alone.",
+    ),
+    ("ebft_reasoning", "transform_strided"): _Chat(
+        {"turn": "last", "thinking": "keep"}, mode="strided"
+    ),
+    ("ebft_strided_chat", "transform"): _Chat(
+        {"turn": "last"}, mode="strided", note=_LAST_REPLY_ONLY
+    ),
+}
+
+
 @dataclass
 class Conversion:
     """A configuration in our options, and what became of every key of the other.
 
     Attributes:
-        options: for ``examples/run_ebft.py --config``.
-        carried: the other's key (``ebft.stride``) -> our option.
+        options: for `examples/run_ebft.py --config`.
+        carried: the other's key (`ebft.stride`) -> our option.
         left: keys that could not be carried over -> why.
         notes: what means something else here, in sentences.
     """
@@ -164,10 +275,11 @@ class Conversion:
 
 
 def convert_axolotl(config: Mapping[str, Any]) -> Conversion:
-    """Turn an axolotl configuration with ``rl: ebft`` into ours.
+    """Turn an axolotl configuration with `rl: ebft` into ours.
 
     Raises:
-        ValueError: another training method, or a configuration of another shape.
+        ValueError: another training method, a configuration of another shape, or a value that the
+            training arguments refuse.
     """
     if config.get("rl") != "ebft":
         raise ValueError(
@@ -193,7 +305,23 @@ def convert_axolotl(config: Mapping[str, Any]) -> Conversion:
     _ebft(result, ebft, mode)
     _trl(result, dict(config.get("trl") or {}), dict(config.get("vllm") or {}), mode)
     _report_to(result, config)
+    _check(result)
     return result
+
+
+def _check(result: Conversion) -> None:
+    """Raise for values that cannot work, by the names that they have in axolotl's file."""
+    try:
+        unchecked = check_values(result.options)
+    except (ValueError, TypeError) as error:
+        said = str(error)
+        named = re.match(r"argument --(\w+)(?:/\S+)?: ", said)
+        keys = {option: key for key, option in result.carried.items()}
+        if named is not None and named[1] in keys:
+            said = f"{keys[named[1]]}: {said[named.end() :]}"
+        raise ValueError(f"{said}{'' if said.endswith('.') else '.'}") from error
+    if unchecked is not None:
+        result.notes.append(unchecked)
 
 
 def _top(result: Conversion, key: str, value: Any, config: Mapping[str, Any], mode: str) -> None:
@@ -228,7 +356,7 @@ def _top(result: Conversion, key: str, value: Any, config: Mapping[str, Any], mo
         else:
             result.leave(key, "lora_target_modules says which modules get adapters")
     elif key == "lora_target_modules":
-        result.carry(key, key, value if isinstance(value, list) else [value])
+        result.carry(key, key, value)  # names, or a regular expression, as PEFT has it
     elif key in ("bf16", "fp16", "torch_dtype"):
         _precision(result, key, config)
     elif key == "flash_attention":
@@ -258,8 +386,11 @@ def _datasets(result: Conversion, entries: Any, mode: str) -> None:
 
 
 def _transform(result: Conversion, key: str, transform: Any, dataset: Any, mode: str) -> None:
-    """The transforms of axolotl's examples; others are code, which cannot be converted."""
-    if transform in ("ebft_opencode.transform", "ebft_strided_structured.transform"):
+    """axolotl's own transforms; others are code, which cannot be converted."""
+    name, _, function = str(transform).partition(".")
+    if (name, function) in CHATS:
+        _chat(result, key, CHATS[name, function], mode)
+    elif transform in ("ebft_opencode.transform", "ebft_strided_structured.transform"):
         settings: dict[str, Any] = {"question_column": "input", "answer_column": "output"}
         if transform == "ebft_opencode.transform":
             settings["chat"] = True
@@ -277,6 +408,12 @@ def _transform(result: Conversion, key: str, transform: Any, dataset: Any, mode:
             f"Text is read from the column {column!r}; axolotl takes 'question' where there is "
             "one, else 'text'. Long documents continue in the next row here instead of ending."
         )
+    elif transform == "ebft_chat_multiturn.transform_all_turns":
+        result.leave(
+            key,
+            "one row for each reply of a chat is not made here; transform: chat takes the first or "
+            "the last reply (turn), or all of them as one completion",
+        )
     else:
         result.leave(
             key,
@@ -285,7 +422,23 @@ def _transform(result: Conversion, key: str, transform: Any, dataset: Any, mode:
         )
 
 
+def _chat(result: Conversion, key: str, chat: _Chat, mode: str) -> None:
+    """A transform of chats; ours is one function with settings."""
+    if mode != chat.mode:
+        result.leave(key, f"it is for {chat.mode} mode")
+        return
+    result.carry(key, "transform", "chat")
+    result.options["transform_args"] = dict(chat.settings)
+    result.notes += [
+        "Chats are read from the column 'messages'; axolotl takes 'conversations' where there is "
+        "none. For another column add messages_column to transform_args.",
+        *([chat.note] if chat.note else []),
+    ]
+
+
 def _val_set_size(result: Conversion, value: Any) -> None:
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"val_set_size is {value!r}; it has to be a number.")
     if not 0 <= value <= 0.5:
         result.leave("val_set_size", "held-out rows are a share of at most 0.5 here: eval_fraction")
         return
@@ -362,12 +515,8 @@ def _trl(result: Conversion, trl: dict[str, Any], vllm: dict[str, Any], mode: st
         path = f"trl.{key}"
         if value is None:
             result.leave(path, "it is empty")
-        elif key == "scale_rewards":
-            result.leave(
-                path,
-                "advantages are not divided by a standard deviation; advantage_estimator: "
-                "group_norm is the estimator that does",
-            )
+        elif key in TRL_NO_PLACE:
+            result.leave(path, TRL_NO_PLACE[key])
         elif key == "use_vllm" and value and lora_sync:
             result.carry(path, "vllm_lora_sync", True)
         elif key == "use_vllm":
@@ -379,8 +528,12 @@ def _trl(result: Conversion, trl: dict[str, Any], vllm: dict[str, Any], mode: st
                 result.leave(path, "it needs vllm_lora_sync: true here")
         elif key == "vllm_server_host" and value == "0.0.0.0":
             result.carry(path, key, "127.0.0.1")
-        elif key in TRL_SAME:
-            result.carry(path, key, value)
+        elif key in TRL_SAME or key in TRL_RENAMED:
+            option = TRL_RENAMED.get(key, key)
+            if option in result.options:
+                result.leave(path, f"{option} is said by another key already")
+            else:
+                result.carry(path, option, value)
         else:
             result.leave(path, "there is no such option here")
     for key, value in vllm.items():
@@ -399,8 +552,8 @@ def _trl(result: Conversion, trl: dict[str, Any], vllm: dict[str, Any], mode: st
             result.leave(path, "give it to examples/serve_vllm.py after --, as vLLM calls it")
     if trl.get("use_vllm") and not lora_sync:
         result.options["vllm_mode"] = result.options.get("vllm_mode", "server")
-    rank = result.options.get("lora_r", 0)
-    if lora_sync and rank > 16:
+    rank = result.options.get("lora_r")
+    if lora_sync and isinstance(rank, int) and rank > 16:
         result.options["vllm_max_lora_rank"] = next(
             (served for served in (32, 64, 128, 256, 512) if served >= rank), 512
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from hf_ebft import EBFTConfig
 from hf_ebft.cli import main
@@ -18,9 +19,11 @@ from hf_ebft.conversion.axolotl import (
     EBFT_STRIDED,
     EBFT_STRUCTURED,
     SAME,
+    TRL_NO_PLACE,
     TRL_SAME,
     VLLM_SAME,
 )
+from hf_ebft.data import TRANSFORMS
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "tests" / "conversion" / "axolotl").glob("*.yaml"))
@@ -143,11 +146,22 @@ def test_adapters_over_files() -> None:
         ({"surprise": 1}, "surprise", "no such option"),
         ({"ebft": {"surprise": 1}}, "ebft.surprise", "no such option"),
         ({"ebft": {"stride": 8}}, "ebft.stride", "axolotl does not read it in structured mode"),
-        ({"trl": {"reward_weights": [1.0]}}, "trl.reward_weights", "no such option"),
+        ({"trl": {"surprise": 1}}, "trl.surprise", "no such option"),
+        ({"trl": {"reward_weights": [1.0]}}, "trl.reward_weights", "has one reward"),
         ({"trl": {"async_prefetch": True}}, "trl.async_prefetch", "needs vllm_lora_sync"),
         ({"trl": {"beta": None}}, "trl.beta", "empty"),
         ({"vllm": {"dtype": "auto"}}, "vllm.dtype", "after --"),
         ({"datasets": [{"path": "a", "type": "my.transform"}]}, "datasets[0].type", "it is code"),
+        (
+            {"datasets": [{"path": "a", "type": "ebft_chat_multiturn.transform_all_turns"}]},
+            "datasets[0].type",
+            "one row for each reply",
+        ),
+        (
+            {"datasets": [{"path": "a", "type": "ebft_strided_chat.transform"}]},
+            "datasets[0].type",
+            "it is for strided mode",
+        ),
         ({"datasets": [{"path": "a"}, {"path": "b"}]}, "datasets[1]", "one data set is read"),
         ({"datasets": [{"path": "a", "shards": 3}]}, "datasets[0].shards", "no such option"),
         ({"datasets": []}, "datasets", "no list of data sets"),
@@ -165,6 +179,103 @@ def test_keys_without_a_place_are_named(change: dict[str, Any], key: str, why: s
     conversion = convert_axolotl({"rl": "ebft", **change})
     assert why in conversion.left[key]
     assert f"# - {key}: " in to_yaml(conversion, "axolotl.yaml")
+
+
+@pytest.mark.parametrize(
+    ("transform", "mode", "settings", "prompt", "truth"),
+    [
+        ("ebft_chat_multiturn.transform", "structured", {"turn": "all"}, 2, ["<A>1", "<A>2"]),
+        ("ebft_chat_multiturn.transform_last_turn", "structured", {"turn": "last"}, 3, "<A>2"),
+        (
+            "ebft_reasoning.transform",
+            "structured",
+            {"turn": "last", "thinking": "keep"},
+            3,
+            "<think>\nsum\n</think>\n\n2",
+        ),
+        (
+            "ebft_reasoning.transform_answer_only",
+            "structured",
+            {"turn": "last", "thinking": "strip"},
+            3,
+            "2",
+        ),
+        (
+            "ebft_reasoning.transform_strided",
+            "strided",
+            {"turn": "last", "thinking": "keep"},
+            3,
+            "<think>\nsum\n</think>\n\n2",
+        ),
+        ("ebft_strided_chat.transform", "strided", {"turn": "last"}, 3, "<A>2"),
+    ],
+)
+def test_transforms_of_chats(
+    transform: str, mode: str, settings: dict[str, str], prompt: int, truth: Any
+) -> None:
+    """The settings give the prompt and the ground truth that axolotl's function gives."""
+    data = {"path": "chats", "type": transform}
+    conversion = convert_axolotl({"rl": "ebft", "ebft": {"mode": mode}, "datasets": [data]})
+    assert conversion.options["transform"] == "chat"
+    assert conversion.options["transform_args"] == settings
+    answer = "<think>sum</think>" if "thinking" in settings else "<A>"
+    chat = [
+        {"role": role, "content": f"{answer if role == 'assistant' else 'Q'}{number}"}
+        for number in (1, 2)
+        for role in ("user", "assistant")
+    ]
+    made = TRANSFORMS["chat"]({"messages": chat}, **settings)
+    assert (len(made["prompt"]), made["ground_truth"]) == (prompt, truth)
+
+
+def test_every_option_of_grpo_is_carried_or_has_a_reason() -> None:
+    """A field that TRL adds fails here until it is in one of the two tables."""
+    trl = pytest.importorskip("trl")
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(trl.GRPOConfig)} - inherited
+    assert own == (own & {*TRL_SAME, *TRL_NO_PLACE}) | {"use_vllm"}
+    assert not set(TRL_SAME) & set(TRL_NO_PLACE)
+    conversion = convert_axolotl({"rl": "ebft", "trl": {"importance_sampling_level": "sequence"}})
+    assert conversion.options["importance_sampling_level"] == "sequence"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"ebft": {"mode": "strided", "stride": "eight"}},
+            r"^ebft\.stride: invalid int value: 'eight'\.$",
+        ),
+        ({"micro_batch_size": "two"}, "^micro_batch_size: invalid int value: 'two'"),
+        ({"lora_r": "big"}, "^lora_r: invalid int value: 'big'"),
+        ({"trl": {"temperature": "hot"}}, r"^trl\.temperature: invalid float value: 'hot'"),
+        ({"optimizer": "sgdd"}, "^optimizer: .*'sgdd'"),
+        ({"val_set_size": "some"}, "^val_set_size is 'some'"),
+        ({"ebft": {"mode": "strided", "temperature": -1.0}}, "temperature=-1.0 must"),
+        ({"ebft": {"feature_layers": [2.0]}}, "feature_layers"),
+        ({"trl": {"num_generations": 2}}, "diversity"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
+    if "mode" not in change.get("ebft", {}):
+        pytest.importorskip("trl")
+    with pytest.raises(ValueError, match=message):
+        convert_axolotl({"rl": "ebft", **change})
+
+
+def test_a_batch_may_fit_on_the_machine_that_trains() -> None:
+    """Eight processes with a row each make a group of eight, which one process cannot."""
+    pytest.importorskip("trl")
+    trl = {"num_generations": 8, "generation_batch_size": 24}
+    config = {"rl": "ebft", "micro_batch_size": 3, "trl": trl, "bf16": True, "tf32": True}
+    options = convert_axolotl(config).options
+    assert options["per_device_train_batch_size"] == 3 and options["generation_batch_size"] == 24
+
+
+def test_modules_stay_a_list_or_a_regular_expression() -> None:
+    for modules in (["q_proj", "v_proj"], r".*layers\.[0-3]\..*q_proj"):
+        options = convert_axolotl({"rl": "ebft", "lora_target_modules": modules}).options
+        assert options["lora_target_modules"] == modules
 
 
 def test_pooling_of_the_other_mode_is_not_taken_over() -> None:
@@ -237,6 +348,16 @@ def test_the_command_says_what_is_wrong(
         path.write_text(text)
     assert main(["convert", str(path)]) == 2
     assert f"hf-ebft convert: {path}: " in capsys.readouterr().err
+
+
+def test_the_source_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "axolotl.yaml"
+    path.write_text("rl: ebft\nebft: {mode: strided}\n")
+    other_name = tmp_path / "folder" / ".." / "axolotl.yaml"
+    (tmp_path / "folder").mkdir()
+    assert main(["convert", str(path), "--output", str(other_name)]) == 2
+    assert "--output is the file that is converted; name another" in capsys.readouterr().err
+    assert path.read_text().startswith("rl: ebft")
 
 
 @pytest.mark.slow
