@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 
 ServerDtype = Literal["auto", "float32", "float16", "bfloat16"]
 SERVER_DTYPES: tuple[ServerDtype, ...] = get_args(ServerDtype)
-SERVE_COMMAND = "python examples/serve_vllm.py"
+SERVE_COMMAND = "python -m hf_ebft.structured.vllm.serving"
+"""Starts a server as training needs it."""
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for ``--max-lora-rank``."""
 
