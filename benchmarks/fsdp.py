@@ -92,7 +92,7 @@ def worker(placement: str, gather: GatherParams, reports: Path) -> None:
     """One process: build, train a few steps, report."""
     sys.path.insert(0, str(ROOT))
     if not torch.accelerator.is_available():
-        from tests.distributed import fsdp_on_cpu
+        from tests.support import fsdp_on_cpu
 
         fsdp_on_cpu.enable()
     from peft import LoraConfig

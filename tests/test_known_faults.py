@@ -25,6 +25,7 @@ from hf_ebft.objective.advantages import rloo_baseline
 from hf_ebft.objective.rewards import feature_matching_rewards
 from hf_ebft.objective.whitening import whiten
 from hf_ebft.training.outputs import EBFTOutput
+from tests.support.plain_forwards import plain_log_probs
 from tests.support.tiny import (
     PrefixRollouts,
     assert_same_tensors,
@@ -47,20 +48,17 @@ def step_of(
     return trainer, loss, output
 
 
-def plain_log_probs(
+def rollout_log_probs(
     model: nn.Module, output: EBFTOutput, temperature: float
 ) -> dict[tuple[int, int, int], Tensor]:
     """(row, sample, block) -> (G,), each from a plain forward pass over prefix + own tokens."""
     layout = output.rollouts.layout
     result = {}
     for row, block in output.rollouts.exists.nonzero().tolist():
-        end = int(layout.blocks.column[row, block])
-        prefix = layout.documents.input_ids[row, :end]
+        prefix = layout.documents.input_ids[row, : int(layout.blocks.column[row, block])].tolist()
         for sample in range(layout.n_samples):
-            own = output.rollouts.tokens[row, sample, block]
-            logits = model(input_ids=torch.cat([prefix, own])[None], use_cache=False).logits[0]
-            scores = (logits[end - 1 : -1] / temperature).log_softmax(dim=-1)
-            result[row, sample, block] = scores.gather(1, own[:, None])[:, 0]
+            own = output.rollouts.tokens[row, sample, block].tolist()
+            result[row, sample, block] = plain_log_probs(model, prefix, own, temperature).float()
     return result
 
 
@@ -74,7 +72,7 @@ def test_fault_1_each_token_is_scored_by_its_own_predictor(tmp_path: Path) -> No
     of 0.02 with the right one.
     """
     trainer, _, output = step_of(tmp_path, batch_of(texts(20, 13)))
-    for (row, sample, block), expected in plain_log_probs(trainer.model, output, 0.8).items():
+    for (row, sample, block), expected in rollout_log_probs(trainer.model, output, 0.8).items():
         actual = output.log_probs[row, sample, block]
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
@@ -95,7 +93,7 @@ def test_fault_2_each_token_gets_the_advantage_of_its_own_block(tmp_path: Path) 
 
     trainer.model.zero_grad()
     terms = []
-    for (row, sample, block), log_probs in plain_log_probs(trainer.model, output, 0.8).items():
+    for (row, sample, block), log_probs in rollout_log_probs(trainer.model, output, 0.8).items():
         share = 1 / (2 * 3 * int(exists[row].sum()))
         terms.append(-output.advantages[row, sample, block] * log_probs.mean() * share)
     expected_loss = torch.stack(terms).sum()
@@ -305,7 +303,7 @@ def test_fault_13_rollouts_are_scored_at_the_temperature_they_were_sampled_at(
     batch = batch_of(texts(20))
     for temperature in (0.6, 1.0, 1.7):
         trainer, _, output = step_of(tmp_path, batch, temperature=temperature, ce_coef=0.1)
-        plain = plain_log_probs(trainer.model, output, temperature)
+        plain = rollout_log_probs(trainer.model, output, temperature)
         for (row, sample, block), expected in plain.items():
             actual = output.log_probs[row, sample, block]
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
@@ -583,8 +581,8 @@ def test_the_kl_penalty_is_taken_to_the_feature_network(tmp_path: Path) -> None:
         policy, config(tmp_path, kl_coef=0.5, kl_estimator="k3"), feature_network=phi
     )
     loss, output = trainer.compute_loss(policy, batch_of(texts(20)), return_outputs=True)
-    ours = plain_log_probs(policy, output, 0.8)
-    theirs = plain_log_probs(phi, output, 0.8)
+    ours = rollout_log_probs(policy, output, 0.8)
+    theirs = rollout_log_probs(phi, output, 0.8)
     ratios = torch.stack([theirs[place] - ours[place] for place in ours])
     expected = (ratios.exp() - 1 - ratios).mean()
     torch.testing.assert_close(output.kl, expected, rtol=1e-4, atol=1e-5)

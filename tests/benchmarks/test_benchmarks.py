@@ -14,7 +14,6 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_ebft import EBFTTrainer, Rollouts
 from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
@@ -22,6 +21,7 @@ from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.rows.visibility import sees
 from tests.support.plain_forwards import plain_pass
 from tests.support.tiny import (
+    GivenRollouts,
     assert_same_tensors,
     batch_of,
     config,
@@ -47,18 +47,6 @@ import step  # noqa: E402
 LENGTHS = (21, 30, 13, 5)
 SMALL_PRODUCT = functools.partial(limit.MatrixProduct, size=128)
 LORA = LoraConfig(r=2, target_modules="all-linear")
-
-
-class GivenRollouts(EBFTTrainer):
-    """Rollouts that are sampled once and then kept."""
-
-    kept: Rollouts | None = None
-
-    def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
-        """Those of the first call."""
-        if self.kept is None:
-            self.kept = super().sample_rollouts(model, inputs)
-        return self.kept
 
 
 def trainer_and_naive(
@@ -93,9 +81,9 @@ def sampled_by(
     trainer: GivenRollouts, theirs: naive.NaiveStep, batch: dict[str, Tensor]
 ) -> list[naive.Sampled]:
     """The trainer's rollouts, document by document."""
-    assert trainer.kept is not None
+    assert trainer.given is not None
     return [
-        naive.Sampled(document, trainer.kept.tokens[row, :, : document.ends.shape[0]])
+        naive.Sampled(document, trainer.given.tokens[row, :, : document.ends.shape[0]])
         for row, document in enumerate(naive.read_documents(batch, theirs.settings))
     ]
 

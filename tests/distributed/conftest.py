@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.runs import trained
+from tests.support.distributed_runs import trained
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 if os.environ.get("HF_EBFT_TEST_FSDP_ON_CPU"):
-    from tests.distributed import fsdp_on_cpu
+    from tests.support import fsdp_on_cpu
 
     fsdp_on_cpu.enable()
 
 from accelerate import PartialState
 from peft import LoraConfig
 
-from tests.distributed.structured_runs import (
+from tests.support.structured_runs import (
     OUT_OF_STEP,
     cross_entropy_run,
     evaluated_first,

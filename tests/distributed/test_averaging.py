@@ -4,9 +4,13 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.launching import results
-from tests.distributed.runs import averaged, tiny_llama, whitened_by_corpus
-from tests.distributed.test_ddp import assert_same_weights
+from tests.support.distributed_runs import (
+    assert_same_weights,
+    averaged,
+    small_llama,
+    whitened_by_corpus,
+)
+from tests.support.launching import STRIDED_WORKER, results
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,7 @@ def last(history, name):
 
 def launched(tmp_path, sharded):
     config = "fsdp2.yaml" if sharded else "ddp_cpu.yaml"
-    return results("averaging", tmp_path, config, fsdp=sharded)
+    return results(STRIDED_WORKER, "averaging", tmp_path, config)
 
 
 @pytest.mark.slow
@@ -52,7 +56,7 @@ def test_two_processes_average_like_one(tmp_path, one_process, sharded):
         )
     reference = one_process["plain"]["whole"]["averages"]
     state = load_file(tmp_path / "plain" / "checkpoint-4" / "ema" / "state.safetensors")
-    assert state.keys() == {name for name, _ in tiny_llama().named_parameters()}
+    assert state.keys() == {name for name, _ in small_llama().named_parameters()}
     assert_same_weights(state, reference, 2e-5)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "plain" / "ema" / "model")
     assert_same_weights(dict(saved.named_parameters()), reference, 2e-5)

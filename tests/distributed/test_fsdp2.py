@@ -7,20 +7,20 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.launching import results
-from tests.distributed.runs import tiny_llama
-from tests.distributed.test_ddp import (
+from tests.support.distributed_runs import (
     assert_evaluation_left_no_trace,
     assert_same_metrics,
     assert_same_weights,
+    small_llama,
 )
+from tests.support.launching import STRIDED_WORKER, results
 
 CONFIG = "fsdp2.yaml"
 
 
 @pytest.fixture(scope="module")
 def basics(tmp_path_factory):
-    return results("basics", tmp_path_factory.mktemp("fsdp"), CONFIG, fsdp=True)
+    return results(STRIDED_WORKER, "basics", tmp_path_factory.mktemp("fsdp"), CONFIG)
 
 
 @pytest.mark.parametrize("run", ["plain", "adapters", "parts", "chunks", "chunks_of_adapters"])
@@ -44,8 +44,8 @@ def test_evaluation_before_training_leaves_no_trace(basics):
 
 @pytest.mark.slow
 def test_gathering_and_placements_change_nothing_but_memory(tmp_path, tmp_path_factory):
-    tiny_llama().save_pretrained(tmp_path / "saved")
-    rank = results("sharding", tmp_path, CONFIG, fsdp=True)[0]
+    small_llama().save_pretrained(tmp_path / "saved")
+    rank = results(STRIDED_WORKER, "sharding", tmp_path, CONFIG)[0]
     assert_same_weights(rank["gathered"]["weights"], rank["not_gathered"]["weights"], 0.0)
     assert_same_weights(rank["gathered"]["weights"], rank["feature_sharded"]["weights"], 2e-6)
     assert_same_weights(rank["copied"]["weights"], rank["shared"]["weights"], 2e-6)
@@ -60,7 +60,7 @@ def test_gathering_and_placements_change_nothing_but_memory(tmp_path, tmp_path_f
 @pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_resume_repeats_the_uninterrupted_run(tmp_path, state_dict):
     overrides = {"fsdp_state_dict_type": state_dict}
-    for rank in results("resume", tmp_path, CONFIG, fsdp=True, overrides=overrides):
+    for rank in results(STRIDED_WORKER, "resume", tmp_path, CONFIG, overrides=overrides):
         for run in ("plain", "adapters"):
             whole, resumed = rank[run]["whole"], rank[run]["resumed"]
             assert_same_weights(whole["weights"], resumed["weights"], 1e-7)

@@ -1,48 +1,20 @@
 """Structured mode in two processes over gloo: groups that the processes share, and gradients."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from tests.distributed.launching import CONFIGS, HERE, PROCESSES
-from tests.distributed.structured_runs import cross_entropy_run
-from tests.distributed.test_ddp import assert_same_weights
+from tests.support.distributed_runs import assert_same_weights
+from tests.support.launching import STRUCTURED_WORKER, results
+from tests.support.structured_runs import cross_entropy_run
 from tests.support.tiny_structured import expected_advantages, policy, rows, tokenizer
-
-WORKER = HERE / "structured_worker.py"
-
-
-def results(scenario, folder, config, **environment):
-    """What every process of a scenario saw, in the order of their ranks."""
-    settings = yaml.safe_load((CONFIGS / config).read_text())
-    settings |= {"use_cpu": True, "num_processes": PROCESSES, "num_machines": 1}
-    settings |= {"main_process_port": 0, "mixed_precision": "no"}
-    settings.pop("gpu_ids", None)
-    path = folder / "accelerate.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    variables.pop("ACCELERATE_USE_CPU", None)
-    finished = subprocess.run(
-        [*command, str(WORKER), scenario, str(folder)],
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return results("advantages", tmp_path_factory.mktemp("structured"), "ddp_cpu.yaml")
+    return results(
+        STRUCTURED_WORKER, "advantages", tmp_path_factory.mktemp("structured"), "ddp_cpu.yaml"
+    )
 
 
 def sampled_together(ranks, run, micro_batches):
@@ -145,7 +117,7 @@ def test_processes_agree_on_the_budget(ranks):
 @pytest.mark.slow
 def test_feature_network_sharded_by_fsdp2(tmp_path):
     """Processes need the same number of forward passes, whatever lengths they have."""
-    ranks = results("sharded", tmp_path, "fsdp2.yaml", HF_EBFT_TEST_FSDP_ON_CPU="1")
+    ranks = results(STRUCTURED_WORKER, "sharded", tmp_path, "fsdp2.yaml")
     for run in ("replicated", "sharded"):
         for seen in sampled_together(ranks, run, 1):
             assert_exact(seen, 4)

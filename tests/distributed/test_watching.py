@@ -4,16 +4,15 @@ import json
 
 import pytest
 
-from tests.distributed.launching import results
-from tests.distributed.runs import CharacterTokenizer, watched
-from tests.distributed.test_ddp import assert_same_weights
+from tests.support.distributed_runs import CharacterTokenizer, assert_same_weights, watched
+from tests.support.launching import STRIDED_WORKER, results
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_see_what_one_sees(tmp_path, sharded):
     config = "fsdp2.yaml" if sharded else "ddp_cpu.yaml"
-    ranks = results("watching", tmp_path, config, fsdp=sharded)
+    ranks = results(STRIDED_WORKER, "watching", tmp_path, config)
     one = watched(tmp_path / "one", CharacterTokenizer(), per_device_train_batch_size=4)
     for rank in ranks:
         assert rank["sharded"] == sharded

@@ -9,14 +9,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 if os.environ.get("HF_EBFT_TEST_FSDP_ON_CPU"):
-    from tests.distributed import fsdp_on_cpu
+    from tests.support import fsdp_on_cpu
 
     fsdp_on_cpu.enable()
 
 from accelerate import PartialState
 
 from hf_ebft import EBFTTrainer
-from tests.distributed.runs import (
+from tests.support.distributed_runs import (
     CharacterTokenizer,
     averaged,
     documents,

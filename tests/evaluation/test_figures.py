@@ -14,7 +14,6 @@ from torch import nn
 from transformers import set_seed
 
 from hf_ebft import EBFTTrainer
-from hf_ebft.config import EBFTSettings
 from hf_ebft.data import tokenize_and_cut
 from hf_ebft.evaluation import (
     FIGURES,
@@ -31,26 +30,9 @@ from hf_ebft.evaluation import (
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.packed.sampling import Rollouts
 from tests.support.plain_forwards import last_token_embedding, plain_blocks, plain_pass
+from tests.support.plain_objective import plain_group
 from tests.support.tiny import batch_of, config, texts, tiny_llama, tiny_tokenizer, weights_of
-
-LAYERS = [1, 2]  # of the network's two
-SETTINGS = EBFTSettings(
-    stride=4,
-    context_length=3,
-    generate_max_len=3,
-    n_samples_per_prompt=3,
-    temperature=0.8,
-    feature_layers=[0.5, 1.0],
-)
-
-
-def network(seed: int = 1) -> FeatureNetwork:
-    return FeatureNetwork(
-        tiny_llama(seed=seed),
-        feature_layers=[0.5, 1.0],
-        embed_method="last_token",
-        normalization="per_layer",
-    )
+from tests.support.tiny_evaluation import LAYERS, SETTINGS, network
 
 
 def measure(model: nn.Module, rows: Any, phi: FeatureNetwork | None = None, **changed: Any) -> Any:
@@ -106,28 +88,6 @@ def test_figures_equal_plain_loops(
         assert expected.keys() == FIGURES.keys()
         for name, value in expected.items():
             assert measured.values[name][index] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-
-
-def plain_group(x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    """Figures of one group: x (n, D) rollouts, y (D,) ground truth, all of unit norm."""
-    n = len(x)
-    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
-
-    def diversity(z: torch.Tensor) -> float:
-        return sum(2 * float(z[i] @ z[j]) for i, j in pairs) / len(pairs)
-
-    _, s, vt = torch.linalg.svd(x.double(), full_matrices=False)
-    inverse = torch.where(s > 1e-5 * s[0], 1 / s, 0.0)
-    whitener = vt.T @ torch.diag(inverse) @ vt
-    white_x, white_y = x.double() @ whitener, y.double() @ whitener
-    cosine = torch.nn.functional.cosine_similarity
-    return {
-        "cfm_loss": sum(float((x[i] - y) @ (x[j] - y)) for i, j in pairs) / len(pairs),
-        "cosine_alignment": 2 * float((x @ y).mean()),
-        "dot_diversity": diversity(x),
-        "alignment": 2 * float(cosine(white_x, white_y[None]).mean()),
-        "diversity": diversity(white_x),
-    }
 
 
 def test_rewarded_figures_are_plain_ones_without_whitening() -> None:

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from hf_ebft.evaluation import compare_models, mean_bootstrap, measure_model, models, table
 from hf_ebft.evaluation.models import ROLLOUT_FIGURES, ModelFigures
 from hf_ebft.packed.sampling import Rollouts
-from tests.evaluation.test_figures import LAYERS, SETTINGS, network, plain_group
 from tests.support.plain_forwards import last_token_embedding, plain_blocks, plain_pass
+from tests.support.plain_objective import plain_group
 from tests.support.tiny import batch_of, texts, tiny_llama
+from tests.support.tiny_evaluation import LAYERS, SETTINGS, network
 
 LENGTHS = (2, 3, 5)
 ROWS = texts(17, 12, 5, 14)  # the third has no room for a rollout of 5 after a prefix of 3

@@ -17,6 +17,7 @@ from hf_ebft.feature_network.corpus_whitening import choose_rows
 from hf_ebft.objective.rewards import feature_matching_rewards
 from hf_ebft.objective.whitening import CorpusWhitening
 from hf_ebft.training.random_streams import corpus_rows
+from tests.support.plain_objective import unit
 from tests.support.tiny import (
     assert_same_tensors,
     batch_of,
@@ -29,11 +30,6 @@ from tests.support.tiny import (
 
 WIDTH = 6
 CORPUS: dict[str, Any] = {"whitening_space": "corpus", "corpus_whitening_documents": 4}
-
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
 def skewed_moment(width: int = WIDTH, seed: int = 0) -> Tensor:

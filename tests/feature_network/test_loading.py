@@ -10,12 +10,12 @@ from peft import LoraConfig, get_peft_model
 from hf_ebft.config import EBFTSettings
 from hf_ebft.feature_network.loading import build_feature_network
 from hf_ebft.feature_network.shared_base import why_not_shareable
-from tests.distributed.runs import documents, make_trainer, tiny_llama
+from tests.support.distributed_runs import documents, make_trainer, small_llama
 
 
 def lora(**settings):
     values = {"r": 4, "target_modules": "all-linear"} | settings
-    return get_peft_model(tiny_llama(), LoraConfig(**values))
+    return get_peft_model(small_llama(), LoraConfig(**values))
 
 
 def test_zero_adapters_share_the_base():
@@ -45,7 +45,7 @@ def test_trainable_and_merged_bases_are_found():
     merged = lora()
     merged.merge_adapter()
     assert "merged" in why_not_shareable(merged)
-    assert "no adapters" in why_not_shareable(tiny_llama())
+    assert "no adapters" in why_not_shareable(small_llama())
 
 
 def test_requesting_shared_where_it_is_wrong_raises(tmp_path):
@@ -100,7 +100,7 @@ def test_lower_precision_network_stays_close(tmp_path):
 
 
 def test_network_is_loaded_from_a_name_in_the_policys_precision(tmp_path):
-    other = tiny_llama(seed=7)
+    other = small_llama(seed=7)
     other.save_pretrained(tmp_path / "other")
     trainer = make_trainer(tmp_path, feature_model_name_or_path=str(tmp_path / "other"))
     loaded = trainer.feature_network.model
@@ -110,7 +110,7 @@ def test_network_is_loaded_from_a_name_in_the_policys_precision(tmp_path):
 
 def test_another_device_gets_ids_and_returns_embeddings(monkeypatch):
     """Two devices cannot be had on a CPU; the transfers can be seen."""
-    policy = tiny_llama()
+    policy = small_llama()
     network = build_feature_network(policy, None, EBFTSettings(), Accelerator(cpu=True))
     seen = []
     original = torch.Tensor.to
@@ -140,13 +140,13 @@ def test_another_device_gets_ids_and_returns_embeddings(monkeypatch):
 
 
 def test_policy_given_as_its_own_feature_network_is_refused():
-    policy = tiny_llama()
+    policy = small_llama()
     with pytest.raises(ValueError, match="shares parameters"):
         build_feature_network(policy, policy, EBFTSettings(), Accelerator(cpu=True))
 
 
 def test_given_network_is_used_and_frozen():
-    policy, given = tiny_llama(), copy.deepcopy(tiny_llama(seed=5))
+    policy, given = small_llama(), copy.deepcopy(small_llama(seed=5))
     network = build_feature_network(policy, given, EBFTSettings(), Accelerator(cpu=True))
     assert network.model is given
     assert not any(p.requires_grad for p in given.parameters()) and not given.training

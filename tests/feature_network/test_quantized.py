@@ -6,7 +6,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_ebft import EBFTConfig, EBFTTrainer
-from tests.distributed.runs import documents, tiny_llama
+from tests.support.distributed_runs import documents, small_llama
 
 pytest.importorskip("bitsandbytes")
 
@@ -15,7 +15,9 @@ pytest.importorskip("bitsandbytes")
 def saved(tmp_path_factory):
     """A model whose widths fit the blocks of 64 that bitsandbytes quantizes together."""
     folder = tmp_path_factory.mktemp("model")
-    tiny_llama(hidden_size=64, intermediate_size=128, num_key_value_heads=4).save_pretrained(folder)
+    small_llama(hidden_size=64, intermediate_size=128, num_key_value_heads=4).save_pretrained(
+        folder
+    )
     return folder
 
 

@@ -13,7 +13,7 @@ from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
-from tests.distributed.runs import VOCABULARY, make_trainer, tiny_llama
+from tests.support.distributed_runs import VOCABULARY, make_trainer, small_llama
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,7 +66,7 @@ def assert_agree(left, right, tolerance):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "split"])
 def test_packed_attention_agrees_with_the_cpu(attention):
-    model = tiny_llama()
+    model = small_llama()
     reference = loss_and_gradients(copy.deepcopy(model), attention)
     assert_agree(loss_and_gradients(model.to(DEVICE), attention), reference, 1e-4)
 
@@ -74,20 +74,20 @@ def test_packed_attention_agrees_with_the_cpu(attention):
 @pytest.mark.parametrize("attention", ["sdpa", "split"])
 def test_chunks_of_rollouts_agree_with_the_whole_row(attention):
     """Forward passes during the backward pass, which autograd runs in a thread of the device."""
-    model = tiny_llama().to(DEVICE)
+    model = small_llama().to(DEVICE)
     whole = loss_and_gradients(copy.deepcopy(model), attention)
     assert_agree(loss_and_gradients(model, attention, training_chunk_size=20), whole, 1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 def test_compiled_flex_attention_agrees_with_the_dense_mask(checkpointing):
-    model = tiny_llama().to(DEVICE)
+    model = small_llama().to(DEVICE)
     dense = loss_and_gradients(copy.deepcopy(model), "sdpa")
     assert_agree(loss_and_gradients(model, "flex_attention", checkpointing), dense, 2e-3)
 
 
 def test_sampling_is_repeatable_and_finite():
-    model = tiny_llama().to(DEVICE)
+    model = small_llama().to(DEVICE)
     forward = PackedForward.for_model(model)
     layout = batch(DEVICE).layout
     drawn = [

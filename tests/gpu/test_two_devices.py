@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.distributed.runs import make_trainer
+from tests.support.distributed_runs import make_trainer
 
 pytestmark = [
     pytest.mark.gpu,

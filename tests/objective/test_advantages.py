@@ -1,5 +1,6 @@
 """Advantages against plain loops; that baselines are independent and estimators unbiased."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -13,11 +14,9 @@ from torch import Tensor
 from hf_ebft.config import ADVANTAGE_ESTIMATORS
 from hf_ebft.objective.advantages import compute_advantages, rloo_baseline
 from hf_ebft.objective.rewards import Rewards, feature_matching_rewards
+from tests.support import plain_objective
 
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+unit = functools.partial(plain_objective.unit, dtype=torch.float64)
 
 
 def make_rewards(n: int, *, seed: int = 0, use_whitening: bool = False) -> Rewards:

@@ -47,7 +47,8 @@ from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.rows.anchors import Blocks, find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
-from tests.support.enumeration import all_continuations, continuation_probabilities, tiny_model
+from tests.support.enumeration import all_continuations, continuation_probabilities
+from tests.support.tiny import tiny_causal_lm
 
 VOCABULARY, LENGTH, CONTEXT, STRIDE = 3, 2, 2, 2
 # Three blocks, and one: documents weigh the same.
@@ -80,11 +81,20 @@ class World:
 def make_world(seed: int) -> World:
     return World(
         # Layer norms that keep float64, as finite differences need; Llama's turn it into float32.
-        policy=tiny_model(
-            GPTNeoXConfig, VOCABULARY, seed=seed, spread=0.4, hidden_size=8, intermediate_size=12
+        policy=tiny_causal_lm(
+            GPTNeoXConfig,
+            vocabulary=VOCABULARY,
+            seed=seed,
+            initializer_range=0.4,
+            hidden_size=8,
+            intermediate_size=12,
         ).double(),
-        phi=tiny_model(
-            LlamaConfig, VOCABULARY, seed=seed + 1, spread=0.4, num_hidden_layers=4
+        phi=tiny_causal_lm(
+            LlamaConfig,
+            vocabulary=VOCABULARY,
+            seed=seed + 1,
+            initializer_range=0.4,
+            num_hidden_layers=4,
         ).double(),
     )
 

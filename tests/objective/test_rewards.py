@@ -12,22 +12,7 @@ from torch import Tensor
 
 from hf_ebft.config import GROUP_WHITENING_SPACES
 from hf_ebft.objective.rewards import feature_matching_rewards
-
-
-def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=-1)
-
-
-def whiten_by_svd(x: list[Tensor], y: Tensor, space: str) -> tuple[list[Tensor], list[Tensor]]:
-    """One group's rollouts and, for each of them, its ground truth."""
-    u, s, vt = torch.linalg.svd(torch.stack(x), full_matrices=False)
-    inverse = torch.tensor([1 / v if v > 1e-5 * s[0] else 0.0 for v in s.tolist()]).to(s)
-    if space == "feature":
-        w = vt.T @ torch.diag(inverse) @ vt
-        return [row @ w for row in x], [y @ w for _ in x]
-    p = u @ torch.diag(inverse) @ u.T
-    return list(p @ torch.stack(x)), [row.sum() * y for row in p]
+from tests.support.plain_objective import unit, whiten_by_svd
 
 
 def rewards_by_loops(
@@ -52,7 +37,8 @@ def rewards_by_loops(
             cfm_loss[b, k] = (x[0] - y) @ (x[0] - y)
         ys = [y] * n
         if whitening_space is not None:
-            x, ys = whiten_by_svd(x, y, whitening_space)
+            white = whiten_by_svd(torch.stack(x), y, whitening_space)
+            x, ys = list(white.generated), list(white.ground_truth.expand(n, -1))
         for j in range(n):
             cosine = x[j] @ ys[j] / (x[j].norm() * ys[j].norm())
             alignment[b, j, k] = 2 * cosine

@@ -11,24 +11,8 @@ from torch import Tensor
 
 from hf_ebft.config import GROUP_WHITENING_SPACES
 from hf_ebft.objective import whitening
-from hf_ebft.objective.whitening import Whitened, whiten
-
-
-def whiten_by_svd(
-    generated: Tensor, ground_truth: Tensor, space: str, tolerance: float = 1e-5
-) -> Whitened:
-    """The definition, one group (n, D) and (D,), in float64."""
-    x, y = generated.double(), ground_truth.double()
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)
-    inverse = torch.tensor(
-        [1 / value if value > tolerance * s[0] else 0.0 for value in s.tolist()],
-        dtype=torch.float64,
-    )
-    if space == "feature":
-        w = vt.T @ torch.diag(inverse) @ vt
-        return Whitened(x @ w, y @ w)
-    p = u @ torch.diag(inverse) @ u.T
-    return Whitened(p @ x, torch.outer(p.sum(dim=1), y))
+from hf_ebft.objective.whitening import whiten
+from tests.support.plain_objective import unit, whiten_by_svd
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
@@ -36,10 +20,6 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> N
     assert actual.isfinite().all()
     error = (actual.double() - expected.double()).norm()
     assert error <= tolerance * expected.double().norm(), f"relative error {error}"
-
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 def near_duplicate(distance: float) -> Tensor:

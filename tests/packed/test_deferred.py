@@ -23,6 +23,7 @@ from hf_ebft import EBFTTrainer, Rollouts
 from hf_ebft.packed.deferred import can_defer
 from hf_ebft.training.outputs import Scores
 from tests.support.tiny import (
+    GivenRollouts,
     PrefixRollouts,
     assert_same_tensors,
     batch_of,
@@ -196,11 +197,8 @@ def test_log_probs_of_sampling_are_those_of_the_policy_that_sampled(tmp_path: Pa
     known = record.log_probs
     trainer.ebft.training_chunk_size = WHOLE
 
-    class Same(EBFTTrainer):
-        def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
-            return rollouts
-
-    same = Same(trainer.model, config(tmp_path, top_p=0.8, temperature=0.7))
+    same = GivenRollouts(trainer.model, config(tmp_path, top_p=0.8, temperature=0.7))
+    same.given = rollouts
     _, outputs = same.compute_loss(same.model, batch, return_outputs=True)
     exists = rollouts.exists[:, None, :, None].expand(known.shape)
     torch.testing.assert_close(known[exists], outputs.log_probs.detach()[exists])
@@ -300,15 +298,8 @@ def test_rollouts_outside_of_a_loss_keep_no_graph(tmp_path: Path) -> None:
 def test_old_rollouts_are_scored_by_the_policy_as_it_is_now(tmp_path: Path) -> None:
     """A subclass may train on the same rollouts twice."""
 
-    class Again(EBFTTrainer):
-        kept: Rollouts | None = None
-
-        def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
-            self.kept = self.kept or super().sample_rollouts(model, inputs)
-            return self.kept
-
     def second_loss(chunk: int) -> Tensor:
-        trainer = Again(tiny_llama(), config(tmp_path, training_chunk_size=chunk))
+        trainer = GivenRollouts(tiny_llama(), config(tmp_path, training_chunk_size=chunk))
         gradients(trainer, ragged())
         torch.optim.SGD(trainer.model.parameters(), lr=0.5).step()
         _, outputs = trainer.compute_loss(trainer.model, ragged(), return_outputs=True)
@@ -321,14 +312,7 @@ def test_old_rollouts_are_scored_by_the_policy_as_it_is_now(tmp_path: Path) -> N
 def test_the_same_rollouts_can_be_trained_on_twice(tmp_path: Path) -> None:
     """The pass over the documents that sampling made serves the first time only."""
 
-    class Again(EBFTTrainer):
-        kept: Rollouts | None = None
-
-        def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
-            self.kept = self.kept or super().sample_rollouts(model, inputs)
-            return self.kept
-
-    trainer = Again(tiny_llama(), config(tmp_path, training_chunk_size=6))
+    trainer = GivenRollouts(tiny_llama(), config(tmp_path, training_chunk_size=6))
     first, second = (gradients(trainer, ragged()) for _ in range(2))
     torch.testing.assert_close(first[0], second[0])
     assert_same_tensors(second[1], first[1], relative=ROUNDING)

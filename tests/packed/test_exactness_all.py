@@ -10,14 +10,6 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.support.architecture_table import (
-    AMPLE,
-    CASE,
-    LONGEST,
-    SHORT,
-    build_and_judge,
-    documented,
-)
 from tests.support.architectures import (
     LAYERS,
     LIMIT,
@@ -33,6 +25,14 @@ from tests.support.exactness import (
     masked_labels,
     packed_documents,
     ragged_batch,
+)
+from tools.architecture_table import (
+    AMPLE,
+    CASE,
+    LONGEST,
+    SHORT,
+    build_and_judge,
+    documented,
 )
 
 pytestmark = pytest.mark.slow

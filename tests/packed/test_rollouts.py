@@ -18,7 +18,7 @@ from hf_ebft.packed.sampling import Rollouts, draw, make_generator, sample_rollo
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
-from tests.support.enumeration import tiny_model
+from tests.support.tiny import tiny_causal_lm
 
 VOCABULARY, LENGTH = 11, 4
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def policy() -> PreTrainedModel:
-    return tiny_model(LlamaConfig, VOCABULARY, seed=0, spread=0.5)
+    return tiny_causal_lm(LlamaConfig, vocabulary=VOCABULARY, seed=0, initializer_range=0.5)
 
 
 def random_documents(*lengths: int) -> list[Tensor]:
@@ -180,7 +180,7 @@ def test_every_module_keeps_its_own_mode(policy: PreTrainedModel) -> None:
 
 
 def test_modes_come_back_after_a_failure() -> None:
-    broken = tiny_model(LlamaConfig, VOCABULARY, seed=0, spread=0.5)
+    broken = tiny_causal_lm(LlamaConfig, vocabulary=VOCABULARY, seed=0, initializer_range=0.5)
     with torch.no_grad():
         broken.lm_head.weight[3, 3] = torch.nan
     broken.train()
@@ -201,7 +201,9 @@ def test_weights_and_gradients_stay(policy: PreTrainedModel) -> None:
 
 def test_documents_beyond_the_models_positions_are_refused() -> None:
     """Rollouts share the document's positions: only the document's own length counts."""
-    model = tiny_model(GPT2Config, VOCABULARY, seed=0, spread=0.5, max_position_embeddings=12)
+    model = tiny_causal_lm(
+        GPT2Config, vocabulary=VOCABULARY, seed=0, initializer_range=0.5, max_position_embeddings=12
+    )
     layout = make_layout(random_documents(12), n=4)
     assert layout.row_width > 12
     sample(model, layout)

@@ -27,7 +27,8 @@ from hf_ebft.packed.sampling import (
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
-from tests.support.enumeration import all_continuations, continuation_logits, tiny_model
+from tests.support.enumeration import all_continuations, continuation_logits
+from tests.support.tiny import tiny_causal_lm
 
 VOCABULARY, LENGTH, CONTEXT, STRIDE = 5, 3, 3, 3
 # 13 tokens leave a remainder behind the last of 3 blocks, 9 tokens fit 2 blocks exactly.
@@ -41,7 +42,7 @@ CONTINUATIONS = all_continuations(VOCABULARY, LENGTH)
 
 @pytest.fixture(scope="module")
 def policy() -> PreTrainedModel:
-    return tiny_model(LlamaConfig, VOCABULARY, seed=0, spread=0.3)
+    return tiny_causal_lm(LlamaConfig, vocabulary=VOCABULARY, seed=0, initializer_range=0.3)
 
 
 # ---- Sampled and exact distributions -------------------------------------------------------------

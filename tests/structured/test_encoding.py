@@ -5,8 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_ebft.structured.encoding import ExampleEncoder, text_of
-from tests.structured.test_trainer import RecordedEBFT
-from tests.support.tiny_structured import config, policy, rows, tokenizer
+from tests.support.tiny_structured import RecordedEBFT, config, policy, rows, tokenizer
 
 
 def user(content):

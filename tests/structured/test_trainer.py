@@ -14,6 +14,8 @@ from hf_ebft.structured import EBFTGRPOTrainer, FeatureMatchingReward, MultiTurn
 from hf_ebft.structured.reward import frozen_copy
 from tests.support.tiny import logged, weights_of
 from tests.support.tiny_structured import (
+    OnlyCrossEntropy,
+    RecordedEBFT,
     Recorder,
     assert_advantages,
     config,
@@ -26,10 +28,6 @@ from tests.support.tiny_structured import (
 
 # TRL's default; our own use of it is tested in test_structured_config.py.
 pytestmark = pytest.mark.filterwarnings("ignore:.*rollout_func:UserWarning")
-
-
-class RecordedEBFT(Recorder, EBFTGRPOTrainer):
-    pass
 
 
 class RecordedGRPO(Recorder, GRPOTrainer):
@@ -297,14 +295,6 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         self.steps.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
-
-
-class OnlyCrossEntropy(RecordedEBFT):
-    """Leaves out the policy gradient."""
-
-    def feature_matching(self, prompts, completions, completion_ids, **columns):
-        super().feature_matching(prompts, completions, completion_ids, **columns)
-        return [0.0] * len(prompts)
 
 
 def gradients_of(folder, trainer_class=RecordedEBFT, **settings):

@@ -4,45 +4,10 @@ Dimension letters: P tokens of a prefix, G of a rollout, V vocabulary, C = V ** 
 """
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-
-
-def tiny_model(
-    config_class: Callable[..., PreTrainedConfig],
-    vocabulary: int,
-    *,
-    seed: int,
-    spread: float,
-    **settings: Any,
-) -> PreTrainedModel:
-    """A random model in evaluation mode whose predictions depend strongly on the whole prefix.
-
-    Args:
-        config_class: of an architecture that uses the names of Llama's configuration.
-        vocabulary: V.
-        seed: of the weights; torch's global generator is left as it is.
-        spread: standard deviation of the weights. With transformers' 0.02 every distribution would
-            be all but uniform, and a wrong one hard to tell from the right one.
-        settings: of the configuration.
-    """
-    defaults: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    config = config_class(vocab_size=vocabulary, initializer_range=spread, **(defaults | settings))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config).eval()
+from transformers import PreTrainedModel
 
 
 def all_continuations(vocabulary: int, length: int) -> Tensor:

@@ -97,6 +97,18 @@ def plain_pass(model: nn.Module, prefix: list[int], own: Tensor, *, hidden: bool
     )
 
 
+def plain_log_probs(
+    model: nn.Module, prefix: list[int], own: list[int], temperature: float
+) -> Tensor:
+    """(G,) float64: log-probability of each own token, with gradient if it is on."""
+    was_training = model.training
+    model.eval()
+    logits = model(input_ids=torch.tensor([prefix + own]), use_cache=False).logits[0]
+    model.train(was_training)
+    scores = (logits[len(prefix) - 1 : -1].double() / temperature).log_softmax(-1)
+    return scores.gather(-1, torch.tensor(own)[:, None])[:, 0]
+
+
 def last_token_embedding(hidden: list[Tensor], layers: list[int]) -> Tensor:
     """(n, m * H): unit vector per layer of the last own token, side by side, divided by sqrt(m)."""
     units = []

@@ -6,12 +6,20 @@ Dimension letters: B documents, K blocks, n samples, G rollout length.
 import inspect
 import json
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from hf_ebft import EBFTConfig, EBFTTrainer, Rollouts
 from hf_ebft.rows.anchors import find_blocks
@@ -21,30 +29,41 @@ from hf_ebft.rows.layout import PackedLayout
 VOCABULARY = 61
 
 
-def tiny_llama(*, seed: int = 0, vocabulary: int = VOCABULARY, **settings: Any) -> LlamaForCausalLM:
-    """A random Llama of two layers, in training mode, whose predictions depend on the whole prefix.
+def tiny_causal_lm(
+    config_class: Callable[..., PreTrainedConfig],
+    *,
+    seed: int = 0,
+    vocabulary: int = VOCABULARY,
+    **settings: Any,
+) -> PreTrainedModel:
+    """A random model of two layers, in evaluation mode, whose predictions depend on all tokens.
 
     Args:
+        config_class: of an architecture that uses the names of Llama's configuration.
         seed: of the weights; torch's global generator is left as it is.
         vocabulary: number of token ids.
-        settings: of the ``LlamaConfig``.
+        settings: of the configuration.
     """
     defaults: dict[str, Any] = {
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "num_key_value_heads": 1,
         "max_position_embeddings": 256,
         # With transformers' 0.02 every distribution would be all but uniform.
         "initializer_range": 0.4,
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    config = LlamaConfig(vocab_size=vocabulary, **(defaults | settings))
+    config = config_class(vocab_size=vocabulary, **(defaults | settings))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).train()
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tiny_llama(**settings: Any) -> LlamaForCausalLM:
+    """The Llama of `tiny_causal_lm`, in training mode, with one head of keys and values."""
+    return tiny_causal_lm(LlamaConfig, **({"num_key_value_heads": 1} | settings)).train()
 
 
 def texts(*lengths: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[dict[str, list[int]]]:
@@ -78,6 +97,40 @@ def config(folder: Path, **settings: Any) -> EBFTConfig:
         "verify_packing": False,
     }
     return EBFTConfig(**(defaults | settings))
+
+
+class RecordedRollouts(EBFTTrainer):
+    """Keeps the tokens (B, n, K, G) that every call sampled.
+
+    Attributes:
+        sampled: of each call, in order.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.sampled: list[Tensor] = []
+        super().__init__(*args, **kwargs)
+
+    def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
+        """Sample and keep."""
+        rollouts = super().sample_rollouts(model, inputs)
+        self.sampled.append(rollouts.tokens)
+        return rollouts
+
+
+class GivenRollouts(EBFTTrainer):
+    """Trains on the same rollouts at every call.
+
+    Attributes:
+        given: put there by a test, or those of the first call.
+    """
+
+    given: Rollouts | None = None
+
+    def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
+        """Sample if nothing is given."""
+        if self.given is None:
+            self.given = super().sample_rollouts(model, inputs)
+        return self.given
 
 
 class PrefixRollouts(EBFTTrainer):

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_ebft.structured import EBFTGRPOConfig
+from hf_ebft.structured import EBFTGRPOConfig, EBFTGRPOTrainer
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 CHAT_TEMPLATE = (
@@ -105,6 +105,18 @@ class Recorder:
         self.seen.append(batch)
         loss: Tensor = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return loss
+
+
+class RecordedEBFT(Recorder, EBFTGRPOTrainer):
+    """Structured mode, recorded."""
+
+
+class OnlyCrossEntropy(RecordedEBFT):
+    """Leaves out the policy gradient, so that runs do not depend on what was sampled."""
+
+    def feature_matching(self, prompts, completions, completion_ids, **columns):
+        super().feature_matching(prompts, completions, completion_ids, **columns)
+        return [0.0] * len(prompts)
 
 
 def plain_feature(

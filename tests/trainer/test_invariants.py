@@ -21,6 +21,7 @@ from hf_ebft import EBFTConfig, EBFTTrainer, Rollouts
 from hf_ebft.data import EBFTDataCollator
 from tests.support.tiny import (
     PrefixRollouts,
+    RecordedRollouts,
     assert_same_tensors,
     batch_of,
     config,
@@ -61,20 +62,6 @@ class RecordGradients(TrainerCallback):
     def on_pre_optimizer_step(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
         """Copy them."""
         self.steps.append(gradient_of(model))
-
-
-class RecordRollouts(EBFTTrainer):
-    """Keeps the rollouts of every call."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.sampled: list[Tensor] = []
-        super().__init__(*args, **kwargs)
-
-    def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
-        """Sample and keep."""
-        rollouts = super().sample_rollouts(model, inputs)
-        self.sampled.append(rollouts.tokens)
-        return rollouts
 
 
 # ---- Batches --------------------------------------------------------------------------------
@@ -237,7 +224,7 @@ def test_prompt_length_means_the_same_as_masked_labels(tmp_path: Path) -> None:
 
 def sampled_in_two_steps(folder: Path, **settings: Any) -> list[Tensor]:
     args = config(folder, max_steps=2, learning_rate=1e-6, **settings)
-    trainer = RecordRollouts(tiny_llama(), args, train_dataset=texts(16, 16))
+    trainer = RecordedRollouts(tiny_llama(), args, train_dataset=texts(16, 16))
     trainer.train()
     return trainer.sampled
 
@@ -257,7 +244,7 @@ def test_rollouts_depend_on_seed_step_and_micro_batch(tmp_path: Path) -> None:
     args = config(
         tmp_path, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=2
     )
-    trainer = RecordRollouts(tiny_llama(), args, train_dataset=[row, row])
+    trainer = RecordedRollouts(tiny_llama(), args, train_dataset=[row, row])
     trainer.train()
     assert not torch.equal(trainer.sampled[0], trainer.sampled[1])
 
@@ -294,7 +281,7 @@ def test_the_constructor_leaves_the_global_generators_where_trainer_does(
 def test_training_twice_on_one_trainer_repeats_the_run(tmp_path: Path) -> None:
     """A second train() starts from step 0, with the rollouts and metrics of a first one."""
     args = config(tmp_path, max_steps=1, logging_steps=1)
-    trainer = RecordRollouts(tiny_llama(), args, train_dataset=texts(20, 18))
+    trainer = RecordedRollouts(tiny_llama(), args, train_dataset=texts(20, 18))
     start = copy.deepcopy(trainer.model.state_dict())
     # A loss computed by hand in between is no part of either run.
     trainer.compute_loss(trainer.model, batch_of(texts(30)))

@@ -6,8 +6,8 @@ interrupted.py URL FOLDER
 import sys
 from pathlib import Path
 
-from tests.structured.vllm.fake_server import small_policy, small_tokenizer
-from tests.structured.vllm.training import make_trainer, rollouts_for, settings_for
+from tests.support.fake_vllm import small_policy, small_tokenizer
+from tests.support.vllm_training import make_trainer, rollouts_for, settings_for
 
 url, folder = sys.argv[1], Path(sys.argv[2])
 rollouts = rollouts_for(settings_for(url, folder, vllm_request_timeout=600.0))

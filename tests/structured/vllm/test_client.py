@@ -21,8 +21,8 @@ from hf_ebft.structured.vllm.errors import (
     VLLMServerError,
 )
 from hf_ebft.structured.vllm.settings import VLLMServerSettings
-from tests.structured.vllm import fake_server
-from tests.structured.vllm.fake_server import FakeVLLM, serving
+from tests.support import fake_vllm
+from tests.support.fake_vllm import FakeVLLM, serving
 
 SAMPLING = Sampling(max_tokens=5, temperature=0.7, stop_token_ids=(0,), seed=3)
 PROMPT = [5, 6, 7]
@@ -84,11 +84,11 @@ def test_nothing_of_the_sampling_is_left_to_the_servers_defaults(fake):
 @pytest.mark.parametrize(
     "fault",
     [
-        fake_server.status(500),
-        fake_server.status(503),
-        fake_server.status(429),
-        fake_server.cut_off,
-        fake_server.no_answer,
+        fake_vllm.status(500),
+        fake_vllm.status(503),
+        fake_vllm.status(429),
+        fake_vllm.cut_off,
+        fake_vllm.no_answer,
     ],
     ids=["500", "503", "429", "cut off", "no answer"],
 )
@@ -107,7 +107,7 @@ def test_a_request_that_fails_is_sent_again_with_growing_waits(fake, fault, monk
 
 @pytest.mark.parametrize(
     "fault",
-    [fake_server.body('{"choices": [{"ind'), fake_server.body("<html>gateway</html>")],
+    [fake_vllm.body('{"choices": [{"ind'), fake_vllm.body("<html>gateway</html>")],
     ids=["half a JSON", "no JSON"],
 )
 def test_an_answer_that_is_no_json_comes_from_a_server_that_is_gone(fake, fault):
@@ -129,14 +129,14 @@ def test_a_server_that_refuses_connections_is_not_tried_again(monkeypatch):
 
 
 def test_retries_are_bounded_and_the_last_cause_is_told(fake):
-    fake.fail("/v1/completions", fake_server.status(500, "CUDA out of memory"), times=3)
+    fake.fail("/v1/completions", fake_vllm.status(500, "CUDA out of memory"), times=3)
     with pytest.raises(ServerUnavailable, match=r"3 times in a row.*CUDA out of memory"):
         client_of(fake).complete("base", PROMPT, 1, SAMPLING)
     assert asked(fake) == 3
 
 
 def test_a_slow_answer_counts_as_failed_and_is_asked_for_again(fake):
-    fake.fail("/v1/completions", fake_server.slow(1.0))
+    fake.fail("/v1/completions", fake_vllm.slow(1.0))
     client = client_of(fake, vllm_request_timeout=0.3)
     assert len(client.complete("base", PROMPT, 1, SAMPLING)) == 1
     assert client.retries_done == 1
@@ -235,7 +235,7 @@ def test_a_server_that_never_comes_up_is_a_clear_error():
 
 
 def test_an_unhealthy_server_is_waited_for_too(fake):
-    fake.fail("/health", fake_server.status(503), times=3)
+    fake.fail("/health", fake_vllm.status(503), times=3)
     client_of(fake).wait_until_ready()
     assert asked(fake, "/health") == 4
 
@@ -255,7 +255,7 @@ def test_a_base_model_of_another_name_is_refused(fake):
 
 
 def test_something_else_than_vllm_is_recognised(fake):
-    fake.fail("/v1/models", fake_server.body('{"hello": "world"}'))
+    fake.fail("/v1/models", fake_vllm.body('{"hello": "world"}'))
     with pytest.raises(BadAnswer, match="no vLLM server"):
         client_of(fake).base_model()
 
@@ -269,7 +269,7 @@ def test_start_time_tells_a_restart(fake):
 
 
 def test_start_time_is_unknown_without_metrics(fake):
-    fake.fail("/metrics", fake_server.status(404))
+    fake.fail("/metrics", fake_vllm.status(404))
     assert client_of(fake).start_time() is None
 
 
@@ -289,7 +289,7 @@ def test_a_folder_that_the_server_does_not_see_names_the_setting(fake):
 
 
 def test_a_server_without_runtime_loading_says_how_to_start_it(fake):
-    fake.fail("/v1/load_lora_adapter", fake_server.status(404, "Not Found"))
+    fake.fail("/v1/load_lora_adapter", fake_vllm.status(404, "Not Found"))
     with pytest.raises(VLLMServerError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         client_of(fake).load_adapter("a", "/nowhere")
 
@@ -297,7 +297,7 @@ def test_a_server_without_runtime_loading_says_how_to_start_it(fake):
 def test_a_lost_answer_to_loading_an_adapter_is_no_failure(fake):
     def loads_and_loses_the_answer(handler):
         fake.adapters["a"] = fake.base
-        raise fake_server.Dropped
+        raise fake_vllm.Dropped
 
     fake.fail("/v1/load_lora_adapter", loads_and_loses_the_answer)
     client = client_of(fake)
@@ -317,7 +317,7 @@ def test_unloading_what_is_not_there_is_fine(fake):
 
 def test_a_frozen_server_is_not_waited_for_at_the_end(fake, monkeypatch):
     monkeypatch.setattr("hf_ebft.structured.vllm.client.CLEANUP_TIMEOUT", 0.2)
-    fake.fail("/v1/unload_lora_adapter", fake_server.slow(1.0), times=3)
+    fake.fail("/v1/unload_lora_adapter", fake_vllm.slow(1.0), times=3)
     started = time.monotonic()
     with pytest.raises(ServerUnavailable, match="unload the adapter a"):
         client_of(fake).unload_adapter("a", at_the_end=True)
@@ -326,13 +326,13 @@ def test_a_frozen_server_is_not_waited_for_at_the_end(fake, monkeypatch):
 
 
 def test_full_weights_need_development_mode(fake):
-    fake.fail("/pause", fake_server.status(404, "Not Found"))
+    fake.fail("/pause", fake_vllm.status(404, "Not Found"))
     with pytest.raises(VLLMServerError, match="VLLM_SERVER_DEV_MODE=1"):
         client_of(fake).reload_weights("/x")
 
 
 def test_a_server_is_resumed_even_if_reloading_failed(fake):
-    fake.fail("/collective_rpc", fake_server.status(500, "no such file"))
+    fake.fail("/collective_rpc", fake_vllm.status(500, "no such file"))
     with pytest.raises(VLLMServerError, match="no such file"):
         client_of(fake).reload_weights("/x")
     assert not fake.paused

@@ -1,44 +1,19 @@
 """Two processes over gloo that sample from one server: DDP and FSDP2, adapters and full weights."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-import yaml
 
 pytest.importorskip("trl")
 
-from tests.structured.vllm.fake_server import serving
-from tests.structured.vllm.training import PROMPTS
-
-HERE = Path(__file__).parent
-CONFIGS = HERE.parents[2] / "accelerate_configs"
+from tests.support.fake_vllm import serving
+from tests.support.launching import VLLM_WORKER, results
+from tests.support.vllm_training import PROMPTS
 
 pytestmark = pytest.mark.slow
 
 
 def launched(scenario, url, folder, config):
     """What both processes of a scenario saw."""
-    settings = yaml.safe_load((CONFIGS / config).read_text())
-    settings |= {"use_cpu": True, "num_processes": 2, "num_machines": 1, "main_process_port": 0}
-    settings["mixed_precision"] = "no"
-    settings.pop("gpu_ids", None)
-    path = folder / "accelerate.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    environment.pop("ACCELERATE_USE_CPU", None)
-    if config.startswith("fsdp"):
-        environment["HF_EBFT_TEST_FSDP_ON_CPU"] = "1"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
-    command += [str(HERE / "worker.py"), scenario, url, str(folder)]
-    finished = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-6000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return results(VLLM_WORKER, scenario, folder, config, url=url)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from hf_ebft.structured.vllm.handshake import (
     score,
     weights_took_effect,
 )
-from tests.structured.vllm.fake_server import small_policy
-from tests.structured.vllm.training import plain_log_probs
+from tests.support.fake_vllm import small_policy
+from tests.support.vllm_training import plain_log_probs
 
 BFLOAT16 = 0.1
 ROUNDING = 0.02

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("trl")
 
 from hf_ebft.structured.vllm.leftovers import RUN_NAME, is_abandoned, new_run_name
-from tests.structured.vllm import fake_server
-from tests.structured.vllm.fake_server import serving, small_policy, small_tokenizer
-from tests.structured.vllm.training import PROMPTS, make_trainer, rollouts_for, settings_for
+from tests.support import fake_vllm
+from tests.support.fake_vllm import serving, small_policy, small_tokenizer
+from tests.support.vllm_training import PROMPTS, make_trainer, rollouts_for, settings_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rollout_func.*:UserWarning")
 
@@ -72,7 +72,7 @@ def test_a_server_that_lists_nothing_stops_no_run(tmp_path, caplog):
         rollouts = rollouts_for(settings_for(fake.url, tmp_path))
         trainer = make_trainer(small_policy(), small_tokenizer(), rollouts, tmp_path)
         fake.fail("/v1/models", lambda handler: False)  # it tells its base model
-        fake.fail("/v1/models", fake_server.status(403, "not for you"))
+        fake.fail("/v1/models", fake_vllm.status(403, "not for you"))
         assert rollouts([PROMPTS[0]], trainer)["completion_ids"][0]
         rollouts.close()
     assert "could not unload the adapters of trainers that are gone" in caplog.text

@@ -25,8 +25,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from hf_ebft.structured import EBFTGRPOConfig, EBFTGRPOTrainer
 from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 from hf_ebft.structured.vllm.settings import VLLMServerSettings
-from tests.structured.vllm.fake_server import small_policy, small_tokenizer
-from tests.structured.vllm.training import PROMPTS, logged, lora, make_trainer, plain_log_probs
+from tests.support.fake_vllm import small_policy, small_tokenizer
+from tests.support.plain_forwards import plain_log_probs
+from tests.support.tiny import logged
+from tests.support.vllm_training import PROMPTS, lora, make_trainer
 
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("HF_EBFT_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))

@@ -17,15 +17,15 @@ from hf_ebft.structured.vllm.errors import BadAnswer, RequestRefused, VLLMServer
 from hf_ebft.structured.vllm.rollouts import VLLMRollouts, runs_of, tokenize_prompts
 from hf_ebft.structured.vllm.settings import VLLMServerArguments, VLLMServerSettings
 from hf_ebft.structured.vllm.transport import Transport
-from tests.structured.vllm import fake_server
-from tests.structured.vllm.fake_server import FakeVLLM, serving, small_policy, small_tokenizer
-from tests.structured.vllm.training import (
+from tests.support import fake_vllm
+from tests.support.fake_vllm import FakeVLLM, serving, small_policy, small_tokenizer
+from tests.support.plain_forwards import plain_log_probs
+from tests.support.tiny import logged
+from tests.support.vllm_training import (
     PROMPTS,
     CorrectingTrainer,
-    logged,
     lora,
     make_trainer,
-    plain_log_probs,
     rollouts_for,
     settings_for,
 )
@@ -234,7 +234,7 @@ def test_a_load_without_an_answer_leaves_no_adapter_behind(fake, start):
     def loads_without_an_answer(handler):
         payload = fake.requests[-1][1]
         fake.load(payload["lora_name"], Path(payload["lora_path"]))
-        raise fake_server.Dropped
+        raise fake_vllm.Dropped
 
     trainer = start({"vllm_request_retries": 0})
     fake.fail("/v1/load_lora_adapter", loads_without_an_answer, times=2)
@@ -258,7 +258,7 @@ class Recording:
         for row in range(len(inputs["completion_ids"])):
             prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()].tolist()
             tokens = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()].tolist()
-            ours = plain_log_probs(self.model, prompt, tokens, self.temperature)
+            ours = plain_log_probs(self.model, prompt, tokens, self.temperature).detach()
             rows.append((tuple(prompt), tuple(tokens), ours, inputs["advantages"][row].item()))
         self.recorded.append((loss.item(), rows))
         return loss
@@ -474,7 +474,7 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(fake, start):
     first = trainer.rollout_func([PROMPTS[0]], trainer)
     fake.requests.clear()
     for path, times in (("/v1/completions", 6), ("/health", 3)):
-        fake.fail(path, fake_server.no_answer, times=times)
+        fake.fail(path, fake_vllm.no_answer, times=times)
     found = trainer.rollout_func([PROMPTS[0], PROMPTS[1]], trainer)
     assert found["prompt_ids"][0] == first["prompt_ids"][0]
     for prompt, tokens, theirs in zip(*found.values(), strict=True):
@@ -512,7 +512,7 @@ def test_a_batch_waits_once_for_a_server_that_is_down(fake, start, monkeypatch):
 
 @pytest.mark.parametrize(
     "fault",
-    [fake_server.body('{"choices": [{"ind'), fake_server.body("<html>gateway</html>"), "abort"],
+    [fake_vllm.body('{"choices": [{"ind'), fake_vllm.body("<html>gateway</html>"), "abort"],
     ids=["half a JSON", "no JSON", "broken off"],
 )
 def test_a_completion_of_a_server_that_is_going_down_is_asked_for_again(fake, start, fault):
@@ -535,7 +535,7 @@ def test_a_completion_of_a_server_that_is_going_down_is_asked_for_again(fake, st
 
 def test_a_server_that_dies_while_it_gets_weights(fake, start):
     trainer = start()
-    fake.fail("/v1/load_lora_adapter", fake_server.no_answer, times=3)
+    fake.fail("/v1/load_lora_adapter", fake_vllm.no_answer, times=3)
     found = trainer.rollout_func([PROMPTS[0]], trainer)
     ours = plain_log_probs(trainer.model, found["prompt_ids"][0], found["completion_ids"][0], 0.7)
     torch.testing.assert_close(torch.tensor(found["logprobs"][0]).double(), ours, atol=1e-5, rtol=0)
@@ -548,7 +548,7 @@ def test_a_server_that_keeps_failing_stops_the_run(fake, start):
     trainer.rollout_func([PROMPTS[0]], trainer)
     real = fake.complete
     fake.complete = lambda payload: (
-        real(payload) if payload["ignore_eos"] else (500, fake_server.error("engine died"))
+        real(payload) if payload["ignore_eos"] else (500, fake_vllm.error("engine died"))
     )
     with pytest.raises(VLLMServerError, match=r"lost the vLLM server .* 4 times.*engine died"):
         trainer.rollout_func([PROMPTS[0]], trainer)
@@ -684,7 +684,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent(fake, start):
 
 
 def test_full_weights_without_a_start_time_are_refused(fake, start):
-    fake.fail("/metrics", fake_server.status(404), times=9)
+    fake.fail("/metrics", fake_vllm.status(404), times=9)
     refused(start, VLLMServerError, "does not say when it started", **full())
 
 
@@ -705,7 +705,7 @@ def test_tied_embeddings_elsewhere_are_reloaded(fake, start, caplog):
 def test_tied_embeddings_on_a_server_that_says_nothing_are_warned_of(fake, start, caplog):
     fake.original = small_policy(tie_word_embeddings=True).eval()
     fake.restart()
-    fake.fail("/server_info", fake_server.status(404))
+    fake.fail("/server_info", fake_vllm.status(404))
     trainer = start(**full(model=small_policy(tie_word_embeddings=True)))
     with caplog.at_level(logging.WARNING):
         trainer.rollout_func([PROMPTS[0]], trainer)

@@ -20,7 +20,7 @@ from hf_ebft.structured.vllm.sync import (
     UNSUPPORTED_OPTIONS,
     check_adapter,
 )
-from tests.structured.vllm.fake_server import small_policy
+from tests.support.fake_vllm import small_policy
 
 # ---- Settings ------------------------------------------------------------------------------------
 

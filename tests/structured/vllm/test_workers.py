@@ -15,8 +15,8 @@ pytest.importorskip("trl")
 
 from hf_ebft.structured.vllm import workers
 from hf_ebft.structured.vllm.workers import DaemonPool
-from tests.structured.vllm import fake_server
-from tests.structured.vllm.fake_server import serving
+from tests.support import fake_vllm
+from tests.support.fake_vllm import serving
 
 
 def test_results_and_errors_come_back_and_no_more_than_size_run_at_a_time():
@@ -81,7 +81,7 @@ def test_control_c_ends_a_run_whose_server_has_frozen(tmp_path):
             return real(payload)
 
         fake.complete = freezes
-        fake.fail("/v1/unload_lora_adapter", fake_server.slow(120), times=9)
+        fake.fail("/v1/unload_lora_adapter", fake_vllm.slow(120), times=9)
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "interrupted.py"), fake.url, tmp_path],

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 if os.environ.get("HF_EBFT_TEST_FSDP_ON_CPU"):
-    from tests.distributed import fsdp_on_cpu
+    from tests.support import fsdp_on_cpu
 
     fsdp_on_cpu.enable()
 
@@ -21,11 +21,11 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 
 from hf_ebft.structured.vllm.errors import BadAnswer, ServerUnavailable
-from tests.structured.vllm.fake_server import small_policy, small_tokenizer
-from tests.structured.vllm.training import (
-    logged,
+from tests.support.fake_vllm import small_policy, small_tokenizer
+from tests.support.plain_forwards import plain_log_probs
+from tests.support.tiny import logged
+from tests.support.vllm_training import (
     make_trainer,
-    plain_log_probs,
     rollouts_for,
     settings_for,
 )

@@ -3,20 +3,19 @@
 Imported by the tests (one process) and by `worker.py` (every process of a launch).
 """
 
-import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from hf_ebft import EBFTConfig, EBFTTrainer
+from hf_ebft import EBFTConfig
 from hf_ebft.evaluation import CompletionMetrics, exact_match
 from hf_ebft.evaluation.callbacks import CompletionMetricsCallback, RolloutWatcher
+from tests.support.tiny import VOCABULARY, PrefixRollouts, RecordedRollouts, tiny_llama
 
-VOCABULARY = 61
-MOST_BLOCKS = 64
 # With and without blocks, of different lengths; 8 of them, so 2 processes x 2 fit twice.
 LENGTHS = (40, 9, 33, 27, 18, 40, 5, 25)
 
@@ -29,54 +28,30 @@ def documents(lengths=LENGTHS, seed=0):
     ]
 
 
-def tiny_llama(seed=0, **changes):
-    torch.manual_seed(seed)
-    values = {
-        "vocab_size": VOCABULARY,
+def small_llama(**settings):
+    """Four layers, so that features come from inside the network."""
+    defaults = {
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        # Runs are compared after several steps of Adam: gradients must not be as large as noise.
+        "initializer_range": 0.02,
     }
-    return LlamaForCausalLM(LlamaConfig(**(values | changes)))
+    return tiny_llama(**(defaults | settings))
 
 
-class RecordedRollouts(EBFTTrainer):
-    """Trains on its own rollouts and records them."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.sampled = []
-
-    def sample_rollouts(self, model, inputs):
-        rollouts = super().sample_rollouts(model, inputs)
-        self.sampled.append(rollouts.tokens)
-        return rollouts
-
-
-class InjectedRollouts(RecordedRollouts):
-    """Records what it samples, then trains on rollouts that depend on the document alone, so that
+class RecordedPrefixRollouts(PrefixRollouts, RecordedRollouts):
+    """Records what it samples, then trains on rollouts that depend on the prefix alone, so that
     runs with another number of processes can be compared."""
-
-    def sample_rollouts(self, model, inputs):
-        rollouts = super().sample_rollouts(model, inputs)
-        _, n_samples, n_blocks, length = rollouts.tokens.shape
-        tokens = []
-        for row in rollouts.layout.documents.input_ids:
-            generator = torch.Generator().manual_seed(int(row.sum()))
-            drawn = torch.randint(
-                1, VOCABULARY, (n_samples, MOST_BLOCKS, length), generator=generator
-            )
-            tokens.append(drawn[:, :n_blocks])
-        return dataclasses.replace(rollouts, tokens=torch.stack(tokens))
 
 
 def make_trainer(
     folder: Path,
     *,
     peft=False,
-    trainer_class=InjectedRollouts,
+    trainer_class=RecordedPrefixRollouts,
     data=None,
     evaluation=None,
     pretrained=None,
@@ -101,7 +76,7 @@ def make_trainer(
     }
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True) if peft else None
     return trainer_class(
-        tiny_llama() if pretrained is None else LlamaForCausalLM.from_pretrained(pretrained),
+        small_llama() if pretrained is None else LlamaForCausalLM.from_pretrained(pretrained),
         EBFTConfig(**(values | settings)),
         train_dataset=documents() if data is None else data,
         eval_dataset=evaluation,
@@ -234,3 +209,48 @@ class CharacterTokenizer:
 
     def batch_decode(self, rows, skip_special_tokens):
         return [self.decode(row) for row in rows]
+
+
+def assert_same_weights(left, right, tolerance):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(
+            left[name], right[name], rtol=tolerance, atol=tolerance, msg=name
+        )
+
+
+def assert_same_metrics(history, reference_history):
+    """Training logs agree in everything but clocks."""
+    pairs = zip(training_logs(history), training_logs(reference_history), strict=True)
+    for ours, reference in pairs:
+        assert ours.keys() == reference.keys()
+        for key, value in reference.items():
+            assert ours[key] == pytest.approx(value, rel=2e-3, abs=2e-5), key
+
+
+def training_logs(history):
+    """The entries that a training log made, without clocks."""
+    return [
+        {
+            key: value
+            for key, value in entry.items()
+            if "seconds" not in key and "runtime" not in key
+        }
+        for entry in history
+        if "loss" in entry
+    ]
+
+
+def assert_evaluation_left_no_trace(ranks, sharded):
+    """Weights after `evaluate()`, `predict()` and `train()` are those after `train()` alone.
+
+    Born from an upstream fault: preparing the model for evaluation kept `train()` from wrapping it,
+    so each process trained on its own gradients; FSDP2 crashed.
+    """
+    for run in ("evaluated_first", "evaluated_first_adapters"):
+        first, second = (rank[run] for rank in ranks)
+        assert_same_weights(first["measured"]["weights"], second["measured"]["weights"], 0.0)
+        assert_same_weights(first["measured"]["weights"], first["plain"]["weights"], 0.0)
+        assert first["measured"]["sharded"] == sharded
+        assert "eval_ebft/cfm_loss" in first["before"]
+        assert sharded or first["wrapper"] == "DistributedDataParallel"

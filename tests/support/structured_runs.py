@@ -1,30 +1,24 @@
 """Runs of structured mode that are compared between one process and several."""
 
-from hf_ebft.structured import EBFTGRPOTrainer
-from tests.distributed.runs import full_weights
-from tests.support.tiny_structured import Recorder, config, policy, rows, tokenizer
+from tests.support.distributed_runs import full_weights
+from tests.support.tiny_structured import (
+    OnlyCrossEntropy,
+    RecordedEBFT,
+    config,
+    policy,
+    rows,
+    tokenizer,
+)
 
 # 9 rows of 2 processes: the groups of 3 begin at other places on each.
 OUT_OF_STEP = {"per_device_train_batch_size": 9, "num_generations": 6}
-
-
-class Recorded(Recorder, EBFTGRPOTrainer):
-    pass
-
-
-class OnlyCrossEntropy(Recorded):
-    """Leaves out the policy gradient, so that runs do not depend on what was sampled."""
-
-    def feature_matching(self, prompts, completions, completion_ids, **columns):
-        super().feature_matching(prompts, completions, completion_ids, **columns)
-        return [0.0] * len(prompts)
 
 
 def lora(make):
     return make(r=4, target_modules="all-linear")
 
 
-def run(folder, trainer_class=Recorded, peft_config=None, evaluate_first=False, **settings):
+def run(folder, trainer_class=RecordedEBFT, peft_config=None, evaluate_first=False, **settings):
     """Two optimizer steps; what the losses were computed from, weights and log."""
     trainer = trainer_class(
         policy(),

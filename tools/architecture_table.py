@@ -1,6 +1,6 @@
 """Writes docs/architectures.md, which the slow tests hold against the code.
 
-Run it with `python -m tests.support.architecture_table`.
+Run it with `python -m tools.architecture_table`.
 
 Takes some minutes: every model type is measured with several lengths and attention implementations.
 """
@@ -19,7 +19,7 @@ from hf_ebft.packed.supported import set_packed_attention
 from tests.support.architectures import LIMIT, MODEL_TYPES, NOT_BUILT, tiny_model
 from tests.support.exactness import Case, Verdict, judge, ragged_batch
 
-PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 # Longest document of the case; its packed row is more than twice as long.
 LONGEST = 43
 CASE = Case(ragged_batch(LONGEST, 30))
@@ -44,7 +44,7 @@ it is exact up to some length, at the first batch that is longer. For architectu
 listed (`trust_remote_code`, say), the trainer compares a short packed row with plain forward passes
 before it trains (`verify_packing`).
 
-`python -m tests.support.architecture_table` writes this page; the slow tests hold it against the
+`python -m tools.architecture_table` writes this page; the slow tests hold it against the
 code.
 """
 

@@ -96,18 +96,3 @@ def make_trainer(
 def rollouts_for(settings):
     """Rollouts that do not wait between tries."""
     return VLLMRollouts(settings, VLLMClient(settings, wait=0.0))
-
-
-def plain_log_probs(model, prompt, tokens, temperature):
-    """Log-probs of tokens after a prompt, by one plain forward pass without padding."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0]
-    model.train(training)
-    rows = (logits[len(prompt) - 1 : -1].double() / temperature).log_softmax(-1)
-    return rows.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
