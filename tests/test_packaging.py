@@ -154,7 +154,9 @@ def test_constraints_pin_what_setup_cfg_asks_for() -> None:
 
 
 def _configuration_files(*patterns: str) -> list[Path]:
-    return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    found = {pattern: list(ROOT.glob(pattern)) for pattern in patterns}
+    assert all(found.values()), found  # a pattern that matches no file checks nothing
+    return sorted(path for paths in found.values() for path in paths)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from datasets import Dataset, IterableDataset
 from tokenizers import processors
 
 from hf_ebft.structured.datasets import REFUSED_COLUMNS
-from tests.structured.test_trainer import RecordedEBFT
 from tests.support.tiny import tiny_tokenizer
 from tests.support.tiny_structured import (
+    RecordedEBFT,
     assert_advantages,
     config,
     expected_advantages,

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.structured.test_trainer import RecordedEBFT
-from tests.support.tiny_structured import config, policy, rows, tokenizer
+from tests.support.tiny_structured import RecordedEBFT, config, policy, rows, tokenizer
 
 
 def build(folder, evaluation, **settings):

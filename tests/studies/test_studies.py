@@ -227,9 +227,11 @@ def test_differences_are_paired_by_file_and_seed() -> None:
     assert tables.seed_differences(before[:1], after, "cfm_loss@8") == pytest.approx([0.1, 0.05])
 
 
-def test_results_are_valid_json_of_numbers() -> None:
-    for path in RESULTS.glob("*.json"):
-        json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.rglob("*.json")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_results_are_valid_json_of_numbers(path: Path) -> None:
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
 
 
 def _refuse(text: str) -> None:

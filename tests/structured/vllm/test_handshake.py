@@ -18,7 +18,7 @@ from hf_ebft.structured.vllm.handshake import (
     weights_took_effect,
 )
 from tests.support.fake_vllm import small_policy
-from tests.support.vllm_training import plain_log_probs
+from tests.support.plain_forwards import plain_log_probs
 
 BFLOAT16 = 0.1
 ROUNDING = 0.02

@@ -1,0 +1,61 @@
+"""What the source has to look like: docstrings, helpers in one place."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "hf_ebft").rglob("*.py"))
+SUPPORT = sorted((ROOT / "tests" / "support").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def public(tree: ast.Module) -> Iterator[tuple[str, Function | ast.ClassDef]]:
+    """Functions, classes and methods whose names do not start with an underscore.
+
+    Methods of Python's data model and `__post_init__` explain themselves.
+    """
+    for node in tree.body:
+        if isinstance(node, Function | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node
+            if isinstance(node, ast.ClassDef):
+                for member in node.body:
+                    if isinstance(member, Function) and not member.name.startswith("_"):
+                        yield f"{node.name}.{member.name}", member
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_modules_and_what_is_public_have_docstrings(path: Path) -> None:
+    tree = parse(path)
+    assert ast.get_docstring(tree), "a first line that says what the reader finds here"
+    assert [name for name, node in public(tree) if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("path", SUPPORT[1:], ids=name_of)
+def test_helpers_say_what_they_are(path: Path) -> None:
+    assert ast.get_docstring(parse(path))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name_of)
+def test_tests_import_helpers_from_support_only(path: Path) -> None:
+    """A helper in a test file is found by nobody, and written again."""
+    imported = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.ImportFrom)
+        and (node.level or (node.module or "").split(".")[0] == "tests")
+        for alias in node.names
+    ]
+    assert [name for name in imported if not name.startswith("tests.support.")] == []
