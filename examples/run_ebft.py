@@ -106,13 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_rows, eval_rows = load_rows(
             data, tokenizer, args, wants_eval=report.report_rows > 0 or args.do_eval, train=train
         )
+    model = load_model(names, len(tokenizer))
     trainer = EBFTTrainer(
-        model=load_model(names, len(tokenizer)),
+        model=model,
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=lora_config(lora),
+        peft_config=lora_config(lora, model),
     )
     use_compact_progress(trainer)
 

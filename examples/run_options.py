@@ -187,7 +187,10 @@ class LoraArguments:
     )
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names of the modules that get adapters, or 'all-linear'."},
+        metadata={
+            "help": "Names of the modules that get adapters, one regular expression for their full "
+            "names, or 'all-linear'."
+        },
     )
     lora_merge: bool = field(
         default=False,

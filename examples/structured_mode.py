@@ -72,13 +72,14 @@ def run(
             data, args, wants_eval=report.report_rows > 0 or args.do_eval, train=train
         )
     require_a_batch(prompts, args)
+    model = load_model(names, len(tokenizer))
     trainer = EBFTGRPOTrainer(
-        model=load_model(names, len(tokenizer)),
+        model=model,
         args=args,
         train_dataset=prompts,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=lora_config(lora),
+        peft_config=lora_config(lora, model),
         rollout_func=rollouts_for(prompts, args),
     )
     use_compact_progress(trainer)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from peft import get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -186,6 +187,53 @@ def test_adapters(tmp_path: Path, model_folder: str, text_file: str, merge: bool
         adapted = AutoModelForCausalLM.from_pretrained(output)
         weights = dict(adapted.named_parameters())
         assert any(w.abs().sum() > 0 for name, w in weights.items() if "lora_B" in name)
+
+
+def adapted(tmp_path: Path, *modules: str, file: str | None = None) -> set[str]:
+    """Names of the modules that get adapters, as the command line or a file says it."""
+    argument = ["--lora_target_modules", *modules]
+    if file is not None:
+        argument = [config_file(tmp_path, f"lora_target_modules: {file}\n")]
+    lora = run_ebft.parse_arguments(["--use_peft", "--mode=strided", *argument])[2]
+    model = tiny_llama()
+    config_ = run_ebft.lora_config(lora, model)
+    names = {name for name, _ in get_peft_model(model, config_).named_parameters()}
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
+        for name in names
+        if "lora_A" in name
+    }
+
+
+def test_adapters_by_name_or_by_regular_expression(tmp_path: Path) -> None:
+    first = {f"model.layers.0.self_attn.{name}_proj" for name in "qv"}
+    everywhere = {name.replace("0", str(layer)) for name in first for layer in range(2)}
+    pattern = r".*layers\.0\..*(q|v)_proj"
+    assert adapted(tmp_path, "q_proj", "v_proj") == everywhere
+    assert adapted(tmp_path, file="[q_proj, v_proj]") == everywhere
+    assert adapted(tmp_path, pattern) == first
+    assert adapted(tmp_path, file=f"'{pattern}'") == first
+    assert adapted(tmp_path, file=f"['{pattern}']") == first
+    assert adapted(tmp_path, "layers.0.self_attn.q_proj") == {"model.layers.0.self_attn.q_proj"}
+    assert adapted(tmp_path, file="lm_head") == {"lm_head"}
+    assert len(adapted(tmp_path, "all-linear")) == 2 * 7
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["q_proj", "query"], "the name 'query' matches no module .* called q_proj, k_proj"),
+        ([".*query"], r"the regular expression '\.\*query' matches no module .*in full"),
+        (["proj"], "the name 'proj' matches no module"),
+        (["(q_proj"], r"lora_target_modules='\(q_proj' is no regular expression"),
+        ([".*q_proj", "v_proj"], r"the name '\.\*q_proj' matches no module"),
+    ],
+)
+def test_modules_that_are_not_there_are_named(
+    tmp_path: Path, modules: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        adapted(tmp_path, *modules)
 
 
 @pytest.mark.slow
