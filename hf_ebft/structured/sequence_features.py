@@ -20,6 +20,7 @@ from hf_ebft.feature_network.network import FrozenNetwork
 from hf_ebft.objective.features import normalize_layers, pool, token_positions
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.packed.supported import sequence_limit
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class SequenceFeatureNetwork(FrozenNetwork):
         self.embed_method = embed_method
         self.batch_tokens = batch_tokens
         self.autocast = autocast
+        self.limit = sequence_limit(model)
 
     @property
     def vocabulary_size(self) -> int:
@@ -97,7 +99,7 @@ class SequenceFeatureNetwork(FrozenNetwork):
             (N, D) float32, on the network's device.
 
         Raises:
-            ValueError: an empty completion.
+            ValueError: an empty completion, or a sequence that is too long for the network.
             FloatingPointError: features that are not finite.
         """
         if any(not sequence.completion_ids for sequence in sequences):
@@ -106,6 +108,7 @@ class SequenceFeatureNetwork(FrozenNetwork):
                 "least its end-of-sequence token: whatever sampled it must return that one too."
             )
         distinct = sorted(set(sequences), key=len)
+        refuse_longer(len(distinct[-1]), self.limit, "A prompt with its completion")
         batches = _batches(distinct, self.batch_tokens)
         with self._reading(), self.autocast():
             embedded = [self._embed_batch(batch) for batch in self._in_step(batches)]
@@ -160,6 +163,24 @@ class SequenceFeatureNetwork(FrozenNetwork):
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         # FSDP2 counts on every pass to go through its root.
         (self.model if is_sharded(self.model) else self.backbone)(**arguments)
+
+
+def refuse_longer(tokens: int, limit: tuple[int, str] | None, what: str) -> None:
+    """Refuse a row that a model cannot read, or not without a look at its batch mates.
+
+    Args:
+        tokens: of the row.
+        limit: of the model, as `hf_ebft.packed.supported.sequence_limit` gives it.
+        what: the row, for the message.
+
+    Raises:
+        ValueError: with the reason and what to shorten.
+    """
+    if limit is not None and tokens > limit[0]:
+        raise ValueError(
+            f"{what} has {tokens} tokens, but {limit[1]} beyond {limit[0]} tokens. Filter out "
+            "longer prompts and ground truths, or lower max_completion_length."
+        )
 
 
 def _places(sequence: TokenSequence, embed_method: EmbedMethod) -> list[int]:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer  # type: ignore[attr-defined]  # re-exported lazily
 
 from hf_ebft.feature_network.loading import build_placed_network
+from hf_ebft.packed.supported import sequence_limit
 from hf_ebft.structured.config import EBFTGRPOConfig
 from hf_ebft.structured.cross_entropy import ground_truth_nll
 from hf_ebft.structured.datasets import (
@@ -31,8 +32,13 @@ from hf_ebft.structured.datasets import (
 )
 from hf_ebft.structured.encoding import Example
 from hf_ebft.structured.reward import FeatureMatchingReward
-from hf_ebft.structured.sequence_features import SequenceFeatureNetwork
-from hf_ebft.structured.trl_internals import restore_forward, set_most_tokens, take_metrics
+from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, refuse_longer
+from hf_ebft.structured.trl_internals import (
+    count_positions_from_mask,
+    restore_forward,
+    set_most_tokens,
+    take_metrics,
+)
 from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 from hf_ebft.structured.vllm.trainer import StalenessCorrection
 from hf_ebft.training.before_training import BeforeTrainingMixin
@@ -126,6 +132,10 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         )
         self.train_dataset = with_one_bos(self.train_dataset, self.processing_class)
         self.eval_dataset = with_one_bos(self.eval_dataset, self.processing_class)
+        self._limit = sequence_limit(self.model)
+        for policy in (self.model, self.ref_model):
+            if policy is not None:
+                count_positions_from_mask(self.accelerator.unwrap_model(policy))
         self.feature_network = self._build_network(feature_network)
         self.reward = FeatureMatchingReward(
             self.feature_network,
@@ -231,8 +241,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         steps = self.args.steps_per_generation
         assert steps is not None
         if self._micro_step % (steps * self.num_iterations) == 0:  # as TRL decides to sample
-            self._encode(inputs)  # refuses rows that cannot be read before anything is sampled
-            self._set_budget(self.rollout_budget(inputs))
+            self._prepare_rollouts(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_step += 1
         return loss
@@ -246,8 +255,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
     ) -> tuple[Tensor | None, Any, Any]:
         """TRL's step, with the rows kept as in `training_step`."""
         self._rows = inputs
-        self._encode(inputs)
-        self._set_budget(self.rollout_budget(inputs))
+        self._prepare_rollouts(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def evaluate(
@@ -328,6 +336,25 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         longest = max(len(example.truth_ids) for example in self._encode(inputs))
         longest = int(gather(torch.tensor([longest], device=self.accelerator.device)).max())
         return min(self._most_tokens, math.ceil(self.args.gt_length_multiplier * longest))
+
+    def _prepare_rollouts(self, inputs: list[dict[str, Any]]) -> None:
+        """Set the budget of a batch, and refuse rows that cannot be read before TRL samples."""
+        examples = self._encode(inputs)
+        self._set_budget(self.rollout_budget(inputs))
+        longest = max(examples, key=lambda example: len(example.prompt_ids))
+        multiple = cast("int | None", self.pad_to_multiple_of) or 1
+        # TRL pads prompts and completions on their own.
+        width = sum(
+            math.ceil(tokens / multiple) * multiple
+            for tokens in (len(longest.prompt_ids), self.completion_budget)
+        )
+        refuse_longer(width, self._limit, "The longest prompt with a completion of full length")
+        longest = max(examples, key=lambda example: len(example.prompt_ids + example.truth_ids))
+        refuse_longer(
+            len(longest.prompt_ids + longest.truth_ids),
+            self._limit,
+            "The longest prompt with its ground truth",
+        )
 
     def _set_budget(self, tokens: int) -> None:
         self.completion_budget = self.reward.completion_budget = tokens

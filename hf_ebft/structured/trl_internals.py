@@ -11,13 +11,17 @@ Two more are names only: the columns that TRL withholds from rewards
 
 from __future__ import annotations
 
+import inspect
 import math
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_ebft.packed.model_parts import bare_model
+
+# What transformers calls embeddings of absolute positions, learned or sinusoidal.
+ABSOLUTE_POSITIONS = ("wpe", "position_embeddings", "embed_positions", "position_embedding")
 
 
 def take_metrics(trainer: Any, mode: str) -> dict[str, float | None]:
@@ -74,6 +78,37 @@ def trainer_of(log_metric: Any) -> Any:
     Reward functions get no other hint of who subtracts a baseline from what they return.
     """
     return getattr(log_metric, "__self__", None)
+
+
+def count_positions_from_mask(model: nn.Module) -> None:
+    """Have a model with absolute positions count them from the first token of each row, in place.
+
+    TRL pads prompts on the left and passes no position ids to the forward pass of its loss. Rotary
+    positions are relative and do not mind. Absolute ones (GPT-2's) would be those of the padded
+    row, so that log-probs would depend on the batch and differ from what sampled.
+
+    Args:
+        model: a policy or reference model, bare or wrapped by PEFT; others than such are left as
+            they are.
+    """
+    bare = bare_model(model)
+    takes_positions = "position_ids" in inspect.signature(type(bare).forward).parameters
+    learned = any(name.rpartition(".")[2] in ABSOLUTE_POSITIONS for name, _ in bare.named_modules())
+    # RoBERTa and its like count from their padding id on, and do so from the ids themselves.
+    by_ids = any(hasattr(part, "create_position_ids_from_input_ids") for part in bare.modules())
+    if takes_positions and learned and not by_ids:
+        bare.register_forward_pre_hook(_add_positions, with_kwargs=True)
+
+
+def _add_positions(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    mask = kwargs.get("attention_mask")
+    known = kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None
+    if known or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return args, kwargs
+    positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+    return args, {**kwargs, "position_ids": positions}
 
 
 def restore_forward(duplicate: nn.Module) -> None:
