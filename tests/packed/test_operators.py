@@ -246,9 +246,9 @@ def test_a_wait_is_noticed() -> None:
 BUDGET = {
     ("split", "decoding, a layer and step"): (47, 40),
     ("split", "decoding, a step beside its layers"): (53, None),
-    ("split", "training, a layer"): (274, 60),
+    ("split", "training, a layer"): (217, 60),
     ("sdpa", "decoding, a layer and step"): (41, 40),
-    ("sdpa", "decoding, a step beside its layers"): (84, None),
+    ("sdpa", "decoding, a step beside its layers"): (81, None),
     ("sdpa", "training, a layer"): (109, 60),
 }
 BUDGET_CASE = Case(
