@@ -172,7 +172,8 @@ def diverging_cross_entropy(run: Run) -> Finding | None:
             "serious" if rise > STEEP_RISE_OF_CROSS_ENTROPY else "warning",
             "The cross-entropy rises",
             f"On {where} it is {change.last:.3g} nats a token, {rise:.2g} above its best "
-            f"(perplexity times {math.exp(min(rise, 50.0)):.3g}).",
+            f"(perplexity times {math.exp(min(rise, 50.0)):.3g}). The CFM loss may fall all the "
+            "same: a sharper policy lowers it.",
             "Raise ce_coef (the paper tries 0.03 and 0.1) or kl_coef, lower learning_rate, or use "
             "more documents per step. Per-group whitening raises it more than "
             "use_whitening=false does in small runs.",
@@ -186,10 +187,13 @@ def collapsed_entropy(run: Run) -> Finding | None:
     if change is None or not _trains_on_rewards(run):
         return None
     fell = change.first > 0 and change.last < SMALL_SHARE_OF_ENTROPY * change.first
-    # Text that can be predicted is learned that way, too: then the CFM loss falls along.
+    # Text that can be predicted is learned that way, too: the CFM loss falls along, and the
+    # cross-entropy does not rise. (Sharpening alone lowers the one and raises the other.)
     cfm_loss = _ends(run, "ebft/cfm_loss")
     learning = (
-        cfm_loss is not None and cfm_loss.verdict(METRIC_BY_NAME["ebft/cfm_loss"]) == "better"
+        cfm_loss is not None
+        and cfm_loss.verdict(METRIC_BY_NAME["ebft/cfm_loss"]) == "better"
+        and diverging_cross_entropy(run) is None
     )
     if change.last >= HARDLY_ANY_ENTROPY and (not fell or learning):
         return None

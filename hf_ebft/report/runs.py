@@ -9,17 +9,19 @@ event files, and beside them ``training_args.json`` (written at every save), ``r
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from hf_ebft.evaluation.callbacks import WATCHED_FILE
 from hf_ebft.watching.curves import Series, series_of
 from hf_ebft.watching.model_card import ARGUMENTS_NAME
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -106,8 +108,8 @@ def load_runs(paths: Sequence[str | Path], names: Sequence[str] | None = None) -
 def load_run(path: str | Path, name: str | None = None) -> Run:
     """Read a run from its folder, its ``trainer_state.json`` or an event file.
 
-    In a folder, whichever of the state, the last checkpoint's state and the event files got
-    furthest counts.
+    In a folder, the state, the checkpoints' states and the event files are asked. Where they hold
+    several runs, the one that wrote last counts.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -118,7 +120,8 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
     if not path.exists():
         raise FileNotFoundError(f"There is no {path}.")
     if path.is_dir():
-        series, source = _furthest(path)
+        log = _newest_run(path)
+        series, source = log.series, log.source
     elif "tfevents" in path.name:
         series, source = _series_of_events([path]), path
     else:
@@ -137,28 +140,72 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
     )
 
 
-def _furthest(folder: Path) -> tuple[dict[str, Series], Path]:
-    found: list[tuple[dict[str, Series], Path]] = []
-    checkpoint = get_last_checkpoint(str(folder))
-    for place in (folder, *([Path(checkpoint)] if checkpoint else [])):
-        if (place / STATE_NAME).exists():
-            found.append((_series_of_state(place / STATE_NAME), place / STATE_NAME))
+@dataclass(frozen=True)
+class _Log:
+    """Curves read from one place, and when that place was last written."""
+
+    series: dict[str, Series]
+    source: Path
+    written: float
+
+    @property
+    def last_step(self) -> int:
+        return max((curve.steps[-1] for curve in self.series.values()), default=-1)
+
+
+def _newest_run(folder: Path) -> _Log:
+    """The run that wrote into the folder last, with as much of its log as is there.
+
+    A folder that was used twice holds two logs. The one written last counts, even if it is the
+    shorter one.
+    """
+    logs = [
+        _Log(_series_of_state(path), path, path.stat().st_mtime) for path in _state_files(folder)
+    ]
     events = _event_files(folder)
-    # Reading events takes a package and seconds: only if no state is there, or it is older.
-    newest = max((file.stat().st_mtime for file in events), default=0.0)
-    if events and all(source.stat().st_mtime < newest for _, source in found):
-        found.append((_series_of_events(events), folder))
-    if not found:
+    written = max((file.stat().st_mtime for file in events), default=0.0)
+    # Reading events takes a package and seconds: only if no state is there, or all are older.
+    if events and all(log.written < written for log in logs):
+        logs.append(_Log(_series_of_events(events), folder, written))
+    if not logs:
         raise FileNotFoundError(
             f"{folder} holds no {STATE_NAME} (there or in checkpoint-*) and no TensorBoard event "
             "files. Save a checkpoint, call trainer.save_state(), or train with "
             "report_to='tensorboard'."
         )
-    return max(found, key=lambda pair: _last_step(pair[0]))
+    newest = max(logs, key=lambda log: log.written)
+    same = [log for log in logs if _agree(log.series, newest.series)]
+    if len(same) < len(logs):
+        others = ", ".join(str(log.source) for log in logs if log not in same)
+        logger.warning(
+            "%s holds logs of several runs. Shown is the one written last, from %s; of another "
+            "run: %s.",
+            folder,
+            newest.source,
+            others,
+        )
+    return max(same, key=lambda log: (log.last_step, log.written))
 
 
-def _last_step(series: Mapping[str, Series]) -> int:
-    return max((curve.steps[-1] for curve in series.values()), default=-1)
+def _state_files(folder: Path) -> list[Path]:
+    found = [folder / STATE_NAME, *folder.glob(f"checkpoint-*/{STATE_NAME}")]
+    return [path for path in found if path.exists()]
+
+
+def _agree(one: Mapping[str, Series], other: Mapping[str, Series]) -> bool:
+    """Whether two logs say the same of every step that both hold: they are of one run."""
+    for name in one.keys() & other.keys():
+        values = dict(zip(other[name].steps, other[name].values, strict=True))
+        for step, value in zip(one[name].steps, one[name].values, strict=True):
+            # Event files hold float32.
+            if step in values and not _close(value, values[step]):
+                return False
+    return True
+
+
+def _close(one: float, other: float) -> bool:
+    both_nan = math.isnan(one) and math.isnan(other)
+    return both_nan or math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-12)
 
 
 def _series_of_state(path: Path) -> dict[str, Series]:
@@ -235,8 +282,9 @@ def _arguments_of_events(path: Path) -> dict[str, Any] | None:
 def _folders_around(path: Path) -> list[Path]:
     """Where files that belong to a run may lie: its folder, its checkpoint, the folder of these."""
     folder = path if path.is_dir() else path.parent
-    checkpoint = get_last_checkpoint(str(folder))
-    folders = [folder, *([Path(checkpoint)] if checkpoint else [])]
+    # The highest checkpoint may be an earlier run's.
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda place: -place.stat().st_mtime)
+    folders = [folder, *checkpoints[:1]]
     if re.fullmatch(r"checkpoint-\d+", folder.name):
         folders.append(folder.parent)
     if folder.parent.name == "runs":  # of event files

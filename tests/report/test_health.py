@@ -170,6 +170,8 @@ def test_collapsed_entropy() -> None:
     assert rules.collapsed_entropy(run_of(falling)) is None, "the CFM loss falls: it is learning"
     stuck = run_of(falling | {"ebft/cfm_loss": ramp(0.7, 0.7, 0.02)})
     assert only(rules.collapsed_entropy, stuck).severity == "warning"
+    sharper = run_of({**falling, "eval_loss": [2.2, 2.5]})
+    assert only(rules.collapsed_entropy, sharper).severity == "warning", "sharpening is no learning"
 
 
 def test_trends_in_the_wrong_direction() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -138,6 +140,47 @@ def test_the_furthest_source_counts(tmp_path: Path) -> None:
     run = load_run(tmp_path)
     assert run.last_step == 10
     assert run.source.endswith("checkpoint-10/trainer_state.json")
+
+
+def written(path: Path, when: float) -> Path:
+    """The same file, as if it had been written at a time."""
+    os.utime(path, (when, when))
+    return path
+
+
+def test_a_second_run_in_the_folder_of_a_longer_one_is_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(write_state(tmp_path / "checkpoint-10", log_of(10)), 1000.0)
+    written(write_state(tmp_path / "checkpoint-4", log_of(4, start=7.0)), 2000.0)
+    for final in (False, True):
+        if final:
+            written(write_state(tmp_path, log_of(5, start=7.0)), 2001.0)
+        run = load_run(tmp_path)
+        assert run.last_step == 4 + final
+        assert run.series["ebft/cfm_loss"].values[0] == 6.99
+    assert "holds logs of several runs" in caplog.text
+    assert str(tmp_path / "checkpoint-10" / "trainer_state.json") in caplog.text
+
+
+def test_a_second_run_that_has_only_events_yet_is_shown(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(trained, folder)
+    args = config(folder, max_steps=3, report_to=["tensorboard"], seed=9)
+    EBFTTrainer(tiny_llama(), args, train_dataset=texts(20, 25, 30, 20)).train()
+    run = load_run(folder)
+    assert run.last_step == 3
+    assert run.series["ebft/cfm_loss"].steps == (1, 2, 3)
+
+
+def test_a_run_whose_clock_was_lost_shows_all_of_its_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Copies have the times of copying: what one run wrote last may look older."""
+    written(write_state(tmp_path, log_of(10)), 1000.0)
+    written(write_state(tmp_path / "checkpoint-5", log_of(5)), 2000.0)
+    assert load_run(tmp_path).last_step == 10
+    assert "several runs" not in caplog.text
 
 
 def test_what_lies_beside_a_run_is_found(tmp_path: Path) -> None:
