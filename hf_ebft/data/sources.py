@@ -5,12 +5,15 @@ Text files are read here; everything else through the `datasets` library, import
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hf_ebft.data.unicode import fault_of, require_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ class RawDataset:
                 f"Column {column!r} of {self.name} holds a {type(value).__name__} in row {index}, "
                 "not text; choose another column, or turn it into text first."
             )
-        return value
+        return require_unicode(value, f"Column {column!r} of {self.name}, row {index},")
 
 
 @dataclass(frozen=True)
@@ -282,22 +285,31 @@ def _is_saved_dataset(folder: Path) -> bool:
 
 
 def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
-    records, undecodable = [], []
+    records, undecodable, blank = [], [], []
     for file in files:
         try:
-            records.append({TEXT_COLUMNS[0]: file.read_text(encoding="utf-8")})
+            text = file.read_text(encoding="utf-8-sig")  # without the mark that editors may write
         except UnicodeDecodeError:
             undecodable.append(file)
+            continue
+        if text.strip():
+            records.append({TEXT_COLUMNS[0]: text})
+        else:
+            blank.append(file)
     if undecodable and not records:
         raise ValueError(f"No file of {name} is UTF-8 text; convert the encoding first.")
-    if undecodable:
-        logger.warning(
-            "%d of %d files of %s are not UTF-8 text and were left out, %s first.",
-            len(undecodable),
-            len(files),
-            name,
-            undecodable[0],
-        )
+    if not records:
+        raise ValueError(f"{blank[0]} is empty: there is no text in it.")
+    for left_out, why in ((undecodable, "not UTF-8 text"), (blank, "empty")):
+        if left_out:
+            logger.warning(
+                "%d of %d files of %s are %s and were left out, %s first.",
+                len(left_out),
+                len(files),
+                name,
+                why,
+                left_out[0],
+            )
     return records
 
 
@@ -319,7 +331,7 @@ def _load_table(name_or_path: str, path: Path, split: str, config_name: str | No
             f"The folder {name_or_path} holds no file that is read from folders; these are: "
             f"{', '.join((*TEXT_SUFFIXES, *FOLDER_TABLE_SUFFIXES))}."
         )
-    if path.is_file() and path.stat().st_size == 0:
+    if path.is_file() and _is_blank(path):
         raise ValueError(f"{name_or_path} is empty.")
     datasets = _import_datasets(name_or_path)
     try:
@@ -336,8 +348,31 @@ def _load_table(name_or_path: str, path: Path, split: str, config_name: str | No
     except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{name_or_path} could not be loaded with split={split!r} and configuration "
-            f"{config_name!r}: {error}"
+            f"{config_name!r}: {_json_fault(path) or error.__cause__ or error}"
         ) from error
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a file holds nothing but some space, or an empty list."""
+    return path.stat().st_size < 1024 and path.read_bytes().strip() in (b"", b"[]")
+
+
+def _json_fault(path: Path) -> str | None:
+    """The first line of a file of JSON lines that cannot be read, and why; None if all can."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return None
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            return f"line {number} is no JSON ({error})"
+        # Surrogates are found in the text that they are escaped in, however deep they lie.
+        fault = fault_of(json.dumps(record, ensure_ascii=False))
+        if fault is not None:
+            return f"line {number} {fault}"
+    return None
 
 
 def _import_datasets(name: str) -> Any:

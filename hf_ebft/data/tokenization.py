@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from hf_ebft.data.special_tokens import Endings, added_bos, without_bos
 from hf_ebft.data.transforms import BadRowError
+from hf_ebft.data.unicode import fault_of, require_unicode
 from hf_ebft.rows.documents import DOCUMENT_COLUMNS, IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
@@ -202,6 +203,7 @@ def raw_text(
                 f"Column {text_column!r} holds a {type(text).__name__} in row {number} of the "
                 "batch, not text."
             )
+        require_unicode(text, f"Column {text_column!r}, row {number} of the batch,")
     rows = _cut(texts, tokenizer, sequence_len, min_length, False, keep_short, None)
     if rows.counts.short or rows.counts.empty:
         logger.info("%s", rows.counts)
@@ -362,6 +364,9 @@ def prompt_completion(
     if not isinstance(completion, str) or not completion:
         raise BadRowError(f"{where}: column {completion_column!r} holds no text.")
     prompt = render_prompt(row[prompt_column], tokenizer, f"{where}: column {prompt_column!r}")
+    for column, text in ((prompt_column, prompt), (completion_column, completion)):
+        if (fault := fault_of(text)) is not None:
+            raise BadRowError(f"{where}: column {column!r} {fault}")
     completion, end = Endings(tokenizer).of_completion(
         prompt, completion, chat=not isinstance(row[prompt_column], str)
     )
@@ -486,7 +491,9 @@ def _encode_documents(
     documents: Iterable[str], tokenizer: Any, endings: Endings
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Token ids of each document and of its end."""
-    documents = iter(documents)
+    documents = (
+        require_unicode(text, f"Document {number}") for number, text in enumerate(documents)
+    )
     while batch := list(islice(documents, BATCH)):
         texts, ends = zip(*map(endings.of_document, batch), strict=True)
         yield from zip(_encode(texts, tokenizer), ends, strict=True)
@@ -496,7 +503,13 @@ def _encode_pairs(
     pairs: Iterable[tuple[str, str]], tokenizer: Any, endings: Endings
 ) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """Token ids of each prompt, of its completion and of the completion's end."""
-    pairs = iter(pairs)
+    pairs = (
+        (
+            require_unicode(prompt, f"The prompt of pair {number}"),
+            require_unicode(completion, f"The completion of pair {number}"),
+        )
+        for number, (prompt, completion) in enumerate(pairs)
+    )
     while batch := list(islice(pairs, BATCH)):
         prompts = [prompt for prompt, _ in batch]
         completions, ends = zip(*(endings.of_completion(*pair) for pair in batch), strict=True)

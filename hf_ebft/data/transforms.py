@@ -18,6 +18,7 @@ from string import Formatter
 from typing import Any, Literal
 
 from hf_ebft.data.thinking import join_thinking, split_thinking
+from hf_ebft.data.unicode import fault_of
 
 logger = logging.getLogger(__name__)
 
@@ -396,6 +397,8 @@ def _text(
         raise BadRowError(f"{_where(index)}: {name} holds a {type(value).__name__}, not text.")
     if not value.strip():
         raise BadRowError(f"{_where(index)}: {name} is blank.")
+    if (fault := fault_of(value)) is not None:
+        raise BadRowError(f"{_where(index)}: {name} {fault}")
     return value
 
 
@@ -456,6 +459,8 @@ def _message(
     role = _ROLES[said]
     if not isinstance(content, str) or not content.strip():
         raise BadRowError(f"{where} ({role}) has no text.")
+    if (fault := fault_of(content)) is not None:
+        raise BadRowError(f"{where} ({role}) {fault}")
     if role == "assistant":
         content = _reply(content, message.get("reasoning_content"), where, thinking)
     return {"role": role, "content": content}
