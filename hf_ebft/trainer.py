@@ -30,13 +30,13 @@ from hf_ebft.packed.sampling import Rollouts, SamplingRecord, sample_with_record
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.rows.layout import PackedLayout
-from hf_ebft.training.before_training import BeforeTrainingMixin
 from hf_ebft.training.ema import EMACallback
 from hf_ebft.training.evaluation import EvaluationMixin
 from hf_ebft.training.metrics import sum_over_processes
 from hf_ebft.training.outputs import EBFTOutput, Scores
 from hf_ebft.training.preparation import check_arguments, with_adapters
 from hf_ebft.training.random_streams import RolloutStreams, corpus_rows
+from hf_ebft.training.search import SearchMixin
 from hf_ebft.training.step_log import StepLog
 from hf_ebft.training.steps import StepsMixin
 from hf_ebft.watching.saving import CardTrainer
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class EBFTTrainer(StepsMixin, EvaluationMixin, BeforeTrainingMixin, CardTrainer):
+class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
     """Drop-in replacement of `transformers.Trainer` that fine-tunes by feature matching.
 
     Args:

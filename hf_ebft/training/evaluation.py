@@ -12,6 +12,7 @@ from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.packed.teacher_forcing import teacher_forcing_inputs
 from hf_ebft.rows.documents import split_rows
+from hf_ebft.training.before_training import BeforeTrainingMixin
 from hf_ebft.training.metrics import (
     MetricAccumulator,
     block_metrics,
@@ -23,7 +24,7 @@ from hf_ebft.training.random_streams import RolloutStreams
 from hf_ebft.training.reading import ReadingMixin
 
 
-class EvaluationMixin(ReadingMixin):
+class EvaluationMixin(BeforeTrainingMixin, ReadingMixin):
     """The part of `EBFTTrainer` that evaluates.
 
     Attributes:
