@@ -272,9 +272,9 @@ def generate_on_server(rollouts: VLLMRollouts) -> TurnGenerator:
         prompt_ids: list[list[int]], trainer: Any
     ) -> tuple[list[list[int]], list[list[float]]]:
         # Imported when there is a server: it brings its client along.
-        from hf_ebft.structured.vllm.rollouts import max_tokens_of
+        from hf_ebft.structured.vllm.trainer_options import get_max_tokens
 
-        completions = rollouts.sample(prompt_ids, max_tokens_of(trainer), trainer)
+        completions = rollouts.sample(prompt_ids, get_max_tokens(trainer), trainer)
         ids = [list(completion.token_ids) for completion in completions]
         return ids, [list(completion.log_probs) for completion in completions]
 

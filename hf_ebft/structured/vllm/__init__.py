@@ -1,1 +1,1 @@
-"""Rollouts from a vLLM server: client, weight sync, handshake, prefetching."""
+"""Rollouts from a stock vLLM server: asking it, sending it weights, checking what it samples."""

@@ -66,7 +66,7 @@ def error_message(body: str) -> str:
 
 
 def read_completions(answer: Any, count: int) -> list[Completion]:
-    """Check an answer of ``/v1/completions`` and take out what training needs.
+    """Check an answer of `/v1/completions` and take out what training needs.
 
     Raises:
         BadAnswer: too few completions, no token ids, no or unusable log-probs.

@@ -50,7 +50,7 @@ class Sampling:
         temperature: log-probs are at it, too; 0 is greedy.
         stop_token_ids: tokens that end a completion and belong to it.
         seed: of the server's random numbers for this prompt.
-        ignore_stop: sample ``max_tokens`` tokens whatever they are.
+        ignore_stop: sample `max_tokens` tokens whatever they are.
     """
 
     max_tokens: int
@@ -85,7 +85,7 @@ class VLLMClient:
         """Wait for the server to answer, with a message now and then.
 
         Raises:
-            VLLMServerError: it is not up after ``vllm_server_timeout`` seconds.
+            VLLMServerError: it is not up after `vllm_server_timeout` seconds.
         """
         timeout = self._settings.vllm_server_timeout
         started = time.monotonic()
@@ -279,7 +279,7 @@ class VLLMClient:
             sampling: how.
 
         Returns:
-            ``count`` completions.
+            `count` completions.
 
         Raises:
             ModelNotServed: the server does not know the model (any more).
@@ -338,8 +338,8 @@ class VLLMClient:
             payload: of a POST.
             what: the server is asked to do, for messages.
             transient: statuses after which the request is sent again.
-            timeout: seconds. Default: ``vllm_request_timeout``.
-            retries: default: ``vllm_request_retries``.
+            timeout: seconds. Default: `vllm_request_timeout`.
+            retries: default: `vllm_request_retries`.
 
         Raises:
             ServerUnavailable: no whole answer, or a transient status to the last.

@@ -312,7 +312,7 @@ def require_own_rollouts(found: Scored, tolerance: float, full_weights: bool) ->
     )
 
 
-def tolerance_for(
+def choose_tolerance(
     model: nn.Module, bf16: bool, fp16: bool, dtype: str, given: float | None
 ) -> float:
     """Largest difference that precision explains.
@@ -321,8 +321,8 @@ def tolerance_for(
         model: the policy.
         bf16: whether it trains in bfloat16 mixed precision.
         fp16: whether it trains in float16 mixed precision.
-        dtype: ``vllm_dtype``.
-        given: ``vllm_handshake_tolerance``; wins.
+        dtype: `vllm_dtype`.
+        given: `vllm_handshake_tolerance`; wins.
     """
     if given is not None:
         return given

@@ -32,10 +32,10 @@ class ServerRollouts(Protocol):
     following: deque[Following | None]
 
     def start_evaluation(self) -> None:
-        """Sample from the policy as it is until training goes on."""
+        """Sample the next rollouts for evaluation with the seeds of every evaluation."""
 
-    def figures(self) -> dict[str, float]:
-        """Metrics since the last call, by name."""
+    def metrics(self) -> dict[str, float]:
+        """Values since the last call, by name."""
 
 
 class StalenessAware(ABC):
@@ -70,7 +70,7 @@ class LookAhead:
         return self._seen.popleft() if self._seen else next(self.source)
 
     def peek(self, distance: int) -> Any | None:
-        """The item that so many calls of ``next`` would pass over first; None past the end."""
+        """The item that so many calls of `next` would pass over first; None past the end."""
         while len(self._seen) <= distance:
             try:
                 self._seen.append(next(self.source))

@@ -1,4 +1,4 @@
-"""Settings of rollouts sampled by a stock ``vllm serve``, declared once.
+"""Settings of rollouts sampled by a stock `vllm serve`, declared once.
 
 They come as a mixin: `EBFTGRPOConfig` inherits them, and whoever trains with TRL's own trainer
 holds them in a plain `VLLMServerSettings`. This file imports neither TRL nor vLLM, so that the
@@ -16,15 +16,15 @@ SERVER_DTYPES: tuple[ServerDtype, ...] = get_args(ServerDtype)
 SERVE_COMMAND = "python -m hf_ebft.structured.vllm.serving"
 """Starts a server as training needs it."""
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for ``--max-lora-rank``."""
+"""Values that vLLM takes for `--max-lora-rank`."""
 
 
 @dataclass
 class VLLMServerArguments:
     """Rollouts from a stock vLLM server over HTTP, weights sent through a folder.
 
-    The server needs no extension and no NCCL; it has to see ``vllm_sync_dir``. Fields with the
-    names of TRL's (``vllm_server_base_url``, ``_host``, ``_port``, ``_timeout``) have TRL's meaning
+    The server needs no extension and no NCCL; it has to see `vllm_sync_dir`. Fields with the
+    names of TRL's (`vllm_server_base_url`, `_host`, `_port`, `_timeout`) have TRL's meaning
     and defaults.
     """
 

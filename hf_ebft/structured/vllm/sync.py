@@ -63,7 +63,7 @@ def check_adapter(model: PeftModel, max_rank: int) -> None:
 
     Args:
         model: the policy, unwrapped.
-        max_rank: the server's ``--max-lora-rank``.
+        max_rank: the server's `--max-lora-rank`.
 
     Raises:
         ValueError: naming the option, what vLLM would do and what to write instead.

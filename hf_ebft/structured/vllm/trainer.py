@@ -34,7 +34,7 @@ class StalenessCorrection(StalenessAware, Base):
       those at sampling time: right for stale weights, several passes over a batch and the server's
       rounding alike. TRL alone would take the policy of the moment as the one that sampled.
       Clipping and the loss stay TRL's.
-    - With ``async_prefetch`` the next batch of rollouts is asked for as soon as this one is there,
+    - With `async_prefetch` the next batch of rollouts is asked for as soon as this one is there,
       so it is one batch of rollouts behind. The first batch of an epoch is never ahead.
     """
 
@@ -111,7 +111,7 @@ class StalenessCorrection(StalenessAware, Base):
         return Following([row["prompt"] for row in inputs], self.rollout_budget(inputs))
 
     def rollout_budget(self, inputs: list[dict[str, Any]] | None = None) -> int:
-        """See `StalenessAware.rollout_budget`: ``max_completion_length`` for every batch."""
+        """See `StalenessAware.rollout_budget`: `max_completion_length` for every batch."""
         assert self.max_completion_length is not None
         return self.max_completion_length
 
@@ -122,7 +122,7 @@ class StalenessCorrection(StalenessAware, Base):
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log TRL's figures and those of the rollouts (``vllm/...``)."""
+        """Log TRL's metrics and those of the rollouts (`vllm/...`)."""
         if self.server_rollouts is not None and cast(nn.Module, self.model).training:
-            logs = {**logs, **self.server_rollouts.figures()}
+            logs = {**logs, **self.server_rollouts.metrics()}
         super().log(logs, start_time)

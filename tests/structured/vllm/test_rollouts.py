@@ -13,9 +13,11 @@ pytest.importorskip("trl")
 
 from trl import GRPOConfig, GRPOTrainer
 
+from hf_ebft.structured.vllm.batch import find_runs
 from hf_ebft.structured.vllm.errors import BadAnswer, RequestRefused, VLLMServerError
-from hf_ebft.structured.vllm.rollouts import VLLMRollouts, runs_of, tokenize_prompts
+from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 from hf_ebft.structured.vllm.settings import VLLMServerArguments, VLLMServerSettings
+from hf_ebft.structured.vllm.trainer_options import tokenize_prompts
 from hf_ebft.structured.vllm.transport import Transport
 from tests.support import fake_vllm
 from tests.support.fake_vllm import FakeVLLM, serving, small_policy, small_tokenizer
@@ -131,8 +133,8 @@ def test_stop_tokens_are_those_of_the_trainer_and_belong_to_the_completion(fake,
 
 
 def test_runs_of_equal_neighbours():
-    assert runs_of([[1], [1], [2], [1]]) == [(0, 2), (2, 1), (3, 1)]
-    assert runs_of([]) == []
+    assert find_runs([[1], [1], [2], [1]]) == [(0, 2), (2, 1), (3, 1)]
+    assert find_runs([]) == []
 
 
 # ---- Weights -------------------------------------------------------------------------------------
@@ -481,7 +483,7 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(fake, start):
         ours = plain_log_probs(trainer.model, prompt, tokens, 0.7)
         torch.testing.assert_close(torch.tensor(theirs).double(), ours, atol=1e-5, rtol=0)
     assert [path for path, _ in fake.requests].count("/health") == 4
-    assert trainer.rollout_func.figures()["vllm/restarts"] == 1
+    assert trainer.rollout_func.metrics()["vllm/restarts"] == 1
 
 
 def test_a_batch_waits_once_for_a_server_that_is_down(fake, start, monkeypatch):
@@ -530,7 +532,7 @@ def test_a_completion_of_a_server_that_is_going_down_is_asked_for_again(fake, st
     found = trainer.rollout_func([PROMPTS[1]], trainer)
     ours = plain_log_probs(trainer.model, found["prompt_ids"][0], found["completion_ids"][0], 0.7)
     torch.testing.assert_close(torch.tensor(found["logprobs"][0]).double(), ours, atol=1e-5, rtol=0)
-    assert trainer.rollout_func.figures()["vllm/restarts"] == 1
+    assert trainer.rollout_func.metrics()["vllm/restarts"] == 1
 
 
 def test_a_server_that_dies_while_it_gets_weights(fake, start):

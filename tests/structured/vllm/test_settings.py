@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 from trl import GRPOConfig
 
 from hf_ebft.structured import EBFTGRPOConfig
-from hf_ebft.structured.vllm.handshake import TOLERANCES, tolerance_for
+from hf_ebft.structured.vllm.handshake import TOLERANCES, choose_tolerance
 from hf_ebft.structured.vllm.prefetch import LookAhead
 from hf_ebft.structured.vllm.settings import TRL_FIELDS, VLLMServerArguments, VLLMServerSettings
 from hf_ebft.structured.vllm.sync import (
@@ -159,13 +159,13 @@ def test_every_option_of_lora_is_accounted_for():
 
 def test_tolerance_follows_the_coarsest_precision():
     model = small_policy()
-    assert tolerance_for(model, False, False, "auto", None) == TOLERANCES[torch.float32]
-    assert tolerance_for(model, True, False, "auto", None) == TOLERANCES[torch.bfloat16]
-    assert tolerance_for(model, False, True, "auto", None) == TOLERANCES[torch.float16]
-    assert tolerance_for(model, False, False, "bfloat16", None) == TOLERANCES[torch.bfloat16]
+    assert choose_tolerance(model, False, False, "auto", None) == TOLERANCES[torch.float32]
+    assert choose_tolerance(model, True, False, "auto", None) == TOLERANCES[torch.bfloat16]
+    assert choose_tolerance(model, False, True, "auto", None) == TOLERANCES[torch.float16]
+    assert choose_tolerance(model, False, False, "bfloat16", None) == TOLERANCES[torch.bfloat16]
     half = small_policy().to(torch.float16)
-    assert tolerance_for(half, False, False, "float32", None) == TOLERANCES[torch.float16]
-    assert tolerance_for(half, False, False, "float32", 0.7) == 0.7
+    assert choose_tolerance(half, False, False, "float32", None) == TOLERANCES[torch.float16]
+    assert choose_tolerance(half, False, False, "float32", 0.7) == 0.7
 
 
 def test_looking_ahead_changes_nothing():

@@ -1,0 +1,269 @@
+"""Keeps the server on the policy's weights: meets it, sends weights, checks, sends them again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from hf_ebft.structured.vllm.answers import Completion, ServedModel
+from hf_ebft.structured.vllm.client import VLLMClient
+from hf_ebft.structured.vllm.errors import ServerGone, ServerUnavailable, VLLMServerError
+from hf_ebft.structured.vllm.handshake import (
+    CHECKED_ROLLOUTS,
+    CHECKED_TOKENS,
+    Scored,
+    check_tokenizer,
+    check_vocabulary,
+    choose_rollouts,
+    choose_tolerance,
+    probe_prompt,
+    require_agreement,
+    require_own_rollouts,
+    sample_probe,
+    score,
+    weights_took_effect,
+)
+from hf_ebft.structured.vllm.metrics import RolloutMetrics
+from hf_ebft.structured.vllm.processes import on_every_process, on_main_process
+from hf_ebft.structured.vllm.settings import VLLMServerArguments
+from hf_ebft.structured.vllm.sync import AdapterSync, FullWeightSync
+from hf_ebft.structured.vllm.trainer_options import get_tokenizer, get_vocabulary_size
+
+logger = logging.getLogger(__name__)
+
+RECOVERIES = 3
+"""How often weights are sent again, or a batch is, before a server that keeps failing ends the
+run."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """Weights that the server has.
+
+    Attributes:
+        name: to ask the server for.
+        step: optimizer step that they are from.
+        served: the base model that they are of.
+    """
+
+    name: str
+    step: int
+    served: ServedModel
+
+
+def sync_kind(settings: VLLMServerArguments) -> type[AdapterSync] | type[FullWeightSync]:
+    """How the settings want weights to be sent."""
+    return AdapterSync if settings.vllm_lora_sync else FullWeightSync
+
+
+class ServedPolicy:
+    """The policy as one server has it. All processes make its calls together.
+
+    Args:
+        client: of the server.
+        settings: when and how weights are sent.
+        metrics: to note differences and seconds in.
+        output_dir: of the run, for the default folder of weights.
+        settle: waits for requests under way, which must not see their weights exchanged.
+    """
+
+    def __init__(
+        self,
+        client: VLLMClient,
+        settings: VLLMServerArguments,
+        metrics: RolloutMetrics,
+        output_dir: str | None,
+        settle: Callable[[], None],
+    ) -> None:
+        self.client = client
+        self._settings = settings
+        self._metrics = metrics
+        self._settle = settle
+        self._kind = sync_kind(settings)
+        self._sync = self._kind(client, settings, output_dir)
+        self._served: ServedModel | None = None
+        self._server_start: float | None = None
+        self._version: Version | None = None
+        self._probe_before: Scored | None = None
+
+    @property
+    def version(self) -> Version:
+        """The weights that the server has; they have been sent."""
+        assert self._version is not None
+        return self._version
+
+    def close(self) -> None:
+        """Leave nothing on the server and on the disk."""
+        self._sync.close()
+
+    # ---- Sending -----------------------------------------------------------------------------
+
+    def send_if_due(self, trainer: Any, fresh: bool = False) -> None:
+        """Send the policy's weights if the server's are too old, or if it has lost them.
+
+        Args:
+            trainer: TRL's.
+            fresh: any older weights are too old.
+        """
+        step = trainer.state.global_step
+        if self._version is None:
+            self._send(trainer, "at the start")
+            return
+        age = step - self._version.step
+        # A second `train()` starts to count again.
+        if age < 0 or age >= (1 if fresh else self._settings.vllm_sync_interval):
+            self._send(trainer, f"after step {step}")
+        elif self.lost_weights():
+            self.send_again(trainer)
+
+    def send_again(self, trainer: Any) -> None:
+        """Send the weights to a server that went away, once it is up again."""
+        logger.warning(
+            "the vLLM server at %s went away; sending the weights again", self.client.url
+        )
+        self._metrics.add("vllm/restarts", 1.0)
+        self._version = None
+        self._send(trainer, "after the server came back")
+
+    def lost_weights(self) -> bool:
+        """Whether the server has lost full weights.
+
+        A restarted server answers under the base model's name, from the weights it started with.
+        (It does not know the name of an adapter that it lost, which needs no asking.)
+        """
+
+        def restarted_or_down() -> bool:
+            try:
+                return self.client.start_time() != self._server_start
+            except ServerUnavailable:
+                return True
+
+        return self._settings.vllm_full_sync and on_main_process(restarted_or_down)
+
+    def _send(self, trainer: Any, when: str) -> None:
+        """Send the policy and compare log-probs."""
+        started = time.monotonic()
+        self._settle()
+        for attempt in range(RECOVERIES + 1):
+            try:
+                served, self._server_start = on_main_process(lambda: self._meet(trainer))
+                self._served = served
+                policy = trainer.accelerator.unwrap_model(trainer.model)
+                name = self._sync.publish(
+                    policy, trainer.accelerator, trainer.model_wrapped, served
+                )
+                self._shake_hands(name, trainer, served, when)
+                break
+            except ServerGone as error:
+                if attempt == RECOVERIES:
+                    raise
+                logger.warning("the vLLM server went away while it got weights: %s", error)
+        self._version = Version(name, trainer.state.global_step, served)
+        self._metrics.add("vllm/sync_seconds", time.monotonic() - started)
+
+    def _meet(self, trainer: Any) -> tuple[ServedModel, float | None]:
+        """Wait for the server and make sure that it is the right one, on the main process.
+
+        Returns:
+            Its base model, and when it started.
+        """
+        self.client.wait_until_ready()
+        start = self.client.start_time()
+        if self._served is not None and start is not None and start == self._server_start:
+            return self._served, start
+        served = self.client.base_model()
+        check_tokenizer(self.client, served, get_tokenizer(trainer))
+        self._kind.check_server(trainer.accelerator.unwrap_model(trainer.model), self.client)
+        if self._served is None:
+            self._sync.remove_leftovers()
+        if self._settings.vllm_full_sync and start is None:
+            raise VLLMServerError(
+                f"the vLLM server at {self.client.url} does not say when it started "
+                "(process_start_time_seconds in /metrics), so a restart, which would bring its old "
+                "weights back, could not be seen. Start it with one API server process."
+            )
+        return served, start
+
+    # ---- Checking ----------------------------------------------------------------------------
+
+    def _shake_hands(self, name: str, trainer: Any, served: ServedModel, when: str) -> None:
+        """Let the server answer the probe from new weights, and judge what it answers."""
+        model, temperature = trainer.model, trainer.temperature
+        vocabulary = get_vocabulary_size(trainer)
+        prompt = probe_prompt(get_tokenizer(trainer), vocabulary, served.max_length)
+        completion = on_main_process(
+            lambda: sample_probe(self.client, name, prompt, temperature),
+        )
+        check_vocabulary([completion], vocabulary)
+        found = score(model, trainer.accelerator.device, prompt, completion, temperature)
+        tolerance = self._tolerance(trainer)
+        before = self._probe_before
+
+        def judge() -> bool:
+            what = f"handshake {when}"
+            require_agreement(found, tolerance, temperature, what, self._settings.vllm_full_sync)
+            return before is None or weights_took_effect(before, found, tolerance, what)
+
+        # Each process trains a policy of its own, and one alone may have gone astray.
+        self._metrics.add("vllm/handshake_difference", max(gather_object([found.mean])))
+        if on_every_process(judge):
+            self._probe_before = found
+
+    def check_rollouts(
+        self,
+        step: int,
+        prompt_ids: list[list[int]],
+        completions: list[Completion],
+        trainer: Any,
+    ) -> None:
+        """Compare some rollouts with the policy, if they should come from its present weights.
+
+        Args:
+            step: of the weights that sampled. Those of earlier steps are gone.
+            prompt_ids: tokens of each completion's prompt.
+            completions: of this process.
+            trainer: TRL's.
+
+        Raises:
+            VLLMServerError: on every process, if those of any were sampled from another policy.
+        """
+        on_every_process(lambda: check_vocabulary(completions, get_vocabulary_size(trainer)))
+        if step != trainer.state.global_step:
+            return
+        # As many forward passes on each process: with sharded weights they are collective.
+        limit = min(gather_object([min(CHECKED_ROLLOUTS, len(completions))]))
+        if limit == 0:
+            return
+        device, temperature = trainer.accelerator.device, trainer.temperature
+        found = Scored.joined(
+            [
+                score(
+                    trainer.model,
+                    device,
+                    prompt_ids[index],
+                    completions[index].beginning(CHECKED_TOKENS),
+                    temperature,
+                )
+                for index in choose_rollouts(len(completions), limit)
+            ]
+        )
+        tolerance = self._tolerance(trainer)
+        self._metrics.add("vllm/rollout_difference", max(gather_object([found.mean])))
+        on_every_process(
+            lambda: require_own_rollouts(found, tolerance, self._settings.vllm_full_sync)
+        )
+
+    def _tolerance(self, trainer: Any) -> float:
+        args, settings = trainer.args, self._settings
+        return choose_tolerance(
+            trainer.model,
+            args.bf16,
+            args.fp16,
+            settings.vllm_dtype,
+            settings.vllm_handshake_tolerance,
+        )
