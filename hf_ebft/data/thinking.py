@@ -19,7 +19,7 @@ _PROMPT_TAIL = 64
 def split_thinking(text: str) -> tuple[str | None, str]:
     """Thinking and answer of a reply.
 
-    The answer is what follows the last ``</think>``. The opening tag may be missing (some chat
+    The answer is what follows the last `</think>`. The opening tag may be missing (some chat
     templates write it at the end of the prompt).
 
     Args:
@@ -55,14 +55,14 @@ def join_thinking(thinking: str, answer: str) -> str:
 
 
 def answer_start(prompt_ids: Sequence[int], completion_ids: Sequence[int], tokenizer: Any) -> int:
-    """Index in ``completion_ids`` at which the answer begins, after any thinking.
+    """Index in `completion_ids` at which the answer begins, after any thinking.
 
     Found in the decoded text, so that it does not matter how the tags are tokenized: the first
-    token after the one that completes the last ``</think>``, and after space. A token that holds
+    token after the one that completes the last `</think>`, and after space. A token that holds
     the end of the tag and the answer's first characters counts as thinking.
 
     Args:
-        prompt_ids: (P,) token ids; where they end in an open ``<think>``, the completion starts out
+        prompt_ids: (P,) token ids; where they end in an open `<think>`, the completion starts out
             thinking.
         completion_ids: (C,) token ids.
         tokenizer: whose ids they are.
@@ -89,7 +89,7 @@ def answer_start(prompt_ids: Sequence[int], completion_ids: Sequence[int], token
 
 
 def _shortest_prefix(ids: Sequence[int], tokenizer: Any, count: int) -> int:
-    """The least number of tokens whose text holds the closing tag ``count`` times, by bisection."""
+    """The least number of tokens whose text holds the closing tag `count` times, by bisection."""
     low, high = 0, len(ids)
     while low < high:
         middle = (low + high) // 2

@@ -71,7 +71,7 @@ class StructuredSettings(StructuredArguments, FeatureMatchingArguments):
     """
 
     def validate_for(self, n_samples: int, n_samples_name: str) -> None:
-        """Check all settings for groups of ``n_samples`` completions.
+        """Check all settings for groups of `n_samples` completions.
 
         Raises:
             ValueError: naming the setting, the value, the reason and what to write instead.

@@ -228,7 +228,7 @@ class ExampleEncoder:
             for part in message.values():
                 self._refuse_inner_end(part, prompt)
             # A completion ends with its end-of-turn token; what templates write after it (a
-            # newline) is nobody's turn.
+            # newline, a second end token) belongs to no turn.
             ended = self._ended(ids)
             pieces.append((ended, True))
             if end < len(messages):

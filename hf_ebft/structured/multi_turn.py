@@ -4,7 +4,7 @@ A prompt holds the user's messages of the whole chat and no reply between them:
 
     [system, user, user, user]          three turns: a reply is due after each message of the user
 
-(:func:`hf_ebft.data.chat` with ``turn="all"`` makes such prompts.) The rollout reads them as
+(`hf_ebft.data.chat` with `turn="all"` makes such prompts.) The rollout reads them as
 
     prompt_ids       system, first message of the user, start of the assistant's turn
     completion_ids   reply 1 | separator | reply 2 | separator | reply 3
@@ -48,7 +48,7 @@ class Chat(NamedTuple):
     Attributes:
         prompt_ids: up to where the first reply starts.
         completion_ids: replies and separators.
-        mask: 1 on the tokens of replies, 0 on separators; as long as ``completion_ids``.
+        mask: 1 on the tokens of replies, 0 on separators; as long as `completion_ids`.
     """
 
     prompt_ids: list[int]
@@ -111,9 +111,9 @@ class ChatLayout:
     """Where the turns of a chat stand among its tokens, by the tokenizer's chat template.
 
     Args:
-        tokenizer: with a chat template, unless ``template`` is one.
+        tokenizer: with a chat template, unless `template` is one.
         template: a template in place of the tokenizer's own.
-        template_settings: keyword arguments of the template (``enable_thinking``, for example).
+        template_settings: keyword arguments of the template (`enable_thinking`, for example).
     """
 
     tokenizer: Any
@@ -125,7 +125,7 @@ class ChatLayout:
         return self._encode(self._render(split_turns(prompt)[0]))
 
     def separator(self, prompt: Sequence[Message], turn: int) -> list[int]:
-        """Token ids between reply ``turn`` (from 0) and the next: end of turn, user, start of turn.
+        """Token ids between reply `turn` (from 0) and the next: end of turn, user, start of turn.
 
         The template lays out the chat with a placeholder for every reply, so that what it does at
         the first or last message is as in the real chat.
@@ -153,7 +153,7 @@ class ChatLayout:
         chat.mask.extend([1] * len(reply_ids))
 
     def append_separator(self, chat: Chat, prompt: Sequence[Message], turn: int) -> int:
-        """Add what follows reply ``turn``; returns the number of tokens added.
+        """Add what follows reply `turn`; returns the number of tokens added.
 
         A reply that was cut before its end is ended here, by tokens that carry no loss.
         """
@@ -180,20 +180,20 @@ class ChatLayout:
 
 
 class MultiTurnRollouts:
-    """``rollout_func`` of TRL's ``GRPOTrainer`` for chats of several turns.
+    """`rollout_func` of TRL's `GRPOTrainer` for chats of several turns.
 
         EBFTGRPOTrainer(..., rollout_func=MultiTurnRollouts())
 
     All chats of a batch take their first turn together, then those that go on their second, and so
     on. Every completion has a history of its own, whatever the others of its group have said.
 
-    A turn may be as long as a whole completion of one turn (``max_completion_length``). A reply
+    A turn may be as long as a whole completion of one turn (`max_completion_length`). A reply
     that reaches that length is cut, the separator ends it, and the chat goes on.
 
     Args:
         generate: samples one reply for each context; all processes call it together. Default: what
             the trainer itself samples with (transformers, or TRL's vLLM). For rollouts from a stock
-            vLLM server: :func:`generate_on_server`.
+            vLLM server: `generate_on_server`.
     """
 
     def __init__(self, generate: TurnGenerator | None = None) -> None:
@@ -207,9 +207,9 @@ class MultiTurnRollouts:
             trainer: the trainer that asks.
 
         Returns:
-            ``prompt_ids``, ``completion_ids``, ``logprobs`` (None where the generator has none; 0
-            on separators) and ``env_mask``, as TRL wants them. TRL keeps these from reward
-            functions, so there is also ``rollout_prompt_ids`` and ``completion_mask`` with the same
+            `prompt_ids`, `completion_ids`, `logprobs` (None where the generator has none; 0
+            on separators) and `env_mask`, as TRL wants them. TRL keeps these from reward
+            functions, so there is also `rollout_prompt_ids` and `completion_mask` with the same
             contents, which reach them as columns.
 
         Raises:
@@ -225,18 +225,21 @@ class MultiTurnRollouts:
         # Processes sample together (sharded weights, a server that is sent new ones), so all take
         # as many turns as the longest chat of any has.
         for turn in range(max(gather_object([max(n_turns)]))):
-            going_on = [index for index, count in enumerate(n_turns) if count > turn]
-            for index in going_on if turn else []:
+            unfinished = [index for index, count in enumerate(n_turns) if count > turn]
+            for index in unfinished if turn else []:
                 added = layout.append_separator(chats[index], prompts[index], turn - 1)
                 if logprobs is not None:
                     logprobs[index] += [0.0] * added
-            contexts = [chats[index].prompt_ids + chats[index].completion_ids for index in going_on]
-            # A process with nothing left to say samples something that nobody reads.
+            contexts = [
+                chats[index].prompt_ids + chats[index].completion_ids for index in unfinished
+            ]
+            # Processes whose chats are finished sample once more, to keep in step; the reply is
+            # discarded.
             replies, reply_logprobs = self.generate(contexts or [chats[0].prompt_ids], trainer)
             _check_replies(replies, reply_logprobs, len(contexts) or 1)
             if reply_logprobs is None:
                 logprobs = None
-            for position, index in enumerate(going_on):
+            for position, index in enumerate(unfinished):
                 layout.append_reply(chats[index], replies[position])
                 if logprobs is not None and reply_logprobs is not None:
                     logprobs[index] += reply_logprobs[position]

@@ -78,8 +78,8 @@ class FeatureMatchingReward:
     Trainers with other settings are warned of in the log, at the first call.
 
     The ground truth is read from a column of the dataset, which TRL passes by name (all but one
-    called ``completion``: rename that). The trainers' `reward` is then the mean advantage, about 0;
-    the reward of the paper is the metric ``ebft/mean_reward``.
+    called `completion`: rename that). The trainers' `reward` is then the mean advantage, about 0;
+    the reward of the paper is the metric `ebft/mean_reward`.
 
     Args:
         model_or_feature_network: the frozen network phi, or what to make it from: a model, of which
@@ -96,7 +96,7 @@ class FeatureMatchingReward:
         eos_token_ids: ids that end a completion, besides the tokenizer's own. Default: those that
             the model declares.
         settings: all settings at once, instead of **options.
-        **options: fields of `StructuredSettings`, such as ``embed_method`` or ``use_whitening``.
+        **options: fields of `StructuredSettings`, such as `embed_method` or `use_whitening`.
 
     Raises:
         ValueError: settings that cannot work.
@@ -168,7 +168,7 @@ class FeatureMatchingReward:
             completion_ids: R lists of token ids.
             log_metric, log_extra: TRL's channels for metrics and for the completions table.
             **columns: the dataset's other columns, R values each. Besides the ground truth,
-                ``embed_thinking``, ``completion_mask`` and ``rollout_prompt_ids`` are read, see
+                `embed_thinking`, `completion_mask` and `rollout_prompt_ids` are read, see
                 `score`.
 
         Returns:
@@ -228,13 +228,15 @@ class FeatureMatchingReward:
             truths: R ground truths.
             embed_thinking: whether what completion and ground truth hold before their answer is
                 embedded too. Default: it is.
-            completion_mask: 1 on tokens that the policy sampled, 0 on messages between its replies.
+            completion_mask: 1 on tokens that the policy sampled, 0 on messages between its replies,
+                as a rollout function of several turns returns it.
             rollout_prompt_ids: what the completions were sampled after, to be checked.
         """
         settings = self.settings
         device = PartialState().device
         examples = self.encoder.encode(prompts, truths, embed_thinking)
         _refuse_other_prompts(examples, rollout_prompt_ids)
+        _refuse_other_masks(completion_ids, completion_mask)
         n_local = len(examples)
         sampled = [
             self._sequence(
@@ -400,6 +402,18 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     duplicate = copy.deepcopy(model)
     restore_forward(duplicate)
     return duplicate
+
+
+def _refuse_other_masks(
+    completion_ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]] | None
+) -> None:
+    for ids, mask in zip(completion_ids, masks or (), strict=bool(masks)):
+        if len(mask) != len(ids):
+            raise ValueError(
+                f"completion_mask has {len(mask)} entries for a completion of {len(ids)} tokens, "
+                "so it is the mask of another text. The column is for rollout functions of several "
+                "turns; remove one of that name from the dataset."
+            )
 
 
 def _refuse_unused(options: dict[str, Any], given: Any) -> None:

@@ -113,7 +113,7 @@ class SequenceFeatureNetwork(FrozenNetwork):
         with self._reading(), self.autocast():
             embedded = [self._embed_batch(batch) for batch in self._in_step(batches)]
         place = {sequence: index for index, sequence in enumerate(distinct)}
-        # Passes beyond one's own batches keep other processes company; nobody reads them.
+        # Dummy passes keep the processes in step; their results are discarded.
         rows = torch.tensor([place[sequence] for sequence in sequences], device=self.device)
         features = torch.cat(embedded)[rows]
         if not bool(torch.isfinite(features).all()):
@@ -124,7 +124,7 @@ class SequenceFeatureNetwork(FrozenNetwork):
         return features
 
     def _in_step(self, batches: list[list[TokenSequence]]) -> list[list[TokenSequence]]:
-        """The batches; where forward passes are collective, as many as on any other process."""
+        """The batches; under FSDP2 filled up to as many as the busiest process has."""
         if not is_sharded(self.model):
             return batches
         most = int(gather(torch.tensor([len(batches)], device=self.device)).max())
@@ -146,16 +146,16 @@ class SequenceFeatureNetwork(FrozenNetwork):
             [[True] * len(read) + [False] * (most - len(read)) for read in places]
         )
 
-        away = self.device
+        device = self.device
         hidden = self._read_layers(
-            lambda: self._forward(input_ids_BL.to(away), attends_BL.to(away)),
-            places_BT.to(away),
+            lambda: self._forward(input_ids_BL.to(device), attends_BL.to(device)),
+            places_BT.to(device),
             to_the_end=is_sharded(self.model),
         )
         features_BTF = normalize_layers(hidden, self.normalization)
         if self.embed_method in ("last_token", "concat"):
             return pool(features_BTF, self.embed_method)
-        read_BT = read_BT.to(away)
+        read_BT = read_BT.to(device)
         summed_BF = (features_BTF * read_BT[..., None]).sum(dim=1)
         return summed_BF / read_BT.sum(dim=1, keepdim=True)
 
@@ -192,7 +192,7 @@ def _places(sequence: TokenSequence, embed_method: EmbedMethod) -> list[int]:
 
 
 def _batches(by_length: list[TokenSequence], batch_tokens: int) -> list[list[TokenSequence]]:
-    """Neighbours in length together, each batch within ``batch_tokens`` when padded."""
+    """Neighbours in length together, each batch within `batch_tokens` when padded."""
     batches: list[list[TokenSequence]] = []
     for sequence in by_length:
         if batches and (len(batches[-1]) + 1) * len(sequence) <= batch_tokens:

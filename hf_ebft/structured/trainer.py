@@ -58,20 +58,20 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
     Args:
         model: the policy: a causal language model, a PEFT model of one, or a name or path.
         args: settings; TRL's and EBFT's.
-        train_dataset, eval_dataset: with ``prompt`` (text, or messages) and a ground truth (text,
-            or messages) in ``ground_truth``, ``completion`` or ``answer``, or in
-            ``args.ground_truth_column``.
+        train_dataset, eval_dataset: with `prompt` (text, or messages) and a ground truth (text,
+            or messages) in `ground_truth`, `completion` or `answer`, or in
+            `args.ground_truth_column`.
         processing_class: the policy's tokenizer.
         feature_network: frozen network phi with the policy's tokenizer. Default: the model at
-            ``feature_model_name_or_path`` if set, else the policy as it is now, placed by
-            ``feature_placement``.
+            `feature_model_name_or_path` if set, else the policy as it is now, placed by
+            `feature_placement`.
         peft_config: wraps `model` by PEFT first.
         reward_funcs: further rewards, added to the feature-matching advantage. The baseline of
-            these is GRPO's group mean; ``reward_weights`` then starts with the weight of feature
+            these is GRPO's group mean; `reward_weights` then starts with the weight of feature
             matching.
-        rollout_func: TRL's: ``rollout_func(prompts, trainer)`` samples instead of the policy. It
-            may read ``trainer.completion_budget``. Default: `VLLMRollouts` with ``vllm_lora_sync``
-            or ``vllm_full_sync``.
+        rollout_func: TRL's: `rollout_func(prompts, trainer)` samples instead of the policy. It
+            may read `trainer.completion_budget`. Default: `VLLMRollouts` with `vllm_lora_sync`
+            or `vllm_full_sync`.
         **kwargs: everything else that `GRPOTrainer` takes but tools and environments.
 
     Attributes:
@@ -81,7 +81,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
 
     Raises:
         ValueError: settings, model, feature network or dataset that cannot work.
-        TypeError: ``args`` that is no `EBFTGRPOConfig`.
+        TypeError: `args` that is no `EBFTGRPOConfig`.
     """
 
     args: EBFTGRPOConfig
@@ -174,7 +174,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """TRL's loss, plus ``ce_coef`` times the cross-entropy of the ground truth.
+        """TRL's loss, plus `ce_coef` times the cross-entropy of the ground truth.
 
         The cross-entropy is a mean over the prompts of the optimizer step (of the batch, in
         evaluation), each the mean over its ground truth's tokens, at temperature 1. A prompt counts
@@ -323,7 +323,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
     def rollout_budget(self, inputs: list[dict[str, Any]] | None = None) -> int:
         """Most tokens of a completion of the batch at hand, or of another one.
 
-        With ``adaptive_max_tokens``, as the longest ground truth of all processes suggests: a
+        With `adaptive_max_tokens`, as the longest ground truth of all processes suggests: a
         collective call.
 
         Args:

@@ -20,7 +20,8 @@ def build(folder, evaluation, **settings):
 
 def test_each_set_has_metrics_of_its_own(tmp_path):
     """All sets wrote to `eval_ebft/...`, the last one over the others."""
-    sets = {"a": rows(3), "b": rows(8).select([5, 6])}
+    other = rows(8).select([5, 6]).rename_column("ground_truth", "completion")
+    sets = {"a": rows(3), "b": other}
     found = build(tmp_path, sets).evaluate()
     for name, data in sets.items():
         alone = build(tmp_path, data).evaluate()

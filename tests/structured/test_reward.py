@@ -215,21 +215,30 @@ def test_rollouts_after_other_prompts_are_refused():
         call(reward, rollout_prompt_ids=[[1, 2]] * 8)
 
 
+def test_mask_of_another_text_is_refused():
+    """A dataset's own completion_mask was taken for that of the rollout."""
+    reward = FeatureMatchingReward(policy(), tokenizer(), embed_method="completion_mean")
+    masks = [[1] * len(ids(text)) for text in COMPLETIONS]
+    np.testing.assert_allclose(call(reward, completion_mask=masks), call(reward))
+    with pytest.raises(ValueError, match=r"has 9 entries for a completion of \d tokens"):
+        call(reward, completion_mask=[[1] * 9, *masks[1:]])
+
+
 def test_size_of_groups():
     device = torch.device("cpu")
 
-    def of(letters):
+    def prints(letters):
         return fingerprints(list(letters), device)
 
-    assert group_size(of("aaabbb"), ()) == 3
-    assert group_size(of("aaabbb"), (3, None)) == 3
-    assert group_size(of("aaaaaabbb"), (3, None)) == 3  # a row twice in the data
-    assert group_size(of("aabb"), (4, 2)) == 2  # evaluation
+    assert group_size(prints("aaabbb"), ()) == 3
+    assert group_size(prints("aaabbb"), (3, None)) == 3
+    assert group_size(prints("aaaaaabbb"), (3, None)) == 3  # a row twice in the data
+    assert group_size(prints("aabb"), (4, 2)) == 2  # evaluation
     with pytest.raises(ValueError, match="runs of 1, 2 equal rows, so the size"):
-        group_size(of("aab"), (None, None))
+        group_size(prints("aab"), (None, None))
     with pytest.raises(ValueError, match="runs of 2 equal rows, which are no groups of 4"):
-        group_size(of("aabb"), (4,))
-    assert group_size(of("abab"), ()) == 1
+        group_size(prints("aabb"), (4,))
+    assert group_size(prints("abab"), ()) == 1
 
 
 def test_fingerprints_tell_values_apart_and_are_the_same_everywhere():

@@ -20,6 +20,8 @@ from tests.support.tiny_structured import (
     assert_advantages,
     config,
     expected_advantages,
+    plain_advantages,
+    plain_feature,
     policy,
     rows,
     tokenizer,
@@ -415,19 +417,17 @@ def test_evaluation_repeats_itself_and_does_not_disturb_training(tmp_path):
 
 def test_evaluation_takes_a_group_size_of_its_own(tmp_path):
     trainer = evaluating(tmp_path, num_generations_eval=2)
+    score, shapes = trainer.reward.score, []
+
+    def score_and_record(*args, **kwargs):
+        scores = score(*args, **kwargs)
+        shapes.append(tuple(scores.advantages.shape))
+        return scores
+
+    trainer.reward.score = score_and_record
     assert np.isfinite(trainer.evaluate()["eval_ebft/cfm_loss"])
-
-
-def test_evaluation_of_several_sets(tmp_path):
-    trainer = EBFTGRPOTrainer(
-        policy(),
-        config(tmp_path),
-        train_dataset=rows(),
-        eval_dataset={"a": rows(3), "b": rows(4).rename_column("ground_truth", "completion")},
-        processing_class=tokenizer(),
-    )
-    metrics = trainer.evaluate()
-    assert np.isfinite([metrics["eval_a_loss"], metrics["eval_b_loss"]]).all()
+    # 3 prompts in batches of 4 completions, 2 of each prompt.
+    assert shapes == [(2, 2, 1), (1, 2, 1)]
 
 
 def test_resuming_repeats_the_uninterrupted_run(tmp_path):
@@ -480,9 +480,21 @@ def test_chats_train(tmp_path):
     )
     trainer = make(tmp_path, data=data, ce_coef=0.1)
     trainer.train()
-    prompt = trainer.seen[0][0][0]
-    assert tokenizer().decode(prompt).endswith("<|end|>\n<|assistant|>")
-    assert np.isfinite(logged(trainer, "ebft/cfm_loss")).all()
+    tokens = tokenizer()
+    found, expected = [], []
+    for number in range(4):
+        prompt = tuple(tokens(f"<|user|>say {number}<|end|>\n<|assistant|>")["input_ids"])
+        truth = (*tokens(f"it is {number}<|end|>\n")["input_ids"], tokens.eos_token_id)
+        group = [row for row in trainer.seen[0] if row[0] == prompt]
+        if not group:  # the batch has two of the four prompts
+            continue
+        features = [plain_feature(policy(), prompt, completion) for _, completion, _ in group]
+        true = plain_feature(policy(), prompt, truth)
+        found += [advantage for _, _, advantage in group]
+        expected += plain_advantages(features, true, whiten=True)
+    assert len(found) == len(trainer.seen[0]) == 8
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+    assert np.isfinite(logged(trainer, "ebft/ce_loss")).all()
 
 
 def test_chats_of_several_turns_train(tmp_path):
