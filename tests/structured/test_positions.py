@@ -18,8 +18,14 @@ from transformers import (
 )
 
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
-from tests.structured.test_trainer import RecordedEBFT
-from tests.support.tiny_structured import config, plain_feature, policy, rows, tokenizer
+from tests.support.tiny_structured import (
+    RecordedEBFT,
+    config,
+    plain_feature,
+    policy,
+    rows,
+    tokenizer,
+)
 
 VOCABULARY = len(tokenizer())
 
