@@ -116,9 +116,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
             kwargs["reward_processing_classes"] = classes
         self._column, train_dataset = prepare_dataset(train_dataset, args, "train_dataset")
         refuse_too_few_prompts(train_dataset, args)
-        if eval_dataset is not None:
-            refuse_partial_groups(args)
-            eval_dataset = prepare_evaluation(eval_dataset, args, self._column)
+        eval_dataset = prepare_evaluation(eval_dataset, args, self._column)
         super().__init__(
             model=cast(Any, model),
             reward_funcs=cast(Any, [self.feature_matching, *others]),

@@ -84,11 +84,13 @@ def test_prediction_leaves_nothing_in_the_next_evaluation(tmp_path):
 def test_batch_that_holds_no_whole_groups_is_refused(tmp_path):
     """TRL checks this only where a strategy of evaluation is set; else a reshape failed."""
     message = r"batches of 6 completions, which are no whole groups of 4 .* Make it a multiple"
+    with pytest.raises(ValueError, match="must be divisible by the number of generations"):
+        build(tmp_path, rows(3), per_device_eval_batch_size=6, eval_strategy="epoch")
+    trainer = build(tmp_path, rows(3), per_device_eval_batch_size=6)
     with pytest.raises(ValueError, match=message):
-        build(tmp_path, rows(3), per_device_eval_batch_size=6)
-    trainer = build(tmp_path, None, per_device_eval_batch_size=6)
+        trainer.evaluate()
     with pytest.raises(ValueError, match=message):
-        trainer.evaluate(rows(3))
+        trainer.evaluate(rows(2))
     assert np.isfinite(
         build(tmp_path, rows(3), per_device_eval_batch_size=6, num_generations_eval=3).evaluate()[
             "eval_ebft/alignment"
