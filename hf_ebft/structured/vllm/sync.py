@@ -1,14 +1,13 @@
-"""Puts the policy's weights where a running vLLM server can load them, and lets it load them.
+"""Writes the policy's weights to a folder that a running vLLM server sees, and has it load them.
 
 Every version has a name and a folder of its own, written under another name first and renamed when
-it is whole: a server that re-reads a folder in place goes on with caches of the weights before.
+it is complete: a server that loads the same folder again keeps caches of the earlier weights.
 All processes call `publish` together; only the main one writes and talks to the server.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -16,15 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from hf_ebft.structured.vllm.adapters import adapter_weights, check_adapter
 from hf_ebft.structured.vllm.answers import ServedModel
 from hf_ebft.structured.vllm.client import VLLMClient
 from hf_ebft.structured.vllm.errors import VLLMServerError
@@ -36,124 +32,6 @@ logger = logging.getLogger(__name__)
 
 KEPT_VERSIONS = 2
 """Adapters that the server holds: the current one and, for requests under way, the one before."""
-UNSUPPORTED_OPTIONS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-)
-"""Options of `peft.LoraConfig` with which an adapter is more than the A and B that vLLM reads."""
-INITS_THAT_LEAVE_THE_BASE_ALONE = (True, False, "eva", "gaussian", "orthogonal")
-
-
-# ---- Adapters ---------------------------------------------------------------------------------
-
-
-def check_adapter(model: PeftModel, max_rank: int) -> None:
-    """Refuse an adapter that vLLM refuses, or worse, takes and applies in another way.
-
-    Args:
-        model: the policy, unwrapped.
-        max_rank: the server's `--max-lora-rank`.
-
-    Raises:
-        ValueError: naming the option, what vLLM would do and what to write instead.
-    """
-    active = model.active_adapters
-    if len(active) != 1:
-        raise ValueError(
-            f"the policy has {len(active)} active adapters ({', '.join(active)}), but the server "
-            "applies one to a request; merge them or activate one."
-        )
-    name = active[0]
-    config = model.peft_config[name]
-    if not isinstance(config, LoraConfig):
-        raise ValueError(
-            f"vllm_lora_sync sends LoRA adapters, and the policy's is {config.peft_type}; train "
-            "with peft.LoraConfig."
-        )
-    for option in UNSUPPORTED_OPTIONS:
-        if getattr(config, option):
-            raise ValueError(
-                f"{option}={getattr(config, option)!r}: vLLM applies the matrices A and B of LoRA "
-                f"and nothing else, so it would sample from another policy; train without {option}."
-            )
-    if config.bias != "none":
-        raise ValueError(
-            f"bias={config.bias!r}: vLLM loads no biases with an adapter; use bias='none'."
-        )
-    if config.init_lora_weights not in INITS_THAT_LEAVE_THE_BASE_ALONE:
-        raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base model's weights, "
-            "which the server does not have; use one of "
-            f"{', '.join(map(repr, INITS_THAT_LEAVE_THE_BASE_ALONE))}, or save the changed base "
-            "model, serve that and train a fresh adapter on it."
-        )
-    _check_ranks_and_scales(model, name, config, max_rank)
-
-
-def _check_ranks_and_scales(model: PeftModel, name: str, config: LoraConfig, max_rank: int) -> None:
-    """Compare each layer with the one rank and the one scale that vLLM reads."""
-    scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    for path, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer) or name not in layer.scaling:
-            continue
-        if max(layer.r[name], config.r) > max_rank:
-            raise ValueError(
-                f"the LoRA rank of {path} is {max(layer.r[name], config.r)}, above the server's "
-                f"highest, vllm_max_lora_rank={max_rank}; raise that and start the server again "
-                "with it, or train with a lower rank."
-            )
-        if not math.isclose(layer.scaling[name], scale, rel_tol=1e-6):
-            raise ValueError(
-                f"{path} scales its adapter by {layer.scaling[name]:g}, and vLLM would silently "
-                f"scale it by {scale:g}, as lora_alpha={config.lora_alpha} and r={config.r} say "
-                "for all layers: it knows no rank_pattern or alpha_pattern. Keep alpha / r (with "
-                "use_rslora alpha / sqrt(r)) the same in every layer."
-            )
-
-
-def adapter_weights(model: PeftModel, accelerator: Accelerator, wrapped: Any) -> dict[str, Any]:
-    """The active adapter's whole weights on the CPU, by the names of an adapter file.
-
-    All processes must call this together.
-
-    Args:
-        model: the policy, unwrapped.
-        accelerator: what prepared it.
-        wrapped: the policy as prepared.
-    """
-    gathered = None
-    # FSDP2 shards each tensor, so that the few of the adapter can be gathered alone.
-    whole_model = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if whole_model and not accelerator.is_fsdp2:
-        gathered = accelerator.get_state_dict(wrapped)
-    weights = get_peft_model_state_dict(
-        model,
-        state_dict=gathered,
-        adapter_name=model.active_adapters[0],
-        save_embedding_layers=False,
-    )
-    return {name: _whole(tensor) for name, tensor in weights.items()}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.cpu().contiguous().clone()
-
-
-# ---- Versions ---------------------------------------------------------------------------------
 
 
 class WeightSync(ABC):
@@ -244,7 +122,7 @@ class WeightSync(ABC):
 
 
 class AdapterSync(WeightSync):
-    """Sends a LoRA adapter; the server keeps the current one and the one before."""
+    """Sends a LoRA adapter; the server keeps the current version and the one before."""
 
     def __init__(
         self, client: VLLMClient, settings: VLLMServerArguments, output_dir: str | None

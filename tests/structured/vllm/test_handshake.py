@@ -11,8 +11,10 @@ from hf_ebft.structured.vllm.answers import Completion
 from hf_ebft.structured.vllm.errors import VLLMServerError
 from hf_ebft.structured.vllm.handshake import (
     PROBE_TOKENS,
+    TOLERANCES,
     Scored,
     choose_rollouts,
+    choose_tolerance,
     require_own_rollouts,
     score,
     weights_took_effect,
@@ -106,3 +108,14 @@ def test_scores_are_those_of_a_plain_forward_pass():
     assert math.isclose(found.largest, difference.max().item(), abs_tol=1e-6)
     first = score(model, torch.device("cpu"), prompt, completion.beginning(2), 0.7)
     torch.testing.assert_close(first.policy, expected[:2], atol=1e-6, rtol=0)
+
+
+def test_tolerance_follows_the_coarsest_precision():
+    model = small_policy()
+    assert choose_tolerance(model, False, False, "auto", None) == TOLERANCES[torch.float32]
+    assert choose_tolerance(model, True, False, "auto", None) == TOLERANCES[torch.bfloat16]
+    assert choose_tolerance(model, False, True, "auto", None) == TOLERANCES[torch.float16]
+    assert choose_tolerance(model, False, False, "bfloat16", None) == TOLERANCES[torch.bfloat16]
+    half = small_policy().to(torch.float16)
+    assert choose_tolerance(half, False, False, "float32", None) == TOLERANCES[torch.float16]
+    assert choose_tolerance(half, False, False, "float32", 0.7) == 0.7
