@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from hf_ebft.config import EBFTConfig, EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.feature_network.corpus_whitening import choose_rows, measure_corpus_whitening
+from hf_ebft.feature_network.fingerprint import fingerprint_of
 from hf_ebft.feature_network.loading import build_feature_network
 from hf_ebft.objective.advantages import compute_advantages
 from hf_ebft.objective.losses import ebft_objective
@@ -36,6 +37,7 @@ from hf_ebft.training.metrics import sum_over_processes
 from hf_ebft.training.outputs import EBFTOutput, Scores
 from hf_ebft.training.preparation import check_arguments, with_adapters
 from hf_ebft.training.random_streams import RolloutStreams, corpus_rows
+from hf_ebft.training.same_features import SameFeaturesCallback
 from hf_ebft.training.search import SearchMixin
 from hf_ebft.training.step_log import StepLog
 from hf_ebft.training.steps import StepsMixin
@@ -102,14 +104,12 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             verify_packing(self.model, self._forward)
         self.random_streams = RolloutStreams(self.args)
         self.step_log = StepLog(self, self.ebft)
-        self._gathered_for_sampling = SamplingGather(
-            self.ebft.gather_params_for_sampling, self.accelerator
-        )
+        gather = self.ebft.gather_params_for_sampling
+        self._gathered_for_sampling = SamplingGather(gather, self.accelerator)
         self._keeps_record, self._record = False, None  # see _sample_with_record
-        if self.ebft.log_pictures_steps > 0:
-            self.add_callback(
-                PicturesCallback(self, self.ebft.log_pictures_steps, stride=self.ebft.stride)
-            )
+        self.add_callback(SameFeaturesCallback(lambda: self._fingerprint))
+        if (every := self.ebft.log_pictures_steps) > 0:
+            self.add_callback(PicturesCallback(self, every, stride=self.ebft.stride))
         self.averaging: EMACallback | None = None
         if self.ebft.ema_decay is not None:
             self.averaging = EMACallback(self, self.ebft.ema_decay)
@@ -185,6 +185,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         targets = None
         if self._keeps_record:
             targets = self._training_pass.targets_in_sampling(model, layout)
+        generator = self.random_streams.next(documents.input_ids.device, self.state.global_step)
         with self._gathered_for_sampling(model):
             rollouts, record = sample_with_record(
                 model,
@@ -193,9 +194,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 chunk_size=settings.log_prob_chunk_size,
-                generator=self.random_streams.next(
-                    documents.input_ids.device, self.state.global_step
-                ),
+                generator=generator,
                 targets=targets,
             )
         if self._keeps_record:
@@ -289,6 +288,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         self.feature_network = build_feature_network(
             policy, self._given_feature_network, self.ebft, self.accelerator
         )
+        self._fingerprint = fingerprint_of(self.feature_network)
         self._corpus_whitening = None  # measured when first needed
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

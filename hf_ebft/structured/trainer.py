@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer  # type: ignore[attr-defined]  # re-exported lazily
 
+from hf_ebft.feature_network.fingerprint import fingerprint_of
 from hf_ebft.feature_network.loading import build_placed_network
 from hf_ebft.packed.supported import sequence_limit
 from hf_ebft.structured.config import EBFTGRPOConfig
@@ -43,6 +44,7 @@ from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 from hf_ebft.structured.vllm.trainer import StalenessCorrection
 from hf_ebft.training.before_training import BeforeTrainingMixin
 from hf_ebft.training.metrics import MetricAccumulator, Ratio
+from hf_ebft.training.same_features import SameFeaturesCallback
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -135,6 +137,8 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
             if policy is not None:
                 count_positions_from_mask(self.accelerator.unwrap_model(policy))
         self.feature_network = self._build_network(feature_network)
+        fingerprint = fingerprint_of(self.feature_network)
+        self.add_callback(SameFeaturesCallback(lambda: fingerprint))
         self.reward = FeatureMatchingReward(
             self.feature_network,
             self.processing_class,

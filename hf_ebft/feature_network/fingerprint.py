@@ -1,0 +1,91 @@
+"""A fingerprint of the feature network phi, to notice on resuming that another one is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_ebft.feature_network.network import FrozenNetwork
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Equal for networks with the same weights, whatever device or process holds them.
+
+    Attributes:
+        digest: of names, shapes and exact sums of the bits of all weights.
+        dtypes: of the weights. In another precision the same network has another digest.
+    """
+
+    digest: str
+    dtypes: str
+
+
+def fingerprint_of(network: FrozenNetwork) -> Fingerprint:
+    """The fingerprint of a network as it is, that of the main process on all.
+
+    One pass over the weights. A collective call.
+    """
+    weights = _weights_that_count(network)
+    sums = {name: _bit_sum(weight) for name, weight in weights.items()}
+    # One transfer from the device for all of them.
+    values = torch.stack([*sums.values()]).tolist() if sums else []
+    described = [
+        [name, list(weights[name].shape), value]
+        for name, value in sorted(zip(sums, values, strict=True))
+    ]
+    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    dtypes = ", ".join(sorted({str(weight.dtype)[6:] for weight in weights.values()}))
+    found: list[Any] = broadcast_object_list([Fingerprint(digest, dtypes)])
+    fingerprint: Fingerprint = found[0]
+    return fingerprint
+
+
+def _weights_that_count(network: FrozenNetwork) -> dict[str, Tensor]:
+    """Weights by the names that they have without adapters.
+
+    Of a PEFT model: the base, and adapters that change something. Those that start at zero have
+    random parts, which differ from one start of a script to the next and do nothing.
+    """
+    model = network.model
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    if not isinstance(prefix, str):
+        return weights
+    groups: dict[str, dict[str, Tensor]] = {}
+    base: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        layer, mark, _ = name.partition(f".{prefix}")
+        if mark:
+            groups.setdefault(layer, {})[name] = weight
+        else:
+            base[name.removeprefix("base_model.model.").replace(".base_layer", "")] = weight
+    if network.shared:
+        return base
+    for adapter in groups.values():
+        if all(bool(weight.any()) for weight in adapter.values()):
+            base |= adapter
+    return base
+
+
+def _bit_sum(weight: Tensor) -> Tensor:
+    """The sum of a tensor's bits, read as integers: exact in any order, on any device."""
+    whole = weight.detach()
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
+    if whole.is_meta:  # the main process has the real ones
+        return torch.zeros((), dtype=torch.int64)
+    if hasattr(whole, "__tensor_flatten__"):  # several tensors that stand for one, quantized say
+        names, _ = whole.__tensor_flatten__()
+        return torch.stack([_bit_sum(getattr(whole, name)) for name in names]).sum()
+    bits = whole.contiguous().view(_INTEGERS[whole.element_size()])
+    return bits.sum(dtype=torch.int64)
