@@ -44,6 +44,7 @@ from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 from hf_ebft.structured.vllm.trainer import StalenessCorrection
 from hf_ebft.training.before_training import BeforeTrainingMixin
 from hf_ebft.training.metrics import MetricAccumulator, Ratio
+from hf_ebft.training.preparation import refuse_unsupported_parallelism
 from hf_ebft.training.same_features import SameFeaturesCallback
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
                 f"args is a {type(args).__name__}; EBFTGRPOTrainer needs an EBFTGRPOConfig, which "
                 "takes all fields of GRPOConfig."
             )
+        refuse_unsupported_parallelism(args)
         _refuse_tools(kwargs)
         if rollout_func is None and args.samples_on_server:
             rollout_func = VLLMRollouts(args)

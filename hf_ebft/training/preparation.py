@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Sized
 from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any, cast
 
+from accelerate.parallelism_config import ParallelismConfig
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 logger = logging.getLogger(__name__)
+
+# Set by `accelerate launch`.
+_PARALLELISM_VARIABLE = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
 def check_arguments(
@@ -39,6 +44,7 @@ def check_arguments(
     """
     refuse_what_would_be_ignored(args, kwargs)
     refuse_options_of_other_trainers(args)
+    refuse_unsupported_parallelism(args)
     refuse_empty(train_dataset, "train_dataset")
     refuse_empty(eval_dataset, "eval_dataset")
     refuse_missing_corpus(settings, train_dataset)
@@ -128,6 +134,32 @@ def _declaring_library(kind: type, name: str) -> str | None:
 
 def _default(field: Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def refuse_unsupported_parallelism(args: TrainingArguments) -> None:
+    """Raise a ValueError for ways of distributing a run that EBFT has no tests for.
+
+    Whether they are asked for in `args` or by `accelerate launch`.
+    """
+    if args.deepspeed or args.deepspeed_plugin is not None:
+        raise ValueError(
+            "DeepSpeed is not supported: several passes a step over the policy, some of them "
+            "without gradient, and a frozen copy of it are not what its engine wraps. Use DDP, or "
+            "FSDP2 to shard weights, gradients and optimizer state as ZeRO does "
+            "(accelerate_configs/fsdp2.yaml)."
+        )
+    parallelism = args.parallelism_config
+    if parallelism is None and os.environ.get(_PARALLELISM_VARIABLE, "").lower() == "true":
+        parallelism = ParallelismConfig()  # accelerate reads it from the environment
+    sizes = {name: getattr(parallelism, name, 1) or 1 for name in ("cp_size", "sp_size", "tp_size")}
+    split = ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+    if split:
+        raise ValueError(
+            f"parallelism_config with {split} is not supported: context and sequence parallelism "
+            "cut rows apart, and with them the prefix that all rollouts of a document share; "
+            "tensor parallelism is not tested. Leave these sizes at 1 and distribute by documents "
+            "(DDP, or FSDP2 with dp_shard_size)."
+        )
 
 
 def refuse_empty(dataset: Any, name: str) -> None:
