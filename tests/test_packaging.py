@@ -94,7 +94,7 @@ def test_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> None:
     expected = {
         path.relative_to(source)
         for path in (source / "hf_ebft").rglob("*")
-        if path.is_file() and (path.suffix == ".py" or path.name == "py.typed")
+        if path.is_file() and path.suffix in (".py", ".typed", ".jinja")
     }
     info = f"hf_ebft-{hf_ebft.__version__}.dist-info"
     assert {path for path in packed if path.parts[0] != info} == expected

@@ -1,23 +1,37 @@
-"""What is written beside a saved model for people: its card (README.md) and training_args.json."""
+"""The model card (README.md) and training_args.json that lie beside a saved model."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from transformers import TrainingArguments
 
 from hf_ebft.config import EBFTSettings
-from hf_ebft.watching.curves import changes, figure, label_of, metric_of, series_of
+from hf_ebft.version import __version__
+from hf_ebft.watching.curves import (
+    Series,
+    changes,
+    figure,
+    label_of,
+    metric_of,
+    series_of,
+    smooth,
+)
+from hf_ebft.watching.tensorboard import ShownGroup, visible
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 CARD_NAME = "README.md"
 ARGUMENTS_NAME = "training_args.json"
@@ -51,7 +65,16 @@ ARGUMENTS = (
     "fp16",
     "gradient_checkpointing",
 )
-PACKAGES = ("hf_ebft", "transformers", "torch", "accelerate", "peft")
+PACKAGES = ("transformers", "torch", "accelerate", "peft")
+# What the model index holds, of the last evaluation: logged name and the index's metric type.
+INDEXED = {
+    "eval_loss": "cross_entropy",
+    "eval_ebft/cfm_loss": "cfm_loss",
+    "eval_ebft/alignment": "alignment",
+}
+# Points of a curve in the card, from low to high.
+LEVELS = "▁▂▃▄▅▆▇█"
+CURVE_POINTS = 24
 
 
 @dataclasses.dataclass
@@ -72,7 +95,7 @@ class CardOptions:
     dataset_args: str | list[str] | None = None
 
     def updated(self, new: CardOptions) -> CardOptions:
-        """These, with what ``new`` says instead where it says something."""
+        """These, with what `new` says instead where it says something."""
         said = {name: value for name, value in vars(new).items() if value is not None}
         return dataclasses.replace(self, **said)
 
@@ -80,7 +103,12 @@ class CardOptions:
 def may_write_card(folder: Path) -> bool:
     """Whether there is no card in the folder, or one that we wrote and nobody claimed."""
     path = folder / CARD_NAME
-    return not path.exists() or MARK in path.read_text(encoding="utf-8")
+    try:
+        return MARK in path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, UnicodeDecodeError):  # nothing that we wrote
+        return False
 
 
 def write_card(
@@ -91,6 +119,7 @@ def write_card(
     log_history: Sequence[Mapping[str, Any]],
     options: CardOptions,
     train_dataset: Any = None,
+    samples: Sequence[ShownGroup] = (),
 ) -> None:
     """Write the card of a model into its folder, which exists, over whatever card is there.
 
@@ -102,40 +131,72 @@ def write_card(
         log_history: of its state; both ends of its curves go into the card.
         options: what the trainer does not know.
         train_dataset: for its name, if it is a `datasets.Dataset` with one.
+        samples: groups of rollouts to show; of each, the one with the highest reward.
     """
     from peft import PeftModel
 
     base_model = options.finetuned_from or hub_name(model)
-    datasets = _listed(options.dataset_tags)
+    adapters = isinstance(model, PeftModel)
+    title = options.model_name or Path(str(args.output_dir)).resolve().name
+    datasets = _dataset_names(options, train_dataset)
     data = ModelCardData(
         language=options.language,
         license=options.license,
         base_model=base_model,
-        datasets=datasets or None,
+        datasets=_listed(options.dataset_tags) or None,
         tags=sorted({*TAGS, *_listed(options.tags)}),
         library_name="transformers",
         pipeline_tag=next(iter(_listed(options.tasks)), "text-generation"),
+        model_name=title,
+        eval_results=_last_evaluation(log_history, datasets, _listed(options.dataset_tags)) or None,
     )
-    text = "\n\n".join(
-        [
-            MARK,
-            f"# {options.model_name or Path(str(args.output_dir)).resolve().name}",
-            _introduction(model, base_model, _dataset_names(options, train_dataset)),
-            _method(settings, isinstance(model, PeftModel)),
-            _results(log_history),
-            "## Training procedure",
-            _settings_table(settings),
-            _arguments_list(args),
-            "### Framework versions",
-            "\n".join(f"- {name} {version(name)}" for name in PACKAGES),
-            f"## Citation\n\n```bibtex\n{CITATION}\n```",
-        ]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        mark=MARK,
+        title=title,
+        origin=_origin(model, base_model),
+        datasets=datasets,
+        paper=PAPER,
+        settings=settings,
+        adapters=adapters,
+        results=_results(log_history),
+        samples=[_sample(group) for group in samples if group.rollouts],
+        setting_rows=_setting_rows(settings),
+        arguments=_arguments(args),
+        versions=versions(),
+        citation=CITATION,
     )
     path = folder / CARD_NAME
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
     card.save(path)
     if isinstance(model, PeftModel):
         _let_peft_add(path, model, data)
+
+
+def versions() -> list[tuple[str, str]]:
+    """Names and versions of this package and of those that it runs on.
+
+    A tree that is on the path without being installed has no version to look up.
+    """
+    found = [("hf_ebft", __version__)]
+    for name in PACKAGES:
+        try:
+            found.append((name, version(name)))
+        except PackageNotFoundError:
+            found.append((name, "(not installed as a package)"))
+    return found
+
+
+def sparkline(series: Series) -> str:
+    """A smoothed curve as a line of text, from its lowest to its highest value."""
+    values = [value for value in smooth(series.values) if math.isfinite(value)]
+    count = min(CURVE_POINTS, len(values))
+    if count < 2:
+        return ""
+    shown = [values[round(place * (len(values) - 1) / (count - 1))] for place in range(count)]
+    low, high = min(shown), max(shown)
+    span = (high - low) or math.inf  # a constant stays at the bottom
+    return "".join(LEVELS[round((value - low) / span * (len(LEVELS) - 1))] for value in shown)
 
 
 def write_arguments(folder: Path, settings: EBFTSettings, args: TrainingArguments) -> None:
@@ -165,86 +226,74 @@ def _let_peft_add(path: Path, model: PeftModel, ours: ModelCardData) -> None:
     card.save(path)
 
 
-def _introduction(model: Any, base_model: str | None, datasets: list[str]) -> str:
+def _origin(model: Any, base_model: str | None) -> str:
     local = Path(str(model.config.name_or_path)).name
     if base_model is not None:
-        origin = f"a fine-tuned version of [{base_model}](https://huggingface.co/{base_model})"
-    elif local:
-        origin = f"a fine-tuned version of a local model (`{local}`)"
-    else:
-        origin = "a language model, trained from the weights it was given"
-    text = f" on {', '.join(f'`{name}`' for name in datasets)}" if datasets else ""
-    return (
-        f"This is {origin}{text}. It was trained by Energy-Based Fine-Tuning "
-        f"([EBFT]({PAPER})) with hf_ebft."
-    )
+        return f"a fine-tuned version of [{base_model}](https://huggingface.co/{base_model})"
+    if local:
+        return f"a fine-tuned version of a local model (`{local}`)"
+    return "a language model, trained from the weights it was given"
 
 
-def _method(settings: EBFTSettings, adapters: bool) -> str:
-    network = (
-        f"`{settings.feature_model_name_or_path}`, frozen"
-        if settings.feature_model_name_or_path
-        else "a frozen copy of the model as it was before training"
-    )
-    sentences = [
-        f"From many places of each document the model wrote {settings.n_samples_per_prompt} "
-        f"continuations of {settings.generate_max_len} tokens.",
-        f"They were rewarded for having features like the true continuation's and unlike each "
-        f"other's, in the hidden states of {network}.",
-        "The policy gradient of these rewards is the training signal"
-        + (
-            f", with the cross-entropy on the text added at weight {settings.ce_coef:g}."
-            if settings.ce_coef > 0
-            else ", without a cross-entropy term."
-        ),
+def _last_evaluation(
+    log_history: Sequence[Mapping[str, Any]], datasets: list[str], tags: list[str]
+) -> list[EvalResult]:
+    series, results = series_of(log_history), []
+    for name, kind in INDEXED.items():
+        values = series[name].values if name in series else ()
+        if values and math.isfinite(values[-1]):
+            results.append(
+                EvalResult(
+                    task_type="text-generation",
+                    task_name="Text generation",
+                    dataset_type=next(iter(tags), "text"),
+                    dataset_name=next(iter(datasets), "held-out text"),
+                    metric_type=kind,
+                    metric_name=label_of(name),
+                    metric_value=values[-1],
+                )
+            )
+    return results
+
+
+def _results(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    series = series_of(log_history)
+    return [
+        {
+            "label": label_of(name),
+            "name": name,
+            "first": figure(change.first),
+            "last": figure(change.last),
+            "verdict": change.verdict(metric_of(name)) or "",
+            "curve": sparkline(series[name]),
+        }
+        for name, change in changes(series).items()
     ]
-    if adapters:
-        sentences.append("Only adapters were trained.")
-    return "## Method\n\n" + " ".join(sentences)
 
 
-def _results(log_history: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for name, change in changes(series_of(log_history)).items():
-        verdict = change.verdict(metric_of(name)) or ""
-        cells = [label_of(name), f"`{name}`", figure(change.first), figure(change.last), verdict]
-        rows.append(f"| {' | '.join(cells)} |")
-    if not rows:
-        return "## Results\n\nThe run logged too little to tell."
-    return "\n".join(
-        [
-            "## Results",
-            "",
-            "Means over the first and the last fifth of what the run logged. A change counts from "
-            "two standard errors on, judged by how much neighbouring points differ; one run says "
-            "nothing about other seeds.",
-            "",
-            "| figure | logged as | first | last | |",
-            "|---|---|---|---|---|",
-            *rows,
-        ]
-    )
+def _sample(group: ShownGroup) -> dict[str, str]:
+    best = max(group.rollouts, key=lambda rollout: rollout.reward)
+    texts = {
+        "prefix": visible(group.prefix),
+        "truth": visible(group.ground_truth),
+        "rollout": visible(best.text),
+    }
+    # Longer than any fence in the texts, so that none of them ends the block.
+    ticks = max((len(run) for text in texts.values() for run in re.findall("`+", text)), default=0)
+    return texts | {"fence": "`" * max(3, ticks + 1)}
 
 
-def _settings_table(settings: EBFTSettings) -> str:
-    head = [
-        "Settings of EBFT (bold where not the default):",
-        "",
-        "| setting | value |",
-        "|---|---|",
+def _setting_rows(settings: EBFTSettings) -> list[tuple[str, Any, bool]]:
+    return [
+        (name, getattr(settings, name), getattr(settings, name) == default)
+        for name, default in dataclasses.asdict(EBFTSettings()).items()
     ]
-    rows = []
-    for name, default in dataclasses.asdict(EBFTSettings()).items():
-        value = getattr(settings, name)
-        shown = f"`{value}`" if value == default else f"**`{value}`**"
-        rows.append(f"| `{name}` | {shown} |")
-    return "\n".join([*head, *rows])
 
 
-def _arguments_list(args: TrainingArguments) -> str:
+def _arguments(args: TrainingArguments) -> list[tuple[str, Any]]:
     values = args.to_dict() | {"world_size": args.world_size}
     names = [*ARGUMENTS, "max_steps" if args.max_steps > 0 else "num_train_epochs"]
-    return "Training arguments:\n\n" + "\n".join(f"- {name}: {values[name]}" for name in names)
+    return [(name, values[name]) for name in names]
 
 
 def _dataset_names(options: CardOptions, dataset: Any) -> list[str]:

@@ -213,7 +213,7 @@ class PicturesCallback(TrainerCallback):
         ):
             kept.append(_numpy(values.transpose(1, 2)[exists].flatten().double()))
         if not self._collected.groups:
-            self._collected.groups = show_groups(outputs, self._decode(), self._n_groups)
+            self._collected.groups = show_groups(outputs, decoder_of(self._trainer), self._n_groups)
 
     def on_step_end(
         self,
@@ -276,11 +276,11 @@ class PicturesCallback(TrainerCallback):
             "or set log_pictures_steps=0."
         )
 
-    def _decode(self) -> Callable[[list[int]], str]:
-        tokenizer: Any = self._trainer.processing_class
-        if tokenizer is None:
-            return lambda ids: " ".join(map(str, ids))
-        return tokenizer.decode
+
+def decoder_of(trainer: Trainer) -> Callable[[list[int]], str]:
+    """Token ids to text, by the trainer's tokenizer; to numbers if it has none."""
+    decode = getattr(trainer.processing_class, "decode", None)
+    return (lambda ids: " ".join(map(str, ids))) if decode is None else decode
 
 
 def show_groups(

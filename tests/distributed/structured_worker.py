@@ -32,6 +32,7 @@ def advantages(folder):
         "accumulated": run(
             folder / "accumulated",
             per_device_train_batch_size=3,
+            per_device_eval_batch_size=3,
             num_generations=3,
             gradient_accumulation_steps=2,
             num_iterations=2,

@@ -11,7 +11,11 @@ from tests.support.tiny_structured import (
 )
 
 # 9 rows of 2 processes: the groups of 3 begin at other places on each.
-OUT_OF_STEP = {"per_device_train_batch_size": 9, "num_generations": 6}
+OUT_OF_STEP = {
+    "per_device_train_batch_size": 9,
+    "per_device_eval_batch_size": 9,
+    "num_generations": 6,
+}
 
 
 def lora(make):

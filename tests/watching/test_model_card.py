@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+import hf_ebft
 from hf_ebft import EBFTConfig, EBFTTrainer
+from hf_ebft.watching import model_card
+from hf_ebft.watching.curves import Series
 from hf_ebft.watching.model_card import (
     ARGUMENTS,
     CITATION,
@@ -19,9 +23,11 @@ from hf_ebft.watching.model_card import (
     CardOptions,
     hub_name,
     may_write_card,
+    sparkline,
     write_arguments,
     write_card,
 )
+from hf_ebft.watching.tensorboard import ShownGroup, ShownRollout
 from tests.support.tiny import config, texts, tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +55,10 @@ def test_the_card_says_what_was_done(tmp_path: Path) -> None:
     trainer.train()
     trainer.save_model()
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.to_dict() == {
+    metadata = card.data.to_dict()
+    (entry,) = metadata.pop("model-index")
+    assert entry["name"] == tmp_path.name
+    assert metadata == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["ebft", "generated_from_trainer", "hf_ebft"],
@@ -69,6 +78,91 @@ def test_the_card_says_what_was_done(tmp_path: Path) -> None:
     ):
         assert expected in text
     assert "[More Information Needed]" not in text
+
+
+def test_the_index_holds_the_last_evaluation(tmp_path: Path) -> None:
+    """As the hub reads it; a value that is no number would make the metadata invalid."""
+    args = config(tmp_path)
+    log = [
+        {"step": 1, "eval_loss": 3.0, "eval_ebft/cfm_loss": 0.5},
+        {"step": 2, "eval_loss": 2.5, "eval_ebft/cfm_loss": float("nan")},
+    ]
+    options = CardOptions(dataset_tags="user/data", dataset="The data")
+    write_card(tmp_path, tiny_llama(), args, args, log, options)
+    (result,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert (result.metric_type, result.metric_value) == ("cross_entropy", 2.5)
+    assert (result.dataset_type, result.dataset_name) == ("user/data", "The data")
+    assert yaml.safe_load(card_in(tmp_path).split("---")[1])["model-index"][0]["results"]
+
+
+def test_the_card_shows_curves_and_rollouts(tmp_path: Path) -> None:
+    """The best rollout of each group, whatever signs the text has."""
+    args = config(tmp_path)
+    log = [{"step": step, "ebft/alignment": float(step)} for step in range(1, 9)]
+    rollouts = [ShownRollout(text, reward, 0.0) for text, reward in (("worse", 0.1), ("best", 0.9))]
+    hostile = "---\n```\n{{ title }} | <b>\t"
+    groups = [ShownGroup(hostile, "truth", rollouts), ShownGroup("second", hostile, rollouts)]
+    write_card(tmp_path, tiny_llama(), args, args, log, CardOptions(), samples=groups)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.tags == ["ebft", "generated_from_trainer", "hf_ebft"]
+    shown = "---\u23ce```\u23ce{{ title }} | <b>\u2192"
+    assert f"````text\nprefix   {shown}\ntruth    truth\nrollout  best\n````" in card.text
+    assert f"````text\nprefix   second\ntruth    {shown}\nrollout  best\n````" in card.text
+    assert "worse" not in card.text
+    assert "| \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588 |" in card.text
+    assert "\n\n\n" not in card.text
+
+
+def test_a_curve_goes_from_its_lowest_to_its_highest_value() -> None:
+    steps = tuple(range(8))
+    assert (
+        sparkline(Series(steps, tuple(7.0 - s for s in steps)))
+        == "\u2588\u2587\u2586\u2585\u2584\u2583\u2582\u2581"
+    )
+    assert sparkline(Series(steps, (2.0,) * 8)) == "\u2581" * 8
+    assert sparkline(Series((1,), (2.0,))) == ""
+    assert len(sparkline(Series(tuple(range(500)), (1.0, 2.0) * 250))) == 24
+
+
+def test_rollouts_of_a_run_are_in_its_card_unless_they_are_not_wanted(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path / "with", max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert card_in(tmp_path / "with").count("```text") == 2
+    trainer = trainer_in(tmp_path / "without", max_steps=2)
+    trainer.card_samples = 0
+    trainer.train()
+    trainer.save_model()
+    assert "```text" not in card_in(tmp_path / "without")
+
+
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("name", ["README.md", "training_args.json"])
+def test_what_people_read_cannot_cost_the_model(
+    tmp_path: Path, name: str, peft: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder in the file's place stands for a full disk; PEFT writes its card before weights."""
+    trainer = trainer_in(tmp_path, peft_config=LORA if peft else None)
+    (tmp_path / name).mkdir()
+    trainer.save_model()
+    weights = "adapter_model" if peft else "model"
+    assert (tmp_path / f"{weights}.safetensors").is_file()
+    # Where a README.md is that is not ours nothing of ours is written, so nothing fails.
+    assert ("could not be written" in caplog.text) == (peft or name != "README.md")
+    trainer.create_model_card()
+
+
+def test_a_tree_that_is_not_installed_has_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version was looked up after training, and its absence ended the run."""
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(model_card, "version", missing)
+    trainer_in(tmp_path).save_model()
+    assert f"- hf_ebft {hf_ebft.__version__}\n- transformers (not inst" in card_in(tmp_path)
 
 
 def test_every_save_is_described_but_a_user_s_card_is_kept(tmp_path: Path) -> None:
