@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -22,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_ebft.packed.block_masks import BlockMaskCache, VisibleKeys, block_mask
 from hf_ebft.packed.model_code import mask_functions
 from hf_ebft.packed.split_attention import (
     AttentionPlan,
@@ -31,6 +33,7 @@ from hf_ebft.packed.split_attention import (
     make_tiles,
     split_attention,
 )
+from hf_ebft.rows.anchors import Blocks
 from hf_ebft.rows.layout import PackedLayout, PackedPart
 from hf_ebft.rows.visibility import Coordinates, sees
 
@@ -107,10 +110,12 @@ class MaskRecipe:
     def masks_for(self, part: PackedPart) -> Masks:
         """Masks for one forward pass over the packed row; made once for all who ask the same."""
         if self not in part.masks:
-            if self.implementation != SPLIT:
-                part.masks[self] = self.build(part.queries, part.keys)
-            else:
+            if self.implementation == SPLIT:
                 part.masks[self] = self._as_argument(lambda kind: self._packed_mask(kind, part))
+            elif self.implementation == "flex_attention":
+                part.masks[self] = self._as_argument(lambda kind: self._packed_tiles(kind, part))
+            else:
+                part.masks[self] = self.build(part.queries, part.keys)
         return part.masks[self]
 
     def prepare(self, part: PackedPart) -> None:
@@ -118,7 +123,7 @@ class MaskRecipe:
 
         A decoding step then launches the model alone.
         """
-        if self.implementation == SPLIT:
+        if self.implementation in (SPLIT, "flex_attention"):
             self.masks_for(part)
 
     def build(self, queries: Coordinates, keys: Coordinates) -> Masks:
@@ -172,7 +177,7 @@ class MaskRecipe:
                     per_group=per_group,
                     tiles=self._rollout_tiles(kind, part, per_group),
                     n_own=len(part.own_steps),
-                    own_hidden=self._own_hidden(kind, part),
+                    own_hidden=self._own_hidden(kind, part, layout.blocks),
                 )
             )
         return AttentionPlan(
@@ -227,9 +232,9 @@ class MaskRecipe:
             low = low + torch.minimum(first, blocks.position[:, :, None])
         return Stretches(low, blocks.column, blocks.exists)
 
-    def _own_hidden(self, kind: str, part: PackedPart) -> Tensor | None:
+    def _own_hidden(self, kind: str, part: PackedPart, blocks: Blocks) -> Tensor | None:
         """(B or 1, 1, K or 1, 1, T, O) bool: own tokens ahead or outside of the window."""
-        blocks, device = part.layout.blocks, part.queries.slot.device
+        device = blocks.position.device
         # The newest token alone sees all of its own where nothing limits it.
         if kind == FULL and len(part.steps) == 1 and part.steps.stop == part.own_steps.stop:
             return None
@@ -242,6 +247,62 @@ class MaskRecipe:
             too_early = own_position[:, :, None, :] < first[:, :, :, None]
             hidden = hidden | too_early[:, None, :, None]
         return hidden
+
+    def _packed_tiles(self, kind: str, part: PackedPart) -> BlockMask:
+        """The same visibility as a block mask."""
+        host, device = part.layout.on_host, part.queries.slot.device
+        numbers = (
+            host.documents.document,
+            host.documents.position,
+            host.blocks.column,
+            host.blocks.position,
+            host.blocks.exists,
+        )
+        key = (
+            (self, kind, device, part.has_documents, part.steps, part.own_steps),
+            (host.n_samples, host.length, tuple(host.blocks.exists.shape)),
+            tuple(number.numpy().tobytes() for number in numbers),
+        )
+        return _BLOCK_MASKS.get(
+            key,
+            lambda: block_mask(
+                self.visible_keys(kind, part), self._mask_mod(kind, part.queries, part.keys), device
+            ),
+        )
+
+    def visible_keys(self, kind: str, part: PackedPart) -> VisibleKeys:
+        """The same visibility, query by query, in the host's memory."""
+        host = part.layout.on_host
+        rows, n_samples, n_blocks, _ = host.rollout_shape
+        low, high = [np.zeros((rows, 0), dtype=np.int64)] * 2
+        n_own, n_rollouts = len(part.own_steps), n_blocks * n_samples
+        if part.has_documents:
+            stretches = self._document_stretches(kind, host)
+            high = stretches.high.numpy()
+            # Padding sees itself.
+            low = np.where(stretches.exists.numpy(), stretches.low[:, :, 0].numpy(), high - 1)
+        own = np.zeros((rows, low.shape[1], n_own), dtype=bool)
+        place = np.zeros((low.shape[1], n_own), dtype=np.int64)
+        if len(part.steps) > 0:
+            shape = (rows, n_blocks, n_samples, len(part.steps))
+            stretches = self._rollout_stretches(kind, part.steps, host)
+            exists = stretches.exists.numpy()[:, :, None, None]
+            first, end = stretches.low.numpy()[:, :, None, :], stretches.high.numpy()
+            hidden = self._own_hidden(kind, part, host.blocks)
+            seen = np.ones((1,) * 6, dtype=bool) if hidden is None else ~hidden.numpy()
+            # What does not exist sees itself.
+            itself = np.equal.outer(np.array(part.steps), np.array(part.own_steps))
+            seen = np.where(exists[..., None], seen[:, 0], itself)
+            low = np.concatenate([low, _queries(np.where(exists, first, 0), shape)], axis=1)
+            ends = np.where(exists, end[:, :, None, None], 0)
+            high = np.concatenate([high, _queries(ends, shape)], axis=1)
+            by_query = np.broadcast_to(seen, (*shape, n_own)).reshape(rows, -1, n_own)
+            own = np.concatenate([own, by_query], axis=1)
+            index = np.arange(n_rollouts)[:, None], np.arange(n_own)
+            stride = (1, n_rollouts) if part.step_major else (n_own, 1)
+            places = host.document_width + index[0] * stride[0] + index[1] * stride[1]
+            place = np.concatenate([place, places.repeat(len(part.steps), axis=0)])
+        return VisibleKeys(low, high, own, place, part.n_keys)
 
     def _dense_mask(self, kind: str, queries: Coordinates, keys: Coordinates) -> Tensor:
         """(B, 1, Q, C): additive for eager, else boolean."""
@@ -257,15 +318,31 @@ class MaskRecipe:
         return torch.zeros_like(allowed, dtype=self.dtype).masked_fill_(~allowed, lowest)
 
     def _block_mask(self, kind: str, queries: Coordinates, keys: Coordinates) -> BlockMask:
+        rows, n_queries = queries.slot.shape
+        mask_mod = self._mask_mod(kind, queries, keys)
+        return create_block_mask(
+            mask_mod, rows, None, n_queries, keys.slot.shape[1], device=queries.slot.device
+        )
+
+    def _mask_mod(
+        self, kind: str, queries: Coordinates, keys: Coordinates
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Who sees whom by the indices of rows, heads, queries and keys."""
+
         def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return self.allowed(
                 kind, queries.map(lambda f: f[row, query]), keys.map(lambda f: f[row, key])
             )
 
-        rows, n_queries = queries.slot.shape
-        return create_block_mask(
-            mask_mod, rows, None, n_queries, keys.slot.shape[1], device=queries.slot.device
-        )
+        return mask_mod
+
+
+_BLOCK_MASKS = BlockMaskCache()
+
+
+def _queries(by_rollout: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """(B, K, 1, 1 or T) -> (B, K * n * T)."""
+    return np.broadcast_to(by_rollout, shape).reshape(shape[0], -1)
 
 
 class PackedMask(Tensor):

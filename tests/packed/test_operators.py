@@ -23,6 +23,7 @@ from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.packed.deferred import TrainingPass
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.log_probs import packed_log_probs
+from hf_ebft.packed.masks import CHUNKED, FULL, SLIDING, SPLIT, MaskRecipe
 from hf_ebft.packed.sampling import (
     Rollouts,
     SamplingRecord,
@@ -217,6 +218,18 @@ def test_features_do_not_wait(setting: Setting, chunk_size: int) -> None:
     )
     with recorded_waits() as events:
         network.embed(rollouts)
+    assert not events
+
+
+@pytest.mark.parametrize("implementation", [SPLIT, "sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_masks_are_made_without_waiting(case: Case, implementation: str) -> None:
+    layout = case.layout()
+    kinds = (FULL, SLIDING, CHUNKED)
+    recipe = MaskRecipe(implementation, kinds, True, window=7, chunk=5, dtype=torch.float32)
+    with recorded_waits() as events:
+        for part in (layout.document_part, layout.row_part, layout.step_part(1)):
+            recipe.masks_for(part)
     assert not events
 
 

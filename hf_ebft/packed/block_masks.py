@@ -1,0 +1,116 @@
+"""flex_attention's block masks of packed rows, by arithmetic on the layout's own numbers.
+
+`create_block_mask` evaluates the mask of every pair of query and key to find out which tiles of 128
+by 128 hold nothing, something or everything. In a packed row a query sees one stretch of document
+columns and some of its own tokens, so that the keys it sees in a tile can be counted.
+
+Dimension letters: B rows, Q queries, C keys, O own keys of a rollout, q and c tiles of queries and
+of keys.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+# Queries and keys of a tile: what flex_attention's kernels are written for.
+TILE = 128
+# Block masks that are kept: those of a batch's passes, for batches of equal shape and boundaries.
+KEPT = 32
+
+
+@dataclass(frozen=True)
+class VisibleKeys:
+    """Which keys each query sees, in the host's memory.
+
+    Attributes:
+        low, high: (B, Q) int64, document columns `low <= column < high`.
+        own: (B, Q, O) bool, which of its own tokens it sees.
+        own_place: (Q, O) int64, where these stand among the keys.
+        n_keys: C.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    own: np.ndarray
+    own_place: np.ndarray
+    n_keys: int
+
+    def tiles(self) -> tuple[np.ndarray, np.ndarray]:
+        """(B, q, c) bool: tiles in which some query sees some key, and in which all see all.
+
+        Tiles that reach beyond the last query or key never count as full.
+        """
+        found = [self._tiles_of_row(row) for row in range(len(self.low))]
+        some, full = (np.stack(tiles) for tiles in zip(*found, strict=True))
+        return some, full
+
+    def _tiles_of_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        n_queries = self.low.shape[1]
+        first = np.arange(0, self.n_keys, TILE)
+        low, high = self.low[row, :, None], self.high[row, :, None]
+        seen = np.maximum(np.minimum(high, first + TILE) - np.maximum(low, first), 0)
+        query = np.arange(n_queries)
+        for own, place in zip(self.own[row].T, self.own_place.T, strict=True):
+            seen[query, place // TILE] += own
+        missing = -n_queries % TILE
+        by_tile = np.pad(seen, ((0, missing), (0, 0))).reshape(-1, TILE, len(first))
+        return np.asarray((by_tile > 0).any(axis=1)), np.asarray((by_tile == TILE).all(axis=1))
+
+
+def block_mask(
+    visible: VisibleKeys,
+    mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    device: torch.device,
+) -> BlockMask:
+    """The block mask of these queries and keys.
+
+    Args:
+        visible: who sees whom.
+        mask_mod: the same by pair, for tiles that are neither empty nor full.
+        device: of the mask.
+    """
+    some, full = visible.tiles()
+    partly, wholly = (_listed(tiles) for tiles in (some & ~full, full))
+    return BlockMask.from_kv_blocks(
+        *partly,
+        *wholly,
+        BLOCK_SIZE=TILE,
+        mask_mod=mask_mod,
+        seq_lengths=(visible.low.shape[1], visible.n_keys),
+    ).to(device)
+
+
+def _listed(tiles: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(B, q, c) bool -> how many tiles of keys, (B, 1, q) int32, and which first, (B, 1, q, c)."""
+    order = np.argsort(~tiles, axis=-1, kind="stable").astype(np.int32)
+    return (
+        torch.from_numpy(tiles.sum(axis=-1, dtype=np.int32)[:, None]),
+        torch.from_numpy(order[:, None]),
+    )
+
+
+class BlockMaskCache:
+    """The block masks made last, by all that decides them.
+
+    Rows without padding have the same one in every batch, and what was compiled for it stays.
+    """
+
+    def __init__(self) -> None:
+        self._masks: OrderedDict[Any, BlockMask] = OrderedDict()
+
+    def get(self, key: Any, make: Callable[[], BlockMask]) -> BlockMask:
+        """The mask of this key, made now if it is none of the last ones."""
+        if key not in self._masks:
+            self._masks[key] = make()
+            if len(self._masks) > KEPT:
+                self._masks.popitem(last=False)
+        self._masks.move_to_end(key)
+        return self._masks[key]
