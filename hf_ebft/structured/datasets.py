@@ -145,9 +145,9 @@ def with_one_bos(dataset: Any, tokenizer: Any) -> Any:
     bos = tokenizer.bos_token
     if hasattr(dataset, "__len__"):
         doubled = any(_begins_with(prompt, bos) for prompt in dataset["prompt"])
-    else:  # a stream is not read through; rendered prompts all begin alike
-        doubled = _begins_with(next(iter(dataset))["prompt"], bos)
-    return dataset.map(_cut_bos, fn_kwargs={"bos": bos}) if doubled else dataset
+        if not doubled:
+            return dataset
+    return dataset.map(_cut_bos, fn_kwargs={"bos": bos})
 
 
 def _begins_with(prompt: Any, bos: str) -> bool:

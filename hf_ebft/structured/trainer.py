@@ -134,6 +134,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         )
         self.train_dataset = with_one_bos(self.train_dataset, self.processing_class)
         self.eval_dataset = with_one_bos(self.eval_dataset, self.processing_class)
+        _refuse_lasting_cast(self.model, args)
         self._limit = sequence_limit(self.model)
         for policy in (self.model, self.ref_model):
             if policy is not None:
@@ -383,6 +384,24 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
             )
 
         return build_placed_network(self.model, given, args, self.accelerator, make)
+
+
+def _refuse_lasting_cast(model: nn.Module, args: EBFTGRPOConfig) -> None:
+    """Refuse continuous batching where TRL would cast the policy's weights for good.
+
+    Raises:
+        ValueError: with the precision to load the model in.
+    """
+    wanted = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    others = {weight.dtype for weight in model.parameters()} - {wanted}
+    if args.use_transformers_continuous_batching and wanted is not None and others:
+        found = ", ".join(sorted(map(str, others)))
+        raise ValueError(
+            f"use_transformers_continuous_batching=True casts the policy to {wanted} for sampling "
+            f"and leaves it there, and it has weights in {found}: "
+            "training, and a feature network that shares them, would go on with rounded weights. "
+            f"Load the model in {wanted}, set bf16=False and fp16=False, or leave it off."
+        )
 
 
 def _refuse_tools(kwargs: dict[str, Any]) -> None:

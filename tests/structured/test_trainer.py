@@ -547,6 +547,18 @@ def test_what_cannot_work_is_refused_when_the_trainer_is_built(tmp_path):
         EBFTGRPOTrainer(policy(), GRPOConfig(**trl_settings(tmp_path)), train_dataset=rows())
 
 
+def test_sampling_that_would_round_the_weights_is_refused(tmp_path):
+    """TRL's continuous batching casts the policy, and a base shared with it, in place."""
+    settings = {"use_transformers_continuous_batching": True}
+    with pytest.raises(ValueError, match=r"casts the policy to torch\.bfloat16 .*torch\.float32"):
+        make(tmp_path, bf16=True, **settings)
+    trainer = make(tmp_path, max_steps=1, **settings)
+    trainer.train()
+    assert_advantages(
+        trainer.seen[0], expected_advantages(policy(), trainer.seen[0], rows(), n_samples=4)
+    )
+
+
 def test_row_without_ground_truth_is_refused_with_its_prompt(tmp_path):
     data = Dataset.from_dict({"prompt": ["one", "two"], "ground_truth": [None, None]})
     trainer = make(tmp_path, data=data)

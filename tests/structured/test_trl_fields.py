@@ -47,6 +47,8 @@ TESTED = {
             steps_per_generation""",
         "test_resuming_repeats_the_uninterrupted_run": "resume_from_checkpoint",
         "test_rewards_of_ones_own_are_added": "reward_weights",
+        "test_sampling_that_would_round_the_weights_is_refused": """
+            use_transformers_continuous_batching""",
     },
     "test_datasets": {
         "test_fewer_prompts_than_one_generation_batch_are_refused": "generation_batch_size",
@@ -77,8 +79,8 @@ TRLS = {
         vespo_k_pos vespo_lambda_neg vespo_lambda_pos""",
     "how the policy samples; rewards see the ids that come out": """
         cache_implementation disable_dropout ds3_gather_for_generation min_p repetition_penalty
-        top_k top_p transformers_continuous_batching_config use_transformers_continuous_batching
-        use_transformers_paged use_vllm vllm_enable_sleep_mode vllm_gpu_memory_utilization
+        top_k top_p transformers_continuous_batching_config use_transformers_paged
+        use_vllm vllm_enable_sleep_mode vllm_gpu_memory_utilization
         vllm_group_port vllm_max_model_length vllm_mode vllm_model_impl
         vllm_tensor_parallel_size""",
     "how the policy is loaded and computed, for sampling and loss alike": """
