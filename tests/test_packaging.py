@@ -4,6 +4,7 @@ import ast
 import configparser
 import importlib.metadata
 import importlib.resources
+import os
 import re
 import shutil
 import subprocess
@@ -117,6 +118,29 @@ print(hf_ebft.EBFTConfig, hf_ebft.EBFTTrainer, hf_ebft.Rollouts)
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_tests_are_collected_without_the_extras(tmp_path: Path) -> None:
+    """What needs an extra is skipped; it does not keep the rest from running."""
+    extras = set(_setup_cfg()["options.extras_require"]) - {"test", "dev"}
+    wanted = [r for extra in extras for r in _requirements("options.extras_require", extra)]
+    blocked = _import_names(wanted) & _only_in_extras()
+    assert {"datasets", "trl", "tensorboard", "matplotlib"} <= blocked
+    plugin = tmp_path / "blocker.py"
+    plugin.write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked)!r}))\n", encoding="utf-8"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "blocker", "--collect-only", "-q", "-n0"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def _imported(path: Path) -> Iterator[str]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +26,8 @@ from hf_ebft.data import (
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from tests.support.tiny import tiny_tokenizer
+
+datasets = pytest.importorskip("datasets")
 
 TOKENIZER = tiny_tokenizer(eos_token="<eos>")
 EOS = TOKENIZER.eos_token_id

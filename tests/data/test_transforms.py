@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +31,8 @@ from hf_ebft.data import (
     translation,
 )
 from tests.support.tiny import tiny_tokenizer
+
+datasets = pytest.importorskip("datasets")
 
 TOKENIZER = tiny_tokenizer(eos_token="<eos>")
 CHAT_TOKENIZER = tiny_tokenizer(eos_token="<end>", bos_token="<bos>")

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("datasets")
+pytest.importorskip("trl")
+
 from tests.support.distributed_runs import assert_same_weights
 from tests.support.launching import STRUCTURED_WORKER, results
 from tests.support.structured_runs import cross_entropy_run

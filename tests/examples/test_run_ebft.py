@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
 from peft import get_peft_model
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_ebft.evaluation import FIGURES
 from tests.support.tiny import config, source_text, texts, tiny_llama, tiny_tokenizer
+
+datasets = pytest.importorskip("datasets")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -93,6 +93,9 @@ def argv(options: dict[str, Any]) -> list[str]:
 
 def tags(output: Path) -> dict[str, list[float]]:
     """What TensorBoard shows: tag -> values in the order of the steps."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     (file,) = output.glob("runs/*/events.out.tfevents.*")
     events = EventAccumulator(str(file.parent))
     events.Reload()

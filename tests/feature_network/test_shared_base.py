@@ -17,7 +17,6 @@ from hf_ebft.feature_network.shared_base import adapters_off, why_not_shareable
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.model_code import find_head
 from hf_ebft.packed.verification import verify_packing
-from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
 from tests.support.exactness import Case, ragged_batch, sample
 from tests.support.model_state import state_of
 from tests.support.tiny import config, texts, tiny_llama, weights_of
@@ -112,6 +111,9 @@ def read_packed(model: nn.Module) -> None:
 
 
 def read_sequences(model: nn.Module) -> None:
+    pytest.importorskip("trl")
+    from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
+
     network = SequenceFeatureNetwork(
         model, embed_method="last_token", batch_tokens=64, shared=True, **SETTINGS
     )

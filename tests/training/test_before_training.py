@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_ebft import EBFTTrainer
 from tests.support.tiny import config, texts, tiny_llama
@@ -15,6 +14,9 @@ def test_curves_land_in_output_dir_whatever_came_first(
     first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Born from runs whose curves went to ./runs, where `evaluate()` had opened the writer."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     monkeypatch.chdir(tmp_path)
     trainer = EBFTTrainer(
         tiny_llama(),
@@ -41,6 +43,7 @@ def test_curves_land_in_output_dir_whatever_came_first(
 def test_a_folder_that_the_user_chose_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
     args = config(tmp_path / "out", report_to=["tensorboard"])
     EBFTTrainer(tiny_llama(), args, eval_dataset=texts(20)).evaluate()

@@ -14,8 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
 from transformers import TrainerCallback
+
+pytest.importorskip("tensorboard")
+pytest.importorskip("PIL")
+
+from PIL import Image
 
 from hf_ebft import EBFTTrainer
 from hf_ebft.training.metrics import NAMES
