@@ -82,6 +82,13 @@ def refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]
             "attention hands through the model. Use packed_attention='auto' (dense masks while "
             "compiling), or 'flex_attention' on a GPU."
         )
+    # TrainingArguments itself switches it off where there is one process.
+    if not args.average_tokens_across_devices and args.world_size > 1:
+        raise ValueError(
+            "average_tokens_across_devices=False asks each process to average over its own tokens, "
+            "but the EBFT loss is a mean over the documents of the step, those of all processes. "
+            "Leave it at True."
+        )
     if args.label_smoothing_factor != 0:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for the EBFT "
