@@ -1,4 +1,4 @@
-"""Evaluation and logging before `train()`, without a trace in the training that follows."""
+"""What comes before `train()`: evaluation and logging that leave no trace, and a check of FSDP."""
 
 from __future__ import annotations
 
@@ -24,9 +24,25 @@ class BeforeTrainingMixin(Trainer):
       evaluation, which marks it as prepared, so that `train()` would not wrap it into DDP: each
       process would train on its own gradients. Here the mark is taken off again. Under FSDP the
       model is sharded as `train()` does it, once for both.
+    - FSDP1 is refused.
     - A log before `train()`: TensorBoard's writer would open in `./runs` of the current folder, and
       stay there. Here it opens in `output_dir/runs`, as in `train()`.
     """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The parent's; FSDP1 is refused, whoever asked for it.
+
+        Raises:
+            ValueError: `fsdp_version` is not 2.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError(
+                "FSDP1 is not supported: it flattens the weights that EBFT reads layer by layer. "
+                "Use FSDP2, by fsdp_version: 2 in accelerate's configuration "
+                "(accelerate_configs/fsdp2.yaml) or fsdp_config={'version': 2}."
+            )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The parent's loop; the model can be prepared for training afterwards."""
@@ -59,16 +75,12 @@ class BeforeTrainingMixin(Trainer):
             self.model_wrapped = model  # without torch.compile's wrapper
 
     def _shard(self) -> None:
-        """Shard the policy as `train()` does, with the optimizer where FSDP2 needs it."""
-        plugin = self.accelerator.state.fsdp_plugin
+        """Shard the policy as `train()` does, together with its optimizer, as FSDP2 needs it."""
+        self.create_optimizer()
         model: Any = self.model
-        if plugin.fsdp_version == 2:
-            self.create_optimizer()
-            self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
-            if hasattr(model, "generate"):
-                register_fsdp_forward_method(self.model, "generate")
-        else:
-            self.model = self.accelerator.prepare(model)
+        self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+        if hasattr(model, "generate"):
+            register_fsdp_forward_method(self.model, "generate")
         self.model_wrapped = self.model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from accelerate.parallelism_config import ParallelismConfig
+from transformers import Trainer
 
 from hf_ebft import EBFTTrainer
 from tests.support.tiny import config, tiny_llama
@@ -62,4 +64,21 @@ def test_the_launcher_is_asked_too(
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
     with pytest.raises(ValueError, match="cp_size=2"):
+        make()
+
+
+@both_modes
+def test_fsdp1_is_refused(mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plugin alone: accelerate starts it on an accelerator only."""
+    _, make = mode(tmp_path)
+    original = Trainer.create_accelerator_and_postprocess
+
+    def create(trainer: Trainer) -> None:
+        original(trainer)
+        plugin = SimpleNamespace(fsdp_version=1)
+        monkeypatch.setitem(trainer.accelerator.state._shared_state, "fsdp_plugin", plugin)
+        monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
+    with pytest.raises(ValueError, match=r"FSDP1 is not supported.*fsdp_version: 2"):
         make()
