@@ -4,8 +4,8 @@
 by 128 hold nothing, something or everything. In a packed row a query sees one stretch of document
 columns and some of its own tokens, so that the keys it sees in a tile can be counted.
 
-Dimension letters: B rows, Q queries, C keys, O own keys of a rollout, q and c tiles of queries and
-of keys.
+Dimension letters: B rows of the batch, Q queries, C keys, O own keys of a rollout, q and c tiles of
+queries and of keys.
 """
 
 from __future__ import annotations

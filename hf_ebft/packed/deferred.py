@@ -1,15 +1,19 @@
-"""Log-probabilities whose forward pass waits for the backward pass, some rollouts at a time.
+"""Training on rollouts a chunk at a time: their forward pass is made in the backward pass.
 
-The activations of the rollouts' tokens are most of the memory of a training step. But what the
-tokens' log-probabilities are is known from sampling them; a forward pass over them serves the
-gradient alone. So only the documents go through the model at first, with gradient: while sampling,
-if that pass can be kept, so that they are computed once for both. When the backward pass comes, the
-rollouts follow, chunk by chunk: forward against the documents' keys and values, and at once
-backward again, adding up the gradients of weights, keys and values. Then the backward pass goes on
-through the documents. Nothing is computed that a pass over the whole row would not compute, and the
-activations of one chunk exist at a time.
+The activations of the rollouts' tokens are most of the memory of a training step. The values of
+their log-probabilities are known from sampling, so that a forward pass over them serves the
+gradient alone and can wait.
 
-Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length.
+1. The documents go through the model with gradient. Where sampling can keep its pass over them, it
+   is that one.
+2. In the backward pass, each chunk of rollouts goes forward against the documents' keys and values
+   and at once backward again. The gradients of weights, keys and values are added up.
+3. The backward pass goes on through the documents.
+
+This computes what one pass over the whole row computes, with the activations of one chunk at a
+time.
+
+Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, G rollout length.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ class TrainingPass:
         forward: how the policy runs packed rows.
         temperature, with_document, chunk_size: see `Targets`.
         training_chunk_size: rollout tokens whose activations exist at once, see
-            :func:`hf_ebft.rows.chunks.block_chunks`.
+            `hf_ebft.rows.chunks.block_chunks`.
     """
 
     forward: PackedForward
@@ -53,20 +57,20 @@ class TrainingPass:
     training_chunk_size: int | None
 
     def document_targets(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
-        """What the documents alone predict, if training on a batch is to go chunk by chunk.
+        """What the documents alone predict; None unless a batch is trained on chunk by chunk.
 
-        None where one chunk is enough, or the model cannot be called in parts (see
-        :func:`can_defer`).
+        It is not where one chunk is enough, or where the model cannot be called in parts (see
+        `can_defer`).
         """
         if len(self._chunks(layout)) == 1 or not can_defer(model, self.forward):
             return None
         return Targets(layout.document_part, self.temperature, self.with_document, self.chunk_size)
 
     def targets_in_sampling(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
-        """The same, if the pass over the documents that sampling makes can serve the gradient, too.
+        """`document_targets`, if sampling's pass over the documents can serve the gradient, too.
 
-        Not where training mode differs from evaluation mode, in which tokens are sampled, nor under
-        DDP, which hands the model buffers anew before every pass.
+        It cannot where training mode differs from evaluation mode, in which tokens are sampled, nor
+        under DDP, which broadcasts the model's buffers before every pass.
         """
         targets = self.document_targets(model, layout)
         kept = not isinstance(model, DistributedDataParallel)

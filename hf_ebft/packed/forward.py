@@ -1,9 +1,10 @@
-"""Forward passes of the policy over packed rows, always through the wrapped model.
+"""Forward passes of a model over packed rows, always through the wrapped model.
 
-Going through the model that the trainer was handed, and never through a backbone inside it, is what
-lets DDP, FSDP2, PEFT and autocast see the computation.
+DDP, FSDP2, PEFT and autocast act on calls of the model that the trainer holds, so a backbone inside
+it is never called.
 
-Dimension letters: B rows, Q tokens fed, P positions whose logits are kept, V vocabulary.
+Dimension letters: B rows of the batch, Q tokens fed, P positions whose logits are kept, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class PackedForward:
 
         Raises:
             ValueError: the model cannot be exact on packed rows (see
-                :mod:`hf_ebft.packed.supported`).
+                `hf_ebft.packed.supported`).
         """
         limits = check_supported(model)
         base = bare_model(model)
@@ -100,16 +101,16 @@ class PackedForward:
         *,
         cache: DynamicCache | None = None,
     ) -> list[Tensor]:
-        """A forward pass that computes something else than logits, without having them all.
+        """A forward pass that computes something from logits without ever holding all of them.
 
         Args:
-            model, input_ids, part, keep, cache: as in :meth:`logits`.
+            model, input_ids, part, keep, cache: as in `logits`.
             compute: gets one state per kept token, (B, P, X), and what makes logits (N, V) of any
                 such states (N, X). It runs inside the model's forward. Where the model's head
                 cannot be taken apart, the states are the logits.
 
         Returns:
-            What ``compute`` returned.
+            What `compute` returned.
         """
         if self.head is None:
             logits = self.logits(model, input_ids, part, keep, cache=cache)
@@ -186,7 +187,7 @@ def is_random_in_training(model: nn.Module) -> bool:
 
 def states_in(cache: DynamicCache) -> list[Tensor]:
     """Keys and values of every layer that a pass went through, (B, H, C, E) each, as
-    :meth:`PackedForward.new_cache` takes them.
+    `PackedForward.new_cache` takes them.
     """
     layers = [layer for layer in cast(list[DynamicLayer], cache.layers) if layer.is_initialized]
     return [cast(Tensor, state) for layer in layers for state in (layer.keys, layer.values)]

@@ -1,5 +1,4 @@
-"""FSDP2: keeping the policy gathered while it samples, sharding the feature network, copying
-weights.
+"""What FSDP2 needs: parameters gathered while sampling, a sharded feature network, copied weights.
 
 Dimension letters: G decoding steps.
 """
@@ -35,7 +34,7 @@ def parameters_gathered(model: nn.Module, reshard_after: bool) -> Iterator[None]
 
     Args:
         model: the wrapped policy; nothing happens unless FSDP2 shards it.
-        reshard_after: what the layers' ``reshard_after_forward`` is set back to.
+        reshard_after: what the layers' `reshard_after_forward` is set back to.
     """
     units = _resharding_units(model) if is_sharded(model) else []
     for unit in units:
@@ -120,7 +119,7 @@ def gathering_fits(model: nn.Module, accelerator: Accelerator) -> bool:
 def copy_from_main_process(model: nn.Module) -> nn.Module:
     """A full copy of the main process's model, on every process.
 
-    accelerate's ``cpu_ram_efficient_loading`` leaves real weights on the main process only. Sending
+    accelerate's `cpu_ram_efficient_loading` leaves real weights on the main process only. Sending
     those, rather than loading from a hub name again, copies the policy as it is, warm-started or
     not. Every process must call this together.
     """

@@ -4,7 +4,8 @@ Logits of every kept token of a packed row would be the largest tensor of a trai
 They are made chunk by chunk inside the model's own forward pass, where parameters are gathered,
 adapters active and autocast on.
 
-Dimension letters: N rows, H hidden width, V vocabulary.
+Dimension letters: B rows of the batch, Q tokens fed, N states in any order, H hidden width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Head:
     Attributes:
         name: of the output embeddings, as the model calls them.
         scale: multiplies their output.
-        softcap: bounds the logits, ``softcap * tanh(logits / softcap)``; None: no bound.
+        softcap: bounds the logits, `softcap * tanh(logits / softcap)`; None: no bound.
     """
 
     name: str
@@ -56,10 +57,10 @@ class Head:
                 makes logits of any of them; called once.
 
         Yields:
-            A list, which holds what ``compute`` returned once the model's forward has run. The
+            A list, which holds what `compute` returned once the model's forward has run. The
             model itself returns zeros in place of logits; they carry no information, and where
-            there is a gradient they hang on the results, so that whoever waits for the gradient of
-            the model's output (FSDP2 gathers parameters then) sees it before it is needed.
+            there is a gradient they depend on the results, so that the gradient of the model's
+            output, which makes FSDP2 gather parameters, arrives before it is needed.
         """
         results: list[Tensor] = []
         inside = next(part for part in model.modules() if isinstance(part, PreTrainedModel))

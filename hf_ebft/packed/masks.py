@@ -1,9 +1,12 @@
-"""From visibility to the attention masks that a transformers model takes.
+"""The attention masks of a packed row, in the form that a model's attention takes.
 
-Which layers of a model see how far is read off its configuration and code; sliding windows and
-chunks are measured in position ids, never in places of the row, because neighbours in the row are
-not neighbours in the text. The same visibility makes plans (split), boolean masks (sdpa), additive
-masks (eager) and block masks (flex_attention).
+One definition of visibility becomes a plan (split attention), a boolean mask (sdpa), an additive
+mask (eager) or a block mask (flex_attention). A model's configuration and code say how far its
+layers see. Sliding windows and chunks are measured in position ids and never in places of the row:
+neighbours in the row are not neighbours in the text.
+
+Dimension letters: B rows of the batch, Q queries and C keys of a pass, S document tokens, K blocks,
+n samples, T tokens fed of every rollout, O own keys of a rollout.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ Masks = Mask | dict[str, Mask]
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """How to build the ``attention_mask`` argument of one model.
+    """How to build the `attention_mask` argument of one model.
 
     Attributes:
         implementation: one of `PACKABLE_IMPLEMENTATIONS`.
@@ -108,7 +111,7 @@ class MaskRecipe:
         )
 
     def masks_for(self, part: PackedPart) -> Masks:
-        """Masks for one forward pass over the packed row; made once for all who ask the same."""
+        """Masks of one forward pass over the packed row, made once for each recipe."""
         if self not in part.masks:
             if self.implementation == SPLIT:
                 part.masks[self] = self._as_argument(lambda kind: self._packed_mask(kind, part))
@@ -119,17 +122,12 @@ class MaskRecipe:
         return part.masks[self]
 
     def prepare(self, part: PackedPart) -> None:
-        """Make what a pass needs beside the model, where it takes little memory to hold it ready.
-
-        A decoding step then launches the model alone.
-        """
+        """Make the masks of a pass ahead of it, unless they are large."""
         if self.implementation in (SPLIT, "flex_attention"):
             self.masks_for(part)
 
     def build(self, queries: Coordinates, keys: Coordinates) -> Masks:
-        """Masks for any ``queries`` (B, Q) over any ``keys`` (B, C), as a model's forward takes
-        them.
-        """
+        """Masks of any `queries` (B, Q) over any `keys` (B, C), as a model's forward takes them."""
         make = self._block_mask if self.implementation == "flex_attention" else self._dense_mask
         return self._as_argument(lambda kind: make(kind, queries, keys))
 
@@ -138,7 +136,7 @@ class MaskRecipe:
         return masks if self.by_layer_type else next(iter(masks.values()))
 
     def first_visible(self, kind: str, position: Tensor) -> Tensor:
-        """The earliest position that a token at ``position`` sees in a layer of this kind."""
+        """The earliest position that a token at `position` sees in a layer of this kind."""
         if kind == SLIDING and self.window:
             return (position - self.window + 1).clamp(min=0)
         if kind == CHUNKED and self.chunk:
@@ -348,9 +346,9 @@ def _queries(by_rollout: np.ndarray, shape: tuple[int, int, int, int]) -> np.nda
 class PackedMask(Tensor):
     """A boolean mask (B, 1, Q, C) that is not made until somebody looks at it.
 
-    transformers' models hand their mask on to their attention function, and ours takes the plan
-    out of it. Whatever else a model does with it (cut it, add to it, turn it into another dtype),
-    it does with the true mask, made at that moment; so it can be slow, and never wrong.
+    A transformers model hands its mask on to its attention function, and ours takes the plan out of
+    it. Anything else that a model does with the mask (cut it, add to it, convert it) makes the real
+    mask at that moment, which may be slow and is never wrong.
     """
 
     plan: AttentionPlan

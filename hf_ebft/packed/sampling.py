@@ -1,7 +1,7 @@
 """Sampling: one prefill of the documents, then G - 1 decoding steps for all blocks at once.
 
-Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length, V vocabulary,
-Q tokens of a row that are continued, N rows of logits.
+Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, G rollout length, V
+vocabulary, Q tokens of a row that are continued, N rows of logits.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The smallest set of most likely tokens whose probability reaches ``top_p``, and no others.
+    """The smallest set of most likely tokens whose probability reaches `top_p`, and no others.
 
     Args:
         probabilities: (..., V) float32, summing to 1.

@@ -1,17 +1,17 @@
 """Attention over packed rows without a mask of the whole row.
 
-What a token of the packed row sees is a stretch of document columns, the same for all rollouts of a
-block, and for a rollout token its own earlier tokens. So the scores are computed against
-``[stretch of the document | own rollout]`` only, tile by tile, with one softmax over both: about
+A token of the packed row sees a stretch of document columns, the same for all rollouts of a
+block, and a rollout token also sees its own earlier tokens. So scores are computed against
+`[stretch of the document | own rollout]` only, tile by tile, with one softmax over both: about
 R * (S / 2 + G) pairs instead of R * R, in plain matrix products. The backward pass computes the
 scores again instead of keeping them (as in FlashAttention, Dao et al. 2022, section 3.1). Heads
 that share keys and values (grouped-query attention) share a product; nothing is repeated.
 
-Dimension letters: B rows, H heads of keys and values, r query heads to each of them, Q queries and
-C keys of the pass, S document tokens (the first S keys), E and F widths of a head (keys, values).
-A section of the queries: g groups that see the same columns each, n rollouts in a group, T of their
-tokens, w = n * r * T rows of scores in a group, O own keys of a rollout. A tile: c of the groups,
-P columns that any of them sees.
+Dimension letters: B rows of the batch, H heads of keys and values, r query heads to each of them,
+Q queries and C keys of the pass, S document tokens (the first S keys), E and F widths of a head
+(keys, values). A section of the queries: g groups that see the same columns each, n rollouts in a
+group, T of their tokens, w = n * r * T rows of scores in a group, O own keys of a rollout. A tile:
+c of the groups, P columns that any of them sees.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TILES, FEWEST_ROWS = 16, 128
 
 @dataclass(frozen=True)
 class Stretches:
-    """Which document columns each query sees: ``low <= column < high``.
+    """Which document columns each query sees: `low <= column < high`.
 
     Attributes:
         low: (B, g, T), T tokens of each of g groups (T = 1 if all see alike).
@@ -55,7 +55,7 @@ class Tile:
     Attributes:
         groups: which.
         columns: the document columns that any of them sees.
-        hidden: parts of ``columns`` that not all of them see, with (B, 1, c, 1, T or 1, columns)
+        hidden: parts of `columns` that not all of them see, with (B, 1, c, 1, T or 1, columns)
             bool, True where a query does not see a column.
     """
 
@@ -408,7 +408,7 @@ def _rows_together(tensor: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, tile: Tile, weights: Tensor, rows: Tensor) -> None:
-    """Add ``weights^T rows`` to the tile's columns.
+    """Add `weights^T rows` to the tile's columns.
 
     Args:
         total: (B, H, C, E), contiguous.

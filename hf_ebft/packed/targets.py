@@ -1,9 +1,9 @@
-"""Which tokens of a packed row are predicted where, and their log-probabilities.
+"""Which places of a packed row predict which tokens, and the tokens' log-probabilities.
 
-A chunk of logits exists at a time.
+They are computed from a chunk of logits at a time.
 
-Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length, R packed row,
-P places whose states are kept, N rows of logits, t targets of a row, V vocabulary.
+Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, G rollout length, R
+packed row, P places whose states are kept, N rows of logits, t targets of a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class KeptPlaces:
     """The places of the row whose logits a training pass needs, the same for every row.
 
     Attributes:
-        places: (P,) int64, ascending; the first ``n_document`` lie in the document.
+        places: (P,) int64, ascending; the first `n_document` lie in the document.
         n_document: how many.
-        index_of: (R,) int64, place of the row -> index into ``places``.
+        index_of: (R,) int64, place of the row -> index into `places`.
     """
 
     places: Tensor
@@ -55,7 +55,7 @@ class KeptPlaces:
     def for_layout(
         cls, layout: PackedLayout, *, whole_document: bool, part: PackedPart | None = None
     ) -> KeptPlaces:
-        """Predictors of all rollout tokens, and of all document tokens if ``whole_document``.
+        """Predictors of all rollout tokens, and of all document tokens if `whole_document`.
 
         Args:
             layout: of the row.
@@ -156,7 +156,7 @@ class Targets:
         return results
 
     def join(self, results: Sequence[Tensor]) -> TokenLogProbs:
-        """The log-probabilities of :meth:`score` by token."""
+        """The log-probabilities of `score` by token."""
         if not self._scores_document:
             return TokenLogProbs(rollout=torch.cat(list(results), dim=-1), document=None)
         *of_rollouts, of_document = results

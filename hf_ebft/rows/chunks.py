@@ -1,7 +1,8 @@
-"""Some blocks of a batch at a time: enough rollout tokens for efficient matrix products, no more.
+"""How many blocks of a batch go through a model at a time.
 
-Against a cache of the documents, the rollouts of one block do not need those of another, so a
-forward pass over them can be made in chunks, and the activations of one chunk exist at a time.
+With the documents in a cache, the rollouts of one block do not need those of another. A forward
+pass over them can be made in chunks that are large enough for efficient matrix products, and the
+activations of one chunk exist at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 def block_chunks(layout: PackedLayout, size: int | None, *, tokens_fed: int) -> tuple[slice, ...]:
-    """The K blocks in chunks of about equally many.
+    """Cut the K blocks into chunks of about the same size.
 
     Args:
         layout: the batch.

@@ -1,11 +1,11 @@
 """The packed row: document and rollouts side by side, every prefix computed once.
 
-A row is ``[document: S][block 0: sample 0, sample 1, ... n-1][block 1: ...]...``, each sample G
+A row is `[document: S][block 0: sample 0, sample 1, ... n-1][block 1: ...]...`, each sample G
 tokens wide. The samples of a block lie together because they share one prefix. This module owns
 that order; everything else asks it for shapes, position ids, predictors and visibility.
 
-Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length,
-R = S + K * n * G tokens of the packed row, Q and C queries and keys (any subset of the row).
+Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, G rollout length, R
+= S + K * n * G tokens of the packed row, Q and C queries and keys (any subset of the row).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class PackedLayout:
         return rollout_part.unflatten(1, (blocks, samples, length)).transpose(1, 2)
 
     def input_ids(self, tokens: Tensor) -> Tensor:
-        """(B, R) token ids of the row that holds the rollouts ``tokens`` (B, n, K, G)."""
+        """(B, R) token ids of the row that holds the rollouts `tokens` (B, n, K, G)."""
         self.check_tokens(tokens)
         return torch.cat([self.documents.input_ids, self.to_row(tokens)], dim=1)
 
@@ -137,7 +137,7 @@ class PackedLayout:
         return (self.blocks.column[:, :, None] + steps) * self.blocks.exists[:, :, None]
 
     def step_slots(self, step: int) -> Tensor:
-        """(K * n,) int64: places of the ``step``-th token of every rollout, in the row's order."""
+        """(K * n,) int64: places of the `step`-th token of every rollout, in the row's order."""
         device = self.documents.input_ids.device
         return torch.arange(self.document_width + step, self.row_width, self.length, device=device)
 
@@ -173,7 +173,7 @@ class PackedLayout:
         return self._part(queries, False, part.steps, part.own_steps)
 
     def step_part(self, step: int) -> PackedPart:
-        """The ``step``-th token of every rollout, after a cache of all that comes before it."""
+        """The `step`-th token of every rollout, after a cache of all that comes before it."""
         queries = self.coordinates.select(self.step_slots(step))
         return self._part(queries, False, range(step, step + 1), range(step + 1))
 

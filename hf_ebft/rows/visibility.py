@@ -1,6 +1,7 @@
 """Who sees whom in a packed row: the one definition behind every mask.
 
-Dimension letters: B rows, S document tokens, Q and C queries and keys (any subset of the row).
+Dimension letters: B rows of the batch, S document tokens, Q and C queries and keys (any subset of
+the row).
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ class Coordinates:
     prefix_end: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Coordinates:
-        """The coordinates with ``function`` applied to each field."""
+        """The coordinates with `function` applied to each field."""
         return Coordinates(*(function(field) for field in self._fields()))
 
     def select(self, index: Tensor) -> Coordinates:
-        """Coordinates of the tokens at ``index`` (Q,)."""
+        """Coordinates of the tokens at `index` (Q,)."""
         return self.map(lambda field: field[:, index])
 
     def followed_by(self, other: Coordinates) -> Coordinates:
-        """These tokens, then those of ``other``."""
+        """These tokens, then those of `other`."""
         pairs = zip(self._fields(), other._fields(), strict=True)
         return Coordinates(*(torch.cat(pair, dim=1) for pair in pairs))
 
@@ -64,7 +65,7 @@ def document_coordinates(documents: Documents) -> Coordinates:
 def sees(query: Coordinates, key: Coordinates) -> Tensor:
     """The one definition of visibility, elementwise over broadcastable coordinates.
 
-    A document token sees its document up to itself. A rollout token sees the first ``e_k`` tokens
+    A document token sees its document up to itself. A rollout token sees the first `e_k` tokens
     of its document and its own rollout up to itself. Every token sees itself, padding included, so
     that no row of a softmax is empty.
     """

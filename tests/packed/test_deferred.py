@@ -131,7 +131,7 @@ def test_whatever_is_trained_gets_its_gradient(trainable: str, tmp_path: Path) -
 
 
 def test_gradients_can_be_asked_for_as_values(tmp_path: Path) -> None:
-    """`torch.autograd.grad` gets all of it, and nothing is left in ``.grad`` behind its back."""
+    """`torch.autograd.grad` gets all of it, and nothing is left in `.grad` behind its back."""
     trainer = EBFTTrainer(tiny_llama(), config(tmp_path, training_chunk_size=6, ce_coef=0.1))
     _, expected = gradients(trainer, ragged())
     trainer.random_streams.restart()  # the same rollouts again

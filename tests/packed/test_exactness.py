@@ -1,8 +1,8 @@
 """Block-parallel computation equals plain causal forward passes, on the architectures people train.
 
 Every comparison is between the library (packed row, KV-cached sampler, feature network) and the
-loops of ``plain_forwards.py``, over the whole vocabulary, in float32. The same over every model
-type that transformers has: ``test_exactness_all.py``.
+loops of `plain_forwards.py`, over the whole vocabulary, in float32. The same over every model
+type that transformers has: `test_exactness_all.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every causal language model type of transformers is exact or refused, never silently wrong.
 
-The fast half of ``docs/architectures.md`` is ``test_exactness.py`` and ``test_refused_models.py``.
+The fast half of `docs/architectures.md` is `test_exactness.py` and `test_refused_models.py`.
 """
 
 from __future__ import annotations

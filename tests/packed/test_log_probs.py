@@ -171,7 +171,7 @@ def test_chunks_with_dropout_in_the_head_are_recomputed_with_the_same_dropout() 
 
 
 def saved_sizes(compute: Callable[[], Any]) -> list[int]:
-    """Sizes of the tensors that the autograd graph of ``compute()`` keeps for backward."""
+    """Sizes of the tensors that the autograd graph of `compute()` keeps for backward."""
     sizes: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What cannot be exact on packed rows is refused before training, and says why and what to do.
 
-``test_exactness_all.py`` checks the other half over all model types: what is not refused is exact.
+`test_exactness_all.py` checks the other half over all model types: what is not refused is exact.
 """
 
 from __future__ import annotations
