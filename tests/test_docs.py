@@ -1,0 +1,69 @@
+"""What README and docs point at exists: files, links, and names of the package."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Links of Markdown, without titles; and code that reads like a file of this repository.
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+FILE = re.compile(
+    r"\b(?:hf_ebft|tests|examples|docs|benchmarks|studies|tools|accelerate_configs)/[\w./-]*\w"
+)
+PLACEHOLDERS = ("accelerate_configs/X.yaml", "tests/test_x.py")
+NAME = re.compile(r"\bhf_ebft(?:\.\w+)+")
+
+page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@page
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    links = [link for link in LINK.findall(text_of(path)) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+@page
+def test_files_that_are_named_exist(path: Path) -> None:
+    text = re.sub(r"\]\([^)]*\)|https?://\S+", "", text_of(path))
+    named = [name for name in FILE.findall(text) if Path(name).suffix and name not in PLACEHOLDERS]
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def importable(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+@page
+def test_names_of_the_package_can_be_imported(path: Path) -> None:
+    names = sorted(set(NAME.findall(re.sub(r"https?://\S+", "", text_of(path)))))
+    assert [name for name in names if not importable(name)] == []
+
+
+def test_the_page_on_architecture_lists_every_folder() -> None:
+    text = text_of(ROOT / "docs" / "architecture.md")
+    folders = {path.parent.name for path in (ROOT / "hf_ebft").glob("*/__init__.py")}
+    assert folders and [name for name in sorted(folders) if f"`{name}/`" not in text] == []
+
+
+def test_readme_and_contributing_link_the_page_on_architecture() -> None:
+    for name in ("README.md", "CONTRIBUTING.md"):
+        assert "(docs/architecture.md)" in text_of(ROOT / name)
