@@ -144,14 +144,10 @@ def with_one_bos(dataset: Any, tokenizer: Any) -> Any:
         return dataset
     bos = tokenizer.bos_token
     if hasattr(dataset, "__len__"):
-        doubled = any(_begins_with(prompt, bos) for prompt in dataset["prompt"])
-        if not doubled:
+        is_text = isinstance(dataset[0]["prompt"], str)
+        if not is_text or not any(prompt.startswith(bos) for prompt in dataset["prompt"]):
             return dataset
     return dataset.map(_cut_bos, fn_kwargs={"bos": bos})
-
-
-def _begins_with(prompt: Any, bos: str) -> bool:
-    return isinstance(prompt, str) and prompt.startswith(bos)
 
 
 def _cut_bos(row: dict[str, Any], bos: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ finished completion. (Tokenizing prompt + ground truth as one text may merge ove
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_ebft.data.thinking import answer_start
 from hf_ebft.structured.multi_turn import unfold
+
+logger = logging.getLogger(__name__)
 
 # Tokenizers that put a space before every text are given this one first; it merges with nothing.
 SEAM = "\n"
@@ -77,6 +80,7 @@ class ExampleEncoder:
         self._ends = {self._eos, *eos_token_ids}
         self._template_options = chat_template_kwargs or {}
         self._vocabulary_size = vocabulary_size
+        self._noted_second_bos = False
         self._prepends_space = self._decode(self._ids("a") + self._ids("b")) != "ab"
 
     def encode(
@@ -122,6 +126,7 @@ class ExampleEncoder:
             )
         if isinstance(prompt, str):
             prompt_ids = list(self.tokenizer(text=prompt)["input_ids"])
+            self._note_second_bos(prompt_ids, prompt)
             self._refuse_inner_end(truth, prompt)
             pieces = [(self._ended(self._text_ids(prompt, truth)), True)]
         else:
@@ -177,6 +182,17 @@ class ExampleEncoder:
             is_target=tuple(index >= start for index in range(len(ids))),
             answer_start=start,
         )
+
+    def _note_second_bos(self, prompt_ids: list[int], prompt: str) -> None:
+        """Log once that TRL feeds the policy a prompt with two BOS."""
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and prompt_ids[:2] == [bos, bos] and not self._noted_second_bos:
+            self._noted_second_bos = True
+            logger.warning(
+                "The prompt %s begins with BOS, and the tokenizer puts another one before it. Take "
+                "it out of rendered prompts, or give the messages (EBFTGRPOTrainer takes it out).",
+                _shown(prompt),
+            )
 
     def _prompt_ids(self, prompt: list[dict[str, Any]]) -> list[int]:
         encoded: Any = self.tokenizer.apply_chat_template(

@@ -1,10 +1,13 @@
 """Data sets that structured mode takes, and what it says about those it cannot."""
 
+import logging
+
 import pytest
 from datasets import Dataset, IterableDataset
 from tokenizers import processors
 
 from hf_ebft.structured.datasets import REFUSED_COLUMNS
+from hf_ebft.structured.encoding import ExampleEncoder
 from tests.support.tiny import tiny_tokenizer
 from tests.support.tiny_structured import (
     RecordedEBFT,
@@ -113,6 +116,30 @@ def test_rendered_prompt_gets_one_bos(tmp_path, kind):
     plain = {tuple(tokens(row["prompt"]).input_ids) for row in rows()}
     seen = {prompt for prompt, _, _ in trainer.seen[0]}
     assert seen and seen <= plain
+
+
+def test_reward_alone_notes_a_second_bos_once(caplog):
+    """There TRL makes the prompt's ids, so the reward can only say so."""
+    encoder = ExampleEncoder(with_bos())
+    with caplog.at_level(logging.WARNING, logger="hf_ebft"):
+        encoder.encode(["a", "<bos>b", "<bos>c"], ["d"] * 3)
+    assert len(caplog.messages) == 1 and "'<bos>b' begins with BOS" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("kind", [list, IterableDataset])
+def test_tokenizer_with_bos_leaves_other_prompts_alone(tmp_path, kind):
+    chats = [
+        {"prompt": [{"role": "user", "content": f"say {n}"}], "ground_truth": "it"}
+        for n in range(8)
+    ]
+    tokens = with_bos()
+    tokens.chat_template = tokenizer().chat_template
+    data = chats if kind is list else Dataset.from_list(chats).to_iterable_dataset()
+    trainer = build(tmp_path, data, tokens=tokens)
+    assert [row["prompt"] for row in trainer.train_dataset] == [row["prompt"] for row in chats]
+    plain = rows() if kind is list else rows().to_iterable_dataset()
+    trainer = build(tmp_path, plain, tokens=tokens)
+    assert [row["prompt"] for row in trainer.train_dataset] == rows()["prompt"][:]
 
 
 def test_empty_prompt_is_named_before_anything_is_sampled(tmp_path):
