@@ -179,8 +179,20 @@ class FakeVLLM:
             model = self.base
         if len(payload["prompt"]) + payload["max_tokens"] > self.max_length:
             return 400, error("This model's maximum context length is exceeded.")
+        if "prompt_logprobs" in payload:
+            return 200, {"choices": [self.scored(model, payload["prompt"])]}
         choices = [self.choice(model, payload, index) for index in range(payload["n"])]
         return 200, self.edit({"choices": choices})
+
+    @torch.no_grad()
+    def scored(self, model, tokens):
+        """The log-probs of a prompt's tokens at temperature 1, as vLLM writes them."""
+        log_probs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        entries = [
+            {str(token): {"logprob": log_probs[place, token].item(), "rank": 1}}
+            for place, token in enumerate(tokens[1:])
+        ]
+        return {"index": 0, "prompt_logprobs": [None, *entries]}
 
     @torch.no_grad()
     def choice(self, model, payload, index):

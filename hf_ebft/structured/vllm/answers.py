@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,3 +109,22 @@ def read_choice(choice: dict[str, Any]) -> Completion:
                 "activations overflow (float16?) or it filters tokens (a logits processor?)."
             )
     return Completion([int(token) for token in tokens], [float(p) for p in log_probs], reason)
+
+
+def read_scores(answer: Any, tokens: Sequence[int]) -> list[float]:
+    """Log-probs of a prompt's tokens but the first.
+
+    Raises:
+        BadAnswer: they are missing.
+    """
+    try:
+        entries = answer["choices"][0]["prompt_logprobs"]
+        return [
+            float(entry[str(token)]["logprob"])
+            for entry, token in zip(entries[1:], tokens[1:], strict=True)
+        ]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise BadAnswer(
+            "the vLLM server was asked for the log-probs of a prompt and sent something else: "
+            f"{answer!r:.300}"
+        ) from error

@@ -19,6 +19,7 @@ from hf_ebft.structured.vllm.answers import (
     error_message,
     parse,
     read_completions,
+    read_scores,
 )
 from hf_ebft.structured.vllm.errors import (
     BadAnswer,
@@ -308,16 +309,40 @@ class VLLMClient:
             "return_token_ids": True,
             "stream": False,
         }
-        what = f"sample from {model}"
+        return read_completions(self._ask_for_completion(payload, f"sample from {model}"), count)
+
+    def score(self, model: str, tokens: Sequence[int]) -> list[float]:
+        """Log-probs of given tokens, each after those before it, in nats at temperature 1.
+
+        Args:
+            model: name of the base model or of an adapter.
+            tokens: T ids.
+
+        Returns:
+            T - 1 of them, for all tokens but the first.
+
+        Raises:
+            ServerGone, RequestRefused, BadAnswer: see `complete`.
+        """
+        payload = {
+            "model": model,
+            "prompt": list(tokens),
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": 0,
+        }
+        answer = self._ask_for_completion(payload, f"score a text by {model}")
+        return read_scores(answer, tokens)
+
+    # ---- Requests ----------------------------------------------------------------------------
+
+    def _ask_for_completion(self, payload: dict[str, Any], what: str) -> Any:
         try:
-            answer = self._request("POST", "/v1/completions", payload, what)
+            return parse(self._request("POST", "/v1/completions", payload, what))
         except RequestRefused as error:
             if error.status == 404:
                 raise ModelNotServed(error.status, error.reason, what) from error
             raise
-        return read_completions(parse(answer), count)
-
-    # ---- Requests ----------------------------------------------------------------------------
 
     def _request(
         self,

@@ -297,18 +297,49 @@ def require_own_rollouts(found: Scored, tolerance: float, full_weights: bool) ->
     allowed = tolerance * max(1.0, math.sqrt(PROBE_TOKENS / len(found.tokens)))
     if found.mean <= allowed:
         return
+    raise VLLMServerError(
+        f"the vLLM server sampled this batch from other weights than the policy's: their log-probs "
+        f"differ by {found.mean:.3g} nats a token (at most {found.largest:.3g}), more than "
+        f"{allowed:.3g}, although they agreed on the probe when the weights were sent. "
+        f"{_replaced(full_weights)}"
+    )
+
+
+def require_same_server(
+    before: Sequence[float], now: Sequence[float], tolerance: float, full_weights: bool
+) -> None:
+    """Raise unless the server scores a text as it did when it got its weights.
+
+    For stale rollouts, whose policy is gone: the server is compared with itself.
+
+    Args:
+        before: log-probs of the text's tokens when the weights were sent.
+        now: the same, after the batch.
+        tolerance: of `require_agreement`.
+        full_weights: how weights are sent.
+
+    Raises:
+        VLLMServerError: the difference, and that the weights were replaced.
+    """
+    difference = sum(abs(a - b) for a, b in zip(before, now, strict=True)) / len(before)
+    if not difference <= tolerance:
+        raise VLLMServerError(
+            f"the vLLM server has other weights than those it was sent: its log-probs of a fixed "
+            f"text have changed by {difference:.3g} nats a token since then, more than "
+            f"{tolerance:g}. {_replaced(full_weights)}"
+        )
+
+
+def _replaced(full_weights: bool) -> str:
     advice = (
         "only one run at a time can use vllm_full_sync with a server: give each a server of its own"
         if full_weights
         else "a run with vllm_full_sync changes the base model under all adapters: give it a "
         "server of its own"
     )
-    raise VLLMServerError(
-        f"the vLLM server sampled this batch from other weights than the policy's: their log-probs "
-        f"differ by {found.mean:.3g} nats a token (at most {found.largest:.3g}), more than "
-        f"{allowed:.3g}, although they agreed on the probe when the weights were sent. Most likely "
-        f"another run has replaced the server's weights since; {advice}. If the difference is "
-        "rounding that you accept, set vllm_handshake_tolerance above it."
+    return (
+        f"Most likely another run has replaced the server's weights since; {advice}. If the "
+        "difference is rounding that you accept, set vllm_handshake_tolerance above it."
     )
 
 

@@ -24,6 +24,7 @@ from hf_ebft.structured.vllm.handshake import (
     probe_prompt,
     require_agreement,
     require_own_rollouts,
+    require_same_server,
     sample_probe,
     score,
     weights_took_effect,
@@ -90,6 +91,7 @@ class ServedPolicy:
         self._server_start: float | None = None
         self._version: Version | None = None
         self._probe_before: Scored | None = None
+        self._scored_text: tuple[list[int], list[float]] = ([], [])
 
     @property
     def version(self) -> Version:
@@ -213,6 +215,10 @@ class ServedPolicy:
         self._metrics.add("vllm/handshake_difference", max(gather_object([found.mean])))
         if on_every_process(judge):
             self._probe_before = found
+        if self._settings.vllm_sync_interval > 1 or self._settings.async_prefetch:
+            text = [*prompt, *completion.token_ids]
+            scores = on_main_process(lambda: self.client.score(name, text))
+            self._scored_text = text, scores
 
     def check_rollouts(
         self,
@@ -221,20 +227,38 @@ class ServedPolicy:
         completions: list[Completion],
         trainer: Any,
     ) -> None:
-        """Compare some rollouts with the policy, if they should come from its present weights.
+        """Make sure that a batch was sampled from the weights that the server was sent.
+
+        If they are the policy's present ones, some completions are compared with it. The policy of
+        an earlier step is gone; then the server is compared with itself when it got its weights.
 
         Args:
-            step: of the weights that sampled. Those of earlier steps are gone.
+            step: of the weights that sampled.
             prompt_ids: tokens of each completion's prompt.
             completions: of this process.
             trainer: TRL's.
 
         Raises:
-            VLLMServerError: on every process, if those of any were sampled from another policy.
+            VLLMServerError: on every process, if those of any were sampled from other weights.
         """
         on_every_process(lambda: check_vocabulary(completions, get_vocabulary_size(trainer)))
-        if step != trainer.state.global_step:
-            return
+        if step == trainer.state.global_step:
+            self._compare_with_policy(prompt_ids, completions, trainer)
+        else:
+            tolerance = self._tolerance(trainer)
+            on_main_process(lambda: self._compare_with_itself(tolerance))
+
+    def _compare_with_itself(self, tolerance: float) -> None:
+        text, before = self._scored_text
+        try:
+            now = self.client.score(self.version.name, text)
+        except ServerGone:
+            return  # the batch is complete; the next request notices the loss
+        require_same_server(before, now, tolerance, self._settings.vllm_full_sync)
+
+    def _compare_with_policy(
+        self, prompt_ids: list[list[int]], completions: list[Completion], trainer: Any
+    ) -> None:
         # As many forward passes on each process: with sharded weights they are collective.
         limit = min(gather_object([min(CHECKED_ROLLOUTS, len(completions))]))
         if limit == 0:

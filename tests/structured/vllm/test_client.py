@@ -197,6 +197,19 @@ def test_completions_come_in_the_order_of_their_numbers(fake):
     assert client_of(fake).complete("base", PROMPT, 3, SAMPLING) == straight
 
 
+def test_scores_of_a_text_are_the_models(fake):
+    tokens = [5, 6, 7, 8, 9]
+    with torch.no_grad():
+        log_probs = fake.original(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    expected = [log_probs[place, token].item() for place, token in enumerate(tokens[1:])]
+    assert client_of(fake).score("base", tokens) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ModelNotServed):
+        client_of(fake).score("gone", tokens)
+    fake.fail("/v1/completions", fake_vllm.body('{"choices": [{"prompt_logprobs": [null]}]}'))
+    with pytest.raises(BadAnswer, match="asked for the log-probs of a prompt"):
+        client_of(fake).score("base", tokens)
+
+
 # ---- Waiting for the server ----------------------------------------------------------------------
 
 

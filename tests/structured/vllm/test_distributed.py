@@ -58,7 +58,7 @@ def test_prefetching_on_two_processes(tmp_path):
         rollouts = [
             payload
             for path, payload in fake.requests
-            if path == "/v1/completions" and not payload["ignore_eos"]
+            if path == "/v1/completions" and not payload.get("ignore_eos", True)
         ]
     assert ranks[0]["vllm/staleness"] == [0, 1, 1]
     assert ranks[0]["vllm/prefetch_missed"] == []

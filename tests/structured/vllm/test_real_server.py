@@ -179,6 +179,31 @@ def test_adapters_change_what_the_server_samples_and_log_probs_stay_the_policys(
     )
 
 
+def test_an_adapter_of_the_embedding_is_applied(start):
+    trainer = start(peft=lora(target_modules=["embed_tokens", "q_proj"]))
+    with torch.no_grad():  # at PEFT's random scale it drowns the model
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(0.15)
+    found = trainer.rollout_func([PROMPTS[0]] * 4, trainer)
+    for prompt, tokens, theirs in zip(*found.values(), strict=True):
+        ours = plain_log_probs(trainer.model, prompt, tokens, 0.7)
+        assert (ours - torch.tensor(theirs)).abs().max() < ROUNDING
+        with trainer.model.disable_adapter():
+            base = plain_log_probs(trainer.model, prompt, tokens, 0.7)
+        assert (base - ours).abs().max() > 0.1
+
+
+def test_the_scores_of_a_text_are_the_policys(start):
+    trainer = start({"async_prefetch": True})
+    rollouts = trainer.rollout_func
+    rollouts([PROMPTS[0]], trainer)
+    text = list(range(5, 60))
+    scores = rollouts.client.score(rollouts._policy.version.name, text)
+    ours = plain_log_probs(trainer.model, text[:1], text[1:], 1.0)
+    assert (ours - torch.tensor(scores)).abs().max() < ROUNDING
+
+
 def test_a_rank_above_the_servers_is_refused_in_its_words(start):
     trainer = start({"vllm_max_lora_rank": 64}, peft=lora(32))
     with pytest.raises(RuntimeError, match="rank 32 is greater than max_lora_rank 16"):

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from hf_ebft.structured.vllm.batch import find_runs
@@ -65,9 +66,9 @@ def full(**options):
 
 
 def completions_asked(fake, tokens=None):
-    """Payloads of the requests for rollouts, the handshake's left out."""
+    """Payloads of the requests for rollouts; those of the handshake are left out."""
     asked = [payload for path, payload in fake.requests if path == "/v1/completions"]
-    return [payload for payload in asked if not payload["ignore_eos"]]
+    return [payload for payload in asked if not payload.get("ignore_eos", True)]
 
 
 # ---- Right completions ---------------------------------------------------------------------------
@@ -425,7 +426,6 @@ def test_evaluation_in_the_midst_of_prefetching(fake, start):
 
 def restart_before(fake, step):
     """A callback that restarts the server before a step."""
-    from transformers import TrainerCallback
 
     class Restart(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -634,6 +634,32 @@ def test_weights_replaced_after_the_handshake_are_noticed(fake, start, how):
         trainer.rollout_func(PROMPTS[:3], trainer)
 
 
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        ({"settings": {"vllm_sync_interval": 4}}, {}),
+        (full(settings={"vllm_full_sync": True, "vllm_sync_interval": 4}), {}),
+        ({"settings": {"async_prefetch": True}}, {"max_steps": 4}),
+    ],
+    ids=["adapter", "full weights", "prefetched"],
+)
+def test_weights_replaced_under_stale_rollouts_are_noticed(fake, start, how, options):
+    """Their policy is gone, so nothing but the server can show it."""
+    trainer = start(**how, **options)
+    other = small_policy(seed=1).eval()
+
+    class Replace(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                fake.base = other
+                fake.adapters = dict.fromkeys(fake.adapters, other)
+
+    trainer.add_callback(Replace())
+    with pytest.raises(VLLMServerError, match=r"other weights than (those it was sent|the pol)"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_fresh_rollouts_are_compared_and_stale_ones_are_not(start):
     trainer = start({"vllm_sync_interval": 2}, max_steps=4, learning_rate=3e-2)
     trainer.train()
@@ -665,7 +691,11 @@ def test_log_probs_before_the_temperature_are_recognised(fake, start):
 def test_a_tolerance_of_ones_own(fake, start):
     fake.raw_log_probs = True
     trainer = start({"vllm_handshake_tolerance": 1e3})
-    trainer.rollout_func([PROMPTS[0]], trainer)
+    found = trainer.rollout_func([PROMPTS[0]], trainer)
+    # What was accepted is the server's: log-probs at temperature 1, far from the policy's at 0.7.
+    ours = plain_log_probs(trainer.model, found["prompt_ids"][0], found["completion_ids"][0], 1.0)
+    torch.testing.assert_close(torch.tensor(found["logprobs"][0]).double(), ours, atol=1e-5, rtol=0)
+    assert trainer.rollout_func.metrics()["vllm/handshake_difference"] > 0.05
 
 
 def test_a_rank_that_the_server_does_not_take_shows_its_words(start):
