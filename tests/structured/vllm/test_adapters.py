@@ -25,8 +25,28 @@ def adapted(**options):
     return get_peft_model(small_policy(), LoraConfig(**(defaults | options)))
 
 
-def test_plain_adapters_pass():
-    for options in (
+def applied_as_vllm_does(model):
+    """The base model plus one scale times B A for each layer in the adapter's file."""
+    config = model.peft_config["default"]
+    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    weights = adapter_weights(model, Accelerator(cpu=True), model)
+    base = small_policy()
+    with torch.no_grad():
+        for name, a in weights.items():
+            path = name.removeprefix("base_model.model.")
+            if ".lora_A." in path:
+                b = weights[name.replace("lora_A", "lora_B")]
+                base.get_parameter(path.replace("lora_A.", "")).add_(b @ a, alpha=scale)
+            elif path.endswith(".lora_embedding_A"):
+                b = weights[name.replace("embedding_A", "embedding_B")]
+                weight = base.get_submodule(path.removesuffix(".lora_embedding_A")).weight
+                weight.add_((b @ a).T, alpha=scale)
+    return base
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
         {},
         {"use_rslora": True},
         {"init_lora_weights": "gaussian"},
@@ -34,8 +54,22 @@ def test_plain_adapters_pass():
         {"target_modules": ["embed_tokens"]},
         # Another rank at the same alpha / r is applied rightly.
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}},
-    ):
-        check_adapter(adapted(**options), max_rank=16)
+    ],
+    ids=str,
+)
+def test_adapters_that_pass_are_applied_by_one_scale_as_peft_does(options):
+    model = adapted(**options).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    check_adapter(model, max_rank=16)
+    ids = torch.arange(2, 22)[None]
+    with torch.no_grad():
+        ours = model(ids).logits
+        torch.testing.assert_close(applied_as_vllm_does(model)(ids).logits, ours)
+        with model.disable_adapter():
+            assert (model(ids).logits - ours).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(

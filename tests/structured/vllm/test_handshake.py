@@ -50,7 +50,9 @@ def test_a_server_that_follows_passes_however_the_rounding_falls(seed):
         before = scored(BASE + noise(4 * seed), BASE + noise(4 * seed + 1))
         after = BASE + moved_by(size)
         now = scored(after + noise(4 * seed + 2), after + noise(4 * seed + 3))
-        weights_took_effect(before, now, BFLOAT16, "x")
+        followed = weights_took_effect(before, now, BFLOAT16, "x")
+        if size in (0.0, 0.5):
+            assert followed == (size == 0.5)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,5 +1,6 @@
 """The command line of the server that a run's YAML makes."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -154,4 +155,9 @@ SERVED = [
 
 @pytest.mark.parametrize("config", SERVED, ids=lambda path: path.stem)
 def test_the_shipped_configurations_with_a_server_can_be_served(config):
-    server_command(yaml.safe_load(config.read_text()), listen="127.0.0.1", cpu_cache_gib=None)
+    options = yaml.safe_load(config.read_text())
+    _, arguments = server_command(options, listen="127.0.0.1", cpu_cache_gib=None)
+    given = dict(itertools.pairwise(arguments))
+    assert given["--model"] == options["model_name_or_path"]
+    if "lora_r" in options:
+        assert int(given["--max-lora-rank"]) >= options["lora_r"]
