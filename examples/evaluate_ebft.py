@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data import TokenizedRows
-from hf_ebft.evaluation import ModelComparison, ModelFigures, compare_models, measure_model
+from hf_ebft.evaluation import ModelComparison, ModelMeasurements, compare_models, measure_model
 from hf_ebft.feature_network.network import FeatureNetwork
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> ModelComparison:
         embed_method=args.embed_method,
         normalization=args.feature_normalization,
     )
-    measured: dict[str, ModelFigures] = {}
+    measured: dict[str, ModelMeasurements] = {}
     for name, path in models.items():
         print(f"Measuring {name} ({path}) on {len(rows)} rows ...", flush=True)
         model = load_model(path, args, device)

@@ -67,7 +67,7 @@ from hf_ebft.data import (
 from hf_ebft.data.sources import TEXT_COLUMNS
 from hf_ebft.evaluation import (
     Continuation,
-    DocumentFigures,
+    DocumentMeasurements,
     compare,
     evaluate_documents,
     format_samples,
@@ -284,7 +284,7 @@ class Comparison:
         self.rows = None
         if eval_rows is not None and report.report_rows:
             self.rows = eval_rows.spread(report.report_rows, DATA_SEED)
-        self.figures: list[DocumentFigures] = []
+        self.figures: list[DocumentMeasurements] = []
         self.samples: list[list[Continuation]] = []
 
     def measure(self) -> None:

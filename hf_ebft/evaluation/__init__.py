@@ -1,4 +1,4 @@
-"""Looking at policies: figures with intervals, several models side by side, samples, metrics."""
+"""Looking at policies: measurements with intervals, models side by side, samples."""
 
 from hf_ebft.evaluation.bootstrap import (
     Interval,
@@ -12,8 +12,8 @@ from hf_ebft.evaluation.completions import (
     exact_match,
     pass_at_k,
 )
-from hf_ebft.evaluation.figures import FIGURES, DocumentFigures, evaluate_documents
-from hf_ebft.evaluation.models import ModelFigures, measure_model
+from hf_ebft.evaluation.documents import DOCUMENT_METRICS, DocumentMeasurements, evaluate_documents
+from hf_ebft.evaluation.models import ModelMeasurements, measure_model
 from hf_ebft.evaluation.samples import (
     Continuation,
     RolloutGroup,
@@ -24,13 +24,13 @@ from hf_ebft.evaluation.summary import compare, format_samples, format_table
 from hf_ebft.evaluation.table import ModelComparison, compare_models
 
 __all__ = [
-    "FIGURES",
+    "DOCUMENT_METRICS",
     "CompletionMetrics",
     "Continuation",
-    "DocumentFigures",
+    "DocumentMeasurements",
     "Interval",
     "ModelComparison",
-    "ModelFigures",
+    "ModelMeasurements",
     "PairedDifference",
     "RolloutGroup",
     "compare",

@@ -1,4 +1,4 @@
-"""How far is a figure, or a difference, more than the noise of the documents it was measured on?"""
+"""Intervals of means, and of differences, by bootstrap over documents."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from numpy.typing import ArrayLike, NDArray
 
 # Resamples drawn at once, times groups: bounds the memory of a large evaluation.
 CHUNK = 4_000_000
-# Figures are of order 1 and computed in float32.
+# Measurements are of order 1 and computed in float32.
 ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A figure before and after, and the interval of its change.
+    """A measurement before and after, and the interval of its change.
 
     Attributes:
-        before, after: means over the documents that have the figure in both.
+        before, after: means over the documents that have the measurement in both.
         difference: ``after - before``.
         low, high: bounds of the bootstrap interval of the difference.
         n_documents: documents that entered.
@@ -46,7 +46,7 @@ class Interval:
     """A mean over documents and its bootstrap interval.
 
     Attributes:
-        mean: over the documents that have the figure.
+        mean: over the documents that have the measurement.
         low, high: bounds of the interval.
         n_documents: documents that entered.
         n_groups: groups that were resampled.
@@ -71,7 +71,7 @@ def mean_bootstrap(
     """Bootstrap of a mean over documents; see [`paired_bootstrap`] for the kind of interval.
 
     Args:
-        values: (N,) figures; NaN where a document has none.
+        values: (N,) measurements; NaN where a document has none.
         weights: (N,) how much each document counts, such as its tokens; default: alike.
         groups: (N,) labels of what is resampled as a whole.
         n_resamples: bootstrap resamples.
@@ -79,7 +79,7 @@ def mean_bootstrap(
         seed: of the resampling.
 
     Raises:
-        ValueError: shapes that differ, fewer than two groups with a figure, or settings out of
+        ValueError: shapes that differ, fewer than two groups with a measurement, or settings out of
             range.
     """
     paired = paired_bootstrap(
@@ -111,8 +111,8 @@ def paired_bootstrap(
     a seventh narrower, and covers the truth 91 times in 100 instead of 95.
 
     Args:
-        before: (N,) figures; NaN where a document has none.
-        after: (N,) figures of the same documents.
+        before: (N,) measurements; NaN where a document has none.
+        after: (N,) measurements of the same documents.
         weights: (N,) how much each document counts, such as its tokens; default: alike.
         groups: (N,) labels of what is resampled as a whole, such as the file that rows were cut
             from: neighbours resemble each other, and counting them as independent would make the
@@ -122,7 +122,7 @@ def paired_bootstrap(
         seed: of the resampling.
 
     Raises:
-        ValueError: shapes that differ, fewer than two groups with a figure, or settings out of
+        ValueError: shapes that differ, fewer than two groups with a measurement, or settings out of
             range.
     """
     old, new = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
@@ -145,8 +145,8 @@ def paired_bootstrap(
     sizes = np.bincount(group, weights=weight).astype(np.float64)
     if len(sizes) < 2:
         raise ValueError(
-            f"There are {len(old)} documents in {len(sizes)} group(s) with a figure before and "
-            "after; an interval needs at least 2 groups. Evaluate on more text."
+            f"There are {len(old)} documents in {len(sizes)} group(s) with a measurement before "
+            "and after; an interval needs at least 2 groups. Evaluate on more text."
         )
     sums = np.bincount(group, weights=weight * (new - old)).astype(np.float64)
     means = _resampled_means(sums, sizes, n_resamples, np.random.default_rng(seed))

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_ebft.evaluation.completions import CompletionMetrics
-from hf_ebft.evaluation.figures import Rows
+from hf_ebft.evaluation.documents import Rows
 from hf_ebft.evaluation.samples import RolloutGroup, sample_groups
 from hf_ebft.packed.forward import evaluation_mode
 from hf_ebft.packed.fsdp import is_sharded

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.evaluation.figures import (
+from hf_ebft.evaluation.documents import (
     Collator,
     Rows,
     document_slots,
@@ -39,55 +39,23 @@ from hf_ebft.packed.targets import target_log_probs
 from hf_ebft.rows.anchors import Blocks, find_blocks, find_blocks_for
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.metric_table import ROLLOUT_METRICS, TEXT_METRICS
 from hf_ebft.training.random_streams import Stream
 
 LENGTHS = (8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
-class Figure:
-    """What is measured.
-
-    Attributes:
-        label: for people.
-        better: "lower" or "higher"; "" where neither is.
-    """
-
-    label: str
-    better: str
-
-
-#: Of the text itself, by teacher forcing at temperature 1: means over tokens.
-TEXT_FIGURES = {
-    "cross_entropy": Figure("cross-entropy, nats/token", "lower"),
-    "cross_entropy_completion": Figure("cross-entropy of completions", "lower"),
-}
-#: Of rollouts: means over the blocks of a document, then over documents.
-ROLLOUT_FIGURES = {
-    "cfm_loss": Figure("CFM loss", "lower"),
-    "cosine_alignment": Figure("alignment, 2 cos unwhitened", "higher"),
-    "cosine_alignment_best": Figure("alignment unwhitened, best of n", "higher"),
-    "dot_diversity": Figure("diversity, 2 dot unwhitened", ""),
-    "reward": Figure("reward as trained, mean", "higher"),
-    "reward_best": Figure("reward as trained, best of n", "higher"),
-    "alignment": Figure("alignment as rewarded", "higher"),
-    "diversity": Figure("diversity as rewarded", ""),
-    "duplicates": Figure("share of duplicate rollouts", "lower"),
-    "entropy": Figure("entropy of rollouts, nats/token", ""),
-}
-
-
-@dataclass(frozen=True)
-class ModelFigures:
-    """Figures of one model on N documents, in the order of the rows.
+class ModelMeasurements:
+    """Measurements of one model on N documents, in the order of the rows.
 
     Attributes:
         row: (N,) int64, which row each document is in.
         document: (N,) a digest of each document's tokens: equal for equal documents.
         blocks: (N,) int64, prefixes that were continued in each document; 0 for those without room.
-        text: name in ``TEXT_FIGURES`` -> (N,) float64, NaN where a document has none.
+        text: name in ``TEXT_METRICS`` -> (N,) float64, NaN where a document has none.
         tokens: the same names -> (N,) float64, the tokens that each is a mean over.
-        rollouts: length -> name in ``ROLLOUT_FIGURES`` -> (N,) float64, NaN without blocks.
+        rollouts: length -> name in ``ROLLOUT_METRICS`` -> (N,) float64, NaN without blocks.
     """
 
     row: NDArray[np.int64]
@@ -114,11 +82,11 @@ def measure_model(
     data_collator: Collator | None = None,
     corpus_whitening: CorpusWhitening | None = None,
     eos_token_id: int | None = None,
-) -> ModelFigures:
+) -> ModelMeasurements:
     """Measure one model; call it once for each, with the same other arguments.
 
     Prefixes are those that have room for the greatest length, so that all lengths continue the same
-    ones; documents without such a prefix have no figures of rollouts (``blocks`` is 0 there).
+    ones; documents without such a prefix have no measurements of rollouts (``blocks`` is 0 there).
 
     Args:
         model: a causal language model, not wrapped; a PEFT model is one. Its mode is left as it is.
@@ -176,7 +144,7 @@ def measure_model(
 
 @dataclass(frozen=True)
 class _Part:
-    """[`ModelFigures`] of one row, figures as (W,) tensors."""
+    """[`ModelMeasurements`] of one row, measurements as (W,) tensors."""
 
     row: int
     document: list[str]
@@ -200,21 +168,21 @@ class _Measurer:
     corpus_whitening: CorpusWhitening | None
 
     def measure(self, documents: Documents, row: int, seed: int) -> _Part:
-        """All figures of the documents of one row."""
+        """All measurements of the documents of one row."""
         settings, longest = self.settings, max(self.lengths)
         width = document_slots(documents).shape[1]
-        text, tokens = self._text_figures(documents, width)
+        text, tokens = self._text_metrics(documents, width)
         blocks = find_blocks_for(settings, documents, generate_max_len=longest)
         empty = torch.zeros(1, width, dtype=torch.float64, device=documents.input_ids.device)
-        sums = {g: dict.fromkeys(ROLLOUT_FIGURES, empty) for g in self.lengths}
+        sums = {g: dict.fromkeys(ROLLOUT_METRICS, empty) for g in self.lengths}
         count = empty
         for draw in range(self.n_draws):
             for part, some in enumerate(self._portions(blocks)):
                 if not some.exists.any():
                     continue
                 generator = make_generator(some.column.device, seed, Stream.MODELS, draw, row, part)
-                for g, figures in self._rollout_figures(documents, some, generator).items():
-                    for name, values in figures.items():
+                for g, measurements in self._rollout_metrics(documents, some, generator).items():
+                    for name, values in measurements.items():
                         total, n = sums_by_document(values, some.exists, some.document, width)
                         sums[g][name] = sums[g][name] + total
                 count = count + n
@@ -225,8 +193,8 @@ class _Measurer:
             text=text,
             tokens=tokens,
             rollouts={
-                g: {name: (total / count)[0] for name, total in figures.items()}
-                for g, figures in sums.items()
+                g: {name: (total / count)[0] for name, total in measurements.items()}
+                for g, measurements in sums.items()
             },
         )
 
@@ -239,10 +207,10 @@ class _Measurer:
                 *(getattr(blocks, f.name)[:, first : first + size] for f in fields(Blocks))
             )
 
-    def _rollout_figures(
+    def _rollout_metrics(
         self, documents: Documents, blocks: Blocks, generator: torch.Generator
     ) -> dict[int, dict[str, Tensor]]:
-        """Length -> figure -> (1, K)."""
+        """Length -> measurement -> (1, K)."""
         settings = self.settings
         n_samples, longest = settings.n_samples_per_prompt, max(self.lengths)
         sampled = sample_rollouts(
@@ -263,12 +231,12 @@ class _Measurer:
                 exists=sampled.exists,
                 layout=PackedLayout(documents, blocks, n_samples, g),
             )
-            found[g] = self._reward_figures(beginnings)
+            found[g] = self._reward_metrics(beginnings)
             found[g]["entropy"] = surprise[..., g - 1].mean(dim=1) / g
             found[g]["duplicates"] = _duplicates(beginnings.tokens)
         return found
 
-    def _reward_figures(self, rollouts: Rollouts) -> dict[str, Tensor]:
+    def _reward_metrics(self, rollouts: Rollouts) -> dict[str, Tensor]:
         settings = self.settings
         features = self.feature_network.embed(rollouts)
         rewarded, plain = (
@@ -292,7 +260,7 @@ class _Measurer:
             "diversity": rewarded.diversity.mean(dim=1),
         }
 
-    def _text_figures(
+    def _text_metrics(
         self, documents: Documents, width: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Mean -log p of the tokens of each document, and how many they are."""
@@ -320,11 +288,11 @@ class _Measurer:
         predicted = (documents.document >= 0) & (documents.position > 0)
         # A completion is what follows a prompt; where nothing is masked, there is none.
         completion = predicted_targets(documents) & (documents.completion_start > 0)
-        figures, tokens = {}, {}
-        for name, counted in zip(TEXT_FIGURES, (predicted, completion), strict=True):
+        measurements, tokens = {}, {}
+        for name, counted in zip(TEXT_METRICS, (predicted, completion), strict=True):
             sums, counts = sums_by_document(surprise, counted, documents.document, width)
-            figures[name], tokens[name] = (sums / counts)[0], counts[0]
-        return figures, tokens
+            measurements[name], tokens[name] = (sums / counts)[0], counts[0]
+        return measurements, tokens
 
 
 def _duplicates(tokens: Tensor) -> Tensor:
@@ -343,19 +311,19 @@ def _digests(documents: Documents, width: int) -> list[str]:
     ]
 
 
-def _join(parts: list[_Part], lengths: Sequence[int]) -> ModelFigures:
+def _join(parts: list[_Part], lengths: Sequence[int]) -> ModelMeasurements:
     def joined(tensors: list[Tensor]) -> NDArray[np.float64]:
         return torch.cat(tensors).double().cpu().numpy()
 
-    return ModelFigures(
+    return ModelMeasurements(
         row=np.concatenate([np.full(len(part.document), part.row) for part in parts]),
         document=np.array([digest for part in parts for digest in part.document]),
         blocks=joined([part.blocks for part in parts]).astype(np.int64),
-        text={name: joined([part.text[name] for part in parts]) for name in TEXT_FIGURES},
-        tokens={name: joined([part.tokens[name] for part in parts]) for name in TEXT_FIGURES},
+        text={name: joined([part.text[name] for part in parts]) for name in TEXT_METRICS},
+        tokens={name: joined([part.tokens[name] for part in parts]) for name in TEXT_METRICS},
         rollouts={
             g: {
-                name: joined([part.rollouts[g][name] for part in parts]) for name in ROLLOUT_FIGURES
+                name: joined([part.rollouts[g][name] for part in parts]) for name in ROLLOUT_METRICS
             }
             for g in lengths
         },
@@ -375,7 +343,7 @@ def _check(rows: Rows, lengths: Sequence[int], n_draws: int, tokens_at_once: int
         )
 
 
-def same_documents(measured: Mapping[str, ModelFigures]) -> None:
+def same_documents(measured: Mapping[str, ModelMeasurements]) -> None:
     """Refuse models that were measured on different documents or lengths.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.evaluation.figures import Collator, Rows
+from hf_ebft.evaluation.documents import Collator, Rows
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening

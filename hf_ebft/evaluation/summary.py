@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hf_ebft.evaluation.bootstrap import PairedDifference, paired_bootstrap
-from hf_ebft.evaluation.figures import FIGURES, DocumentFigures
+from hf_ebft.evaluation.documents import DOCUMENT_METRICS, DocumentMeasurements
 from hf_ebft.evaluation.samples import Continuation
 
 # Characters of a prefix that are shown: its end, where the continuations join.
@@ -16,9 +16,9 @@ PREFIX_CHARACTERS = 160
 
 
 def compare(
-    before: DocumentFigures, after: DocumentFigures, *, groups: ArrayLike | None = None
+    before: DocumentMeasurements, after: DocumentMeasurements, *, groups: ArrayLike | None = None
 ) -> dict[str, PairedDifference]:
-    """Paired differences of every figure that any document has.
+    """Paired differences of every measurement that any document has.
 
     Args:
         before, after: from [`evaluate_documents`], on the same rows.
@@ -34,18 +34,18 @@ def compare(
         )
     return {
         name: paired_bootstrap(before.values[name], after.values[name], groups=groups)
-        for name in FIGURES
+        for name in DOCUMENT_METRICS
         if not np.isnan(before.values[name] + after.values[name]).all()
     }
 
 
 def format_table(differences: Mapping[str, PairedDifference]) -> str:
-    """One line per figure: before, after, difference with its interval, a star beyond the noise."""
+    """One line per measurement: before, after, difference, interval, a star beyond the noise."""
     lines = [f"{'':34}{'before':>9}{'after':>9}   difference [95 % interval]"]
     for name, paired in differences.items():
         star = " *" if paired.beyond_noise else ""
         lines.append(
-            f"{FIGURES[name]:34}{paired.before:9.4f}{paired.after:9.4f}"
+            f"{DOCUMENT_METRICS[name].label:34}{paired.before:9.4f}{paired.after:9.4f}"
             f"{paired.difference:+13.4f} [{paired.low:+.4f}, {paired.high:+.4f}]{star}"
         )
     return "\n".join(lines)

@@ -15,22 +15,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_ebft.evaluation.bootstrap import mean_bootstrap, paired_bootstrap
 from hf_ebft.evaluation.models import (
-    ROLLOUT_FIGURES,
-    TEXT_FIGURES,
-    Figure,
-    ModelFigures,
+    ModelMeasurements,
     same_documents,
 )
+from hf_ebft.training.metric_table import (
+    HELD_OUT_METRICS,
+    PERPLEXITIES,
+    ROLLOUT_METRICS,
+    TEXT_METRICS,
+)
 
-# exp of these is also shown.
-PERPLEXITIES = {
-    "cross_entropy": ("perplexity", Figure("perplexity", "lower")),
-    "cross_entropy_completion": (
-        "perplexity_completion",
-        Figure("perplexity of completions", "lower"),
-    ),
-}
-FIGURES = TEXT_FIGURES | dict(PERPLEXITIES.values()) | ROLLOUT_FIGURES
 # Curves in the PNG.
 PLOTTED = (
     "cfm_loss",
@@ -44,13 +38,13 @@ PLOTTED = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One figure of one model.
+    """One measurement of one model.
 
     Attributes:
         model: its name.
-        figure: name in ``FIGURES``.
-        length: tokens of the rollouts; None for figures of the text itself.
-        value: mean over documents (over tokens, for figures of the text).
+        measurement: name in `HELD_OUT_METRICS`.
+        length: tokens of the rollouts; None for measurements of the text itself.
+        value: mean over documents (over tokens, for measurements of the text).
         low, high: bounds of its interval.
         difference, difference_low, difference_high: from the first model, paired by document; None
             for the first model and for perplexities, whose interval would be that of the
@@ -60,7 +54,7 @@ class Entry:
     """
 
     model: str
-    figure: str
+    measurement: str
     length: int | None
     value: float
     low: float
@@ -83,7 +77,7 @@ class ModelComparison:
         counts: ``documents``; ``duplicates``, documents that are equal to an earlier one;
             ``skipped``, documents without room for a rollout of the greatest length; ``prefixes``
             that were continued; ``groups`` that the bootstrap resampled at most.
-        entries: every figure of every model.
+        entries: every measurement of every model.
         settings: whatever the caller wants to be on record.
     """
 
@@ -93,23 +87,23 @@ class ModelComparison:
     entries: list[Entry]
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def get(self, model: str, figure: str, length: int | None = None) -> Entry:
+    def get(self, model: str, measurement: str, length: int | None = None) -> Entry:
         """One entry.
 
         Raises:
             KeyError: there is none.
         """
         for entry in self.entries:
-            if (entry.model, entry.figure, entry.length) == (model, figure, length):
+            if (entry.model, entry.measurement, entry.length) == (model, measurement, length):
                 return entry
-        raise KeyError(f"no {figure!r} of {model!r} at length {length}")
+        raise KeyError(f"no {measurement!r} of {model!r} at length {length}")
 
     def to_json(self) -> str:
         """Everything; numbers that do not exist are null."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
-        """Tables: text, then one for each figure of rollouts, with a line for each length."""
+        """Tables: text, then one for each measurement of rollouts, with a line for each length."""
         counts = self.counts
         lines = [
             f"{counts['documents']} documents ({counts['duplicates']} equal to an earlier one), "
@@ -121,12 +115,12 @@ class ModelComparison:
             "noise of the documents.",
             "",
         ]
-        found = {entry.figure for entry in self.entries}
-        text = [name for name in FIGURES if name in found and name not in ROLLOUT_FIGURES]
-        lines += self._table("text", [(FIGURES[name].label, name, None) for name in text])
-        for name, figure in ROLLOUT_FIGURES.items():
-            better = f", {figure.better} is better" if figure.better else ""
-            lines += [f"**{figure.label}{better}**", ""]
+        found = {entry.measurement for entry in self.entries}
+        text = [name for name in HELD_OUT_METRICS if name in found and name not in ROLLOUT_METRICS]
+        lines += self._table("text", [(HELD_OUT_METRICS[name].label, name, None) for name in text])
+        for name, measurement in ROLLOUT_METRICS.items():
+            better = f", {measurement.better} is better" if measurement.better else ""
+            lines += [f"**{measurement.label}{better}**", ""]
             lines += self._table("rollout tokens", [(str(g), name, g) for g in self.lengths])
         return "\n".join(lines)
 
@@ -155,9 +149,9 @@ class ModelComparison:
                     color=line.get_color(),
                     alpha=0.15,
                 )
-            figure = ROLLOUT_FIGURES[name]
-            arrow = {"lower": " \u2193", "higher": " \u2191", "": ""}[figure.better]
-            axes.set_title(figure.label + arrow)
+            measured = ROLLOUT_METRICS[name]
+            arrow = {"lower": " \u2193", "higher": " \u2191", None: ""}[measured.better]
+            axes.set_title(measured.label + arrow)
             axes.set_xscale("log", base=2)
             axes.set_xticks(self.lengths, [str(g) for g in self.lengths])
             axes.set_xlabel("rollout tokens")
@@ -180,28 +174,28 @@ class ModelComparison:
             f"| {corner} | {' | '.join(self.models)} |",
             f"|---|{'---|' * len(self.models)}",
         ]
-        for label, figure, length in rows:
-            cells = [_cell(self.get(model, figure, length)) for model in self.models]
+        for label, measurement, length in rows:
+            cells = [_cell(self.get(model, measurement, length)) for model in self.models]
             lines.append(f"| {label} | {' | '.join(cells)} |")
         return [*lines, ""]
 
 
 def compare_models(
-    measured: Mapping[str, ModelFigures],
+    measured: Mapping[str, ModelMeasurements],
     *,
     groups: ArrayLike | None = None,
     n_resamples: int = 10_000,
     seed: int = 0,
     settings: dict[str, Any] | None = None,
 ) -> ModelComparison:
-    """Intervals of every figure, and paired differences from the first model.
+    """Intervals of every measurement, and paired differences from the first model.
 
     Args:
-        measured: name -> figures from [`measure_model`], of the same documents.
+        measured: name -> measurements from [`measure_model`], of the same documents.
         groups: (N,) what each document is a part of (the file it was cut from, say); resampled as
             a whole. Default: each by itself, equal documents together.
         n_resamples: of the bootstrap.
-        seed: of the resampling, the same for every figure.
+        seed: of the resampling, the same for every measurement.
         settings: put on record in the result.
 
     Raises:
@@ -214,16 +208,16 @@ def compare_models(
     labels = np.asarray(first.document if groups is None else groups)
     options: dict[str, Any] = {"groups": labels, "n_resamples": n_resamples, "seed": seed}
     entries: list[Entry] = []
-    for model, figures in measured.items():
-        base = None if figures is first else first
-        for name in TEXT_FIGURES:
-            if np.isnan(figures.text[name]).all():
+    for model, measurements in measured.items():
+        base = None if measurements is first else first
+        for name in TEXT_METRICS:
+            if np.isnan(measurements.text[name]).all():
                 continue  # no completion is marked
             before = None if base is None else base.text[name]
-            weights = np.nan_to_num(figures.tokens[name])
-            entry = _entry(model, name, None, before, figures.text[name], weights, options)
+            weights = np.nan_to_num(measurements.tokens[name])
+            entry = _entry(model, name, None, before, measurements.text[name], weights, options)
             entries += [entry, _perplexity(entry)]
-        for g, by_name in figures.rollouts.items():
+        for g, by_name in measurements.rollouts.items():
             for name, values in by_name.items():
                 before = None if base is None else base.rollouts[g][name]
                 entries.append(_entry(model, name, g, before, values, None, options))
@@ -257,7 +251,7 @@ def _entry(
         paired = paired_bootstrap(before, values, weights=weights, **options)
     return Entry(
         model=model,
-        figure=name,
+        measurement=name,
         length=length,
         value=own.mean,
         low=own.low,
@@ -275,7 +269,7 @@ def _perplexity(entry: Entry) -> Entry:
     """exp of a cross-entropy and of the bounds of its interval."""
     return Entry(
         model=entry.model,
-        figure=PERPLEXITIES[entry.figure][0],
+        measurement=PERPLEXITIES[entry.measurement].name,
         length=None,
         value=math.exp(entry.value),
         low=math.exp(entry.low),

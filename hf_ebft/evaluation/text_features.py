@@ -1,4 +1,4 @@
-"""Features of texts that anybody wrote, by plain forward passes, and figures of groups of them.
+"""Features of any texts, by plain forward passes, and measurements of groups of them.
 
 Dimension letters: N continuations, D feature width.
 """
@@ -55,7 +55,7 @@ def embed_continuations(
     return torch.stack(embedded)
 
 
-def mean_group_figures(groups: Iterable[tuple[Tensor, Tensor]], **options: Any) -> dict[str, float]:
+def mean_group_metrics(groups: Iterable[tuple[Tensor, Tensor]], **options: Any) -> dict[str, float]:
     """CFM loss and its terms, means over groups of any sizes.
 
     Args:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_ebft.report.runs import Run
-from hf_ebft.watching.curves import FEWEST_POINTS, METRIC_BY_NAME, PHASES, Change, ends, smooth
+from hf_ebft.training.metric_table import METRIC_BY_NAME, PHASES
+from hf_ebft.watching.curves import FEWEST_POINTS, Change, ends, smooth
 
 Severity = Literal["serious", "warning", "note"]
 
@@ -45,7 +46,7 @@ class Finding:
         severity: "serious": the run is not learning what it should; "warning": it may not be;
             "note": normal, but good to know.
         title: in a few words.
-        evidence: the figures.
+        evidence: the metrics.
         advice: what to change.
     """
 
@@ -65,14 +66,14 @@ def examine(run: Run) -> list[Finding]:
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
 
-def no_ebft_figures(run: Run) -> Finding | None:
+def no_ebft_metrics(run: Run) -> Finding | None:
     """The log is not EBFT's."""
     if any(name.startswith("ebft/") for name in run.series):
         return None
     return Finding(
         "note",
-        "No EBFT figures",
-        "The log has no ebft/* figures, so most rules have nothing to go by.",
+        "No EBFT metrics",
+        "The log has no ebft/* metrics, so most rules have nothing to go by.",
         "Was this run trained by EBFTTrainer? With logging_steps too large, nothing may have been "
         "logged yet.",
     )
@@ -92,7 +93,7 @@ def few_points(run: Run) -> Finding | None:
 
 
 def not_finite(run: Run) -> Finding | None:
-    """NaN or infinite figures."""
+    """NaN or infinite metrics."""
     bad: dict[str, list[int]] = {}
     for name, series in run.series.items():
         for step, value in zip(series.steps, series.values, strict=True):
@@ -106,7 +107,7 @@ def not_finite(run: Run) -> Finding | None:
     )
     return Finding(
         "serious",
-        "Figures that are not finite",
+        "Metrics that are not finite",
         f"{listed}.",
         "Lower learning_rate, raise warmup_steps or set max_grad_norm; with fp16, train in bf16. "
         "Go on from a checkpoint before the first such step.",
@@ -318,7 +319,7 @@ def no_diversity_term(run: Run) -> Finding | None:
 
 
 RULES: tuple[Rule, ...] = (
-    no_ebft_figures,
+    no_ebft_metrics,
     few_points,
     not_finite,
     duplicate_rollouts,

@@ -12,13 +12,13 @@ from html import escape
 from typing import Any
 
 from hf_ebft.config import EBFTSettings
-from hf_ebft.evaluation import FIGURES
 from hf_ebft.report.health import Finding, examine
 from hf_ebft.report.plots import charts_of, timing_chart
 from hf_ebft.report.runs import Run, Sample, Watched
+from hf_ebft.training.metric_table import HELD_OUT_METRICS, label_of, metric_of
 from hf_ebft.version import __version__
 from hf_ebft.watching.charts import DASHES, css_variables, to_svg
-from hf_ebft.watching.curves import changes, figure, label_of, metric_of
+from hf_ebft.watching.curves import changes, format_number
 from hf_ebft.watching.model_card import ARGUMENTS
 from hf_ebft.watching.tensorboard import visible
 
@@ -165,7 +165,8 @@ def _glance(runs: Sequence[Run]) -> str:
             verdict = change.verdict(metric_of(name)) or ""
             kind = verdict if verdict in ("better", "worse") else "muted"
             cells.append(
-                f'<td class="number">{figure(change.first)} → {figure(change.last)}</td>'
+                f'<td class="number">{format_number(change.first)} → '
+                f"{format_number(change.last)}</td>"
                 f'<td class="{kind}">{verdict}</td>'
             )
         rows.append(f"<tr><td>{_e(label_of(name))}</td>{''.join(cells)}</tr>")
@@ -196,6 +197,11 @@ def _comparisons(runs: Sequence[Run]) -> str:
     )
 
 
+def _held_out_label(name: str) -> str:
+    metric = HELD_OUT_METRICS.get(name)
+    return name if metric is None else metric.label
+
+
 def _comparison_row(name: str, figures: Any) -> str:
     wanted = ("before", "after", "difference", "low", "high")
     if not isinstance(figures, dict) or not all(
@@ -205,7 +211,7 @@ def _comparison_row(name: str, figures: Any) -> str:
     before, after, difference, low, high = (float(figures[key]) for key in wanted)
     clear = "beyond the noise" if low > 0 or high < 0 else ""
     return (
-        f'<tr><td>{_e(FIGURES.get(name, name))}</td><td class="number">{before:.4f}</td>'
+        f'<tr><td>{_e(_held_out_label(name))}</td><td class="number">{before:.4f}</td>'
         f'<td class="number">{after:.4f}</td><td class="number">{difference:+.4f}</td>'
         f'<td>[{low:+.4f}, {high:+.4f}]</td><td class="muted">{clear}</td></tr>'
     )
@@ -254,8 +260,9 @@ def _watched(runs: Sequence[Run]) -> str:
             parts.append(f"<h3>{_e(run.name)}</h3>")
         for (prefix, truth), seen in by_prefix.items():
             rows = "".join(
-                f'<tr><td class="number">{look.step}</td><td class="number">{figure(look.reward)}'
-                f"</td><td><code>{_e(visible(look.rollout))}</code></td></tr>"
+                f'<tr><td class="number">{look.step}</td>'
+                f'<td class="number">{format_number(look.reward)}</td>'
+                f"<td><code>{_e(visible(look.rollout))}</code></td></tr>"
                 for look in _spread(seen)
             )
             parts.append(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_ebft.report.runs import Run
+from hf_ebft.training.metric_table import METRICS, PHASES, Metric, label_of, metric_of
 from hf_ebft.watching.charts import (
     N_SERIES,
     Curve,
@@ -20,15 +21,7 @@ from hf_ebft.watching.charts import (
     to_png,
 )
 from hf_ebft.watching.charts import Text as DrawnText
-from hf_ebft.watching.curves import (
-    METRICS,
-    PHASES,
-    Metric,
-    Series,
-    label_of,
-    metric_of,
-    smooth,
-)
+from hf_ebft.watching.curves import Series, smooth
 
 # A curve is drawn with about so many points; more cannot be seen, and make pages heavy.
 MOST_POINTS = 400
@@ -41,13 +34,9 @@ EXACT = ("learning_rate",)
 OVERVIEW = (
     "eval_loss",
     "eval_ebft/cfm_loss",
-    "ebft/cfm_loss",
-    "ebft/alignment",
-    "ebft/ce_loss",
-    "ebft/entropy",
-    "ebft/duplicate_rollouts",
+    *(metric.name for metric in METRICS if metric.in_overview),
 )
-# Of `Trainer`'s own figures, those that say nothing about learning.
+# Of `Trainer`'s own metrics, those that say nothing about learning.
 UNINTERESTING = ("epoch", "total_flos", "train_loss", "step")
 TIMING = ("runtime", "per_second", "preparation_time")
 
@@ -73,7 +62,7 @@ class Chart:
 
 
 def charts_of(runs: Sequence[Run], smoothing: float | None = None) -> list[Chart]:
-    """One chart per metric that any run has: held-out figures first, then the most telling.
+    """One chart per metric that any run has: held-out metrics first, then the most telling.
 
     Each run keeps its colour and dashes throughout. Raw points are drawn pale behind their
     exponential moving average; curves of few points are drawn as they are.
@@ -92,7 +81,7 @@ def charts_of(runs: Sequence[Run], smoothing: float | None = None) -> list[Chart
         )
     charts = []
     for name in _names(runs):
-        metric = metric_of(name) or Metric(name, name, None, "", "A figure of your own.")
+        metric = metric_of(name) or Metric(name, name, meaning="A metric of your own.", mode=None)
         curves: list[Curve] = []
         for number, run in enumerate(runs):
             if name in run.series:
@@ -146,7 +135,7 @@ def write_pngs(
 
 def _names(runs: Sequence[Run]) -> list[str]:
     """Logged names in the order in which they are shown."""
-    known = [metric.name for metric in METRICS]
+    known = [metric.name for metric in METRICS if metric.name not in PHASES]
     ordered = ["eval_loss", *(f"eval_{name}" for name in known[:5] if name != "loss"), *known]
     rest = sorted({name for run in runs for name in run.series} - set(ordered) - set(PHASES))
     own = [

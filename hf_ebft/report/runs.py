@@ -68,7 +68,7 @@ class Run:
         name: for people.
         series: curves by the names of `Trainer`'s log.
         arguments: of the trainer, EBFT's settings included; empty if the run left none.
-        comparison: held-out figures before and after, as ``report.json`` holds them; may be empty.
+        comparison: held-out metrics before and after, as ``report.json`` holds them; may be empty.
         samples: before and after; may be empty.
         watched: the same prefixes at several steps; may be empty.
         source: the file or folder that the curves are from.
@@ -113,7 +113,7 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a file that cannot be read, or holds no figures.
+        ValueError: a file that cannot be read, or holds no metrics.
         ImportError: there are only event files, and TensorBoard is not installed.
     """
     path = Path(path)
@@ -127,7 +127,7 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
     else:
         series, source = _series_of_state(path), path
     if not series:
-        raise ValueError(f"{source} holds no figures; had the run logged anything yet?")
+        raise ValueError(f"{source} holds no metrics; had the run logged anything yet?")
     folders = _folders_around(path)
     return Run(
         name=name or _distinct([path])[0],

@@ -30,7 +30,8 @@ from hf_ebft.structured.groups import fingerprints, gather_rows, group_size, own
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
 from hf_ebft.structured.trl_internals import restore_forward, trainer_of
 from hf_ebft.structured.unfinished import rank_unfinished_last
-from hf_ebft.training.metrics import PREFIX, ZERO_ADVANTAGE
+from hf_ebft.training.metric_table import PREFIX
+from hf_ebft.training.metrics import ZERO_ADVANTAGE
 
 # Settings that a finished network has behind it.
 NETWORK_OPTIONS = (

@@ -18,8 +18,8 @@ from hf_ebft.objective.rewards import Rewards
 from hf_ebft.rows.anchors import count_replies
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.metric_table import PREFIX
 
-PREFIX = "ebft/"
 # Advantages smaller than this share of a reward's range of 2 move nothing.
 ZERO_ADVANTAGE = 1e-6
 

@@ -15,18 +15,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_ebft.training.metrics import PREFIX
-from hf_ebft.watching.curves import PHASES, changes, figure, label_of, metric_of, series_of
+from hf_ebft.training.metric_table import METRICS, PHASES, label_of, metric_of
+from hf_ebft.watching.curves import changes, format_number, series_of
 
 # Logged name -> its name on the line. A long log shrinks to these; everything is in TensorBoard.
-SHOWN = {
-    "loss": "loss",
-    f"{PREFIX}cfm_loss": "cfm_loss",
-    f"{PREFIX}alignment": "alignment",
-    f"{PREFIX}diversity": "diversity",
-    f"{PREFIX}ce_loss": "ce",
-    f"{PREFIX}entropy": "entropy",
-}
+SHOWN = {"loss": "loss"} | {metric.name: metric.short for metric in METRICS if metric.short}
 EVALUATION_PREFIX = "eval_"
 SUMMARY_HEAD = ("", "first", "last", "")
 # Colours of the terminal; the words say the same.
@@ -44,7 +37,7 @@ class CompactProgressCallback(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write step and main figures above the bar."""
+        """Write step and main metrics above the bar."""
         if state.is_world_process_zero and self.training_bar is not None and logs:
             line = compact_line(logs)
             if line:
@@ -52,20 +45,20 @@ class CompactProgressCallback(ProgressCallback):
 
 
 def compact_line(logs: dict[str, Any]) -> str:
-    """The main figures of a training or evaluation log; empty for a log without any."""
+    """The main metrics of a training or evaluation log; empty for a log without any."""
     prefix = EVALUATION_PREFIX if f"{EVALUATION_PREFIX}loss" in logs else ""
-    figures = [
+    metrics = [
         f"{label} {logs[prefix + name]:.4g}"
         for name, label in SHOWN.items()
         if prefix + name in logs
     ]
-    if prefix and figures:
-        figures.insert(0, "eval:")
-    return "  ".join(figures)
+    if prefix and metrics:
+        metrics.insert(0, "eval:")
+    return "  ".join(metrics)
 
 
 class SummaryCallback(TrainerCallback):
-    """Prints a table when training ends: where the figures that matter began and where they are.
+    """Prints a table when training ends: where the metrics that matter began and where they are.
 
     By `rich` if it is installed and the output is a terminal or a notebook, else as plain text.
     """
@@ -84,7 +77,7 @@ class SummaryCallback(TrainerCallback):
 
 
 def summary_rows(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Label, first and last value of each figure, and in a word how they compare.
+    """Label, first and last value of each metric, and in a word how they compare.
 
     First and last are means over a fifth of the log each; the word is empty where no direction is
     good or there are too few points to tell.
@@ -92,7 +85,8 @@ def summary_rows(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
     rows: list[tuple[str, str, str, str]] = []
     for name, change in changes(series_of(log_history)).items():
         verdict = change.verdict(metric_of(name)) or ""
-        rows.append((label_of(name), figure(change.first), figure(change.last), verdict))
+        first, last = format_number(change.first), format_number(change.last)
+        rows.append((label_of(name), first, last, verdict))
     return rows
 
 

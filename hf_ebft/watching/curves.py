@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Direction = Literal["higher", "lower"]
+from hf_ebft.training.metric_table import METRICS, Metric
+
 Verdict = Literal["better", "worse", "no clear change"]
 
 # The two ends of a curve that are compared: a fifth of its points each, at most so many.
@@ -23,163 +24,6 @@ FEWEST_POINTS = 6
 STANDARD_ERRORS = 2.0
 # Auto smoothing averages over about this share of a curve.
 SMOOTHING_SHARE = 0.1
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A logged figure.
-
-    Attributes:
-        name: as in ``log_history``, without the ``eval_`` of an evaluation.
-        label: for people.
-        better: the direction to hope for; None where neither is good in itself.
-        unit: of its values; empty for plain numbers.
-        meaning: one sentence.
-        matters: smaller changes are not worth a word.
-    """
-
-    name: str
-    label: str
-    better: Direction | None
-    unit: str
-    meaning: str
-    matters: float = 0.0
-
-
-#: Every metric that a run logs and a person looks at, the most telling first.
-METRICS = (
-    Metric(
-        "ebft/cfm_loss",
-        "CFM loss",
-        "lower",
-        "",
-        "Squared distance between the mean feature of rollouts and the feature of the truth, "
-        "unwhitened (paper, eq. 2). Read it with the cross-entropy: a policy that only becomes "
-        "sharper, or that overfits, lowers it, too.",
-    ),
-    Metric(
-        "ebft/alignment",
-        "alignment",
-        "higher",
-        "",
-        "Twice the cosine between a rollout's feature and the truth's (whitened if whitening is "
-        "on).",
-    ),
-    Metric(
-        "ebft/mean_reward",
-        "mean reward",
-        "higher",
-        "",
-        "Alignment minus diversity, each times its coefficient.",
-    ),
-    Metric(
-        "ebft/diversity",
-        "diversity",
-        None,
-        "",
-        "Twice the mean dot product among a group's rollouts: similarity, so low is diverse. With "
-        "whitening it is 0 unless rollouts repeat.",
-    ),
-    Metric(
-        "ebft/ce_loss",
-        "cross-entropy, training",
-        "lower",
-        "nats/token",
-        "Teacher-forced, on the training text; logged when ce_coef > 0.",
-    ),
-    Metric(
-        "loss",
-        "loss",
-        None,
-        "",
-        "In training the policy-gradient surrogate, whose gradient matters and whose value does "
-        "not; in evaluation the teacher-forced cross-entropy.",
-    ),
-    Metric(
-        "ebft/entropy",
-        "entropy of rollouts",
-        None,
-        "nats/token",
-        "Of the policy at the sampling temperature. A fast fall is collapse, a fall together with "
-        "the cross-entropy is learning.",
-    ),
-    Metric(
-        "ebft/duplicate_rollouts",
-        "duplicate rollouts",
-        "lower",
-        "share",
-        "Rollouts equal to an earlier one of their group; at most (n - 1) / n.",
-        matters=0.05,
-    ),
-    Metric(
-        "ebft/zero_advantage_groups",
-        "groups without advantage",
-        "lower",
-        "share",
-        "Groups whose rollouts all have advantage 0: they teach nothing.",
-        matters=0.05,
-    ),
-    Metric(
-        "ebft/advantages_std",
-        "spread of advantages",
-        None,
-        "",
-        "Standard deviation; at 0 there is nothing to learn from.",
-    ),
-    Metric("ebft/kl", "KL to the feature network", None, "nats/token", "When kl_coef > 0."),
-    Metric(
-        "ebft/rl_loss",
-        "policy-gradient loss",
-        None,
-        "",
-        "Its gradient matters, its value does not.",
-    ),
-    Metric("grad_norm", "gradient norm", None, "", "Before clipping."),
-    Metric("learning_rate", "learning rate", None, "", "As scheduled."),
-    Metric(
-        "ebft/documents_without_blocks",
-        "documents without blocks",
-        "lower",
-        "share",
-        "Documents too short for a rollout: trained by cross-entropy only, if at all.",
-    ),
-    Metric(
-        "ebft/replies_without_blocks",
-        "replies without blocks",
-        "lower",
-        "share",
-        "Where completions are marked: too short for a rollout, or between two anchors. Lower "
-        "stride or generate_max_len.",
-    ),
-    Metric("ebft/blocks_per_document", "blocks per document", None, "", "Places sampled from."),
-)
-METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
-#: What sums a run up, without the cross-entropy of an evaluation.
-SUMMARY = tuple(
-    f"ebft/{name}"
-    for name in (
-        "cfm_loss",
-        "alignment",
-        "mean_reward",
-        "diversity",
-        "ce_loss",
-        "kl",
-        "entropy",
-        "duplicate_rollouts",
-        "zero_advantage_groups",
-    )
-)
-#: Seconds per micro-batch, by phase.
-PHASES = ("ebft/seconds_rollout", "ebft/seconds_features", "ebft/seconds_training")
-
-# `Trainer` calls the cross-entropy of an evaluation its loss.
-EVALUATION_LOSS = Metric(
-    "loss",
-    "cross-entropy, held-out",
-    "lower",
-    "nats/token",
-    "Teacher-forced, on the evaluation set.",
-)
 
 
 @dataclass(frozen=True)
@@ -300,32 +144,17 @@ def smooth(values: Sequence[float], weight: float | None = None) -> list[float]:
     return smoothed
 
 
-def figure(value: float) -> str:
+def format_number(value: float) -> str:
     """A number for people: four digits, and 0 for what is 0 but for rounding."""
     if abs(value) < 1e-6:
         return "0"
     return f"{value:.4g}"
 
 
-def metric_of(name: str) -> Metric | None:
-    """The catalogue's entry of a logged name, ``eval_`` or not; None if it is not ours."""
-    if name == "eval_loss":
-        return EVALUATION_LOSS
-    return METRIC_BY_NAME.get(name.removeprefix("eval_"))
-
-
-def label_of(name: str) -> str:
-    """What people call a logged name."""
-    metric = metric_of(name)
-    if metric is None:
-        return name
-    held_out = name.startswith("eval_") and metric is not EVALUATION_LOSS
-    return f"{metric.label}, held-out" if held_out else metric.label
-
-
 def changes(series: Mapping[str, Series]) -> dict[str, Change]:
-    """Both ends of each curve that sums a run up, held-out figures first."""
-    names = ["eval_loss", *(f"eval_{name}" for name in SUMMARY), *SUMMARY]
+    """Both ends of each curve that sums a run up, held-out metrics first."""
+    summary = [metric.name for metric in METRICS if metric.in_summary]
+    names = ["eval_loss", *(f"eval_{name}" for name in summary), *summary]
     return {
         name: ends(series[name])
         for name in names

@@ -16,16 +16,9 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_ebft.config import EBFTSettings
+from hf_ebft.training.metric_table import label_of, metric_of
 from hf_ebft.version import __version__
-from hf_ebft.watching.curves import (
-    Series,
-    changes,
-    figure,
-    label_of,
-    metric_of,
-    series_of,
-    smooth,
-)
+from hf_ebft.watching.curves import Series, changes, format_number, series_of, smooth
 from hf_ebft.watching.tensorboard import ShownGroup, visible
 
 if TYPE_CHECKING:
@@ -262,8 +255,8 @@ def _results(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         {
             "label": label_of(name),
             "name": name,
-            "first": figure(change.first),
-            "last": figure(change.last),
+            "first": format_number(change.first),
+            "last": format_number(change.last),
             "verdict": change.verdict(metric_of(name)) or "",
             "curve": sparkline(series[name]),
         }

@@ -22,14 +22,13 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from hf_ebft.training.metrics import PREFIX
+from hf_ebft.training.metric_table import PHASES, PREFIX
 from hf_ebft.watching.charts import heat_map, to_image
-from hf_ebft.watching.curves import PHASES
 
 if TYPE_CHECKING:
     from hf_ebft.training.outputs import EBFTOutput
 
-# `Trainer` puts this in front of training figures when it writes to TensorBoard.
+# `Trainer` puts this in front of training metrics when it writes to TensorBoard.
 TAG = f"train/{PREFIX}"
 # Tokens of a prefix that are shown: its end, where the rollouts join.
 PREFIX_TOKENS = 48
@@ -148,7 +147,7 @@ class PicturesCallback(TrainerCallback):
     - text: prefixes with their rollouts, rewards and advantages, and the ground truth;
     - histograms of the rewards and advantages of that step, over all processes;
     - a heat map of the mean reward by document position and training step, all steps included;
-    - charts that put seconds by phase, and other figures that belong together, into one picture
+    - charts that put seconds by phase, and other metrics that belong together, into one picture
       (the "Custom Scalars" tab).
 
     `EBFTConfig(log_pictures_steps=...)` adds it. Every step costs a copy of the (B, n, K) rewards

@@ -1,4 +1,4 @@
-"""Several models side by side: figures against plain loops, the table, the files, the example."""
+"""Several models side by side: measurements against plain loops, the table, its files."""
 
 import importlib.util
 import json
@@ -12,8 +12,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hf_ebft.evaluation import compare_models, mean_bootstrap, measure_model, models, table
-from hf_ebft.evaluation.models import ROLLOUT_FIGURES, ModelFigures
+from hf_ebft.evaluation.models import ModelMeasurements
 from hf_ebft.packed.sampling import Rollouts
+from hf_ebft.training.metric_table import ROLLOUT_METRICS
 from tests.support.plain_forwards import last_token_embedding, plain_blocks, plain_pass
 from tests.support.plain_objective import plain_group
 from tests.support.tiny import batch_of, texts, tiny_llama
@@ -23,12 +24,12 @@ LENGTHS = (2, 3, 5)
 ROWS = texts(17, 12, 5, 14)  # the third has no room for a rollout of 5 after a prefix of 3
 
 
-def measure(model: Any, rows: Any = None, **changed: Any) -> ModelFigures:
+def measure(model: Any, rows: Any = None, **changed: Any) -> ModelMeasurements:
     values: dict[str, Any] = {"lengths": LENGTHS, "tokens_at_once": 45} | changed
     return measure_model(model, network(), ROWS if rows is None else rows, SETTINGS, **values)
 
 
-# ---- Figures --------------------------------------------------------------------------------
+# ---- Measurements --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_draws", [1, 2])
@@ -65,7 +66,7 @@ def test_figures_equal_plain_loops(monkeypatch: pytest.MonkeyPatch, n_draws: int
             own = torch.cat([part.tokens[0][:, part.exists[0]] for part in mine], dim=1)
             groups += [(block, own[:, k]) for k, block in enumerate(blocks)]
         for g in LENGTHS:
-            sums: dict[str, float] = dict.fromkeys(ROLLOUT_FIGURES, 0.0)
+            sums: dict[str, float] = dict.fromkeys(ROLLOUT_METRICS, 0.0)
             for block, own in groups:
                 found = by_definition(policy, phi, block, own[:, :g], g)
                 sums = {name: total + found[name] for name, total in sums.items()}
@@ -172,16 +173,16 @@ def test_what_was_left_out_is_counted(comparison: table.ModelComparison) -> None
 
 def test_a_model_does_not_differ_from_itself(comparison: table.ModelComparison) -> None:
     own = [entry for entry in comparison.entries if entry.model == "again"]
-    assert len(own) == 2 + len(LENGTHS) * len(ROLLOUT_FIGURES)
+    assert len(own) == 2 + len(LENGTHS) * len(ROLLOUT_METRICS)
     for entry in own:
-        base = comparison.get("base", entry.figure, entry.length)
+        base = comparison.get("base", entry.measurement, entry.length)
         assert (entry.value, entry.low, entry.high) == (base.value, base.low, base.high)
-        if entry.figure != "perplexity":
+        if entry.measurement != "perplexity":
             assert (entry.difference, entry.difference_low, entry.difference_high) == (0, 0, 0)
         assert not entry.beyond_noise
 
 
-def test_text_figures_are_means_over_tokens(comparison: table.ModelComparison) -> None:
+def test_text_metrics_are_means_over_tokens(comparison: table.ModelComparison) -> None:
     rows = [*texts(17, 12, 5, 14, 21, 19), texts(17)[0]]
     policy, total, tokens = tiny_llama(seed=1).eval(), 0.0, 0
     for row in rows:
@@ -224,7 +225,7 @@ def test_markdown_shows_every_model_and_length(comparison: table.ModelComparison
     text = comparison.to_markdown()
     assert "7 documents (1 equal to an earlier one)" in text
     assert "1 documents are too short for a rollout of 5 tokens" in text
-    assert text.count("| rollout tokens | base | other | again |") == len(ROLLOUT_FIGURES)
+    assert text.count("| rollout tokens | base | other | again |") == len(ROLLOUT_METRICS)
     value = comparison.get("base", "cfm_loss", 3)
     assert f"| 3 | {value.value:.4f} [{value.low:.4f}, {value.high:.4f}] |" in text
     other = comparison.get("other", "cross_entropy")

@@ -93,7 +93,7 @@ def test_functions_are_split_between_head_and_body() -> None:
 
 
 def run(config: str, output: Path, **changed: Any) -> dict[str, Any]:
-    """Run a configuration with some of its options changed; the figures of its report."""
+    """Run a configuration with some of its options changed; the measurements of its report."""
     arguments = [f"--config={EXAMPLES / 'configs' / config}", f"--output_dir={output}"]
     run_ebft.main([*arguments, *(f"--{name}={value}" for name, value in changed.items())])
     report: dict[str, Any] = json.loads((output / "report.json").read_text())
@@ -121,22 +121,22 @@ SMALL = {
 )
 def test_offline_configurations_run(config: str, changed: Any, tmp_path: Path) -> None:
     """A step of each, on a few rows."""
-    figures = run(config, tmp_path, **SMALL, **changed)
-    assert {"cfm_loss", "alignment"} <= figures.keys()
+    measurements = run(config, tmp_path, **SMALL, **changed)
+    assert {"cfm_loss", "alignment"} <= measurements.keys()
     assert (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_structured_training_lowers_the_cfm_loss(tmp_path: Path) -> None:
     """The whole run: alignment up and CFM loss down on held-out prompts, beyond the noise."""
-    figures = run("functions_tiny.yaml", tmp_path)
-    assert figures["cfm_loss"]["high"] < 0 < figures["alignment"]["low"]
+    measurements = run("functions_tiny.yaml", tmp_path)
+    assert measurements["cfm_loss"]["high"] < 0 < measurements["alignment"]["low"]
 
 
 @pytest.mark.slow
 def test_strided_training_on_functions_runs(tmp_path: Path) -> None:
-    figures = run("functions_tiny_strided.yaml", tmp_path)
-    assert figures["cfm_loss"]["n_documents"] > 0
+    measurements = run("functions_tiny_strided.yaml", tmp_path)
+    assert measurements["cfm_loss"]["n_documents"] > 0
 
 
 def train_tiny(tmp_path: Path, rows: list[dict[str, Any]], **changed: Any) -> dict[str, Any]:

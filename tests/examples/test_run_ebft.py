@@ -16,7 +16,7 @@ import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from hf_ebft.evaluation import FIGURES
+from hf_ebft.evaluation import DOCUMENT_METRICS
 from tests.support.tiny import config, source_text, texts, tiny_llama, tiny_tokenizer
 
 datasets = pytest.importorskip("datasets")
@@ -135,7 +135,7 @@ def test_a_text_file(
         assert len(curves[tag]) == 2 and all(map(math.isfinite, curves[tag]))
 
     figures = json.loads((output / "report.json").read_text())
-    assert figures.keys() == FIGURES.keys()
+    assert figures.keys() == DOCUMENT_METRICS.keys()
     for paired in figures.values():
         assert paired["difference"] == pytest.approx(paired["after"] - paired["before"])
         assert paired["low"] <= paired["difference"] <= paired["high"]

@@ -221,7 +221,7 @@ def test_whitening_without_a_diversity_term_is_noted() -> None:
 def test_short_and_foreign_logs_are_noted() -> None:
     assert only(rules.few_points, run_of({n: [0.5, 0.6] for n in healthy()})).severity == "note"
     foreign = Run("r", {"loss": Series((1, 2), (3.0, 2.0))})
-    assert [finding.title for finding in examine(foreign)] == ["No EBFT figures"]
+    assert [finding.title for finding in examine(foreign)] == ["No EBFT metrics"]
 
 
 def test_training_without_rewards_is_not_blamed_for_its_rollouts() -> None:

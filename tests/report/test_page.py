@@ -237,7 +237,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no list 'log_history'"):
         load_run(tmp_path)
     write_state(tmp_path, [])
-    with pytest.raises(ValueError, match="holds no figures"):
+    with pytest.raises(ValueError, match="holds no metrics"):
         load_run(tmp_path)
     write_state(tmp_path, log_of(3))
     (tmp_path / "samples.jsonl").write_text('{"prefix": "a"}', encoding="utf-8")

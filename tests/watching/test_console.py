@@ -38,7 +38,7 @@ LOG: list[dict[str, Any]] = [
 ]
 
 
-def test_a_line_holds_the_main_figures() -> None:
+def test_a_line_holds_the_main_metrics() -> None:
     logs = {"loss": 0.25, "grad_norm": 2.0, "ebft/cfm_loss": 0.81234, "ebft/seconds_rollout": 1.0}
     assert compact_line(logs) == "loss 0.25  cfm_loss 0.8123"
     evaluation = {"eval_loss": 3.5, "eval_runtime": 1.0, "eval_ebft/alignment": 0.4}

@@ -6,7 +6,7 @@ import datasets
 import evaluate
 import torch
 
-from hf_ebft.evaluation.text_features import mean_group_figures
+from hf_ebft.evaluation.text_features import mean_group_metrics
 
 _CITATION = """\
 @article{ebft2026,
@@ -56,4 +56,4 @@ class CFM(evaluate.Metric):
             (torch.tensor(group, dtype=torch.float32), torch.tensor(truth, dtype=torch.float32))
             for group, truth in zip(predictions, references, strict=True)
         )
-        return mean_group_figures(groups, **options)
+        return mean_group_metrics(groups, **options)

@@ -7,7 +7,7 @@ import evaluate
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_ebft.evaluation.text_features import embed_continuations, mean_group_figures
+from hf_ebft.evaluation.text_features import embed_continuations, mean_group_metrics
 
 _CITATION = """\
 @article{ebft2026,
@@ -76,4 +76,4 @@ class CFMText(evaluate.Metric):
             features(prefix, [*group, truth])
             for group, truth, prefix in zip(predictions, references, prefixes, strict=True)
         )
-        return mean_group_figures(((both[:-1], both[-1]) for both in embedded), **options)
+        return mean_group_metrics(((both[:-1], both[-1]) for both in embedded), **options)

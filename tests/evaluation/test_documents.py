@@ -1,4 +1,4 @@
-"""Figures per document against plain loops, intervals against what is known of them."""
+"""Measurements per document against plain loops, intervals against what is known of them."""
 
 import copy
 import math
@@ -16,12 +16,12 @@ from transformers import set_seed
 from hf_ebft import EBFTTrainer
 from hf_ebft.data import tokenize_and_cut
 from hf_ebft.evaluation import (
-    FIGURES,
+    DOCUMENT_METRICS,
     Continuation,
-    DocumentFigures,
+    DocumentMeasurements,
     compare,
+    documents,
     evaluate_documents,
-    figures,
     format_samples,
     format_table,
     paired_bootstrap,
@@ -39,22 +39,22 @@ def measure(model: nn.Module, rows: Any, phi: FeatureNetwork | None = None, **ch
     return evaluate_documents(model, phi or network(), rows, SETTINGS, **changed)
 
 
-# ---- Figures --------------------------------------------------------------------------------
+# ---- Measurements --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("changed", [{}, {"stride": 2, "n_samples": 4, "n_draws": 2}])
 def test_figures_equal_plain_loops(
     monkeypatch: pytest.MonkeyPatch, changed: dict[str, int]
 ) -> None:
-    """Every figure of every document, by its definition, from plain forwards over single texts."""
+    """Every measurement of every document, by definition, from plain forwards of single texts."""
     drawn: list[Rollouts] = []
 
     def recorded(*args: Any, **kwargs: Any) -> Rollouts:
-        drawn.append(figures_sampler(*args, **kwargs))
+        drawn.append(real_sampler(*args, **kwargs))
         return drawn[-1]
 
-    figures_sampler = figures.sample_rollouts
-    monkeypatch.setattr(figures, "sample_rollouts", recorded)
+    real_sampler = documents.sample_rollouts
+    monkeypatch.setattr(documents, "sample_rollouts", recorded)
     policy, phi, rows = tiny_llama().eval(), network(), texts(15, 12, 9)
     measured = measure(policy, rows, phi, batch_size=2, **changed)
 
@@ -85,7 +85,7 @@ def test_figures_equal_plain_loops(
         expected = {name: total / (n_draws * len(blocks)) for name, total in values.items()}
         ids = torch.tensor([row["input_ids"]])
         expected["cross_entropy"] = float(policy(input_ids=ids, labels=ids).loss.detach())
-        assert expected.keys() == FIGURES.keys()
+        assert expected.keys() == DOCUMENT_METRICS.keys()
         for name, value in expected.items():
             assert measured.values[name][index] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
@@ -99,7 +99,7 @@ def test_rewarded_figures_are_plain_ones_without_whitening() -> None:
 
 
 def test_packed_documents_are_measured_one_by_one() -> None:
-    """Their cross-entropy is what each has alone; a short one has no figure of blocks."""
+    """Their cross-entropy is what each has alone; a short one has no measurement of blocks."""
     first, second, short = (row["input_ids"] for row in texts(12, 15, 4))
     packed = [
         {"input_ids": first + short, "document_ids": [0] * 12 + [1] * 4},
@@ -111,7 +111,7 @@ def test_packed_documents_are_measured_one_by_one() -> None:
     np.testing.assert_allclose(
         measured.values["cross_entropy"], alone.values["cross_entropy"], rtol=1e-5
     )
-    for name in FIGURES.keys() - {"cross_entropy"}:
+    for name in DOCUMENT_METRICS.keys() - {"cross_entropy"}:
         assert np.isnan(measured.values[name]).tolist() == [False, True, False], name
 
 
@@ -139,7 +139,7 @@ def test_measuring_twice_gives_the_same_and_changes_nothing() -> None:
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(weights[name], weight) for name, weight in weights_of(model).items())
     differences = compare(first, second)
-    assert differences.keys() == FIGURES.keys()
+    assert differences.keys() == DOCUMENT_METRICS.keys()
     for paired in differences.values():
         assert (paired.difference, paired.low, paired.high) == (0, 0, 0)
         assert not paired.beyond_noise
@@ -346,10 +346,11 @@ def test_the_same_seed_gives_the_same_continuations() -> None:
     assert [c.rollout for c in first] != [c.rollout for c in other]
 
 
-def of_documents(**values: list[float]) -> DocumentFigures:
+def of_documents(**values: list[float]) -> DocumentMeasurements:
     missing = np.full(2, math.nan)
-    return DocumentFigures(
-        row=np.arange(2), values={name: np.array(values.get(name, missing)) for name in FIGURES}
+    return DocumentMeasurements(
+        row=np.arange(2),
+        values={name: np.array(values.get(name, missing)) for name in DOCUMENT_METRICS},
     )
 
 
@@ -366,7 +367,7 @@ def test_the_table_shows_what_there_is() -> None:
 
 
 def test_figures_of_other_rows_are_not_compared() -> None:
-    other = DocumentFigures(row=np.array([0, 2]), values=of_documents().values)
+    other = DocumentMeasurements(row=np.array([0, 2]), values=of_documents().values)
     with pytest.raises(ValueError, match="different documents"):
         compare(of_documents(), other)
 

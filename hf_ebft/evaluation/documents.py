@@ -1,8 +1,8 @@
-"""Figures of a policy on held-out text, one per document, so that two policies can be compared.
+"""Measurements of a policy on held-out text, document by document, so that two can be compared.
 
-The trainer logs means over whatever was in its batches. Here every figure belongs to a document,
-and seeds and the feature network are fixed, so that "before" and "after" differ by the policy alone
-and their differences can be taken document by document.
+The trainer logs means over whatever was in its batches. Here every measurement belongs to a
+document, and seeds and the feature network are fixed, so that "before" and "after" differ by the
+policy alone and their differences can be taken document by document.
 
 Dimension letters: B rows of a batch, S tokens of a row, K blocks, n samples, G rollout length,
 W most documents in a row, N documents in all.
@@ -31,17 +31,21 @@ from hf_ebft.packed.targets import TokenLogProbs
 from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.metric_table import HELD_OUT_METRICS
 from hf_ebft.training.random_streams import Stream
 
-#: What is measured, with a label for people.
-FIGURES = {
-    "cross_entropy": "cross-entropy, nats/token",
-    "cfm_loss": "CFM loss",
-    "cosine_alignment": "alignment, 2 cos unwhitened",
-    "dot_diversity": "diversity, 2 dot unwhitened",
-    "alignment": "alignment as rewarded",
-    "diversity": "diversity as rewarded",
-    "entropy": "entropy of rollouts, nats/token",
+#: What is measured of every document.
+DOCUMENT_METRICS = {
+    name: HELD_OUT_METRICS[name]
+    for name in (
+        "cross_entropy",
+        "cfm_loss",
+        "cosine_alignment",
+        "dot_diversity",
+        "alignment",
+        "diversity",
+        "entropy",
+    )
 }
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
@@ -56,13 +60,13 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class DocumentFigures:
-    """Figures of N documents, in the order of the rows.
+class DocumentMeasurements:
+    """Measurements of N documents, in the order of the rows.
 
     Attributes:
         row: (N,) int64, which row each document is in.
-        values: name in ``FIGURES`` -> (N,) float64, NaN where a document has no such figure: no
-            block, or no target token.
+        values: name in `DOCUMENT_METRICS` -> (N,) float64, NaN where a document has no such
+            measurement: no block, or no target token.
 
             - ``cross_entropy``: teacher-forced, mean over the targets, at temperature 1.
             - ``cfm_loss``: mean over the blocks (paper, eq. 2), unwhitened features.
@@ -94,7 +98,7 @@ def evaluate_documents(
     eos_token_id: int | None = None,
     seed: int = 0,
     corpus_whitening: CorpusWhitening | None = None,
-) -> DocumentFigures:
+) -> DocumentMeasurements:
     """Measure a policy on every document of ``rows``.
 
     Two policies are compared fairly by calling this twice with the same feature network, rows,
@@ -131,7 +135,7 @@ def evaluate_documents(
     device = next(model.parameters()).device
 
     found_rows: list[Tensor] = []
-    found: dict[str, list[Tensor]] = {name: [] for name in FIGURES}
+    found: dict[str, list[Tensor]] = {name: [] for name in DOCUMENT_METRICS}
     with evaluation_mode(model):
         for first in range(0, len(rows), batch_size):
             batch = collate([rows[i] for i in range(first, min(first + batch_size, len(rows)))])
@@ -159,7 +163,7 @@ def evaluate_documents(
             for name, values in found.items():
                 mean_over_draws = torch.stack([draw[name] for draw in draws]).mean(dim=0)
                 values.append(mean_over_draws[present].cpu())
-    return DocumentFigures(
+    return DocumentMeasurements(
         row=torch.cat(found_rows).numpy(),
         values={name: torch.cat(values).numpy() for name, values in found.items()},
     )
@@ -174,7 +178,7 @@ def _measure(
     corpus_whitening: CorpusWhitening | None,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """One draw of rollouts: each figure as (B, W), NaN where there is none."""
+    """One draw of rollouts: each measurement as (B, W), NaN where there is none."""
     rollouts = sample_rollouts(
         model,
         forward,
@@ -207,14 +211,14 @@ def _measure(
         "diversity": rewarded.diversity.mean(dim=1),
         "entropy": -log_probs.rollout.mean(dim=(1, 3)),
     }
-    figures = {
+    measurements = {
         name: _mean_by_document(values, blocks.exists, blocks.document, width)
         for name, values in per_block.items()
     }
-    figures["cross_entropy"] = _mean_by_document(
+    measurements["cross_entropy"] = _mean_by_document(
         -log_probs.document, predicted_targets(documents), documents.document, width
     )
-    return figures
+    return measurements
 
 
 def score_rollouts(

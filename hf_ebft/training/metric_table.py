@@ -1,0 +1,373 @@
+"""Every metric of the package: what it is, which way is better, its unit, and where it is shown.
+
+The training log, the progress bar, TensorBoard, the report, the evaluation tables and the README
+select from these tables. `python -m hf_ebft.training.metric_table` prints the README's part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["higher", "lower"]
+Mode = Literal["both", "strided", "structured"]
+
+#: Names of EBFT's own metrics begin with this in every log.
+PREFIX = "ebft/"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, for people and for code.
+
+    Attributes:
+        name: as in `log_history`, without the `eval_` of an evaluation.
+        label: for people.
+        better: the direction to hope for; None where neither is good in itself.
+        unit: of its values; empty for plain numbers.
+        meaning: what it is, with the paper's equation where it has one.
+        advice: what to look for; empty if its meaning says it.
+        matters: smaller changes are not worth a word.
+        mode: which mode logs it; None: `Trainer` itself does.
+        short: its name on the progress bar; empty: not shown there.
+        in_summary: whether it is in the table at the end of a run, and in the model card.
+        in_overview: whether it may be in the report's overview picture.
+    """
+
+    name: str
+    label: str
+    better: Direction | None = None
+    unit: str = ""
+    meaning: str = ""
+    advice: str = ""
+    matters: float = 0.0
+    mode: Mode | None = "both"
+    short: str = ""
+    in_summary: bool = False
+    in_overview: bool = False
+
+
+#: What a run logs, the most telling first.
+METRICS = (
+    Metric(
+        "ebft/cfm_loss",
+        "CFM loss",
+        "lower",
+        meaning="Squared distance between the mean feature of rollouts and the feature of the "
+        "truth, unwhitened, estimated without bias for n >= 2 (paper, eq. 2). Read it with the "
+        "cross-entropy: a policy that only becomes sharper, or that overfits, lowers it, too.",
+        short="cfm_loss",
+        in_summary=True,
+        in_overview=True,
+    ),
+    Metric(
+        "ebft/alignment",
+        "alignment",
+        "higher",
+        meaning="Twice the cosine between a rollout's feature and the truth's, whitened if "
+        "whitening is on (paper, eq. 7).",
+        short="alignment",
+        in_summary=True,
+        in_overview=True,
+    ),
+    Metric(
+        "ebft/mean_reward",
+        "mean reward",
+        "higher",
+        meaning="`alignment_coef` * alignment - `diversity_coef` * diversity (paper, eq. 7).",
+        in_summary=True,
+    ),
+    Metric(
+        "ebft/diversity",
+        "diversity",
+        meaning="Twice the mean dot product among a group's rollouts (paper, eq. 7): similarity, "
+        "so low is diverse. Whitening by group makes it 0 unless rollouts repeat.",
+        short="diversity",
+        in_summary=True,
+    ),
+    Metric(
+        "ebft/ce_loss",
+        "cross-entropy, training",
+        "lower",
+        "nats/token",
+        "Teacher-forced, on the training text; logged when `ce_coef` > 0.",
+        short="ce",
+        in_summary=True,
+        in_overview=True,
+    ),
+    Metric(
+        "loss",
+        "loss",
+        meaning="In training the policy-gradient surrogate, whose gradient matters and whose value "
+        "does not; in evaluation the teacher-forced cross-entropy.",
+        mode=None,
+    ),
+    Metric(
+        "ebft/entropy",
+        "entropy of rollouts",
+        unit="nats/token",
+        meaning="Mean -log p of the sampled tokens at the sampling temperature.",
+        advice="A fast fall is collapse: raise `ce_coef` or lower the learning rate. A fall "
+        "together with the cross-entropy is learning.",
+        mode="strided",
+        short="entropy",
+        in_summary=True,
+        in_overview=True,
+    ),
+    Metric(
+        "ebft/duplicate_rollouts",
+        "duplicate rollouts",
+        "lower",
+        "share",
+        "Rollouts equal to an earlier one of their group; at most (n - 1) / n.",
+        "Near its most: raise `temperature`.",
+        matters=0.05,
+        in_summary=True,
+        in_overview=True,
+    ),
+    Metric(
+        "ebft/zero_advantage_groups",
+        "groups without advantage",
+        "lower",
+        "share",
+        "Groups whose rollouts all have advantage 0: they teach nothing.",
+        matters=0.05,
+        in_summary=True,
+    ),
+    Metric(
+        "ebft/advantages_std",
+        "spread of advantages",
+        meaning="Standard deviation; at 0 there is nothing to learn from.",
+    ),
+    Metric(
+        "ebft/kl",
+        "KL to the feature network",
+        unit="nats/token",
+        meaning="Logged when `kl_coef` > 0.",
+        mode="strided",
+        in_summary=True,
+    ),
+    Metric(
+        "ebft/rl_loss",
+        "policy-gradient loss",
+        meaning="Its gradient matters, its value does not.",
+    ),
+    Metric("grad_norm", "gradient norm", meaning="Before clipping.", mode=None),
+    Metric("learning_rate", "learning rate", meaning="As scheduled.", mode=None),
+    Metric(
+        "ebft/documents_without_blocks",
+        "documents without blocks",
+        "lower",
+        "share",
+        "Documents too short for a rollout: trained by cross-entropy only, if at all.",
+        mode="strided",
+    ),
+    Metric(
+        "ebft/replies_without_blocks",
+        "replies without blocks",
+        "lower",
+        "share",
+        "Where completions are marked: too short for a rollout, or between two anchors.",
+        "Lower `stride` or `generate_max_len` to reach more of them.",
+        mode="strided",
+    ),
+    Metric(
+        "ebft/blocks_per_document",
+        "blocks per document",
+        meaning="Places sampled from.",
+        mode="strided",
+    ),
+    Metric(
+        "ebft/without_answer",
+        "rollouts without an answer",
+        "lower",
+        "share",
+        "Completions that end before their thinking does.",
+        "Raise `max_completion_length`.",
+        mode="structured",
+    ),
+    Metric(
+        "ebft/ground_truth_length",
+        "length of ground truths",
+        unit="tokens",
+        meaning="Mean over the batch.",
+        mode="structured",
+    ),
+    Metric(
+        "ebft/ground_truths_over_budget",
+        "ground truths over budget",
+        "lower",
+        "share",
+        "Ground truths longer than a completion may become.",
+        "Raise `max_completion_length`.",
+        mode="structured",
+    ),
+    Metric(
+        "ebft/seconds_rollout",
+        "time, rollouts",
+        unit="seconds",
+        meaning="Per micro-batch.",
+        mode="strided",
+    ),
+    Metric(
+        "ebft/seconds_features",
+        "time, features",
+        unit="seconds",
+        meaning="Per micro-batch.",
+    ),
+    Metric(
+        "ebft/seconds_training",
+        "time, training",
+        unit="seconds",
+        meaning="Per micro-batch.",
+        mode="strided",
+    ),
+)
+METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
+#: Seconds of a micro-batch, by phase.
+PHASES = ("ebft/seconds_rollout", "ebft/seconds_features", "ebft/seconds_training")
+
+#: `Trainer` calls the cross-entropy of an evaluation its loss.
+EVALUATION_LOSS = Metric(
+    "loss",
+    "cross-entropy, held-out",
+    "lower",
+    "nats/token",
+    "Teacher-forced, on the evaluation set.",
+    mode=None,
+)
+
+
+def metric_of(name: str) -> Metric | None:
+    """The table's entry of a logged name, `eval_` or not; None if it is not in the table."""
+    if name == "eval_loss":
+        return EVALUATION_LOSS
+    return METRIC_BY_NAME.get(name.removeprefix("eval_"))
+
+
+def label_of(name: str) -> str:
+    """What people call a logged name."""
+    metric = metric_of(name)
+    if metric is None:
+        return name
+    held_out = name.startswith("eval_") and metric is not EVALUATION_LOSS
+    return f"{metric.label}, held-out" if held_out else metric.label
+
+
+#: Held-out measurements of the text itself, by teacher forcing at temperature 1: means over tokens.
+TEXT_METRICS = {
+    "cross_entropy": Metric(
+        "cross_entropy",
+        "cross-entropy, nats/token",
+        "lower",
+        "nats/token",
+        "teacher-forced, temperature 1, mean over all tokens",
+    ),
+    "cross_entropy_completion": Metric(
+        "cross_entropy_completion",
+        "cross-entropy of completions",
+        "lower",
+        "nats/token",
+        "the same over completions, where prompts are marked",
+    ),
+}
+#: Held-out measurements of rollouts: means over the blocks of a document, then over documents.
+ROLLOUT_METRICS = {
+    "cfm_loss": Metric(
+        "cfm_loss",
+        "CFM loss",
+        "lower",
+        meaning="`‖E[φ(rollout)] − φ(truth)‖²` (paper, eq. 2), unbiased for n ≥ 2, so that it can "
+        "be negative. Sharpening the policy or overfitting lowers it while the cross-entropy "
+        "rises: compare by both",
+    ),
+    "cosine_alignment": Metric(
+        "cosine_alignment",
+        "alignment, 2 cos unwhitened",
+        "higher",
+        meaning="2 cos of rollout and truth, unwhitened, mean of n",
+    ),
+    "cosine_alignment_best": Metric(
+        "cosine_alignment_best",
+        "alignment unwhitened, best of n",
+        "higher",
+        meaning="the same, best of n",
+    ),
+    "dot_diversity": Metric(
+        "dot_diversity",
+        "diversity, 2 dot unwhitened",
+        meaning="twice the mean dot product of a group's rollouts, unwhitened",
+    ),
+    "reward": Metric(
+        "reward",
+        "reward as trained, mean",
+        "higher",
+        meaning="as training with these settings would reward a rollout, mean of n",
+    ),
+    "reward_best": Metric(
+        "reward_best", "reward as trained, best of n", "higher", meaning="the same, best of n"
+    ),
+    "alignment": Metric(
+        "alignment",
+        "alignment as rewarded",
+        "higher",
+        meaning="the alignment in that reward, whitened if the settings say so",
+    ),
+    "diversity": Metric(
+        "diversity", "diversity as rewarded", meaning="the diversity in that reward, likewise"
+    ),
+    "duplicates": Metric(
+        "duplicates",
+        "share of duplicate rollouts",
+        "lower",
+        "share",
+        "rollouts that repeat an earlier one of their group",
+    ),
+    "entropy": Metric(
+        "entropy",
+        "entropy of rollouts, nats/token",
+        unit="nats/token",
+        meaning="mean −log p of the sampled tokens, at the sampling temperature",
+    ),
+}
+#: exp of these is shown beside them.
+PERPLEXITIES = {
+    "cross_entropy": Metric("perplexity", "perplexity", "lower", meaning="exp of it"),
+    "cross_entropy_completion": Metric(
+        "perplexity_completion", "perplexity of completions", "lower", meaning="exp of it"
+    ),
+}
+HELD_OUT_METRICS = (
+    TEXT_METRICS | {metric.name: metric for metric in PERPLEXITIES.values()} | ROLLOUT_METRICS
+)
+
+
+def training_table() -> str:
+    """The metrics that EBFT logs, as the README shows them."""
+    lines = ["| metric | better | what it is, and what to look for |", "|---|---|---|"]
+    for metric in METRICS:
+        if metric.mode is None:
+            continue
+        name = f"`{metric.name.removeprefix(PREFIX)}`"
+        if metric.mode != "both":
+            name += f" ({metric.mode})"
+        text = f"{metric.meaning} {metric.advice}".strip()
+        if metric.unit:
+            text = f"{metric.unit}. {text}"
+        lines.append(f"| {name} | {metric.better or ''} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def measurement_table() -> str:
+    """What is measured on held-out text, as docs/evaluation.md shows it."""
+    lines = ["| measurement | better | what it is |", "|---|---|---|"]
+    lines += [
+        f"| `{metric.name}` | {metric.better or ''} | {metric.meaning} |"
+        for metric in HELD_OUT_METRICS.values()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(training_table())
+    print(measurement_table(), end="")
