@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from hf_ebft.packed.verification import verify_packing
 from tests.support.exactness import Case, ragged_batch, sample
 from tests.support.model_state import state_of
 from tests.support.tiny import config, texts, tiny_llama, weights_of
+
+if find_spec("trl") is not None:  # not in the test: the import itself draws random numbers
+    from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
 
 SETTINGS: dict[str, Any] = {"feature_layers": (0.5, 1.0), "normalization": "per_layer"}
 
@@ -112,8 +116,6 @@ def read_packed(model: nn.Module) -> None:
 
 def read_sequences(model: nn.Module) -> None:
     pytest.importorskip("trl")
-    from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, TokenSequence
-
     network = SequenceFeatureNetwork(
         model, embed_method="last_token", batch_tokens=64, shared=True, **SETTINGS
     )
