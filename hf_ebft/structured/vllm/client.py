@@ -93,8 +93,9 @@ class VLLMClient:
         reported = started
         while True:
             try:
+                patience = min(timeout, HEALTH_TIMEOUT)
                 self._request(
-                    "GET", "/health", None, "say that it is up", timeout=HEALTH_TIMEOUT, retries=0
+                    "GET", "/health", None, "say that it is up", timeout=patience, retries=0
                 )
                 return
             except (ServerUnavailable, RequestRefused) as error:
@@ -162,9 +163,9 @@ class VLLMClient:
         return entries
 
     def start_time(self) -> float | None:
-        """When the server's process started (seconds since 1970); tells a restarted one.
+        """When the server's process started, in seconds since 1970; a restart changes it.
 
-        None where the server does not say, as behind several API server processes.
+        None if the server does not say, as with several API server processes.
         """
         try:
             text = self._request("GET", "/metrics", None, "show its metrics")
@@ -174,9 +175,9 @@ class VLLMClient:
         return None if found is None else float(found.group(1))
 
     def device(self) -> str | None:
-        """The kind of device that the server computes on; None where it does not say.
+        """The kind of device that the server computes on; None if it does not say.
 
-        Only a server in development mode says.
+        Only a server in development mode does.
         """
         path = "/server_info?config_format=json"
         try:
@@ -197,7 +198,7 @@ class VLLMClient:
     # ---- Weights -----------------------------------------------------------------------------
 
     def load_adapter(self, name: str, path: str) -> None:
-        """Let the server load an adapter from a folder, under a name it has not had yet."""
+        """Let the server load an adapter from a folder, under a name that is new to it."""
         payload = {"lora_name": name, "lora_path": path}
         try:
             # A refusal of an adapter comes as status 500 as well: trying again would not help.
@@ -226,11 +227,11 @@ class VLLMClient:
             raise
 
     def unload_adapter(self, name: str, *, at_the_end: bool = False) -> None:
-        """Let the server forget an adapter; one that it does not know is fine.
+        """Let the server forget an adapter; it need not know it.
 
         Args:
             name: of the adapter.
-            at_the_end: the run is over, so that a server that does not answer is not waited for.
+            at_the_end: the run is over; do not wait long for an answer.
         """
         haste: dict[str, Any] = {"timeout": CLEANUP_TIMEOUT, "retries": 0} if at_the_end else {}
         try:
@@ -246,7 +247,7 @@ class VLLMClient:
                 raise
 
     def reload_weights(self, path: str) -> None:
-        """Replace the server's weights by those in a folder, while no request is under way."""
+        """Let the server replace its weights by those in a folder, once its requests are done."""
         hint = (
             "Full weights need a server in development mode (VLLM_SERVER_DEV_MODE=1); "
             f"`{SERVE_COMMAND}` starts it so."
@@ -261,10 +262,20 @@ class VLLMClient:
                     f"reload its weights from {path}",
                     transient=(),
                 )
-            finally:
-                self._request("POST", "/resume", {}, "resume")
+            except BaseException:
+                self._resume_after_failure()
+                raise
+            self._request("POST", "/resume", {}, "resume")
         except RequestRefused as error:
             raise VLLMServerError(f"{error} {hint}") from error
+
+    def _resume_after_failure(self) -> None:
+        """Resume a paused server without waiting long: it may have frozen, or the user pressed
+        ctrl-C."""
+        try:
+            self._request("POST", "/resume", {}, "resume", timeout=CLEANUP_TIMEOUT, retries=0)
+        except VLLMServerError as error:
+            logger.warning("%s", error)
 
     # ---- Sampling ----------------------------------------------------------------------------
 

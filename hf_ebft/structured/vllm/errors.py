@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class VLLMServerError(RuntimeError):
-    """Something between the trainer and the vLLM server went wrong, in words for its user."""
+    """The base of all errors here. Its message is for the user."""
 
 
 class ServerGone(VLLMServerError):
-    """The server went away; when it is back, the weights can be sent again."""
+    """The server went away. Once it is back, the weights can be sent again."""
 
 
 class ServerUnavailable(ServerGone):

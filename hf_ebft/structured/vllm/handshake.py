@@ -35,15 +35,15 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 CPU: below 1e-6 in float32, 0.012 to 0.027 in bfloat16; faults were tenths of nats or more."""
 
 LEAST_MOVE = 0.1
-"""Share of the tolerance that the policy must have moved by before the server is expected to."""
+"""A server is expected to follow a policy that moved by more than this share of the tolerance..."""
 MOVE_IN_ROUNDINGS = 3.0
-"""The same in differences that rounding alone made: two roundings differ by 1.4 of one, and the
-mean of 16 tokens scatters by a fifth."""
+"""...and by more than this many times what rounding alone made. (The difference of two roundings is
+1.4 times one of them, and the mean of 16 tokens varies by a fifth.)"""
 LEAST_SHARE = 0.25
-"""Share of the policy's move that the server must have made; one that follows makes all of it."""
+"""A server that follows makes the whole move; one that makes less than this share does not."""
 CHECKED_ROLLOUTS = 4
 CHECKED_TOKENS = 64
-"""Completions of a fresh batch, and tokens of each, that every process compares."""
+"""How many completions of a fresh batch every process compares, and how many tokens of each."""
 
 TOKENIZER_PROBES = (
     "def add(first, second):\n    return first + second  # done\n",
@@ -280,7 +280,7 @@ def check_vocabulary(completions: Sequence[Completion], vocabulary: int) -> None
 def choose_rollouts(count: int, limit: int) -> list[int]:
     """Which of a batch's completions to check: the first, the last, and some between.
 
-    Weights that are exchanged between two requests stay exchanged, so the last one shows it.
+    Weights that are replaced during a batch stay replaced, so the last completion shows it.
     """
     steps = max(1, limit - 1)
     return sorted(count - 1 - round(place * (count - 1) / steps) for place in range(limit))

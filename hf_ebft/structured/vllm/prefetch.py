@@ -23,7 +23,7 @@ class Following:
 
 
 class ServerRollouts(Protocol):
-    """What a trainer asks of its rollouts beside the rollouts themselves.
+    """What a trainer asks its source of rollouts for, apart from rollouts.
 
     Attributes:
         following: batches that come after the one at hand; None where none is known.
@@ -42,7 +42,7 @@ class StalenessAware(ABC):
     """A trainer that corrects for rollouts older than its policy and can say what comes next.
 
     Attributes:
-        server_rollouts: where its completions come from, once they do; set by these themselves.
+        server_rollouts: where its completions come from; they set it when they start.
     """
 
     server_rollouts: ServerRollouts | None = None
@@ -57,7 +57,7 @@ class StalenessAware(ABC):
 
 
 class LookAhead:
-    """An iterator that can say what comes later."""
+    """An iterator whose later items can be looked at before it reaches them."""
 
     def __init__(self, source: Iterator[Any]) -> None:
         self.source = source
@@ -70,7 +70,7 @@ class LookAhead:
         return self._seen.popleft() if self._seen else next(self.source)
 
     def peek(self, distance: int) -> Any | None:
-        """The item that so many calls of `next` would pass over first; None past the end."""
+        """The item that comes after `distance` others; None past the end."""
         while len(self._seen) <= distance:
             try:
                 self._seen.append(next(self.source))

@@ -1,8 +1,6 @@
 """Settings of rollouts sampled by a stock `vllm serve`, declared once.
 
-They come as a mixin: `EBFTGRPOConfig` inherits them, and whoever trains with TRL's own trainer
-holds them in a plain `VLLMServerSettings`. This file imports neither TRL nor vLLM, so that the
-script that starts the server can read it anywhere.
+`EBFTGRPOConfig` inherits them. With TRL's own trainer, `VLLMServerSettings` holds them.
 """
 
 from __future__ import annotations

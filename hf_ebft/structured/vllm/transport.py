@@ -67,7 +67,7 @@ class Transport:
     ) -> Response:
         """Send a request, again if the connection breaks, the time is up or the status may pass.
 
-        A server that refuses connections is not tried again: whoever asked waits until it is up.
+        A server that refuses connections is not tried again: the caller waits until it is up.
 
         Args:
             method: GET or POST.

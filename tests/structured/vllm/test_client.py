@@ -351,6 +351,25 @@ def test_a_server_is_resumed_even_if_reloading_failed(fake):
     assert not fake.paused
 
 
+def test_control_c_during_a_reload_waits_for_no_frozen_server(fake, monkeypatch):
+    monkeypatch.setattr("hf_ebft.structured.vllm.client.CLEANUP_TIMEOUT", 0.2)
+    client = client_of(fake)
+    send = client._transport.send
+
+    def interrupted(method, path, *args, **options):
+        if path == "/collective_rpc":
+            raise KeyboardInterrupt
+        return send(method, path, *args, **options)
+
+    monkeypatch.setattr(client._transport, "send", interrupted)
+    fake.fail("/resume", fake_vllm.slow(2.0), times=9)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        client.reload_weights("/x")
+    assert time.monotonic() - started < 1.5
+    fake.faults.clear()
+
+
 def test_an_api_key_is_sent(fake, monkeypatch):
     seen = []
     fake.fail("/health", lambda handler: seen.append(handler.headers["Authorization"]) or False)
