@@ -24,6 +24,8 @@ class BeforeTrainingMixin(Trainer):
       evaluation, which marks it as prepared, so that `train()` would not wrap it into DDP: each
       process would train on its own gradients. Here the mark is taken off again. Under FSDP the
       model is sharded as `train()` does it, once for both.
+    - `bf16_full_eval` and `fp16_full_eval`: `Trainer` casts the weights and leaves them so; a
+      later `train()` or `save_model()` would go on with rounded ones. Here they are put back.
     - FSDP1 is refused.
     - A log before `train()`: TensorBoard's writer would open in `./runs` of the current folder, and
       stay there. Here it opens in `output_dir/runs`, as in `train()`.
@@ -33,10 +35,17 @@ class BeforeTrainingMixin(Trainer):
         """The parent's; FSDP1 is refused, whoever asked for it.
 
         Raises:
-            ValueError: `fsdp_version` is not 2.
+            ValueError: `fsdp_version` is not 2, or `bf16_full_eval` or `fp16_full_eval` is set
+                with FSDP.
         """
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and (self.args.bf16_full_eval or self.args.fp16_full_eval):
+            raise ValueError(
+                "bf16_full_eval and fp16_full_eval cast the weights in place, which is not "
+                "supported for the shards of FSDP: training and checkpoints would go on with "
+                "rounded ones. Leave them off; with bf16=True evaluation computes in bfloat16, too."
+            )
         if plugin is not None and plugin.fsdp_version != 2:
             raise ValueError(
                 "FSDP1 is not supported: it flattens the weights that EBFT reads layer by layer. "
@@ -46,7 +55,7 @@ class BeforeTrainingMixin(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The parent's loop; the model can be prepared for training afterwards."""
-        with self._model_unprepared_after():
+        with self._model_unprepared_after(), self._weights_kept():
             return super().evaluation_loop(*args, **kwargs)
 
     @contextmanager
@@ -73,6 +82,31 @@ class BeforeTrainingMixin(Trainer):
             prepared = self.accelerator._models
             prepared[:] = [other for other in prepared if _bare(other) is not model]
             self.model_wrapped = model  # without torch.compile's wrapper
+
+    @contextmanager
+    def _weights_kept(self) -> Iterator[None]:
+        """Give the model its own weights back where an evaluation casts them for itself.
+
+        They wait on the CPU meanwhile.
+        """
+        args = self.args
+        if self.is_in_train or not (args.bf16_full_eval or args.fp16_full_eval):
+            yield
+            return
+        model: Any = self.model
+        weights = [(weight, weight.device, weight.data.cpu()) for weight in model.parameters()]
+        buffers = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        try:
+            yield
+        finally:
+            for weight, device, own in weights:
+                weight.data = own.to(device)
+            for module, name, buffer in buffers:
+                setattr(module, name, buffer)
 
     def _shard(self) -> None:
         """Shard the policy as `train()` does, together with its optimizer, as FSDP2 needs it."""

@@ -37,7 +37,7 @@ TESTED = {
             activation_checkpointing gradient_checkpointing""",
         "test_columns_that_ebft_understands_are_kept": "remove_unused_columns",
         "test_evaluation_is_that_of_trainer": "per_device_eval_batch_size",
-        "test_evaluation_wholly_in_bfloat16": "bf16_full_eval fp16_full_eval",
+        "test_evaluation_wholly_in_bfloat16": "bf16_full_eval",
         "test_fp16_on_a_cpu_does_what_it_does_in_trainer": "fp16",
         "test_losses_that_are_asked_for_are_logged": "include_for_metrics",
         "test_push_to_hub": "push_to_hub",
@@ -62,6 +62,9 @@ TESTED = {
         "test_what_changes_no_weight": """
             auto_find_batch_size full_determinism include_num_input_tokens_seen
             restore_callback_states_from_checkpoint torch_empty_cache_steps use_cache""",
+    },
+    "training/test_before_training.py": {
+        "test_an_evaluation_does_not_round_the_weights": "fp16_full_eval",
     },
     "training/test_parallelism.py": {
         "test_rows_and_tensors_are_not_split": "parallelism_config",

@@ -1,12 +1,16 @@
 """What `evaluate()` and `log()` before `train()` leave behind: nothing."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
+from peft import LoraConfig
 
 from hf_ebft import EBFTTrainer
-from tests.support.tiny import config, texts, tiny_llama
+from tests.support.tiny import assert_same_tensors, config, texts, tiny_llama, weights_of
 
 
 @pytest.mark.parametrize("first", ["evaluate", "log"])
@@ -71,3 +75,34 @@ def test_mixed_precision_is_taken_off_again(
     assert before.keys() == model.__dict__.keys()
     assert trainer.model_wrapped is model
     assert not trainer.accelerator._models
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("option", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_does_not_round_the_weights(
+    option: str, adapters: bool, tmp_path: Path
+) -> None:
+    """`Trainer` leaves them cast; the base is the feature network, too, where adapters train."""
+
+    def make(**settings: Any) -> EBFTTrainer:
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules="all-linear") if adapters else None
+        rows = texts(24, 24)
+        args = config(tmp_path, max_steps=1, **settings)
+        return EBFTTrainer(
+            tiny_llama(), args, train_dataset=rows, eval_dataset=rows, peft_config=lora
+        )
+
+    plain, evaluated = make(), make(**{option: True})
+    seen = []
+    step = evaluated.prediction_step
+    evaluated.prediction_step = lambda model, *args, **kwargs: (  # type: ignore[method-assign]
+        seen.append(next(model.parameters()).dtype) or step(model, *args, **kwargs)
+    )
+    before = copy.deepcopy(evaluated.model.state_dict())
+    evaluated.evaluate()
+    assert seen == [getattr(torch, {"b": "bfloat16", "f": "float16"}[option[0]])]
+    assert_same_tensors(evaluated.model.state_dict(), before, relative=0)
+    plain.train()
+    evaluated.train()
+    assert_same_tensors(weights_of(evaluated.model), weights_of(plain.model), relative=0)

@@ -68,17 +68,32 @@ def test_the_launcher_is_asked_too(
 
 
 @both_modes
-def test_fsdp1_is_refused(mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its plugin alone: accelerate starts it on an accelerator only."""
-    _, make = mode(tmp_path)
+@pytest.mark.parametrize(
+    ("version", "full", "message"),
+    [
+        (1, False, r"FSDP1 is not supported.*fsdp_version: 2"),
+        (2, True, r"bf16_full_eval and fp16_full_eval cast the weights.*bf16=True"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused(
+    mode: Any,
+    version: int,
+    full: bool,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its plugin alone: accelerate starts FSDP on an accelerator only."""
+    args, make = mode(tmp_path)
+    args.bf16_full_eval = full
     original = Trainer.create_accelerator_and_postprocess
 
     def create(trainer: Trainer) -> None:
         original(trainer)
-        plugin = SimpleNamespace(fsdp_version=1)
+        plugin = SimpleNamespace(fsdp_version=version)
         monkeypatch.setitem(trainer.accelerator.state._shared_state, "fsdp_plugin", plugin)
         monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
-    with pytest.raises(ValueError, match=r"FSDP1 is not supported.*fsdp_version: 2"):
+    with pytest.raises(ValueError, match=message):
         make()
