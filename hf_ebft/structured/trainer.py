@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl import GRPOTrainer  # type: ignore[attr-defined]  # re-exported lazily
 
 from hf_ebft.feature_network.fingerprint import fingerprint_of
@@ -270,11 +270,33 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """TRL's evaluation, of data sets in all the forms that the constructor takes."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = with_one_bos(
-                prepare_evaluation(eval_dataset, self.args, self._column), self.processing_class
-            )
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(self._prepared(eval_dataset), ignore_keys, metric_key_prefix)
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """`evaluate` without a log: the metrics, such as `test_ebft/alignment`, are returned."""
+        output = super().predict(self._prepared(test_dataset), ignore_keys, metric_key_prefix)
+        return output._replace(metrics={**(output.metrics or {}), **self._take_evaluation()})
+
+    def _prepared(self, dataset: Any) -> Any:
+        if dataset is None or isinstance(dataset, str):  # those of the constructor, or one of them
+            return dataset
+        dataset = prepare_evaluation(dataset, self.args, self._column)
+        return with_one_bos(dataset, self.processing_class)
+
+    def _take_evaluation(self) -> dict[str, Any]:
+        """Metrics of the last evaluation under the prefix of its data set; a collective call."""
+        means = {**self._take_loss("eval"), **take_metrics(self, "eval")}
+        return {f"{self._evaluation_prefix}_{name}": mean for name, mean in means.items()}
+
+    def _take_loss(self, mode: str) -> dict[str, Any]:
+        return self._metrics_of_loss[mode].take(
+            lambda sums: self.accelerator.reduce(sums, reduction="sum")
+        )
 
     def evaluation_loop(
         self,
@@ -287,8 +309,6 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         """TRL's loop, sampling with a fixed seed and leaving the random state of training alone."""
         refuse_partial_groups(self.args)
         self._evaluation_prefix = metric_key_prefix
-        take_metrics(self, "eval")  # left by `predict`, which logs nothing
-        self._metrics_of_loss["eval"] = MetricAccumulator(self.accelerator.device)
         device = self.accelerator.device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices=devices, device_type=_forked_type(device)):
@@ -303,15 +323,7 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         Metrics of an evaluation carry the prefix of its data set, as `eval_a_loss` does. TRL calls
         them `eval_...` whatever the set, so that several sets would overwrite each other.
         """
-        mode = "train" if self.model.training else "eval"
-        means: dict[str, Any] = self._metrics_of_loss[mode].take(
-            lambda sums: self.accelerator.reduce(sums, reduction="sum")
-        )
-        if mode == "train":
-            logs.update(means)
-        else:
-            means |= take_metrics(self, "eval")
-            logs.update({f"{self._evaluation_prefix}_{name}": mean for name, mean in means.items()})
+        logs.update(self._take_loss("train") if self.model.training else self._take_evaluation())
         super().log(logs, start_time)
 
     @property

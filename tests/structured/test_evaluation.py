@@ -72,13 +72,17 @@ def test_best_model_is_found_by_the_metric_of_one_set(tmp_path):
     assert state["best_metric"] == values[best]
 
 
-def test_prediction_leaves_nothing_in_the_next_evaluation(tmp_path):
+def test_prediction_has_the_metrics_of_an_evaluation_and_leaves_none_behind(tmp_path):
+    """TRL keeps them for the next log, which is that of the next evaluation."""
     trainer = build(tmp_path, rows(2))
-    before = trainer.evaluate()
-    trainer.predict(rows(8).select([6, 7]))
+    other = rows(8).select([6, 7]).to_list()
+    before, expected = trainer.evaluate(), trainer.evaluate(other)
+    found = trainer.predict(other).metrics
     after = trainer.evaluate()
-    for name in ("eval_ebft/alignment", "eval_ebft/ce_loss", "eval_completions/mean_length"):
-        assert after[name] == pytest.approx(before[name])
+    for name in ("ebft/alignment", "ebft/ce_loss", "completions/mean_length"):
+        assert found[f"test_{name}"] == pytest.approx(expected[f"eval_{name}"])
+        assert after[f"eval_{name}"] == pytest.approx(before[f"eval_{name}"])
+    assert found["test_ebft/ce_loss"] != pytest.approx(after["eval_ebft/ce_loss"])
 
 
 def test_batch_that_holds_no_whole_groups_is_refused(tmp_path):

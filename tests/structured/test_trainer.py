@@ -549,10 +549,14 @@ def test_what_cannot_work_is_refused_when_the_trainer_is_built(tmp_path):
 
 def test_sampling_that_would_round_the_weights_is_refused(tmp_path):
     """TRL's continuous batching casts the policy, and a base shared with it, in place."""
-    settings = {"use_transformers_continuous_batching": True}
     with pytest.raises(ValueError, match=r"casts the policy to torch\.bfloat16 .*torch\.float32"):
-        make(tmp_path, bf16=True, **settings)
-    trainer = make(tmp_path, max_steps=1, **settings)
+        make(tmp_path, bf16=True, use_transformers_continuous_batching=True)
+    make(tmp_path, use_transformers_continuous_batching=True)
+
+
+@pytest.mark.slow
+def test_continuous_batching_trains_on_the_papers_advantages(tmp_path):
+    trainer = make(tmp_path, max_steps=1, use_transformers_continuous_batching=True)
     trainer.train()
     assert_advantages(
         trainer.seen[0], expected_advantages(policy(), trainer.seen[0], rows(), n_samples=4)
