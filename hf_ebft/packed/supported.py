@@ -231,6 +231,13 @@ def set_packed_attention(model: nn.Module, choice: str) -> str:
         )
     if choice == "auto" and taken == "sdpa" and _takes(base, SPLIT, []):
         taken = SPLIT
+    if choice == "auto" and taken != SPLIT and (reason := why_not_split(base)):
+        logger.warning(
+            "Attention of %s cannot be split, since %s: it gets a mask of the whole packed row, "
+            "which takes more memory and time.",
+            type(base).__name__,
+            reason,
+        )
     if chooses and before not in ("sdpa", SPLIT, taken):
         logger.warning(
             "Attention of %s switched from %s to %s, which can express the packed mask.",

@@ -214,6 +214,26 @@ def test_a_mask_of_the_whole_row_is_logged_once(caplog: pytest.LogCaptureFixture
     assert "LlamaAttention uses dropout, which split attention does not" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("model_type", "choice", "reason"),
+    [
+        ("gptj", "auto", "its code does not leave attention to the chosen function"),
+        ("gemma2", "auto", "it does not support sdpa"),
+        ("gemma2", "eager", None),
+        ("llama", "auto", None),
+        ("llama", "sdpa", None),
+    ],
+)
+def test_attention_that_cannot_be_split_is_logged(
+    model_type: str, choice: str, reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="hf_ebft"):
+        PackedForward.for_model(tiny_model(model_type), choice)
+    lines = [r.getMessage() for r in caplog.records if r.name.startswith("hf_ebft")]
+    assert len(lines) == (reason is not None)
+    assert reason is None or f"cannot be split, since {reason}" in lines[0]
+
+
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
 def test_split_attention_is_refused_where_it_would_leave_something_out(model_type: str) -> None:
     """A bound on the scores, or sinks. sdpa, which split attention falls back to, lacks them too.
