@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_ebft.config import EBFTSettings
 from hf_ebft.objective.losses import (
     cross_entropy,
+    ebft_objective,
     kl_penalty,
     per_rollout_token_mean,
     policy_gradient_loss,
@@ -102,6 +104,46 @@ def test_cross_entropy_of_fully_masked_documents_is_zero() -> None:
     loss = cross_entropy(log_probs, documents)
     loss.backward()
     assert loss.item() == 0.0
+
+
+# ---- The objective ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_document", [False, True])
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_the_objective_is_the_weighted_sum_of_its_parts(
+    with_document: bool, with_reference: bool
+) -> None:
+    """What is not asked for is None, and not in the loss."""
+    settings = EBFTSettings(rl_coef=0.7, ce_coef=0.2, kl_coef=0.3, kl_estimator="k3")
+    layout = ragged_layout()
+    log_probs, reference = (-torch.rand(layout.rollout_shape) for _ in range(2))
+    document = -torch.rand_like(layout.documents.input_ids, dtype=torch.float32)
+    advantages = torch.randn(layout.rollout_shape[:3])
+    objective = ebft_objective(
+        settings,
+        layout,
+        log_probs,
+        advantages,
+        document_log_probs=document if with_document else None,
+        reference_log_probs=reference if with_reference else None,
+    )
+    rl = policy_gradient_loss(log_probs, advantages, layout)
+    ce = cross_entropy(document, layout.documents)
+    kl = per_rollout_token_mean(kl_penalty(log_probs, reference, "k3"), layout)
+    torch.testing.assert_close(objective.rl, rl)
+    assert (objective.ce is not None) == with_document
+    assert (objective.kl is not None) == with_reference
+    expected = 0.7 * rl + 0.2 * ce * with_document + 0.3 * kl * with_reference
+    torch.testing.assert_close(objective.loss, expected)
+
+
+def test_an_objective_that_is_not_finite_names_its_parts() -> None:
+    layout = ragged_layout()
+    log_probs = torch.zeros(layout.rollout_shape)
+    advantages = torch.full(layout.rollout_shape[:3], math.inf)
+    with pytest.raises(FloatingPointError, match=r"The loss is nan \(rl_loss=nan\).*learning_rate"):
+        ebft_objective(EBFTSettings(), layout, log_probs, advantages)
 
 
 # ---- KL penalty -----------------------------------------------------------------------------
