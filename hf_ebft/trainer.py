@@ -1,6 +1,7 @@
 """`EBFTTrainer`: a `transformers.Trainer` whose loss is Energy-Based Fine-Tuning.
 
-`compute_loss` is the algorithm: sample, score, log-probabilities, objective, record.
+`compute_loss` is the algorithm: sample, score, log-probabilities, objective, record. Optimizer
+steps, evaluation and hyperparameter search are mixins, in `training/`.
 """
 
 from __future__ import annotations
@@ -59,8 +60,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             `feature_model_name_or_path` if set, else `model` as it is now, placed by
             `feature_placement`.
         peft_config: wraps `model` by PEFT first.
-        **kwargs: everything else that `Trainer` takes. Without a `data_collator`,
-            [`~hf_ebft.data.collator.EBFTDataCollator`] pads.
+        **kwargs: what else `Trainer` takes. Without a `data_collator`, `EBFTDataCollator` pads.
 
     Raises:
         ValueError: settings, model, feature network or dataset that cannot work.

@@ -71,15 +71,15 @@ class Documents:
                 a token is no target, `prompt_length` (B,) in tokens without padding, and
                 document boundaries as `document_ids` / `seq_idx` (B, S') or `position_ids`
                 that restart.
-            document_masking: see :class:`hf_ebft.config.StridedArguments`.
-            eos_token_id: token that ends a document, used when ``document_masking`` is True and
+            document_masking: see `hf_ebft.config.StridedArguments`.
+            eos_token_id: token that ends a document, used when `document_masking` is True and
                 the batch has no boundaries of its own.
             vocabulary_size: token ids that the model embeds; larger ones are refused if given.
             pad_to_multiple_of: S is rounded up to a multiple of this.
 
         Raises:
-            ValueError: missing or malformed ``input_ids``, ids that the model does not know,
-                labels that are not a masked copy of them, a ``prompt_length`` beyond its row, or
+            ValueError: missing or malformed `input_ids`, ids that the model does not know,
+                labels that are not a masked copy of them, a `prompt_length` beyond its row, or
                 no way to find boundaries.
         """
         input_ids = _read_input_ids(inputs)
@@ -188,7 +188,7 @@ def predicted_targets(documents: Documents) -> Tensor:
 
 
 def split_rows(inputs: dict[str, Any], size: int | None) -> list[dict[str, Any]]:
-    """A batch in parts of at most ``size`` rows; the batch itself where it is no larger.
+    """A batch in parts of at most `size` rows; the batch itself where it is no larger.
 
     Raises:
         ValueError: a column that has not one entry per row.

@@ -1,7 +1,7 @@
 """An exponential moving average of the trained weights (EMA), kept beside them.
 
-Rollouts make noisy gradients, and the average of the last few weights is a better guess of where
-they wander than the last ones. After step t, for every trainable weight W,
+Rollouts make noisy gradients; the average of the last few weights is less noisy than the last
+weights. After step t, for every trainable weight W,
 
     A_0 = W_0,   A_t = decay * A_(t-1) + (1 - decay) * W_t
 

@@ -19,7 +19,7 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time the block as a part of the phase ``name``."""
+        """Time the block as a part of the phase `name`."""
         start = self._now()
         self._inner.append(0.0)
         try:
