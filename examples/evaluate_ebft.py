@@ -95,7 +95,7 @@ class EvaluationArguments:
     )
     whitening: Literal["feature", "sample", "none"] = field(
         default="feature",
-        metadata={"help": "Of 'as rewarded' figures; the others are never whitened."},
+        metadata={"help": "Of the metrics 'as rewarded'; the others are never whitened."},
     )
     diversity_coef: float = field(default=1.0, metadata={"help": "Of the reward."})
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(

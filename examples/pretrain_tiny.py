@@ -1,10 +1,10 @@
-"""Train the small language model in ``examples/tiny_model`` from nothing.
+"""Train the small language model in `examples/tiny_model` from nothing.
 
-Text: the Python standard library's source, split as ``stdlib_text.py`` says. The script trains a
-byte-level BPE tokenizer and a small Llama on ``general/pretrain`` with ``transformers.Trainer``,
-measures the model on ``general/pretrain_eval`` and on the ``tune`` split of the domains that it
-has not seen, and writes weights, tokenizer and a model card with the measured figures to
-``--output_dir``.
+Text: the Python standard library's source, split as `stdlib_text.py` says. The script trains a
+byte-level BPE tokenizer and a small Llama on `general/pretrain` with `transformers.Trainer`,
+measures the model on `general/pretrain_eval` and on the `tune` split of the domains that it
+has not seen, and writes weights, tokenizer and a model card with the results to
+`--output_dir`.
 
     python examples/pretrain_tiny.py                       # the committed model, on 2 CPU cores
     python examples/pretrain_tiny.py --max_steps 200 --output_dir /tmp/tiny    # a quick look
@@ -76,7 +76,7 @@ class TinyModelArguments:
 
 @dataclass
 class PretrainArguments(TrainingArguments):
-    """``transformers.TrainingArguments`` with the defaults that the committed model was made with.
+    """`transformers.TrainingArguments` with the defaults that the committed model was made with.
 
     They suit two CPU cores and about twenty minutes: many small steps at a high learning rate.
     """
@@ -102,7 +102,7 @@ class PretrainArguments(TrainingArguments):
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Packed rows as a dataset of causal-LM examples. ``rows``: (R, S) int64."""
+    """Packed rows as a dataset of causal-LM examples. `rows`: (R, S) int64."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
@@ -118,7 +118,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 class Measurement:
     """Cross-entropy of one model on one text.
 
-    ``nats_per_token`` is the mean over the predicted tokens: all but the first of each row.
+    `nats_per_token` is the mean over the predicted tokens: all but the first of each row.
     """
 
     nats_per_token: float
@@ -133,9 +133,9 @@ class Measurement:
 def train_tokenizer(
     documents: Sequence[Document], vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned on ``documents``: any text encodes, and decodes to itself.
+    """Byte-level BPE learned on `documents`: any text encodes, and decodes to itself.
 
-    Encoding adds no special tokens. ``EOS_TOKEN`` ends a document (and so begins the next).
+    Encoding adds no special tokens. `EOS_TOKEN` ends a document (and so begins the next).
     """
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -162,7 +162,7 @@ def train_tokenizer(
 def pack(
     tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document], row_length: int
 ) -> tuple[Tensor, float]:
-    """Rows of ``row_length`` tokens, (R, S) int64, and the text's tokens per UTF-8 byte.
+    """Rows of `row_length` tokens, (R, S) int64, and the text's tokens per UTF-8 byte.
 
     Documents follow each other with an EOS after each; what does not fill the last row is left
     out. The EOS tokens count as tokens of the text, since the model has to predict them.
@@ -181,14 +181,14 @@ def pack(
 
 
 def spread(rows: Tensor, at_most: int) -> Tensor:
-    """At most ``at_most`` of the rows (R, S), evenly spaced."""
+    """At most `at_most` of the rows (R, S), evenly spaced."""
     if len(rows) <= at_most:
         return rows
     return rows[torch.linspace(0, len(rows) - 1, at_most).long()]
 
 
 def unigram_nats_per_token(train_rows: Tensor, rows: Tensor, vocab_size: int) -> float:
-    """Cross-entropy on ``rows`` of the token frequencies of ``train_rows`` (plus one each)."""
+    """Cross-entropy on `rows` of the token frequencies of `train_rows` (plus one each)."""
     counts = torch.bincount(train_rows.flatten(), minlength=vocab_size).double() + 1
     log_p_V = (counts / counts.sum()).log()
     return -log_p_V[rows[:, 1:]].mean().item()
@@ -196,7 +196,7 @@ def unigram_nats_per_token(train_rows: Tensor, rows: Tensor, vocab_size: int) ->
 
 @torch.no_grad()
 def model_nats_per_token(model: LlamaForCausalLM, rows: Tensor, batch_size: int) -> float:
-    """Mean cross-entropy of ``model`` over all tokens but the first of each row."""
+    """Mean cross-entropy of `model` over all tokens but the first of each row."""
     model.eval()
     total = 0.0
     for rows_BS in rows.split(batch_size):
@@ -208,7 +208,7 @@ def model_nats_per_token(model: LlamaForCausalLM, rows: Tensor, batch_size: int)
 def sample(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, temperature: float
 ) -> str:
-    """``prompt`` and its continuation by up to 64 tokens; greedy at temperature 0."""
+    """`prompt` and its continuation by up to 64 tokens; greedy at temperature 0."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     # mypy: transformers types generate's self as a protocol that its own models do not match.
@@ -242,7 +242,7 @@ def measure(
     sizes: TinyModelArguments,
     batch_size: int,
 ) -> dict[str, tuple[Measurement, Measurement]]:
-    """Each evaluation text -> (model, unigram baseline fitted on ``train_rows`` (R, S)).
+    """Each evaluation text -> (model, unigram baseline fitted on `train_rows` (R, S)).
 
     A text that this Python does not have, or too little of, is named and left out.
     """
@@ -251,7 +251,7 @@ def measure(
         ("general", "pretrain_eval", sizes.max_position_embeddings, None),
         *((domain, "tune", sizes.row_length, sizes.max_unseen_rows) for domain in UNSEEN_DOMAINS),
     ]
-    figures = {}
+    results = {}
     for domain, split, row_length, at_most in texts:
         try:
             documents = stdlib_text.load(domain, split).documents
@@ -263,12 +263,12 @@ def measure(
         text = f"`{domain}/{split}`, {len(rows)} rows of {row_length}"
         nats = model_nats_per_token(model, rows, batch_size)
         unigram_nats = unigram_nats_per_token(train_rows, rows, len(tokenizer))
-        figures[text] = (
+        results[text] = (
             Measurement(nats, tokens_per_byte),
             Measurement(unigram_nats, tokens_per_byte),
         )
         print(f"{text}: model {nats:.3f}, unigram {unigram_nats:.3f} nats/token")
-    return figures
+    return results
 
 
 def model_card(
@@ -277,15 +277,15 @@ def model_card(
     parameters: int,
     minutes: float,
     train_tokens: int,
-    figures: dict[str, tuple[Measurement, Measurement]],
+    results: dict[str, tuple[Measurement, Measurement]],
     samples: Sequence[str],
 ) -> str:
-    """The model card. ``figures``: text -> (model, unigram baseline)."""
+    """The model card. `results`: text -> (model, unigram baseline)."""
     command = shlex.join(["python", "examples/pretrain_tiny.py", *sys.argv[1:]])
     table = "\n".join(
         f"| {text} | {model.nats_per_token:.3f} | {model.bits_per_byte:.3f} "
         f"| {unigram.nats_per_token:.3f} | {unigram.bits_per_byte:.3f} |"
-        for text, (model, unigram) in figures.items()
+        for text, (model, unigram) in results.items()
     )
     blocks = "\n\n".join(f"```python\n{text.rstrip()}\n```" for text in samples)
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps
@@ -383,7 +383,7 @@ def main() -> None:
     trainer.train()
     minutes = (time.perf_counter() - start) / 60
 
-    figures = measure(model, tokenizer, train_rows, sizes, args.eval_batch_size)
+    results = measure(model, tokenizer, train_rows, sizes, args.eval_batch_size)
     set_seed(args.seed)
     for prompt in SAMPLE_PROMPTS:
         print("--- greedy\n" + sample(model, tokenizer, prompt, temperature=0.0))
@@ -396,10 +396,11 @@ def main() -> None:
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     card = model_card(
-        sizes, args, model.num_parameters(), minutes, train_rows.numel(), figures, samples
+        sizes, args, model.num_parameters(), minutes, train_rows.numel(), results, samples
     )
     (output_dir / "README.md").write_text(card, encoding="utf-8")
     print(f"saved to {output_dir}")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

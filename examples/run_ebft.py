@@ -284,7 +284,7 @@ class Comparison:
         self.rows = None
         if eval_rows is not None and report.report_rows:
             self.rows = eval_rows.spread(report.report_rows, DATA_SEED)
-        self.figures: list[DocumentMeasurements] = []
+        self.measured: list[DocumentMeasurements] = []
         self.samples: list[list[Continuation]] = []
 
     def measure(self) -> None:
@@ -297,7 +297,7 @@ class Comparison:
         report, args = self.report, self.trainer.args
         say(args, f"Measuring {len(self.rows)} held-out rows ...")
         model: Any = self.trainer.model
-        self.figures.append(
+        self.measured.append(
             evaluate_documents(
                 model,
                 self.trainer.feature_network,
@@ -323,11 +323,11 @@ class Comparison:
             )
 
     def show(self) -> None:
-        """Print the differences and samples, and keep the figures in report.json."""
+        """Print the differences and samples, and keep them in report.json."""
         if self.rows is None:
             return
         args = self.trainer.args
-        before, after = self.figures
+        before, after = self.measured
         documents = [self.rows.sources[row][0] for row in after.row]
         n_documents = len(set(documents))
         by_document = n_documents >= FEWEST_DOCUMENTS
@@ -344,11 +344,11 @@ class Comparison:
             say(args, "\n" + format_samples(old, new, self.tokenizer.decode))
         if args.process_index == 0:
             path = Path(str(args.output_dir), "report.json")
-            figures = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
-            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            numbers = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
+            path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
             if self.samples:
                 self.write_samples(path.with_name("samples.jsonl"))
-            say(args, f"\nThe figures of the table are in {path}.")
+            say(args, f"\nThe numbers of the table are in {path}.")
 
     def write_samples(self, path: Path) -> None:
         """The samples as JSON lines, which `hf_ebft.report` shows."""

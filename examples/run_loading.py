@@ -42,7 +42,7 @@ def load_text(
     read: Callable[[Table], RawDataset],
     opened: Table | None,
 ) -> tuple[RawDataset, RawDataset | None]:
-    """Raw training text and, if it is wanted, held-out text; ``read`` takes it from the columns."""
+    """Raw training text and, if it is wanted, held-out text; `read` takes it from the columns."""
     train = read(opened or load_split(data.dataset_name_or_path, data.train_split, data))
     if not wants_eval:
         return train, None

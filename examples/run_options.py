@@ -1,4 +1,4 @@
-"""The options of ``run_ebft.py``: their groups, and how a file and the command line are read."""
+"""The options of `run_ebft.py`: their groups, and how a file and the command line are read."""
 
 from __future__ import annotations
 

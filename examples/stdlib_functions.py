@@ -1,7 +1,7 @@
 """Functions that every Python carries, as prompts with ground truths: the head, then the body.
 
 For structured mode without anything to download. Which file belongs to which domain and split is
-decided by ``stdlib_text.py``; the small model has seen ``general/pretrain`` and nothing else.
+decided by `stdlib_text.py`; the small model has seen `general/pretrain` and nothing else.
 """
 
 import ast
@@ -21,12 +21,12 @@ def load(domain: str, split: str, root: Path | None = None) -> list[dict[str, st
     """Functions in the shorter files of one split of one domain, in the order of the files.
 
     Args:
-        domain: a key of ``stdlib_text.SPLITS``.
+        domain: a key of `stdlib_text.SPLITS`.
         split: one of that domain's splits.
-        root: the library's folder; ``None`` means the running Python's.
+        root: the library's folder; `None` means the running Python's.
 
     Returns:
-        Rows with ``prompt`` (from ``def`` to the docstring's end) and ``ground_truth`` (the rest of
+        Rows with `prompt` (from `def` to the docstring's end) and `ground_truth` (the rest of
         the function, indented as it stands).
 
     Raises:

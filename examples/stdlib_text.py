@@ -1,7 +1,7 @@
 """Text that every Python carries: the source of its own standard library, in fixed splits.
 
-The small model in ``examples/tiny_model`` is trained on it (``pretrain_tiny.py``), and the demo
-(``run_ebft.py``) takes its documents from it, so that nothing has to be downloaded. Both must
+The small model in `examples/tiny_model` is trained on it (`pretrain_tiny.py`), and the demo
+(`run_ebft.py`) takes its documents from it, so that nothing has to be downloaded. Both must
 agree on which text is whose; this module is the one place that decides.
 
 A *domain* is a kind of text, decided by the file's place in the library:
@@ -9,23 +9,23 @@ A *domain* is a kind of text, decided by the file's place in the library:
 =============  ===============================================  ================================
 domain         documents                                        splits (share of the names)
 =============  ===============================================  ================================
-``general``    every module that is in no other domain          pretrain 90, pretrain_eval 5,
+`general`      every module that is in no other domain          pretrain 90, pretrain_eval 5,
                                                                 demo_reserve 5 %
-``topics``     the language reference as prose: the entries of  train 70, tune 10, report 20 %
-               ``pydoc_data/topics.py``, less those printed
+`topics`       the language reference as prose: the entries of  train 70, tune 10, report 20 %
+               `pydoc_data/topics.py`, less those printed
                a second time within a longer one
-``tests``      everything below a ``test``, ``tests`` or        train 70, tune 10, report 20 %
-               ``idle_test`` folder
-``encodings``  the character tables in ``encodings/``           train 70, tune 10, report 20 %
+`tests`        everything below a `test`, `tests` or            train 70, tune 10, report 20 %
+               `idle_test` folder
+`encodings`    the character tables in `encodings/`             train 70, tune 10, report 20 %
 =============  ===============================================  ================================
 
-The small model has seen ``general/pretrain`` and nothing else; ``pretrain_eval`` measures it, and
-nobody trains on ``demo_reserve``. In the other domains ``tune`` is for choosing hyper-parameters
-and ``report`` for the figures that are published.
+The small model has seen `general/pretrain` and nothing else; `pretrain_eval` measures it, and
+nobody trains on `demo_reserve`. In the other domains `tune` is for choosing hyper-parameters
+and `report` for the results that are published.
 
 A document belongs to the split that the SHA-256 of its name falls into, so the splits are disjoint
 by construction and a file keeps its split on every machine and every Python version. Which files
-exist does differ: some distributions leave out the ``test`` folders, for example.
+exist does differ: some distributions leave out the `test` folders, for example.
 """
 
 import ast
@@ -55,8 +55,8 @@ _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 class Document(NamedTuple):
     """One document.
 
-    ``name`` is the file's path relative to the library, with forward slashes; a topic is called
-    ``pydoc_data/topics.py#<topic>``.
+    `name` is the file's path relative to the library, with forward slashes; a topic is called
+    `pydoc_data/topics.py#<topic>`.
     """
 
     name: str
@@ -76,10 +76,10 @@ def stdlib_root() -> Path:
 
 
 def file_names(root: Path) -> list[str]:
-    """Relative names of the library's Python files, sorted; empty if ``root`` does not exist.
+    """Relative names of the library's Python files, sorted; empty if `root` does not exist.
 
-    Left out is what building Python has written on this machine (``_sysconfigdata*``,
-    ``config-*``): it differs from machine to machine.
+    Left out is what building Python has written on this machine (`_sysconfigdata*`,
+    `config-*`): it differs from machine to machine.
     """
     names = []
     for folder, subfolders, files in os.walk(root):
@@ -97,7 +97,7 @@ def file_names(root: Path) -> list[str]:
 
 
 def domain_of(name: str) -> str:
-    """Domain of the file or topic called ``name``."""
+    """Domain of the file or topic called `name`."""
     folders = name.split("/")[:-1]
     if _TEST_FOLDERS.intersection(folders):
         return "tests"
@@ -109,7 +109,7 @@ def domain_of(name: str) -> str:
 
 
 def split_of(name: str) -> str:
-    """Split, within its domain, of the document called ``name``."""
+    """Split, within its domain, of the document called `name`."""
     percentile = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100
     bound = 0
     for split, share in SPLITS[domain_of(name)].items():
@@ -120,9 +120,9 @@ def split_of(name: str) -> str:
 
 
 def parse_topics(source: str) -> dict[str, str]:
-    """The dictionary that ``pydoc_data/topics.py`` assigns to ``topics``, without running it.
+    """The dictionary that `pydoc_data/topics.py` assigns to `topics`, without running it.
 
-    Raises ``ValueError`` if ``source`` holds no such literal.
+    Raises `ValueError` if `source` holds no such literal.
     """
     try:
         statements = ast.parse(source).body
@@ -146,7 +146,7 @@ def parse_topics(source: str) -> dict[str, str]:
 
 
 def whole_topics(topics: dict[str, str]) -> dict[str, str]:
-    """``topics`` without those that are parts of others, so that no text is in two splits.
+    """`topics` without those that are parts of others, so that no text is in two splits.
 
     The reference manual's sections nest ("while" is also printed within "compound"). A topic is
     left out if longer topics repeat half of its text or more, paragraph by paragraph.
@@ -166,7 +166,7 @@ def documents_of_file(root: Path, name: str) -> Iterator[Document]:
     """The documents of one file: its text, or one for each topic; none if it is blank.
 
     The file is decoded as Python itself would (coding cookie, UTF-8 otherwise; any newline reads
-    as ``\\n``). Raises ``OSError``, ``SyntaxError`` (unknown encoding) or ``ValueError``
+    as `\\n`). Raises `OSError`, `SyntaxError` (unknown encoding) or `ValueError`
     (undecodable bytes, no topics found).
     """
     with tokenize.open(root / name) as file:
@@ -182,11 +182,11 @@ def load(domain: str, split: str, root: Path | None = None) -> Corpus:
     """All documents of one split of one domain, sorted by name.
 
     Args:
-        domain: a key of ``SPLITS``.
+        domain: a key of `SPLITS`.
         split: one of that domain's splits.
-        root: the library's folder; ``None`` means the running Python's.
+        root: the library's folder; `None` means the running Python's.
 
-    Raises ``ValueError`` for an unknown domain or split, and where this Python installation has
+    Raises `ValueError` for an unknown domain or split, and where this Python installation has
     no document of that kind.
     """
     if domain not in SPLITS:

@@ -1,4 +1,4 @@
-"""Structured mode of ``run_ebft.py``: prompts with ground truths, on TRL's GRPOTrainer."""
+"""Structured mode of `run_ebft.py`: prompts with ground truths, on TRL's GRPOTrainer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ STRIDED_ONLY = (
     "report_samples",
     "report_sample_len",
 )
-FIGURES = ("cfm_loss", "alignment", "diversity")
+METRICS = ("cfm_loss", "alignment", "diversity")
 
 
 def run(
@@ -207,7 +207,7 @@ class Comparison:
         if held_out is not None and report.report_rows:
             count = min(report.report_rows, len(held_out))
             self.rows = held_out.shuffle(seed=DATA_SEED).select(range(count))
-        self.figures: list[dict[str, NDArray[np.float64]]] = []
+        self.measured: list[dict[str, NDArray[np.float64]]] = []
         self.cross_entropy: list[float] = []
 
     def measure(self) -> None:
@@ -230,7 +230,7 @@ class Comparison:
             reward.score = score
         self.cross_entropy.append(metrics["eval_ebft/ce_loss"])
         # (P, n, 1) of each batch, P prompts; the CFM loss is (P, 1).
-        self.figures.append(
+        self.measured.append(
             {
                 name: np.concatenate(
                     [
@@ -238,7 +238,7 @@ class Comparison:
                         for scores in scored
                     ]
                 )
-                for name in FIGURES
+                for name in METRICS
             }
         )
 
@@ -247,9 +247,9 @@ class Comparison:
         if self.rows is None:
             return
         args = self.trainer.args
-        before, after = self.figures
+        before, after = self.measured
         differences: dict[str, PairedDifference] = {
-            name: paired_bootstrap(before[name], after[name]) for name in FIGURES
+            name: paired_bootstrap(before[name], after[name]) for name in METRICS
         }
         say(
             args,
@@ -263,6 +263,6 @@ class Comparison:
         )
         if args.process_index == 0:
             path = Path(str(args.output_dir), "report.json")
-            figures = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
-            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-            say(args, f"\nThe figures of the table are in {path}.")
+            numbers = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
+            path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+            say(args, f"\nThe numbers of the table are in {path}.")

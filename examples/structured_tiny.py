@@ -2,7 +2,7 @@
 
 Everything is made here, nothing is downloaded. A small Llama is first taught by cross-entropy, and
 stopped while it still makes mistakes. Then EBFT trains it on its own completions: the ground truth
-enters through features alone (``--ce_coef 0``). Both models are measured on words that neither
+enters through features alone (`--ce_coef 0`). Both models are measured on words that neither
 stage has trained on, with the same seeds and the same frozen network, and compared word by word.
 
     python examples/structured_tiny.py
@@ -56,7 +56,7 @@ def main() -> None:
     measure = FeatureMatchingReward(
         model, tokenizer, embed_method=options.embed_method, use_whitening=False
     )
-    before = figures(model, tokenizer, measure, held_out)
+    before = measure_completions(model, tokenizer, measure, held_out)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         args = EBFTGRPOConfig(
@@ -83,8 +83,9 @@ def main() -> None:
             model, args, train_dataset=Dataset.from_list(train), processing_class=tokenizer
         )
         trainer.train()
+        trainer.accelerator.end_training()
     print(f"EBFT for {options.steps} steps in {time.perf_counter() - start:.0f} s")
-    after = figures(model, tokenizer, measure, held_out)
+    after = measure_completions(model, tokenizer, measure, held_out)
 
     print(f"\n{HELD_OUT} held-out words, {options.num_generations} completions each\n")
     print("| | before | after | difference (95 %) |\n|---|---|---|---|")
@@ -147,14 +148,14 @@ def taught(
 
 
 @torch.no_grad()
-def figures(
+def measure_completions(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     measure: FeatureMatchingReward,
     rows: list[dict[str, str]],
     completions: int = 8,
 ) -> dict[str, NDArray[np.float64]]:
-    """Figures of each row (N,), from completions sampled with a fixed seed."""
+    """Metric -> its value for each row (N,), from completions sampled with a fixed seed."""
     model.eval()
     repeated = [row for row in rows for _ in range(completions)]
     prompts = [row["prompt"] for row in repeated]

@@ -20,7 +20,7 @@ class EBFTDataCollator:
     is never mistaken for text, and a tokenizer without a pad token needs none.
 
     Args:
-        processing_class: tokenizer whose pad token fills ``input_ids``; 0 is used where it has
+        processing_class: tokenizer whose pad token fills `input_ids`; 0 is used where it has
             none.
     """
 
@@ -32,7 +32,7 @@ class EBFTDataCollator:
         """Collate rows of different lengths into tensors (rows, longest row).
 
         Raises:
-            ValueError: a row without ``input_ids`` or without a column that others have, a
+            ValueError: a row without `input_ids` or without a column that others have, a
                 per-token column of another length, or one that holds no whole numbers.
         """
         for row in rows:

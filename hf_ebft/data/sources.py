@@ -34,7 +34,7 @@ class RawDataset:
 
     Attributes:
         records: the rows, in any indexable container (a list, a `datasets.Dataset`).
-        columns: ``(text column,)``, or those of a prompt, its completion and what belongs to them.
+        columns: `(text column,)`, or those of a prompt, its completion and what belongs to them.
         name: where it comes from, for messages.
     """
 
@@ -63,7 +63,7 @@ class RawDataset:
             yield self._text(index, prompt), self._text(index, completion)
 
     def select(self, indices: Sequence[int]) -> RawDataset:
-        """The rows at ``indices``, in that order."""
+        """The rows at `indices`, in that order."""
         if hasattr(self.records, "select"):  # a datasets.Dataset, which then stays on disk
             return RawDataset(self.records.select(indices), self.columns, self.name)
         return RawDataset([self.records[index] for index in indices], self.columns, self.name)
@@ -95,7 +95,7 @@ class Table:
     name: str
 
     def text(self, column: str | None = None) -> RawDataset:
-        """The documents, or prompts with completions, as :func:`find_columns` finds them.
+        """The documents, or prompts with completions, as `find_columns` finds them.
 
         Raises:
             ValueError: there are none.
@@ -120,15 +120,15 @@ def load_text_dataset(
     """Load documents or prompt/completion pairs.
 
     Args:
-        name_or_path: a ``.txt``, ``.md`` or ``.py`` file (one document); a folder of such files, at
-            any depth (a document each, sorted by path); a ``.jsonl``, ``.json`` or ``.parquet``
-            file; a folder of ``.jsonl`` or ``.parquet`` files, or one that ``Dataset.save_to_disk``
+        name_or_path: a `.txt`, `.md` or `.py` file (one document); a folder of such files, at
+            any depth (a document each, sorted by path); a `.jsonl`, `.json` or `.parquet`
+            file; a folder of `.jsonl` or `.parquet` files, or one that `Dataset.save_to_disk`
             wrote; or a dataset's name on the hub.
-        split: which split; ``datasets`` also takes slices such as ``train[:10%]``. Text files have
-            only ``train``.
+        split: which split; `datasets` also takes slices such as `train[:10%]`. Text files have
+            only `train`.
         config_name: configuration of a hub dataset that has several.
-        column: the column with the text. By default ``prompt`` with ``completion`` if both are
-            there, else the first of ``text``, ``content`` and ``code``.
+        column: the column with the text. By default `prompt` with `completion` if both are
+            there, else the first of `text`, `content` and `code`.
 
     Raises:
         ValueError: no such data, split or column; nothing in it; or undecodable text.
@@ -144,10 +144,10 @@ def load_table(
     config_name: str | None = None,
     column: str | None = None,
 ) -> Table:
-    """Load rows with all their columns; text files have one, ``text``.
+    """Load rows with all their columns; text files have one, `text`.
 
     Args:
-        name_or_path: as for :func:`load_text_dataset`.
+        name_or_path: as for `load_text_dataset`.
         split: likewise.
         config_name: likewise.
         column: a column that has to be there.
@@ -185,7 +185,7 @@ def _no_column(name: str, column: str, available: Sequence[str]) -> str:
 
 
 def find_columns(available: Sequence[str], column: str | None, name: str) -> tuple[str, ...]:
-    """The columns that hold the text: ``column`` if given, else pairs, else a usual name.
+    """The columns that hold the text: `column` if given, else pairs, else a usual name.
 
     Raises:
         ValueError: there are none.
@@ -250,7 +250,7 @@ def hold_out(data: RawDataset, fraction: float) -> tuple[RawDataset, RawDataset]
 
 
 def _text_files(path: Path) -> list[Path]:
-    """The text files at ``path``, sorted; none if it is something else."""
+    """The text files at `path`, sorted; none if it is something else."""
     if path.is_file():
         return [path] if path.suffix in TEXT_SUFFIXES else []
     if not path.is_dir() or _is_saved_dataset(path):
@@ -268,7 +268,7 @@ def _text_files(path: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below ``folder``, sorted, but for hidden files and folders."""
+    """All files below `folder`, sorted, but for hidden files and folders."""
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]

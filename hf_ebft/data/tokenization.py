@@ -44,7 +44,7 @@ class TokenizationCounts:
         kept_short: whether short pieces were kept, to train by cross-entropy only.
         rows: rows made.
         tokens: tokens in them.
-        stopped_early: whether reading ended because ``max_rows`` were reached.
+        stopped_early: whether reading ended because `max_rows` were reached.
     """
 
     documents: int = 0
@@ -99,7 +99,7 @@ class TokenizedRows(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(ids).long() for name, ids in self._rows[index].items()}
 
     def spread(self, count: int, seed: int = 0) -> TokenizedRows:
-        """At most ``count`` of the rows, from as many sources as possible and otherwise at random.
+        """At most `count` of the rows, from as many sources as possible and otherwise at random.
 
         Rows of one source resemble each other, so that a few of many tell more about the text.
 
@@ -108,7 +108,7 @@ class TokenizedRows(Dataset[dict[str, Tensor]]):
             seed: of the choice.
 
         Raises:
-            ValueError: ``count`` below 1.
+            ValueError: `count` below 1.
         """
         if count < 1:
             raise ValueError(f"count={count} must be at least 1; leave it out to take all rows.")
@@ -134,7 +134,7 @@ def tokenize_and_cut(
     keep_short: bool = False,
     max_rows: int | None = None,
 ) -> TokenizedRows:
-    """Tokenize raw text and cut it into rows of at most ``sequence_len`` tokens.
+    """Tokenize raw text and cut it into rows of at most `sequence_len` tokens.
 
     Every document ends with the tokenizer's EOS token, if it has one, and is cut where a row is
     full. A document that ends as the chat template ends a reply keeps that end and gets no EOS.
@@ -145,11 +145,11 @@ def tokenize_and_cut(
         documents: raw texts.
         tokenizer: a transformers tokenizer.
         sequence_len: most tokens of a row.
-        min_length: tokens that one block needs, ``context_length + generate_max_len``; pieces below
+        min_length: tokens that one block needs, `context_length + generate_max_len`; pieces below
             are dropped.
-        pack: put pieces that do not fill a row together into one, told apart by a ``document_ids``
+        pack: put pieces that do not fill a row together into one, told apart by a `document_ids`
             column. A piece goes to the fullest row that has room for it.
-        keep_short: keep pieces below ``min_length``, to train by cross-entropy only.
+        keep_short: keep pieces below `min_length`, to train by cross-entropy only.
         max_rows: stop when there are so many rows. Default: take everything.
 
     Raises:
@@ -168,7 +168,7 @@ def raw_text(
     min_length: int = 16,
     keep_short: bool = False,
 ) -> dict[str, list[list[int]]]:
-    """:func:`tokenize_and_cut` for ``dataset.map``: rows of strided mode from columns of raw text.
+    """`tokenize_and_cut` for `dataset.map`: rows of strided mode from columns of raw text.
 
         dataset.map(raw_text, batched=True, remove_columns=dataset.column_names,
                     fn_kwargs={"tokenizer": tokenizer})
@@ -180,15 +180,15 @@ def raw_text(
         tokenizer: a transformers tokenizer.
         text_column: the column with the texts.
         sequence_len: most tokens of a row.
-        min_length: tokens that one block needs, ``context_length + generate_max_len``; pieces below
+        min_length: tokens that one block needs, `context_length + generate_max_len`; pieces below
             are dropped.
         keep_short: keep these, to train by cross-entropy only.
 
     Returns:
-        ``input_ids``, one list for each row made.
+        `input_ids`, one list for each row made.
 
     Raises:
-        ValueError: no such column, a call without ``batched=True``, or a value that is no text.
+        ValueError: no such column, a call without `batched=True`, or a value that is no text.
     """
     if text_column not in batch:
         raise ValueError(f"There is no column {text_column!r}, only {', '.join(map(repr, batch))}.")
@@ -219,7 +219,7 @@ def _cut(
     keep_short: bool,
     max_rows: int | None,
 ) -> TokenizedRows:
-    """:func:`tokenize_and_cut`, where no row at all is a result like others."""
+    """`tokenize_and_cut`, where no row at all is a result like others."""
     _check_lengths(sequence_len, min_length, max_rows)
     counts = TokenizationCounts(kept_short=keep_short)
     prefix = added_bos(tokenizer)
@@ -263,7 +263,7 @@ def tokenize_prompt_completion(
     keep_short: bool = False,
     max_rows: int | None = None,
 ) -> TokenizedRows:
-    """Tokenize prompts with completions into rows whose ``labels`` are -100 on the prompt.
+    """Tokenize prompts with completions into rows whose `labels` are -100 on the prompt.
 
     The two texts are tokenized apart, so that no token spans the boundary; the prompt begins with
     the BOS token if the tokenizer adds one. The completion ends with EOS; after a prompt that the
@@ -274,9 +274,9 @@ def tokenize_prompt_completion(
         pairs: prompts with their completions.
         tokenizer: a transformers tokenizer with an EOS token.
         sequence_len: most tokens of a row.
-        min_length: tokens that one block needs, ``context_length + generate_max_len``.
-        min_completion: tokens of the completion that one block needs, ``min_completion_prefix +
-            generate_max_len``. Examples with less, perhaps because their prompt fills the row, are
+        min_length: tokens that one block needs, `context_length + generate_max_len`.
+        min_completion: tokens of the completion that one block needs, `min_completion_prefix +
+            generate_max_len`. Examples with less, perhaps because their prompt fills the row, are
             dropped.
         keep_short: keep these (as far as any token of the completion is left), to train by
             cross-entropy only.
@@ -328,30 +328,30 @@ def prompt_completion(
     sequence_len: int = 512,
     min_completion: int = 8,
 ) -> dict[str, list[int]]:
-    """:func:`tokenize_prompt_completion` for ``dataset.map``, one row at a time.
+    """`tokenize_prompt_completion` for `dataset.map`, one row at a time.
 
     A prompt may also be chat messages, which the tokenizer's chat template lays out up to where the
-    assistant is to speak; the row then ends as the template ends a reply. ``labels`` are -100 on
+    assistant is to speak; the row then ends as the template ends a reply. `labels` are -100 on
     the prompt, so that strided mode has its blocks in the completion only. A completion that does
     not fit is cut at its end.
 
     Args:
         row: one row.
-        index: its number, for messages (``with_indices=True``).
+        index: its number, for messages (`with_indices=True`).
         tokenizer: a transformers tokenizer with an EOS token.
         prompt_column: text or messages.
         completion_column: text.
         sequence_len: most tokens of a row.
-        min_completion: tokens of the completion that one block needs, ``min_completion_prefix +
-            generate_max_len``.
+        min_completion: tokens of the completion that one block needs, `min_completion_prefix +
+            generate_max_len`.
 
     Returns:
-        ``input_ids`` and ``labels``.
+        `input_ids` and `labels`.
 
     Raises:
         ValueError: a missing column, or a tokenizer without EOS or chat template.
         BadRowError: a value that is no text, or a completion that is empty or of which too little
-            fits. :func:`transform_rows` can leave out such rows.
+            fits. `transform_rows` can leave out such rows.
     """
     _require_eos(tokenizer)
     where = "A row" if index is None else f"Row {index}"
@@ -446,7 +446,7 @@ class _Rows:
         return None
 
     def columns(self) -> list[dict[str, NDArray[np.int32]]]:
-        """The rows, with ``document_ids`` if they are packed."""
+        """The rows, with `document_ids` if they are packed."""
         made = []
         for pieces in self._pieces:
             row = {"input_ids": np.concatenate(pieces)}

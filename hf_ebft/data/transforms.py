@@ -1,12 +1,12 @@
 """From the columns that data sets have to the ones that structured mode trains on.
 
-Every transform is a plain function of one row, for ``dataset.map``:
+Every transform is a plain function of one row, for `dataset.map`:
 
     dataset = dataset.map(question_answer, with_indices=True, remove_columns=dataset.column_names)
 
-and takes its settings by keyword (``fn_kwargs={"answer_column": "solution"}``). With
-``with_indices=True`` its errors say which row they are about. It returns a ``prompt``, as text or
-as chat messages, and the ``ground_truth`` to match. :func:`transform_rows` does the same in one
+and takes its settings by keyword (`fn_kwargs={"answer_column": "solution"}`). With
+`with_indices=True` its errors say which row they are about. It returns a `prompt`, as text or
+as chat messages, and the `ground_truth` to match. `transform_rows` does the same in one
 call and can leave out bad rows, counting them.
 """
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Message = dict[str, str]
 Transform = Callable[..., dict[str, Any]]
 
-#: Names of languages that the translation prompt spells out; others are given by ``languages``.
+#: Names of languages that the translation prompt spells out; others are given by `languages`.
 LANGUAGES: dict[str, str] = {
     "ar": "Arabic",
     "cs": "Czech",
@@ -76,20 +76,20 @@ def question_answer(
     chat: bool = False,
     system_prompt: str | None = None,
 ) -> dict[str, Any]:
-    """Questions with answers, such as OpenCodeInstruct's ``input`` and ``output``.
+    """Questions with answers, such as OpenCodeInstruct's `input` and `output`.
 
     Args:
         row: one row.
         index: its number, for messages.
         question_column: the question or instruction.
         answer_column: the ground truth.
-        prompt_template: text with the names of columns in braces, ``"Q: {input}\\nA:"`` for
+        prompt_template: text with the names of columns in braces, `"Q: {input}\\nA:"` for
             example. Default: the question as it is.
         chat: make the prompt a chat message of the user.
-        system_prompt: a system message before it; needs ``chat``.
+        system_prompt: a system message before it; needs `chat`.
 
     Returns:
-        ``prompt`` (text, or messages with ``chat``) and ``ground_truth`` (text).
+        `prompt` (text, or messages with `chat`) and `ground_truth` (text).
 
     Raises:
         ValueError: a column or template that does not fit the data set.
@@ -119,7 +119,7 @@ def translation(
     chat: bool = False,
     system_prompt: str | None = None,
 ) -> dict[str, Any]:
-    """Translation pairs, ``{"translation": {"de": ..., "en": ...}}``, as WMT and ALMA have them.
+    """Translation pairs, `{"translation": {"de": ..., "en": ...}}`, as WMT and ALMA have them.
 
     Args:
         row: one row.
@@ -127,14 +127,14 @@ def translation(
         source: code of the language to translate from.
         target: code of the language to translate to.
         translation_column: the column with a text by language code.
-        prompt_template: text with ``{source}``, ``{source_language}`` and ``{target_language}`` in
+        prompt_template: text with `{source}`, `{source_language}` and `{target_language}` in
             braces. Default: the instruction of the ALMA models.
-        languages: names of languages by code, on top of the ones in ``LANGUAGES``.
+        languages: names of languages by code, on top of the ones in `LANGUAGES`.
         chat: make the prompt a chat message of the user.
-        system_prompt: a system message before it; needs ``chat``.
+        system_prompt: a system message before it; needs `chat`.
 
     Returns:
-        ``prompt`` and ``ground_truth``, which as plain text begins with a space, as a text after
+        `prompt` and `ground_truth`, which as plain text begins with a space, as a text after
         the prompt's colon does.
 
     Raises:
@@ -184,7 +184,7 @@ def chat(
     turn: Literal["first", "last", "all"] = "last",
     thinking: Literal["strip", "keep"] | None = None,
 ) -> dict[str, Any]:
-    """Chats: lists of messages ``{"role", "content"}``, or ``{"from", "value"}`` as ShareGPT has.
+    """Chats: lists of messages `{"role", "content"}`, or `{"from", "value"}` as ShareGPT has.
 
     What follows the last reply of the assistant has no ground truth and is not used.
 
@@ -192,24 +192,24 @@ def chat(
         row: one row.
         index: its number, for messages.
         messages_column: the column with the messages.
-        turn: which reply is learned. ``"first"``: the prompt is what comes before the first reply.
-            ``"last"``: the prompt is the whole chat before the last reply, earlier replies as they
-            stand in the data. ``"all"``: the prompt is the chat without any reply and the ground
-            truth is the list of replies, for :class:`hf_ebft.structured.MultiTurnRollouts`, which
+        turn: which reply is learned. `"first"`: the prompt is what comes before the first reply.
+            `"last"`: the prompt is the whole chat before the last reply, earlier replies as they
+            stand in the data. `"all"`: the prompt is the chat without any reply and the ground
+            truth is the list of replies, for `hf_ebft.structured.MultiTurnRollouts`, which
             continues from the replies that it has generated.
         thinking: what becomes of the thinking of reasoning models in replies, between
-            ``<think>`` tags or in a ``reasoning_content`` of a message; see :func:`reasoning`.
+            `<think>` tags or in a `reasoning_content` of a message; see `reasoning`.
             Earlier replies of the prompt lose theirs, as chat templates do it. Needed where there
-            is any; ``"strip"`` is not for ``turn="all"``.
+            is any; `"strip"` is not for `turn="all"`.
 
     Returns:
-        ``prompt`` (messages), ``ground_truth`` (text; a list of them with ``"all"``), and
-        ``embed_thinking`` if ``thinking`` was given.
+        `prompt` (messages), `ground_truth` (text; a list of them with `"all"`), and
+        `embed_thinking` if `thinking` was given.
 
     Raises:
         ValueError: a column or setting that does not fit the data set.
         BadRowError: a chat without reply, with unknown roles or without text in a message, or, for
-            ``"all"``, one in which user and assistant do not take turns.
+            `"all"`, one in which user and assistant do not take turns.
     """
     if turn not in ("first", "last", "all"):
         raise ValueError(f"turn={turn!r} is unknown; choose first, last or all.")
@@ -256,27 +256,27 @@ def reasoning(
 ) -> dict[str, Any]:
     """Answers with the thinking that led to them, as data for reasoning models has it.
 
-    ``"strip"``: only answers are compared. The ground truth loses its thinking here, and
-    ``embed_thinking=False`` tells structured mode to take the thinking out of rollouts before they
-    reach the feature network. ``"keep"``: both are embedded with their thinking. Either way the
+    `"strip"`: only answers are compared. The ground truth loses its thinking here, and
+    `embed_thinking=False` tells structured mode to take the thinking out of rollouts before they
+    reach the feature network. `"keep"`: both are embedded with their thinking. Either way the
     policy gradient covers all that the policy has sampled.
 
     Args:
         row: one row.
         index: its number, for messages.
-        thinking: ``"strip"`` or ``"keep"``.
+        thinking: `"strip"` or `"keep"`.
         prompt_column: the prompt, text or messages.
-        answer_column: the reply, with its thinking between ``<think>`` tags unless there is a
-            ``thinking_column``.
-        thinking_column: a column of its own with the thinking, such as ``reasoning_content``.
+        answer_column: the reply, with its thinking between `<think>` tags unless there is a
+            `thinking_column`.
+        thinking_column: a column of its own with the thinking, such as `reasoning_content`.
 
     Returns:
-        ``prompt``, ``ground_truth`` (text) and ``embed_thinking`` (bool).
+        `prompt`, `ground_truth` (text) and `embed_thinking` (bool).
 
     Raises:
         ValueError: a column or setting that does not fit the data set.
         BadRowError: a value that is missing, blank or no text; thinking that never ends; or, to
-            ``"keep"`` it, a reply without any.
+            `"keep"` it, a reply without any.
     """
     _check_thinking(thinking)
     answer = _text(row, answer_column, index)
@@ -322,14 +322,14 @@ def transform_rows(
     """Apply a transform to all rows; the columns that it does not return are dropped.
 
     Args:
-        rows: a ``datasets.Dataset``, or a list of rows.
+        rows: a `datasets.Dataset`, or a list of rows.
         transform: a function of a row and its number, such as those of this module.
-        bad_rows: ``"raise"`` the first :class:`BadRowError`, or ``"skip"`` such rows and log how
+        bad_rows: `"raise"` the first `BadRowError`, or `"skip"` such rows and log how
             many there were, with the first reason. Settings that do not fit are errors either way.
         settings: passed to the transform.
 
     Returns:
-        What was given, transformed: a ``datasets.Dataset`` or a list.
+        What was given, transformed: a `datasets.Dataset` or a list.
 
     Raises:
         ValueError: no rows, or none that could be used.
@@ -383,7 +383,7 @@ def _value(row: Mapping[str, Any], column: str, index: int | None) -> Any:
 def _text(
     row: Mapping[str, Any], column: str, index: int | None, *, within: str | None = None
 ) -> str:
-    """A text that is not blank; ``within`` names the column whose entry ``column`` is."""
+    """A text that is not blank; `within` names the column whose entry `column` is."""
     name = f"column {column!r}" if within is None else f"{column!r} of column {within!r}"
     if within is None or column in row:
         value = _value(row, column, index)
