@@ -12,7 +12,7 @@ from typing import Any
 
 THINKING_STARTS = "<think>"
 THINKING_ENDS = "</think>"
-# Characters of the prompt's end in which a chat template may have opened the thinking.
+# Tokens at the prompt's end that hold the tag and the space after it, where a template opens it.
 _PROMPT_TAIL = 64
 
 
@@ -76,7 +76,7 @@ def answer_start(prompt_ids: Sequence[int], completion_ids: Sequence[int], token
     reopened = text.rfind(THINKING_STARTS) > end
     if end < 0 and not reopened:
         tail = tokenizer.decode(prompt_ids[-_PROMPT_TAIL:], skip_special_tokens=False)
-        reopened = tail.rfind(THINKING_STARTS) > tail.rfind(THINKING_ENDS)
+        reopened = tail.rstrip().endswith(THINKING_STARTS)  # a user may write of the tag elsewhere
     if reopened:
         return len(completion_ids)
     if end < 0:

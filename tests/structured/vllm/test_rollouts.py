@@ -183,6 +183,30 @@ def test_weights_are_sent_every_so_many_steps(fake, start):
     assert logged(trainer, "vllm/staleness") == [0, 1, 0, 1, 0]
 
 
+def test_a_policy_that_changed_without_a_step_is_sent_again(fake, start):
+    """By load_best_model_at_end, say, or by hand; the count of steps does not show it."""
+    trainer = start()
+    for scale in (1.0, 1.0, 3.0):
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(scale if parameter.requires_grad else 1.0)
+        found = trainer.rollout_func([PROMPTS[0]], trainer)
+        prompt, tokens = found["prompt_ids"][0], found["completion_ids"][0]
+        ours = plain_log_probs(trainer.model, prompt, tokens, 0.7)
+        theirs = torch.tensor(found["logprobs"][0]).double()
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+    assert [path for path, _ in fake.requests].count("/v1/load_lora_adapter") == 2
+
+
+def test_a_second_training_begins_with_the_policy_as_it_is(fake, start):
+    """Its steps count from 0 again, as those of the weights that the server has."""
+    trainer = start({"vllm_sync_interval": 4}, max_steps=2)
+    trainer.train()
+    trainer.train()
+    assert [path for path, _ in fake.requests].count("/v1/load_lora_adapter") == 2
+    assert max(logged(trainer, "vllm/rollout_difference")) < 1e-5
+
+
 @pytest.mark.slow
 def test_the_server_may_know_the_folder_by_another_path(fake, start, tmp_path):
     mounted = tmp_path / "mounted"
