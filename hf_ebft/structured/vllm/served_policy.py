@@ -8,7 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_ebft.structured.vllm.answers import Completion, ServedModel
 from hf_ebft.structured.vllm.client import VLLMClient
@@ -50,16 +53,26 @@ class Version:
         name: to ask the server for.
         step: optimizer step that they are from.
         served: the base model that they are of.
+        fingerprint: of the trained weights of this process.
     """
 
     name: str
     step: int
     served: ServedModel
+    fingerprint: list[float]
 
 
 def sync_kind(settings: VLLMServerArguments) -> type[AdapterSync] | type[FullWeightSync]:
     """How the settings want weights to be sent."""
     return AdapterSync if settings.vllm_lora_sync else FullWeightSync
+
+
+def fingerprint(model: nn.Module) -> list[float]:
+    """The sum of each trained tensor, of this process' share of it."""
+    tensors = [p.detach() for p in model.parameters() if p.requires_grad]
+    shares = [one.to_local() if isinstance(one, DTensor) else one for one in tensors]
+    sums = [share.sum(dtype=torch.float64) for share in shares]
+    return torch.stack([one.cpu() for one in sums]).tolist() if sums else []
 
 
 class ServedPolicy:
@@ -117,11 +130,20 @@ class ServedPolicy:
             self._send(trainer, "at the start")
             return
         age = step - self._version.step
-        # A second `train()` starts to count again.
-        if age < 0 or age >= (1 if fresh else self._settings.vllm_sync_interval):
+        # A second `train()` counts its steps from 0 again.
+        due = age < 0 or age >= (1 if fresh else self._settings.vllm_sync_interval)
+        if due or (age == 0 and self._policy_changed(trainer)):
             self._send(trainer, f"after step {step}")
         elif self.lost_weights():
             self.send_again(trainer)
+
+    def _policy_changed(self, trainer: Any) -> bool:
+        """Whether the policy has other weights than those sent, although the step is the same.
+
+        So after `load_best_model_at_end`, or in the first step of a second `train()`.
+        """
+        changed = fingerprint(trainer.model) != self.version.fingerprint
+        return any(gather_object([changed]))
 
     def send_again(self, trainer: Any) -> None:
         """Send the weights to a server that went away, once it is up again."""
@@ -165,7 +187,7 @@ class ServedPolicy:
                 if attempt == RECOVERIES:
                     raise
                 logger.warning("the vLLM server went away while it got weights: %s", error)
-        self._version = Version(name, trainer.state.global_step, served)
+        self._version = Version(name, trainer.state.global_step, served, fingerprint(trainer.model))
         self._metrics.add("vllm/sync_seconds", time.monotonic() - started)
 
     def _meet(self, trainer: Any) -> tuple[ServedModel, float | None]:
