@@ -71,7 +71,6 @@ def run(
         prompts, held_out = load_prompts(
             data, args, wants_eval=report.report_rows > 0 or args.do_eval, train=train
         )
-    require_a_batch(prompts, args)
     model = load_model(names, len(tokenizer))
     trainer = EBFTGRPOTrainer(
         model=model,
@@ -88,22 +87,6 @@ def run(
     comparison.measure()
     trainer.train(resume_from_checkpoint=checkpoint)
     finish(trainer, comparison, lora, data)
-
-
-def require_a_batch(prompts: datasets.Dataset, args: EBFTGRPOConfig) -> None:
-    """Raise if there are too few prompts for one step.
-
-    TRL leaves out the prompts that do not fill a batch of completions, and then trains on none.
-    """
-    assert args.generation_batch_size is not None and args.num_generations is not None
-    needed = args.generation_batch_size // args.num_generations
-    if len(prompts) < needed:
-        raise ValueError(
-            f"There are {len(prompts)} prompts, fewer than the {needed} of one batch of "
-            f"completions (generation_batch_size {args.generation_batch_size} / num_generations "
-            f"{args.num_generations}), so nothing would be trained. Give more prompts, or lower "
-            "per_device_train_batch_size, gradient_accumulation_steps or steps_per_generation."
-        )
 
 
 def refuse_strided_options(data: DataArguments, report: ReportArguments) -> None:
