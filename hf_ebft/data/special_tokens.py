@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 
@@ -108,6 +109,19 @@ class Endings:
             return completion if bare is None else bare, self._turn_end
         bare = _without_end(completion, self._eos_texts)
         return completion if bare is None else bare, self._eos
+
+
+# Rendering a template and listing special tokens costs more than encoding a row.
+_KNOWN: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Endings]] = WeakKeyDictionary()
+
+
+def endings_of(tokenizer: Any) -> Endings:
+    """The tokenizer's `Endings`, made once as long as its template and special tokens stay."""
+    state = (str(tokenizer.chat_template), tokenizer.eos_token_id, len(tokenizer))
+    known = _KNOWN.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _KNOWN[tokenizer] = (state, Endings(tokenizer))
+    return known[1]
 
 
 def _without_end(text: str, ends: Sequence[str]) -> str | None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_ebft.data.special_tokens import Endings, added_bos, without_bos
+from hf_ebft.data.special_tokens import Endings, added_bos, endings_of, without_bos
 from hf_ebft.data.transforms import BadRowError
 from hf_ebft.data.unicode import fault_of, require_unicode
 from hf_ebft.rows.documents import DOCUMENT_COLUMNS, IGNORE_INDEX
@@ -223,7 +223,7 @@ def _cut(
     _check_lengths(sequence_len, min_length, max_rows)
     counts = TokenizationCounts(kept_short=keep_short)
     prefix = added_bos(tokenizer)
-    endings = Endings(tokenizer)
+    endings = endings_of(tokenizer)
     room = sequence_len - len(prefix)
     if room < 1:
         raise ValueError(
@@ -291,7 +291,7 @@ def tokenize_prompt_completion(
     prefix = added_bos(tokenizer)
     rows: list[dict[str, NDArray[np.int32]]] = []
     sources: list[tuple[int, ...]] = []
-    endings = Endings(tokenizer)
+    endings = endings_of(tokenizer)
     for source, (prompt, completion, end) in enumerate(_encode_pairs(pairs, tokenizer, endings)):
         if max_rows is not None and len(rows) == max_rows:
             counts.stopped_early = True
@@ -367,7 +367,7 @@ def prompt_completion(
     for column, text in ((prompt_column, prompt), (completion_column, completion)):
         if (fault := fault_of(text)) is not None:
             raise BadRowError(f"{where}: column {column!r} {fault}")
-    completion, end = Endings(tokenizer).of_completion(
+    completion, end = endings_of(tokenizer).of_completion(
         prompt, completion, chat=not isinstance(row[prompt_column], str)
     )
     prompt_ids, completion_ids = _encode([prompt, completion], tokenizer)

@@ -12,6 +12,7 @@ from hf_ebft.data import (
     tokenize_and_cut,
     tokenize_prompt_completion,
 )
+from hf_ebft.data.special_tokens import Endings
 from tests.support.tiny import tiny_tokenizer
 
 REPLY = "Hello"
@@ -179,3 +180,23 @@ def test_a_template_that_cannot_lay_out_a_reply_is_said(
     made = prompt_completion(row, tokenizer=tokenizer, min_completion=1)
     assert made["labels"][-1] == tokenizer.eos_token_id
     assert "cannot lay out a question with a reply (only tools)" in caplog.text
+
+
+def test_a_template_is_looked_at_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of `dataset.map` must not cost three renderings and a list of special tokens."""
+    tokenizer = gemma()
+    made = []
+    build = Endings.__init__
+    monkeypatch.setattr(
+        Endings, "__init__", lambda self, tokenizer: (made.append(1), build(self, tokenizer))[1]
+    )
+    row = {"prompt": CHAT, "completion": REPLY}
+    ends = [
+        prompt_completion(row, tokenizer=tokenizer, min_completion=1)["labels"][-1]
+        for _ in range(3)
+    ]
+    assert len(made) == 1
+    tokenizer.chat_template = GEMMA.replace("<end_of_turn>", "<eos>")
+    ends.append(prompt_completion(row, tokenizer=tokenizer, min_completion=1)["labels"][-1])
+    assert len(made) == 2
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<end_of_turn>"] * 3 + ["<eos>"]
