@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_ebft.data import answer_start
 from hf_ebft.objective.advantages import compute_advantages
 from hf_ebft.objective.rewards import feature_matching_rewards
 from hf_ebft.structured import FeatureMatchingReward
@@ -110,6 +111,15 @@ def test_ground_truth_whose_answer_cannot_be_told_is_refused(truth, message):
     prompt = "why?" if isinstance(truth, str) else [{"role": "user", "content": "why?"}]
     with pytest.raises(ValueError, match=message):
         ExampleEncoder(tokenizer()).encode([prompt], [truth], [False])
+
+
+def test_tag_in_a_users_message_opens_no_thinking():
+    """Every completion of such a prompt counted as unfinished."""
+    prompt = ids("<|user|>what is <think> for?<|end|>\n<|assistant|>")
+    completion = ids("to think<|end|>")
+    assert answer_start(prompt, completion, tokenizer()) == 0
+    opened = ids("<|user|>why?<|end|>\n<|assistant|><think>\n")
+    assert answer_start(opened, completion, tokenizer()) == len(completion)
 
 
 # ---- Completions that are still thinking at their end -------------------------------------------
