@@ -22,15 +22,13 @@ from torch import Tensor, nn
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.feature_network.network import FeatureNetwork
-from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
-from hf_ebft.packed.forward import PackedForward, evaluation_mode
-from hf_ebft.packed.log_probs import packed_log_probs
-from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
-from hf_ebft.packed.targets import TokenLogProbs
+from hf_ebft.packed.forward import evaluation_mode
+from hf_ebft.packed.sampling import make_generator
 from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.measuring import Measurer
 from hf_ebft.training.metric_table import HELD_OUT_METRICS
 from hf_ebft.training.random_streams import Stream
 
@@ -131,30 +129,26 @@ def evaluate_documents(
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1 to measure anything.")
     collate = data_collator or EBFTDataCollator()
-    forward = PackedForward.for_model(model, settings.packed_attention)
-    device = next(model.parameters()).device
-
+    measurer = Measurer.for_model(
+        model,
+        settings,
+        feature_network,
+        corpus_whitening=corpus_whitening,
+        eos_token_id=eos_token_id,
+    )
     found_rows: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in DOCUMENT_METRICS}
     with evaluation_mode(model):
         for first in range(0, len(rows), batch_size):
             batch = collate([rows[i] for i in range(first, min(first + batch_size, len(rows)))])
-            documents = Documents.from_inputs(
-                {name: value.to(device) for name, value in batch.items()},
-                document_masking=settings.document_masking,
-                eos_token_id=eos_token_id,
-            )
+            documents = measurer.read(batch)
             blocks = find_blocks_for(settings, documents, stride=stride)
             layout = PackedLayout(documents, blocks, n_samples, settings.generate_max_len)
             draws = [
                 _measure(
-                    model,
-                    forward,
-                    feature_network,
+                    measurer,
                     layout,
-                    settings,
-                    corpus_whitening,
-                    make_generator(device, seed, Stream.DOCUMENTS, draw, first),
+                    make_generator(measurer.device, seed, Stream.DOCUMENTS, draw, first),
                 )
                 for draw in range(n_draws)
             ]
@@ -170,36 +164,12 @@ def evaluate_documents(
 
 
 def _measure(
-    model: nn.Module,
-    forward: PackedForward,
-    feature_network: FeatureNetwork,
-    layout: PackedLayout,
-    settings: EBFTSettings,
-    corpus_whitening: CorpusWhitening | None,
-    generator: torch.Generator,
+    measurer: Measurer, layout: PackedLayout, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """One draw of rollouts: each measurement as (B, W), NaN where there is none."""
-    rollouts = sample_rollouts(
-        model,
-        forward,
-        layout,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        chunk_size=settings.log_prob_chunk_size,
-        generator=generator,
-    )
-    features = feature_network.embed(rollouts)
-    rewarded, plain = (
-        rewards_from_settings(
-            settings,
-            features.generated,
-            features.ground_truth,
-            use_whitening=use_whitening,
-            corpus_whitening=corpus_whitening,
-        )
-        for use_whitening in (settings.use_whitening, False)
-    )
-    log_probs = score_rollouts(model, forward, rollouts, settings, with_document=True)
+    rollouts = measurer.sample(layout, generator)
+    rewarded, plain = measurer.rewards(rollouts)
+    log_probs = measurer.log_probs(rollouts, with_document=True)
     assert log_probs.document is not None
     documents, blocks = layout.documents, layout.blocks
     width = document_slots(documents).shape[1]
@@ -219,25 +189,6 @@ def _measure(
         -log_probs.document, predicted_targets(documents), documents.document, width
     )
     return measurements
-
-
-def score_rollouts(
-    model: nn.Module,
-    forward: PackedForward,
-    rollouts: Rollouts,
-    settings: EBFTSettings,
-    *,
-    with_document: bool,
-) -> TokenLogProbs:
-    """Log-probabilities of rollouts at the sampling temperature, and of the document at 1."""
-    return packed_log_probs(
-        model,
-        forward,
-        rollouts,
-        temperature=settings.temperature,
-        with_document=with_document,
-        chunk_size=settings.log_prob_chunk_size,
-    )
 
 
 def document_slots(documents: Documents) -> Tensor:

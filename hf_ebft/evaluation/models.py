@@ -26,19 +26,18 @@ from hf_ebft.evaluation.documents import (
     Collator,
     Rows,
     document_slots,
-    score_rollouts,
     sums_by_document,
 )
 from hf_ebft.feature_network.network import FeatureNetwork
-from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
-from hf_ebft.packed.forward import PackedForward, evaluation_mode
+from hf_ebft.packed.forward import evaluation_mode
 from hf_ebft.packed.heads import ToLogits
-from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
+from hf_ebft.packed.sampling import Rollouts, make_generator
 from hf_ebft.packed.targets import target_log_probs
 from hf_ebft.rows.anchors import Blocks, find_blocks, find_blocks_for
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.measuring import Measurer
 from hf_ebft.training.metric_table import ROLLOUT_METRICS, TEXT_METRICS
 from hf_ebft.training.random_streams import Stream
 
@@ -109,29 +108,19 @@ def measure_model(
     """
     _check(rows, lengths, n_draws, tokens_at_once)
     collate = data_collator or EBFTDataCollator()
-    forward = PackedForward.for_model(model, settings.packed_attention)
-    device = next(model.parameters()).device
-    measurer = _Measurer(
+    measurer = Measurer.for_model(
         model,
-        forward,
-        feature_network,
         settings,
-        lengths,
-        n_draws,
-        tokens_at_once,
-        corpus_whitening,
+        feature_network,
+        corpus_whitening=corpus_whitening,
+        eos_token_id=eos_token_id,
     )
+    by_row = _RowMeasurer(measurer, lengths, n_draws, tokens_at_once)
     parts: list[_Part] = []
     with evaluation_mode(model):
         for row in range(len(rows)):
             # One row after the other: whatever the others are, a row gets the same random numbers.
-            batch = collate([rows[row]])
-            documents = Documents.from_inputs(
-                {name: value.to(device) for name, value in batch.items()},
-                document_masking=settings.document_masking,
-                eos_token_id=eos_token_id,
-            )
-            parts.append(measurer.measure(documents, row, seed))
+            parts.append(by_row.measure(measurer.read(collate([rows[row]])), row, seed))
     whole = _join(parts, lengths)
     if not whole.blocks.any():
         raise ValueError(
@@ -155,17 +144,17 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Measurer:
-    """What stays the same from row to row."""
+class _RowMeasurer:
+    """Measures row after row; the arguments of `measure_model` that say how."""
 
-    model: nn.Module
-    forward: PackedForward
-    feature_network: FeatureNetwork
-    settings: EBFTSettings
+    measurer: Measurer
     lengths: Sequence[int]
     n_draws: int
     tokens_at_once: int
-    corpus_whitening: CorpusWhitening | None
+
+    @property
+    def settings(self) -> EBFTSettings:
+        return self.measurer.settings
 
     def measure(self, documents: Documents, row: int, seed: int) -> _Part:
         """All measurements of the documents of one row."""
@@ -213,16 +202,9 @@ class _Measurer:
         """Length -> measurement -> (1, K)."""
         settings = self.settings
         n_samples, longest = settings.n_samples_per_prompt, max(self.lengths)
-        sampled = sample_rollouts(
-            self.model,
-            self.forward,
-            PackedLayout(documents, blocks, n_samples, longest),
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            chunk_size=settings.log_prob_chunk_size,
-            generator=generator,
-        )
-        scored = score_rollouts(self.model, self.forward, sampled, settings, with_document=False)
+        layout = PackedLayout(documents, blocks, n_samples, longest)
+        sampled = self.measurer.sample(layout, generator)
+        scored = self.measurer.log_probs(sampled, with_document=False)
         surprise = -scored.rollout.double().cumsum(dim=-1)
         found = {}
         for g in self.lengths:
@@ -237,18 +219,7 @@ class _Measurer:
         return found
 
     def _reward_metrics(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        settings = self.settings
-        features = self.feature_network.embed(rollouts)
-        rewarded, plain = (
-            rewards_from_settings(
-                settings,
-                features.generated,
-                features.ground_truth,
-                use_whitening=use_whitening,
-                corpus_whitening=self.corpus_whitening,
-            )
-            for use_whitening in (settings.use_whitening, False)
-        )
+        rewarded, plain = self.measurer.rewards(rollouts)
         return {
             "cfm_loss": plain.cfm_loss,
             "cosine_alignment": plain.alignment.mean(dim=1),
@@ -283,7 +254,9 @@ class _Measurer:
             documents, stride=1, context_length=input_ids.shape[1], generate_max_len=1
         )
         part = PackedLayout(documents, no_blocks, n_samples=1, length=1).document_part
-        (scored,) = self.forward.through_head(self.model, input_ids, part, places, log_probs)
+        (scored,) = self.measurer.forward.through_head(
+            self.measurer.model, input_ids, part, places, log_probs
+        )
         surprise = nn.functional.pad(-scored, (1, 0))
         predicted = (documents.document >= 0) & (documents.position > 0)
         # A completion is what follows a prompt; where nothing is masked, there is none.

@@ -13,13 +13,11 @@ from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.evaluation.documents import Collator, Rows
 from hf_ebft.feature_network.network import FeatureNetwork
-from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
-from hf_ebft.packed.forward import PackedForward
-from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
+from hf_ebft.packed.sampling import Rollouts, make_generator
 from hf_ebft.rows.anchors import Blocks, find_blocks_for
-from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.measuring import Measurer
 from hf_ebft.training.random_streams import Stream
 
 
@@ -94,16 +92,8 @@ def sample_continuations(
         eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
         seed: of the rollouts; the same seed gives two policies the same random numbers.
     """
-    rollouts = _continue_rows(
-        model,
-        rows,
-        settings,
-        n_samples=1,
-        length=length,
-        data_collator=data_collator,
-        eos_token_id=eos_token_id,
-        seed=seed,
-    )
+    measurer = Measurer.for_model(model, settings, eos_token_id=eos_token_id)
+    rollouts = _continue_rows(measurer, rows, 1, length, data_collator, seed)
     return [
         Continuation(
             prefix=_prefix(rollouts, row),
@@ -141,20 +131,16 @@ def sample_groups(
         eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
         seed: of the rollouts.
     """
-    rollouts = _continue_rows(
+    measurer = Measurer.for_model(
         model,
-        rows,
         settings,
-        n_samples=settings.n_samples_per_prompt if n_samples is None else n_samples,
-        length=length,
-        data_collator=data_collator,
+        feature_network,
+        corpus_whitening=corpus_whitening,
         eos_token_id=eos_token_id,
-        seed=seed,
     )
-    features = feature_network.embed(rollouts)
-    rewards = rewards_from_settings(
-        settings, features.generated, features.ground_truth, corpus_whitening=corpus_whitening
-    )
+    n_samples = settings.n_samples_per_prompt if n_samples is None else n_samples
+    rollouts = _continue_rows(measurer, rows, n_samples, length, data_collator, seed)
+    rewards, _ = measurer.rewards(rollouts)
     return [
         RolloutGroup(
             row=row,
@@ -171,35 +157,21 @@ def sample_groups(
 
 
 def _continue_rows(
-    model: nn.Module,
+    measurer: Measurer,
     rows: Rows,
-    settings: EBFTSettings,
-    *,
     n_samples: int,
     length: int | None,
     data_collator: Collator | None,
-    eos_token_id: int | None,
     seed: int,
 ) -> Rollouts:
     """Rollouts of the middle block of each row, K = 1."""
+    settings = measurer.settings
     length = settings.generate_max_len if length is None else length
-    device = next(model.parameters()).device
-    batch = (data_collator or EBFTDataCollator())([rows[i] for i in range(len(rows))])
-    documents = Documents.from_inputs(
-        {name: value.to(device) for name, value in batch.items()},
-        document_masking=settings.document_masking,
-        eos_token_id=eos_token_id,
-    )
+    collate = data_collator or EBFTDataCollator()
+    documents = measurer.read(collate([rows[i] for i in range(len(rows))]))
     blocks = _middle_block(find_blocks_for(settings, documents, generate_max_len=length))
-    return sample_rollouts(
-        model,
-        PackedForward.for_model(model, settings.packed_attention),
-        PackedLayout(documents, blocks, n_samples=n_samples, length=length),
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        chunk_size=settings.log_prob_chunk_size,
-        generator=make_generator(device, seed, Stream.DOCUMENTS),
-    )
+    layout = PackedLayout(documents, blocks, n_samples=n_samples, length=length)
+    return measurer.sample(layout, make_generator(measurer.device, seed, Stream.DOCUMENTS))
 
 
 def _continued(rollouts: Rollouts) -> list[int]:

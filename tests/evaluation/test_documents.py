@@ -20,7 +20,6 @@ from hf_ebft.evaluation import (
     Continuation,
     DocumentMeasurements,
     compare,
-    documents,
     evaluate_documents,
     format_samples,
     format_table,
@@ -29,6 +28,7 @@ from hf_ebft.evaluation import (
 )
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.packed.sampling import Rollouts
+from hf_ebft.training import measuring
 from tests.support.plain_forwards import last_token_embedding, plain_blocks, plain_pass
 from tests.support.plain_objective import plain_group
 from tests.support.tiny import batch_of, config, texts, tiny_llama, tiny_tokenizer, weights_of
@@ -53,8 +53,8 @@ def test_figures_equal_plain_loops(
         drawn.append(real_sampler(*args, **kwargs))
         return drawn[-1]
 
-    real_sampler = documents.sample_rollouts
-    monkeypatch.setattr(documents, "sample_rollouts", recorded)
+    real_sampler = measuring.sample_rollouts
+    monkeypatch.setattr(measuring, "sample_rollouts", recorded)
     policy, phi, rows = tiny_llama().eval(), network(), texts(15, 12, 9)
     measured = measure(policy, rows, phi, batch_size=2, **changed)
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from hf_ebft.evaluation import compare_models, mean_bootstrap, measure_model, models, table
+from hf_ebft.evaluation import compare_models, mean_bootstrap, measure_model, table
 from hf_ebft.evaluation.models import ModelMeasurements
 from hf_ebft.packed.sampling import Rollouts
+from hf_ebft.training import measuring
 from hf_ebft.training.metric_table import ROLLOUT_METRICS
 from tests.support.plain_forwards import last_token_embedding, plain_blocks, plain_pass
 from tests.support.plain_objective import plain_group
@@ -36,13 +37,13 @@ def measure(model: Any, rows: Any = None, **changed: Any) -> ModelMeasurements:
 def test_figures_equal_plain_loops(monkeypatch: pytest.MonkeyPatch, n_draws: int) -> None:
     """Prefixes are those with room for 5; every length is the beginning of the same rollouts."""
     drawn: list[Rollouts] = []
-    sample = models.sample_rollouts
+    sample = measuring.sample_rollouts
 
     def recorded(*args: Any, **kwargs: Any) -> Rollouts:
         drawn.append(sample(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr(models, "sample_rollouts", recorded)
+    monkeypatch.setattr(measuring, "sample_rollouts", recorded)
     policy, phi = tiny_llama().eval(), network()
     measured = measure(policy, n_draws=n_draws)
     # 3 samples x 5 tokens: 3 prefixes at a time. 17 tokens have room for 3 or 4 of them.
