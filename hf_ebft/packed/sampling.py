@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from hf_ebft.packed.forward import PackedForward, evaluation_mode, states_in
 from hf_ebft.packed.heads import ToLogits
@@ -185,18 +186,57 @@ def sample_with_record(
         ValueError: a document or the packed row is too long for the model.
     """
     forward.limits.check(layout)
-    _, n_samples, n_blocks, length = layout.rollout_shape
-    every_rollout = torch.arange(n_blocks * n_samples, device=generator.device)
+    sampler = _Sampler(temperature, top_p, chunk_size, generator)
+    with evaluation_mode(model):
+        cache = forward.new_cache()
+        first, document_pass = _first_tokens(model, forward, layout, sampler, cache, targets)
+        tokens, log_probs = _decode(model, forward, layout, sampler, cache, first)
+    _refuse_not_finite(log_probs)
+    rollouts = Rollouts(tokens, layout.blocks.exists, layout)
+    record = SamplingRecord(
+        rollouts.with_tokens(tokens.clone()),
+        log_probs,
+        temperature,
+        model,
+        weight_versions(model),
+        document_pass,
+    )
+    return rollouts, record
 
-    def drawn(states: Tensor, to_logits: ToLogits, each: int = 1) -> list[Tensor]:
+
+@dataclass(frozen=True)
+class _Sampler:
+    """How tokens are drawn; see `sample_with_record`."""
+
+    temperature: float
+    top_p: float
+    chunk_size: int
+    generator: torch.Generator
+
+    def __call__(self, states: Tensor, to_logits: ToLogits, each: int = 1) -> list[Tensor]:
         """(B, Q, X) -> (B, Q * each): tokens drawn for each state, and their log-probabilities."""
         tokens, log_probs = [], []
-        for chunk in states.flatten(0, 1).split(chunk_size):
-            probabilities = token_probabilities(to_logits(chunk), temperature)
-            tokens.append(draw(nucleus(probabilities, top_p), generator, each))
+        for chunk in states.flatten(0, 1).split(self.chunk_size):
+            probabilities = token_probabilities(to_logits(chunk), self.temperature)
+            tokens.append(draw(nucleus(probabilities, self.top_p), self.generator, each))
             log_probs.append(probabilities.gather(1, tokens[-1]).log())
         return [torch.cat(parts).view(states.shape[0], -1) for parts in (tokens, log_probs)]
 
+
+def _first_tokens(
+    model: nn.Module,
+    forward: PackedForward,
+    layout: PackedLayout,
+    sampler: _Sampler,
+    cache: DynamicCache,
+    targets: Targets | None,
+) -> tuple[list[Tensor], DocumentPass | None]:
+    """The pass over the documents, which fills the cache.
+
+    Returns:
+        Tokens (B, K * n) and their log-probabilities, and the pass itself if there are targets.
+    """
+    _, n_samples, n_blocks, _ = layout.rollout_shape
     part, text = layout.document_part, layout.documents.input_ids
     if targets is None:
         kept = KeptPlaces.for_layout(layout, whole_document=False, part=part)
@@ -208,50 +248,60 @@ def sample_with_record(
     def first_tokens(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
         with torch.no_grad():
             last = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-            found = drawn(last, to_logits, each=n_samples)
+            found = sampler(last, to_logits, each=n_samples)
         if targets is not None:
             tokens = found[0].view(-1, n_blocks, n_samples, 1).transpose(1, 2)
             found += targets.score(tokens, states, to_logits)
         return found
 
-    with evaluation_mode(model):
-        cache = forward.new_cache()
-        document_pass = None
-        with torch.set_grad_enabled(targets is not None):
-            first = forward.through_head(
-                model, text, part, part.index_of[kept.places], first_tokens, cache=cache
-            )
-            if targets is not None:
-                scored = targets.join(first[2:])
-                document_pass = DocumentPass(scored, states_in(cache))
-        parts = [layout.step_part(step) for step in range(length - 1)]
-        for part in parts:
-            forward.recipe.prepare(part)
-        steps = [first[:2]]
-        for part in parts:
-            text = steps[-1][0]
-            steps.append(forward.through_head(model, text, part, every_rollout, drawn, cache=cache))
+    with torch.set_grad_enabled(targets is not None):
+        found = forward.through_head(
+            model, text, part, part.index_of[kept.places], first_tokens, cache=cache
+        )
+        if targets is None:
+            return found, None
+        return found[:2], DocumentPass(targets.join(found[2:]), states_in(cache))
+
+
+def _decode(
+    model: nn.Module,
+    forward: PackedForward,
+    layout: PackedLayout,
+    sampler: _Sampler,
+    cache: DynamicCache,
+    first: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The G - 1 steps that follow the first tokens.
+
+    The host waits for the device in none of them.
+
+    Returns:
+        All tokens (B, n, K, G) and their log-probabilities.
+    """
+    _, n_samples, n_blocks, length = layout.rollout_shape
+    every_rollout = torch.arange(n_blocks * n_samples, device=sampler.generator.device)
+    parts = [layout.step_part(step) for step in range(length - 1)]
+    for part in parts:
+        forward.recipe.prepare(part)
+    steps = [first]
+    for part in parts:
+        text = steps[-1][0]
+        steps.append(forward.through_head(model, text, part, every_rollout, sampler, cache=cache))
     tokens, log_probs = (
         layout.from_row(torch.stack(of_steps, dim=2).flatten(1)).contiguous()
         for of_steps in zip(*steps, strict=True)
     )
-    # Once, at the end: a look at every step would make the host wait for the device.
+    return tokens, log_probs
+
+
+def _refuse_not_finite(log_probs: Tensor) -> None:
+    # Once, after the last step: a look at every step would make the host wait for the device.
     if bool(torch.isnan(log_probs).any()):
         raise FloatingPointError(
             "The policy's logits are not finite, so no rollout can be sampled. Its weights have "
             "probably diverged: lower learning_rate, raise warmup_steps or set max_grad_norm; with "
             "fp16, train in bf16."
         )
-    rollouts = Rollouts(tokens, layout.blocks.exists, layout)
-    record = SamplingRecord(
-        rollouts.with_tokens(tokens.clone()),
-        log_probs,
-        temperature,
-        model,
-        weight_versions(model),
-        document_pass,
-    )
-    return rollouts, record
 
 
 def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
