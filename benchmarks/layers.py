@@ -74,7 +74,11 @@ def measure(model_size: str, tokens: int, repeats: int, device: torch.device) ->
         model = size.build()
     work = Work(tokens=tokens, pairs=0, head_rows=0)
     multiply_adds = dict(
-        zip(("forward", "backward"), (cost.of(work) for cost in measure_costs(model)), strict=True)
+        zip(
+            ("forward", "backward"),
+            (cost.multiply_adds(work) for cost in measure_costs(model)),
+            strict=True,
+        )
     )
     model.set_attn_implementation(NO_ATTENTION)
     product = MatrixProduct(device, size.dtype)

@@ -64,7 +64,7 @@ class Cost:
     per_pair: int
     per_head_row: int
 
-    def of(self, work: Work, n_layers: int | None = None) -> int:
+    def multiply_adds(self, work: Work, n_layers: int | None = None) -> int:
         """Multiply-adds of a pass over the first ``n_layers`` layers (default: all)."""
         layers = self.per_token[:n_layers]
         in_layers = work.tokens * sum(layers) + work.pairs * self.per_pair * len(layers)
@@ -215,10 +215,10 @@ def count_step(
     forward, backward = measure_costs(model)
     features, _ = measure_costs(model, adapters=False)
     return {
-        "sampling": forward.of(work["sampling"]),
-        "features": features.of(work["features"], n_feature_layers),
-        "training_forward": forward.of(work["training_forward"]),
-        "backward": backward.of(work["backward"]),
+        "sampling": forward.multiply_adds(work["sampling"]),
+        "features": features.multiply_adds(work["features"], n_feature_layers),
+        "training_forward": forward.multiply_adds(work["training_forward"]),
+        "backward": backward.multiply_adds(work["backward"]),
     }
 
 

@@ -4,7 +4,7 @@ It is measured on what rewards compare rollouts with: the features of the ground
 all blocks of a sample of training rows. Being a function of the frozen network, the rows and the
 seed, it needs no place in checkpoints: a resumed run measures the same again.
 
-Dimension letters: B rows, K blocks, D feature width, N features.
+Dimension letters: B rows of the batch, K blocks, D feature width, N features.
 """
 
 from __future__ import annotations

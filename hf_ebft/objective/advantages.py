@@ -1,7 +1,7 @@
 """From rewards to advantages: what multiplies grad log p of a rollout.
 
-Dimension letters: B documents, n rollouts per block, K blocks. A group is the n rollouts of one
-block (b, k); advantages only ever compare rollouts of the same group.
+Dimension letters: B rows of the batch, n rollouts per block, K blocks. A group is the n rollouts of
+one block (b, k); advantages only ever compare rollouts of the same group.
 """
 
 from torch import Tensor

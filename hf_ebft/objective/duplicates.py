@@ -4,8 +4,8 @@ In bfloat16 the features of rollouts with the same tokens can come out some 1e-4
 kernel may add up in another order at another place of the row. Whitening would take that for a
 direction of its own and miss the duplicate.
 
-Dimension letters: B documents, n rollouts per block, K blocks, G tokens of a rollout, D feature
-width. A group is the n rollouts of one block.
+Dimension letters: B rows of the batch, n rollouts per block, K blocks, G tokens of a rollout, D
+feature width. A group is the n rollouts of one block.
 """
 
 from torch import Tensor

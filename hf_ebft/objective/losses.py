@@ -3,7 +3,7 @@
 Batch loss = mean over documents of `rl_coef * L_rl + ce_coef * L_ce + kl_coef * L_kl`, each a mean
 over the document's own tokens, so that a document weighs the same however many blocks it has.
 
-Dimension letters: B rows, S document tokens, K blocks, n samples, G rollout length.
+Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, G rollout length.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Feature-matching rewards of rollouts and the conditional feature-matching (CFM) loss.
 
-Dimension letters: B documents, n rollouts per block, K blocks, D feature width.
-A group is the n rollouts of one block (b, k) together with its ground truth.
+Dimension letters: B rows of the batch, n rollouts per block, K blocks, D feature width. A group is
+the n rollouts of one block (b, k) together with its ground truth.
 
 All reductions are elementwise products and sums in float32, never matrix products: those an
 enclosing autocast region would run in half precision, and TF32 would cut to 10 bits.

@@ -264,24 +264,30 @@ def test_costs_are_those_of_the_flop_counter(lora: bool, tied: bool) -> None:
 
     with FlopCounterMode(display=False) as counter:
         loss = model(input_ids=ids, use_cache=False).logits.sum()
-    assert counter.get_total_flops() == 2 * forward.of(work)
+    assert counter.get_total_flops() == 2 * forward.multiply_adds(work)
     with FlopCounterMode(display=False) as counter:
         loss.backward()
-    assert counter.get_total_flops() == 2 * backward.of(work)
+    assert counter.get_total_flops() == 2 * backward.multiply_adds(work)
 
     if lora:
         frozen, _ = limit.measure_costs(model, adapters=False)
         assert frozen == limit.measure_costs(tiny_llama(), adapters=False)[0]
-        assert 2 * frozen.of(work) < counter.get_total_flops() < 4 * frozen.of(work)
+        assert (
+            2 * frozen.multiply_adds(work)
+            < counter.get_total_flops()
+            < 4 * frozen.multiply_adds(work)
+        )
 
 
 def test_costs_of_some_layers() -> None:
     """A pass that ends early pays for no later layer, and for no head."""
     cost = limit.Cost(per_token=(2, 3, 5), per_pair=7, per_head_row=11)
     work = limit.Work(tokens=10, pairs=100, head_rows=0)
-    assert cost.of(work, 2) == 10 * (2 + 3) + 100 * 7 * 2
-    assert cost.of(work) == 10 * (2 + 3 + 5) + 100 * 7 * 3
-    assert cost.of(dataclasses.replace(work, head_rows=1)) == cost.of(work) + 11
+    assert cost.multiply_adds(work, 2) == 10 * (2 + 3) + 100 * 7 * 2
+    assert cost.multiply_adds(work) == 10 * (2 + 3 + 5) + 100 * 7 * 3
+    assert (
+        cost.multiply_adds(dataclasses.replace(work, head_rows=1)) == cost.multiply_adds(work) + 11
+    )
 
 
 def test_costs_leave_the_model_as_it_was() -> None:

@@ -3,7 +3,7 @@
 The oracle is one pass over the whole row, which other tests hold against plain forward passes
 (test_exactness.py, which also runs the deferred passes on many architectures).
 
-Dimension letters: B rows, n samples, K blocks, G rollout length, S document tokens.
+Dimension letters: B rows of the batch, n samples, K blocks, G rollout length, S document tokens.
 """
 
 from __future__ import annotations

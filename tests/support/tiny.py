@@ -1,6 +1,6 @@
 """Tiny models, texts and trainers that the trainer's tests share.
 
-Dimension letters: B documents, K blocks, n samples, G rollout length.
+Dimension letters: B rows of the batch, K blocks, n samples, G rollout length.
 """
 
 import inspect
