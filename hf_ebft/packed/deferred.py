@@ -29,7 +29,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from hf_ebft.packed.forward import PackedForward, is_random_in_training, states_in
+from hf_ebft.packed.forward import (
+    PackedForward,
+    has_noisy_embeddings,
+    is_random_in_training,
+    states_in,
+)
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import checkpoints_activations
@@ -144,7 +149,8 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
     """Whether a model may make forward passes during the backward pass, against a cache.
 
     Not where FSDP2 gathers parameters around each pass or another wrapper than DDP stands between,
-    with gradient checkpointing (which drops caches), or where the forward cannot go on from one.
+    with gradient checkpointing (which drops caches), with noise whose size depends on how many
+    tokens a pass has, or where the forward cannot go on from a cache.
     """
     inner = _unwrapped(model)
     return (
@@ -152,6 +158,7 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
         and not is_sharded(model)
         and (isinstance(inner, PreTrainedModel) or hasattr(type(inner), "get_base_model"))
         and not (model.training and checkpoints_activations(inner))
+        and not (model.training and has_noisy_embeddings(inner))
         and forward.can_continue_from_cache
     )
 

@@ -28,6 +28,15 @@ from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.packed.supported import RowLimits, check_supported, set_packed_attention
 from hf_ebft.rows.layout import PackedPart
 
+_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
 
 @dataclass(frozen=True)
 class PackedForward:
@@ -180,8 +189,30 @@ def is_random_in_training(model: nn.Module) -> bool:
         for name, value in vars(config).items()
         if isinstance(value, float) and any(word in name for word in ("drop", "jitter", "noise"))
     )
-    return by_configuration or any(
-        isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()
+    return (
+        by_configuration
+        or has_noisy_embeddings(model)
+        or any(_drops(module) for module in model.modules())
+    )
+
+
+def has_noisy_embeddings(model: nn.Module) -> bool:
+    """Whether NEFTune (`neftune_noise_alpha`) adds noise to embeddings in training mode.
+
+    Its noise is the smaller the longer the input of a pass is, so that parts of a row would get
+    other noise than the row.
+    """
+    embeddings = bare_model(model).get_input_embeddings()
+    return bool(getattr(embeddings, "neftune_noise_alpha", None))
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops something in training mode, by itself or with a function."""
+    if isinstance(module, _DROPOUTS):
+        return module.p > 0
+    return any(
+        isinstance(value, float) and value > 0 and "drop" in name
+        for name, value in vars(module).items()
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hf_ebft import EBFTTrainer, Rollouts
 from hf_ebft.packed.deferred import can_defer
+from hf_ebft.packed.forward import is_random_in_training
 from hf_ebft.training.outputs import Scores
 from tests.support.tiny import (
     GivenRollouts,
@@ -30,8 +31,10 @@ from tests.support.tiny import (
     config,
     gradient_of,
     gradients,
+    logged,
     texts,
     tiny_llama,
+    weights_of,
 )
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -430,3 +433,45 @@ def test_training_continues_a_run_alike(tmp_path: Path) -> None:
     assert_same_tensors(weights, expected, relative=2e-3)  # after steps of AdamW
     assert log == pytest.approx(expected_log, rel=1e-3, abs=1e-4)
     assert gradient_of(tiny_llama()).keys() == expected.keys()
+
+
+# ---- Randomness of training mode --------------------------------------------------------------
+
+
+class FunctionalDropout(nn.Module):
+    """Drops by a function, at a rate that no configuration knows."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.dropout_rate = rate
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., H) to (..., H)."""
+        return nn.functional.dropout(states, self.dropout_rate, self.training)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout, FunctionalDropout])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_every_kind_of_dropout_is_seen(kind: type[nn.Module], rate: float, tmp_path: Path) -> None:
+    """Where there is any, the pass over the documents in sampling cannot serve the gradient."""
+    model = tiny_llama()
+    model.model.norm = nn.Sequential(model.model.norm, kind(rate))  # type: ignore[assignment]
+    assert is_random_in_training(model) == (rate > 0)
+
+
+def test_noise_on_embeddings_is_that_of_the_whole_row(tmp_path: Path) -> None:
+    """NEFTune's noise depends on how many tokens a pass has; chunks got more than one pass, and the
+    documents' loss got none."""
+
+    def trained(chunk: int) -> EBFTTrainer:
+        args = config(
+            tmp_path, max_steps=1, training_chunk_size=chunk, ce_coef=0.1, neftune_noise_alpha=5.0
+        )
+        trainer = PrefixRollouts(tiny_llama(), args, train_dataset=texts(30, 21, 17))
+        trainer.train()
+        return trainer
+
+    whole, chunks = trained(WHOLE), trained(9)
+    for name in ("ebft/ce_loss", "ebft/rl_loss", "grad_norm"):
+        assert logged(chunks, name) == pytest.approx(logged(whole, name), rel=1e-5), name
+    assert_same_tensors(weights_of(chunks.model), weights_of(whole.model), relative=1e-4)
