@@ -189,4 +189,4 @@ if __name__ == "__main__":
     seen = {run.__name__: run for run in scenarios}[scenario](url, folder)
     torch.save(seen, folder / f"rank{PartialState().process_index}.pt")
     PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
+    PartialState().destroy_process_group()  # left open, it sometimes aborts the process at its end
