@@ -383,6 +383,11 @@ def main() -> None:
     trainer.train()
     minutes = (time.perf_counter() - start) / 60
 
+    output_dir = Path(args.output_dir)  # saved first: what is measured can be measured again
+    model.config.use_cache = True  # Trainer has switched it off for training
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+
     results = measure(model, tokenizer, train_rows, sizes, args.eval_batch_size)
     set_seed(args.seed)
     for prompt in SAMPLE_PROMPTS:
@@ -391,10 +396,6 @@ def main() -> None:
     for text in samples:
         print("--- temperature 0.8\n" + text)
 
-    output_dir = Path(args.output_dir)
-    model.config.use_cache = True  # Trainer has switched it off for training
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
     card = model_card(
         sizes, args, model.num_parameters(), minutes, train_rows.numel(), results, samples
     )
