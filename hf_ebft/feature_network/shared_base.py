@@ -14,7 +14,11 @@ import torch
 from torch import nn
 
 from hf_ebft.packed.forward import evaluation_mode
-from hf_ebft.packed.model_parts import vocabulary_size
+from hf_ebft.packed.model_parts import (
+    active_adapter_configs,
+    tokens_with_adapters,
+    vocabulary_size,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 # A probe of this many tokens; adapters that start at zero change nothing but rounding.
 PROBE_LENGTH = 8
 RELATIVE_TOLERANCE = 1e-3
+# Of the tokens whose embeddings are trained, as many as this are probed as well.
+MOST_SPECIAL = 64
 
 
 def why_not_shareable(policy: nn.Module) -> str | None:
@@ -34,9 +40,12 @@ def why_not_shareable(policy: nn.Module) -> str | None:
 
     if not isinstance(policy, PeftModel):
         return "the policy has no adapters, so all its weights change"
-    config = policy.active_peft_config
-    if getattr(config, "modules_to_save", None):
-        return f"modules_to_save={config.modules_to_save} trains copies of base modules"
+    configs = active_adapter_configs(policy)
+    for config in configs:
+        if getattr(config, "modules_to_save", None):
+            return f"modules_to_save={config.modules_to_save} trains copies of base modules"
+        if config.is_adaption_prompt:
+            return "the adapters are attention modules, not weights beside those of the base"
     prefix = str(policy.base_model.prefix)  # part of every adapter parameter's name
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad and prefix not in name:
@@ -45,8 +54,9 @@ def why_not_shareable(policy: nn.Module) -> str | None:
         return "an adapter is merged into the base"
     if any(parameter.is_meta for parameter in policy.parameters()):
         # No forward pass is possible on the meta device; go by the configuration.
-        initial = getattr(config, "init_lora_weights", True)
-        return None if initial in (True, "gaussian") else f"init_lora_weights={initial!r}"
+        initial = {getattr(config, "init_lora_weights", True) for config in configs}
+        others = initial - {True, "gaussian"}
+        return f"init_lora_weights={others.pop()!r}" if others else None
     if not _adapters_do_nothing(policy):
         return "the adapters do not start at zero, so the base alone is not the initial policy"
     return None
@@ -83,7 +93,9 @@ def adapters_off(policy: nn.Module) -> Iterator[None]:
 def _adapters_do_nothing(policy: nn.Module) -> bool:
     device = next(policy.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary_size(policy), (1, PROBE_LENGTH), generator=generator).to(device)
+    drawn = torch.randint(vocabulary_size(policy), (1, PROBE_LENGTH), generator=generator)
+    special = torch.tensor([tokens_with_adapters(policy)[:MOST_SPECIAL]], dtype=torch.long)
+    ids = torch.cat([special, drawn], dim=1).to(device)
     with evaluation_mode(policy):
         with_adapters = policy(input_ids=ids, use_cache=False).logits.float()
         with adapters_off(policy):

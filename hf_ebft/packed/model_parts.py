@@ -16,6 +16,25 @@ def bare_model(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, get_base_model() if callable(get_base_model) else model)
 
 
+def active_adapter_configs(model: nn.Module) -> list[Any]:
+    """The `PeftConfig` of every active adapter of a PEFT model; none for any other model."""
+    peft_model: Any = model
+    if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
+        return []
+    return [peft_model.peft_config[name] for name in peft_model.active_adapters]
+
+
+def tokens_with_adapters(model: nn.Module) -> list[int]:
+    """Token ids that an active adapter treats unlike others: those whose embeddings it trains."""
+    found: set[int] = set()
+    for adapter in active_adapter_configs(model):
+        for name in ("token_indices", "trainable_token_indices", "alora_invocation_tokens"):
+            ids = getattr(adapter, name, None) or []
+            for each in ids.values() if isinstance(ids, dict) else [ids]:
+                found.update(each)
+    return sorted(found)
+
+
 def backbone(model: nn.Module) -> PreTrainedModel:
     """The model without its head: the outermost transformers model inside it that reads tokens."""
     base = bare_model(model)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_ebft.packed.masks import MASKABLE_LAYERS, SPLIT
 from hf_ebft.packed.model_code import mask_functions, why_not_split
-from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.packed.model_parts import active_adapter_configs, bare_model
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
 
@@ -30,6 +30,21 @@ REFUSED_TYPES = {
     "openai-gpt": "takes no mask that says for each token which others it sees",
     "reformer": "sorts the row into chunks by hashing and takes no mask per token",
     "xlm": "takes no mask that says for each token which others it sees",
+}
+# PEFT methods whose effect on a token depends on what else is in the forward pass.
+REFUSED_ADAPTERS = {
+    "LILY": "mixes its experts by the mean over all tokens of a forward pass",
+    "POLY": "needs a task id with every row, which text does not have",
+    "SHADOW": "runs a second network beside the layers, which gets neither mask nor positions",
+    "XLORA": "weighs its experts in an extra pass over the whole row",
+}
+# The same for what a `LoraConfig` can ask for, by the field that asks for it.
+REFUSED_LORA = {
+    "alora_invocation_tokens": "switches itself on from the place in the row where the invocation "
+    "tokens stand, and rollouts stand elsewhere",
+    "monteclora_config": "draws other weights for every forward pass, so that rollouts are scored "
+    "by other weights than they were sampled with",
+    "velora_config": "approximates its gradient by an average over the tokens of a forward pass",
 }
 
 
@@ -74,14 +89,10 @@ def check_supported(model: nn.Module) -> RowLimits:
         model: the policy or feature network, bare or wrapped by PEFT, not yet distributed.
 
     Raises:
-        ValueError: saying what in the model stands in the way and what to use instead.
+        ValueError: saying what in the model or its adapters stands in the way and what to use
+            instead.
     """
-    peft_config: Any = getattr(model, "active_peft_config", None)
-    if getattr(peft_config, "is_prompt_learning", False):
-        raise ValueError(
-            f"PEFT method {peft_config.peft_type} puts virtual tokens before every row, which "
-            "shifts the packed row's mask. Use an adapter method such as LoRA."
-        )
+    refuse_adapters(model)
     base = bare_model(model)
     name = type(base).__name__
     if not hasattr(base, "config") or not hasattr(base.config, "get_text_config"):
@@ -129,6 +140,35 @@ def check_supported(model: nn.Module) -> RowLimits:
             "packed row counts each document from 0. Use a model whose position ids start at 0."
         )
     return _row_limits(config, name)
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise a ValueError if an active adapter treats a token by what else is in the forward pass.
+
+    Such an adapter has other effects in training than on a text alone, on packed rows and in
+    batches of plain rows alike.
+
+    Args:
+        model: with or without PEFT adapters.
+    """
+    for adapter in active_adapter_configs(model):
+        method = adapter.peft_type.value
+        if adapter.is_prompt_learning:
+            raise ValueError(
+                f"PEFT method {method} puts virtual tokens before every row, which shifts the "
+                "packed row's mask. Use an adapter method such as LoRA."
+            )
+        if method in REFUSED_ADAPTERS:
+            raise ValueError(
+                f"PEFT method {method} {REFUSED_ADAPTERS[method]}. Use an adapter method that "
+                "changes weights, such as LoRA."
+            )
+        for field, reason in REFUSED_LORA.items():
+            value = getattr(adapter, field, None)
+            if value:
+                raise ValueError(
+                    f"LoRA with {field}={value!r} {reason}. Leave {field} out of the LoraConfig."
+                )
 
 
 def _sees_the_future(base: PreTrainedModel, config: Any) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -149,20 +148,6 @@ def test_encoder_decoder_models() -> None:
 def test_modules_that_are_no_transformers_model() -> None:
     with pytest.raises(ValueError, match=r"Linear is not a transformers model"):
         PackedForward.for_model(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize(
-    "adapter",
-    [
-        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    ],
-    ids=lambda adapter: str(adapter.peft_type.value),
-)
-def test_prompt_learning(adapter: Any) -> None:
-    model = get_peft_model(tiny_model("llama"), adapter)
-    with pytest.raises(ValueError, match=r"virtual tokens before every row.*LoRA"):
-        PackedForward.for_model(model)
 
 
 def test_trainer_and_feature_network_refuse_too(tmp_path: Path) -> None:
@@ -426,3 +411,55 @@ def test_trainer_runs_the_self_test_unless_told_not_to(tmp_path: Path) -> None:
         EBFTTrainer(model=built(RowIndexed), args=arguments, train_dataset=rows)
     arguments.verify_packing = False
     EBFTTrainer(model=built(RowIndexed), args=arguments, train_dataset=rows)
+
+
+class Ragged(LlamaForCausalLM):
+    """Confuses the rows of a batch as soon as one of them has padding."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (input_ids == 0).any():
+            input_ids = input_ids.flip(0)
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+
+
+def test_self_test_reads_ragged_rows() -> None:
+    """A model that is exact on one row alone may treat padding or other rows wrongly."""
+    model = built(Ragged)
+    with pytest.raises(ValueError, match="other log-probabilities on a packed row"):
+        verify_packing(model, PackedForward.for_model(model))
+
+
+class Forgetful(LlamaForCausalLM):
+    """Mixes up the tokens of a decoding step."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            input_ids = input_ids.roll(1, dims=1)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+
+def test_self_test_checks_the_cached_sampler() -> None:
+    model = built(Forgetful)
+    with pytest.raises(ValueError, match="other log-probabilities on a packed row"):
+        verify_packing(model, PackedForward.for_model(model))
