@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from hf_ebft import EBFTConfig
 from hf_ebft.cli import main
 from hf_ebft.conversion import Conversion, convert_axolotl, to_yaml
-from hf_ebft.conversion.axolotl import (
+from hf_ebft.conversion.axolotl_keys import (
     EBFT_SAME,
     EBFT_STRIDED,
     EBFT_STRUCTURED,
