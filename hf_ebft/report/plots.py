@@ -15,12 +15,9 @@ from hf_ebft.watching.charts import (
     Curve,
     Drawing,
     line_chart,
-    rectangle,
-    side_by_side,
     stacked_bars,
     to_png,
 )
-from hf_ebft.watching.charts import Text as DrawnText
 from hf_ebft.watching.curves import Series, smooth
 
 # A curve is drawn with about so many points; more cannot be seen, and make pages heavy.
@@ -112,25 +109,22 @@ def write_pngs(
         The files written.
 
     Raises:
-        ImportError: Pillow is not installed.
+        ImportError: matplotlib is not installed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     charts = charts_of(runs, smoothing)
-    named = {chart.file_name: chart.drawing for chart in charts}
+    legend = [run.name for run in runs] if len(runs) > 1 else []
+    pictures = {chart.file_name: to_png([chart.drawing], legend=legend) for chart in charts}
     timing = timing_chart(runs)
     if timing is not None:
-        named["timing.png"] = timing
-    shown = [named[chart.file_name] for chart in charts if chart.name in OVERVIEW][:6]
+        pictures["timing.png"] = to_png([timing])
+    shown = [chart.drawing for chart in charts if chart.name in OVERVIEW][:6]
     if shown:
-        overview = side_by_side(shown, columns=3)
-        named["overview.png"] = overview if len(runs) == 1 else _with_legend(overview, runs)
-    written = []
-    for name, drawing in named.items():
-        path = folder / name
-        path.write_bytes(to_png(drawing))
-        written.append(path)
-    return written
+        pictures["overview.png"] = to_png(shown, columns=3, legend=legend)
+    for name, picture in pictures.items():
+        (folder / name).write_bytes(picture)
+    return [folder / name for name in pictures]
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -181,13 +175,3 @@ def _thin(series: Series) -> Series:
     return Series(
         tuple(series.steps[place] for place in kept), tuple(series.values[place] for place in kept)
     )
-
-
-def _with_legend(drawing: Drawing, runs: Sequence[Run]) -> Drawing:
-    legend = Drawing(drawing.width, 24, "runs")
-    x = 58.0
-    for number, run in enumerate(runs):
-        legend.shapes.append(rectangle(x, 6, 12, 12, f"series{number}"))
-        legend.shapes.append(DrawnText((x + 18, 16), run.name, "ink", 12))
-        x += 42 + 7 * len(run.name)
-    return side_by_side([legend, drawing], columns=1, gap=6)

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from hf_ebft.training.metric_table import PHASES, PREFIX
-from hf_ebft.watching.charts import heat_map, to_image
+from hf_ebft.watching.charts import heat_map, require_matplotlib, to_pixels
 
 if TYPE_CHECKING:
     from hf_ebft.training.outputs import EBFTOutput
@@ -161,6 +161,7 @@ class PicturesCallback(TrainerCallback):
 
     Raises:
         ValueError: numbers below 1, or, when training begins, no TensorBoard to write to.
+        ImportError: when training begins, matplotlib is not installed.
     """
 
     def __init__(self, trainer: Trainer, every: int, *, stride: int = 8, n_groups: int = 4) -> None:
@@ -185,8 +186,9 @@ class PicturesCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Start afresh; raise if there is no TensorBoard callback."""
+        """Start afresh; raise if there is no TensorBoard callback or nothing to draw with."""
         self._tensorboard()
+        require_matplotlib(f"The reward map of log_pictures_steps={self._every}")
         self._start()
 
     def on_ebft_outputs(
@@ -257,11 +259,9 @@ class PicturesCallback(TrainerCallback):
                 y_edges=positions_at,
                 x_label="training step",
                 y_label="start of the rollout in its document, in tokens",
-                width=460,
-                height=300,
             )
-            image = np.asarray(to_image(picture, scale=2))
-            writer.add_image(f"{TAG}reward_by_position", image, step, dataformats="HWC")
+            tag = f"{TAG}reward_by_position"
+            writer.add_image(tag, to_pixels(picture), step, dataformats="HWC")
         writer.flush()
 
     def _tensorboard(self) -> TensorBoardCallback:

@@ -25,8 +25,9 @@ from hf_ebft.report import (
 )
 from hf_ebft.report.__main__ import main
 from hf_ebft.report.plots import MOST_POINTS
-from hf_ebft.watching.charts import N_SERIES, Line
+from hf_ebft.watching.charts import N_SERIES
 from hf_ebft.watching.curves import Series, smooth
+from tests.support.plots import axes_of, curves_of
 from tests.support.tiny import config, texts, tiny_llama
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=y> & \' {} %s'
@@ -311,11 +312,11 @@ def test_runs_keep_their_colours_and_too_many_are_refused() -> None:
     long, other = Series((1, 2), (1.0, 2.0)), Series((1, 2), (3.0, 4.0))
     runs = [Run("a", {"loss": long}), Run("b", {"loss": long, "grad_norm": other})]
     charts = {chart.metric.name: chart.drawing for chart in charts_of(runs)}
-    roles = {
-        name: {s.role for s in drawing.shapes if isinstance(s, Line) and "series" in s.role}
+    drawn = {
+        name: [number for number in range(N_SERIES) if curves_of(axes_of(drawing), number)]
         for name, drawing in charts.items()
     }
-    assert roles == {"loss": {"series0", "series1"}, "grad_norm": {"series1"}}
+    assert drawn == {"loss": [0, 1], "grad_norm": [1]}
     with pytest.raises(ValueError, match="told apart"):
         charts_of(runs * N_SERIES)
 
@@ -326,20 +327,14 @@ def test_long_curves_are_thinned_without_losing_extremes_or_gaps() -> None:
     values[3456] = math.nan
     run = Run("r", {"loss": Series(tuple(range(5000)), tuple(values))})
     (chart,) = charts_of([run], smoothing=0.9)
-    lines = [s for s in chart.drawing.shapes if isinstance(s, Line) and s.role == "series0"]
-    faint = [line for line in lines if line.opacity < 1]
-    (strong,) = [line for line in lines if line.opacity == 1]
-    assert len(faint) == 2, "broken at the gap"
-    assert sum(len(line.points) for line in faint) <= MOST_POINTS + 2
-    heights = [y for line in faint for _, y in line.points]
-    tops = [
-        s.points[0][1] for s in chart.drawing.shapes if isinstance(s, Line) and s.role == "grid"
-    ]
-    assert min(heights) < max(tops)
-    span = (max(heights) - min(heights)) / 18
-    reach = max(y for _, y in strong.points) - min(y for _, y in strong.points)
+    faint, strong = sorted(curves_of(axes_of(chart.drawing), 0), key=lambda c: c.get_linewidth())
+    drawn = dict(zip(faint.get_xdata(), faint.get_ydata(), strict=True))
+    assert len(drawn) <= MOST_POINTS + 2
+    assert (drawn[1234], drawn[2345]) == (9.0, -9.0)
+    assert math.isnan(drawn[3456]), "broken at the gap"
+    shown = strong.get_ydata()
     smoothed = [value for value in smooth(values, 0.9) if math.isfinite(value)]
-    assert reach == pytest.approx((max(smoothed) - min(smoothed)) * span, rel=0.01)
+    assert (min(shown), max(shown)) == pytest.approx((min(smoothed), max(smoothed)))
 
 
 def test_own_figures_are_shown_and_clocks_are_not() -> None:

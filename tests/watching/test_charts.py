@@ -1,94 +1,93 @@
 """Charts: that what is drawn is where the numbers are, and that text stays text."""
 
+import importlib.util
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
+pytest.importorskip("matplotlib")
 
 from hf_ebft.watching.charts import (
     COLOURS,
+    DASHES,
+    N_SERIES,
     Curve,
     Drawing,
-    Line,
-    Polygon,
-    Text,
-    heat_colour,
+    css_variables,
     heat_map,
     line_chart,
-    rectangle,
-    side_by_side,
+    require_matplotlib,
     stacked_bars,
-    tick_labels,
-    ticks,
-    to_image,
+    to_pixels,
     to_png,
     to_svg,
 )
+from tests.support.plots import axes_of, curves_of, texts_of
 
-HOSTILE = "<script>alert(1)</script> & \"'"
-
-
-def lines_of(drawing: Drawing, role: str) -> list[Line]:
-    return [s for s in drawing.shapes if isinstance(s, Line) and s.role == role]
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (-3.0, 17.0), (1e-7, 3e-7), (5.0, 5.0), (0.0, 0.0), (1e9, 3e9)]
-)
-def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
-    places = ticks(low, high, 5)
-    assert 2 <= len(places) <= 8
-    assert places[0] <= low + 1e-9 * abs(low)
-    assert places[-1] >= high - 1e-9 * abs(high)
-    steps = np.diff(places)
-    assert steps == pytest.approx(np.full(len(steps), steps[0]))
-    leading = steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)
-    assert min(abs(leading - digit) for digit in (1, 2, 5, 10)) < 1e-6
-    labels = tick_labels(places)
-    assert len(set(labels)) == len(labels)
-    assert [float(label) for label in labels] == pytest.approx(places, rel=1e-3, abs=1e-12)
+HOSTILE = "<script>alert(1)</script> & \"' $x^2$ hover:"
 
 
 def test_points_lie_where_their_values_are() -> None:
-    drawing = line_chart("t", [Curve("run", 0, [0, 5, 10], [0.0, 1.0, 0.5])])
-    (line,) = lines_of(drawing, "series0")
-    (x0, y0), (x1, y1), (x2, y2) = line.points
-    assert x1 - x0 == pytest.approx(x2 - x1)
-    assert y0 - y1 == pytest.approx(2 * (y0 - y2)), "up is more"
+    axes = axes_of(line_chart("t", [Curve("run", 0, [0, 5, 10], [0.0, 1.0, 0.5])]))
+    (line,) = curves_of(axes, 0)
+    assert line.get_xydata().tolist() == [[0, 0], [5, 1], [10, 0.5]]
+    assert axes.get_xlim() == (0, 10)
+    low, high = axes.get_ylim()
+    assert low <= 0 < 1 <= high
+    assert not axes.yaxis_inverted(), "up is more"
 
 
 def test_gaps_break_lines_and_are_marked() -> None:
-    values = [0.0, 1.0, math.nan, 2.0, 3.0, math.inf]
-    drawing = line_chart("t", [Curve("run", 1, range(6), values)])
-    assert [len(line.points) for line in lines_of(drawing, "series1")] == [2, 2]
-    crosses = {line.points[0] for line in lines_of(drawing, "bad")}
-    assert len(crosses) == 4, "two strokes at each of two gaps"
+    values = [0.0, 1.0, math.nan, 2.0, 3.0, math.inf, 4.0]
+    axes = axes_of(line_chart("t", [Curve("run", 1, range(7), values)]))
+    (line,) = curves_of(axes, 1)
+    assert np.isfinite(line.get_ydata()).tolist() == [math.isfinite(value) for value in values]
+    (crosses,) = [line for line in axes.lines if line.get_marker() == "x"]
+    assert crosses.get_xdata().tolist() == [2, 5]
+    (dots,) = [line for line in axes.lines if line.get_marker() == "o"]
+    assert dots.get_xydata().tolist() == [[6, 4]], "a line shows nothing of a single point"
     assert "no finite value" in to_svg(line_chart("t", [Curve("run", 0, [1], [math.nan])]))
 
 
-@pytest.mark.parametrize(("better", "rises"), [("higher", True), ("lower", False)])
-def test_the_better_direction_is_an_arrow_and_words(better: str, rises: bool) -> None:
-    drawing = line_chart("t", [Curve("r", 0, [1, 2], [1, 2])], better=better)  # type: ignore[arg-type]
-    (arrow,) = [s for s in drawing.shapes if isinstance(s, Polygon) and s.role == "good"]
-    tip, base = arrow.points[2][1], arrow.points[0][1]
-    assert (tip < base) == rises
-    assert any(isinstance(s, Text) and s.text == f"{better} is better" for s in drawing.shapes)
+@pytest.mark.parametrize(("better", "arrow"), [("higher", "\u25b2"), ("lower", "\u25bc")])
+def test_the_better_direction_is_an_arrow_and_words(better: Any, arrow: str) -> None:
+    drawing = line_chart("t", [Curve("r", 0, [1, 2], [1, 2])], better=better, unit="nats")
+    assert {arrow, f"{better} is better  (nats)"} <= set(texts_of(drawing))
     assert f"{better} is better" in drawing.title
 
 
 def test_svg_is_well_formed_and_escapes() -> None:
     drawing = line_chart(HOSTILE, [Curve(HOSTILE, 0, [1, 2], [1, 2])], unit=HOSTILE)
-    root = ElementTree.fromstring(to_svg(drawing))
+    svg = to_svg(drawing)
+    root = ElementTree.fromstring(svg)
     texts = [element.text for element in root.iter() if element.text]
-    assert HOSTILE in texts
+    assert texts.count(HOSTILE) == 3, "title, unit, and the label that is shown on hover"
     assert not [element for element in root.iter() if "script" in element.tag]
 
 
+def test_svg_suits_a_page_with_several() -> None:
+    """No ids to clash, no style for the whole page, nothing outside, colours by role only."""
+    bars = stacked_bars("b", [("a", [1.0, 3.0])], ["p", "q"], unit="s")
+    curves = [Curve("r", n, [1, 2], [n, math.nan]) for n in range(N_SERIES)]
+    for drawing in (bars, line_chart("t", curves, better="lower")):
+        svg = to_svg(drawing)
+        # The shapes of markers are the same in every chart, and so are their ids.
+        assert not re.findall(r'<g id="|<style|url\(|font-family: |#[0-9a-f]{6}', svg)
+        used = set(re.findall(r"var\(--(\w+)\)", svg))
+        assert used <= COLOURS.keys()
+        assert all(f"--{role}:" in css_variables(dark=True) for role in used)
+
+
 def test_every_role_has_a_light_and_a_dark_colour_that_stand_out() -> None:
-    def luminance(rgb: tuple[int, int, int]) -> float:  # WCAG 2
-        linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in rgb]
+    def luminance(colour: str) -> float:  # WCAG 2
+        shares = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     for role, pair in COLOURS.items():
@@ -99,20 +98,13 @@ def test_every_role_has_a_light_and_a_dark_colour_that_stand_out() -> None:
             assert (light + 0.05) / (dark + 0.05) >= 3.0, role
 
 
-def test_a_png_shows_the_shapes() -> None:
-    drawing = Drawing(40, 20, "d", [rectangle(10, 5, 20, 10, "series1")])
-    image = pytest.importorskip("PIL.Image").open(BytesIO(to_png(drawing, scale=2))).convert("RGB")
-    assert image.size == (80, 40)
-    assert image.getpixel((40, 20)) == COLOURS["series1"][0]
-    assert image.getpixel((4, 4)) == COLOURS["paper"][0]
-
-
-def test_a_dashed_line_has_its_share_of_ink() -> None:
-    drawing = Drawing(200, 20, "d", [Line(((0, 10), (200, 10)), "ink", 4, dash=(10, 30))])
-    row = np.asarray(to_image(drawing, scale=1))[10, :, 0]
-    assert np.mean(row < 128) == pytest.approx(0.25, abs=0.03)
-    svg = to_svg(drawing)
-    assert 'stroke-dasharray="10 30"' in svg
+def test_series_differ_in_colour_and_dashes() -> None:
+    """Two roles with the same light colour need the same dark one: an SVG tells them by it."""
+    series = [COLOURS[f"series{number}"] for number in range(N_SERIES)]
+    assert len(set(series)) == len(set(DASHES)) == N_SERIES
+    dark_of: dict[str, str] = {}
+    for light, dark in COLOURS.values():
+        assert dark_of.setdefault(light, dark) == dark
 
 
 def test_a_heat_map_colours_cells_by_value_and_leaves_gaps() -> None:
@@ -120,23 +112,40 @@ def test_a_heat_map_colours_cells_by_value_and_leaves_gaps() -> None:
     drawing = heat_map(
         "h", values, x_edges=[0, 1, 2, 3], y_edges=[0, 8, 16], x_label="x", y_label="y"
     )
-    cells = [s for s in drawing.shapes if isinstance(s, Polygon) and s.rgb][:3]
-    assert [cell.rgb for cell in cells] == [heat_colour(0), heat_colour(1), heat_colour(0.5)]
-    assert cells[0].points[0][1] > cells[2].points[0][1], "row 0 is at the bottom"
-    lightness = [sum(heat_colour(share / 20)) for share in range(21)]
-    assert lightness == sorted(lightness), "readable in grey"
+    axes = axes_of(drawing)
+    (cells,) = axes.collections
+    shown = cells.get_array().reshape(2, 3)
+    assert shown.mask.tolist() == np.isnan(values).tolist()
+    assert shown.compressed().tolist() == [0.0, 1.0, 0.5]
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 3), (0, 16)), "row 0 is at the bottom"
+    assert to_pixels(drawing, scale=1).shape == (300, 460, 3)
 
 
 def test_bars_are_as_long_as_their_values() -> None:
     drawing = stacked_bars("b", [("a", [1.0, 3.0]), ("b", [2.0, 0.0])], ["p", "q"], unit="s")
-    bars = [s for s in drawing.shapes if isinstance(s, Polygon) and s.label]
-    wide = [bar.points[1][0] - bar.points[0][0] for bar in bars]
-    assert [value / wide[0] for value in wide] == pytest.approx([1, 3, 2, 0])
-    assert any(isinstance(s, Text) and s.text == "75 %" for s in drawing.shapes)
+    axes = axes_of(drawing)
+    assert [[bar.get_width() for bar in part] for part in axes.containers] == [[1, 2], [3, 0]]
+    assert [bar.get_x() for bar in axes.containers[1]] == [1, 2]
+    assert axes.yaxis_inverted(), "the first run on top"
+    assert {"25 %", "75 %", "4 s", "2 s", "p", "q", "a", "b"} <= set(texts_of(drawing))
 
 
-def test_drawings_side_by_side_keep_apart() -> None:
-    one = Drawing(100, 50, "one", [Text((1, 2), "x"), rectangle(0, 0, 10, 10)])
-    grid = side_by_side([one, one, one], columns=2, gap=10)
-    assert (grid.width, grid.height) == (210, 110)
-    assert [s.at for s in grid.shapes if isinstance(s, Text)] == [(1, 2), (111, 2), (1, 62)]
+def test_pngs_hold_all_drawings() -> None:
+    def filled(colour: str) -> Drawing:
+        return Drawing("d", lambda axes: axes.set_facecolor(colour), 100, 50, (0, 0, 0, 0))
+
+    colours = [COLOURS[f"series{number}"][0] for number in range(3)]
+    png = to_png([filled(colour) for colour in colours], columns=2, scale=2)
+    image = Image.open(BytesIO(png)).convert("RGB")
+    assert image.size == (400, 200)
+    found = [image.getpixel(at) for at in ((100, 50), (300, 50), (100, 150))]
+    assert ["#" + bytes(pixel).hex() for pixel in found] == colours
+    assert image.getpixel((300, 150)) == (255, 255, 255)
+    named = Image.open(BytesIO(to_png([filled("white")], legend=["one", "two"], scale=2)))
+    assert named.size == (200, 160)
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"The page is drawn by matplotlib.*extra 'plots'"):
+        require_matplotlib("The page")
