@@ -14,8 +14,6 @@ from torch.distributed.tensor import DTensor
 
 from hf_ebft.feature_network.network import FrozenNetwork
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -87,5 +85,9 @@ def _bit_sum(weight: Tensor) -> Tensor:
     if hasattr(whole, "__tensor_flatten__"):  # several tensors that stand for one, quantized say
         names, _ = whole.__tensor_flatten__()
         return torch.stack([_bit_sum(getattr(whole, name)) for name in names]).sum()
-    bits = whole.contiguous().view(_INTEGERS[whole.element_size()])
-    return bits.sum(dtype=torch.int64)
+    bits = whole.contiguous().view(-1).view(torch.uint8)
+    if bits.storage_offset() % 8:
+        bits = bits.clone()
+    # Words of eight bytes, many times faster than the elements; sums wrap around alike everywhere.
+    words = bits[: len(bits) // 8 * 8].view(torch.int64)
+    return words.sum() + bits[8 * len(words) :].sum(dtype=torch.int64)

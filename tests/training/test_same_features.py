@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from hf_ebft import EBFTTrainer
-from hf_ebft.feature_network.fingerprint import fingerprint_of
+from hf_ebft.feature_network.fingerprint import Fingerprint, fingerprint_of
 from hf_ebft.feature_network.network import FrozenNetwork
 from hf_ebft.training.same_features import KEY
 from tests.support.tiny import config, texts, tiny_llama
@@ -117,3 +117,17 @@ def test_structured_mode_does_not_resume_either(tmp_path: Path) -> None:
         trained = LlamaForCausalLM.from_pretrained(checkpoint)
         make(trained).train(resume_from_checkpoint=checkpoint)
     make(tiny.policy()).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_weight_that_lies_inside_a_larger_one_counts_the_same() -> None:
+    """Its bits may begin and end within a word of eight bytes."""
+
+    def of(values: torch.Tensor) -> Fingerprint:
+        model = tiny_llama()
+        model.model.norm.weight = nn.Parameter(values)
+        network = FrozenNetwork(model, feature_layers=[0.5], normalization="per_layer")
+        return fingerprint_of(network)
+
+    whole = torch.randn(19).bfloat16()
+    assert of(whole[3:18]) == of(whole[3:18].clone())
+    assert of(whole[3:18]) != of(whole[2:17])
