@@ -22,8 +22,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 # Queries and keys of a tile: what flex_attention's kernels are written for.
 TILE = 128
-# Block masks that are kept: those of a batch's passes, for batches of equal shape and boundaries.
-KEPT = 32
+# Block masks that are kept, about as many as a step of the paper's setting has passes.
+KEPT = 16
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,8 @@ class PackedPart:
         The S document tokens come first.
         """
         layout = self.layout
+        if self.has_documents:  # nothing is cached
+            return self.queries
         if not self.step_major:
             return layout.coordinates.select(layout._slots(self.own_steps))
         document = torch.arange(layout.document_width, device=self.queries.slot.device)
