@@ -1,5 +1,6 @@
 """Small GRPO runs that sample from a server."""
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -96,3 +97,21 @@ def make_trainer(
 def rollouts_for(settings):
     """Rollouts that do not wait between tries."""
     return VLLMRollouts(settings, VLLMClient(settings, wait=0.0))
+
+
+def full(**options):
+    """Options of a trainer that sends all weights."""
+    return {"settings": {"vllm_full_sync": True}, "peft": None} | options
+
+
+def completions_asked(fake):
+    """Payloads of the requests for rollouts; those of the handshake are left out."""
+    asked = [payload for path, payload in fake.requests if path == "/v1/completions"]
+    return [payload for payload in asked if not payload.get("ignore_eos", True)]
+
+
+def refused(start, error, message, **options):
+    """Make sure that the first rollouts of a trainer end in an error."""
+    trainer = start(**options)
+    with pytest.raises(error, match=message):
+        trainer.rollout_func([PROMPTS[0]], trainer)
