@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from hf_ebft.packed.heads import Head, ToLogits
 from hf_ebft.packed.masks import MaskRecipe
 from hf_ebft.packed.model_code import find_head
-from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.packed.model_parts import active_adapter_configs, bare_model
 from hf_ebft.packed.supported import RowLimits, check_supported, set_packed_attention
 from hf_ebft.rows.layout import PackedPart
 
@@ -192,6 +192,7 @@ def is_random_in_training(model: nn.Module) -> bool:
     return (
         by_configuration
         or has_noisy_embeddings(model)
+        or any(_is_random(adapter) for adapter in active_adapter_configs(model))
         or any(_drops(module) for module in model.modules())
     )
 
@@ -204,6 +205,15 @@ def has_noisy_embeddings(model: nn.Module) -> bool:
     """
     embeddings = bare_model(model).get_input_embeddings()
     return bool(getattr(embeddings, "neftune_noise_alpha", None))
+
+
+def _is_random(adapter: Any) -> bool:
+    """Whether a PEFT method draws in training mode: its weights, or which of them to leave out."""
+    return adapter.peft_type == "PVERA" or any(
+        isinstance(value, float) and value > 0
+        for name, value in vars(adapter).items()
+        if name.endswith("dropout")
+    )
 
 
 def _drops(module: nn.Module) -> bool:

@@ -73,12 +73,13 @@ class RowLimits:
     def check_documents(self, documents: Documents) -> None:
         """Raise a ValueError if a document is too long for the model."""
         assert self.document is not None
-        longest = int(documents.length.max())
+        per_row = documents.length.amax(dim=1)
+        row, longest = int(per_row.argmax()), int(per_row.max())
         if longest > self.document[0]:
             raise ValueError(
-                f"A document has {longest} tokens, but {self.document[1]} beyond "
-                f"{self.document[0]} tokens. Cut the documents shorter (sequence_len in "
-                "examples/run_ebft.py)."
+                f"A document has {longest} tokens (in row {row} of the batch), but "
+                f"{self.document[1]} beyond {self.document[0]} tokens. Cut the "
+                "documents shorter (sequence_len in examples/run_ebft.py)."
             )
 
 
@@ -108,6 +109,7 @@ def check_supported(model: nn.Module) -> RowLimits:
             f"{name} {REFUSED_TYPES[base.config.model_type]}, so rollouts that share a row cannot "
             "be kept apart. Use another architecture."
         )
+    _refuse_other_outputs(config, name)
     layer_types = set(getattr(config, "layer_types", None) or ())
     # Some classes of hybrid models also serve configurations that have attention layers only.
     only_attention = bool(layer_types) and layer_types <= MASKABLE_LAYERS
@@ -169,6 +171,31 @@ def refuse_adapters(model: nn.Module) -> None:
                 raise ValueError(
                     f"LoRA with {field}={value!r} {reason}. Leave {field} out of the LoraConfig."
                 )
+
+
+def _refuse_other_outputs(config: Any, name: str) -> None:
+    """Raise a ValueError if the configuration changes what a forward pass returns."""
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            f"{name} has output_router_logits=True in its configuration: it then adds a "
+            "load-balancing loss of its own, which needs a mask of two dimensions and which EBFT "
+            "would not train on. Set model.config.output_router_logits = False."
+        )
+    if not getattr(config, "return_dict", True):
+        raise ValueError(
+            f"{name} has return_dict=False in its configuration, so that its forward returns a "
+            "tuple without names. Set model.config.return_dict = True."
+        )
+
+
+def refuse_headless(model: nn.Module) -> None:
+    """Raise a ValueError if a model has no language-model head, hence no logits."""
+    base = bare_model(model)
+    if base.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(base).__name__} has no language-model head, so it predicts no tokens. Load it "
+            "with AutoModelForCausalLM."
+        )
 
 
 def _sees_the_future(base: PreTrainedModel, config: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_ebft.packed.forward import PackedForward, evaluation_mode
 from hf_ebft.packed.model_parts import bare_model, tokens_with_adapters, vocabulary_size
 from hf_ebft.packed.sampling import Rollouts, make_generator, sample_with_record
+from hf_ebft.packed.supported import refuse_headless
 from hf_ebft.packed.targets import KeptPlaces
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
@@ -49,8 +50,10 @@ def verify_packing(model: nn.Module, forward: PackedForward) -> float:
         The divergence per token, in nats, see `packing_divergence`.
 
     Raises:
-        ValueError: it is too large to be rounding, or the model fails on a packed row.
+        ValueError: it is too large to be rounding, the model fails on a packed row, or it has no
+            head.
     """
+    refuse_headless(model)
     try:
         divergence = packing_divergence(model, forward)
     except (FloatingPointError, torch.OutOfMemoryError, ValueError):

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftType, TrainableTokensConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, PeftType, TrainableTokensConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 
 from hf_ebft import EBFTTrainer
 from hf_ebft.feature_network.shared_base import why_not_shareable
-from hf_ebft.packed.forward import PackedForward
+from hf_ebft.packed.forward import PackedForward, is_random_in_training
 from hf_ebft.packed.supported import REFUSED_ADAPTERS, REFUSED_LORA
 from hf_ebft.packed.verification import verify_packing
 from tests.support.architectures import tiny_model
@@ -161,3 +161,15 @@ def test_trained_token_embeddings_are_noticed() -> None:
             if "trainable_tokens" in name and weight.requires_grad:
                 weight.add_(1.0)
     assert "do not start at zero" in str(why_not_shareable(model))
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank_dropout": 0.5}, {"module_dropout": 0.5}])
+def test_adapters_that_draw_in_training_are_noticed(settings: dict[str, Any]) -> None:
+    """LoHa drops ranks or layers with functions, so that there is no module to see."""
+    loha = LoHaConfig(target_modules=["q_proj"], **settings)
+    assert is_random_in_training(get_peft_model(tiny_llama(), loha)) == bool(settings)
+
+
+def test_adapters_that_draw_their_weights_in_training_are_noticed() -> None:
+    assert is_random_in_training(adapted("PVERA"))
+    assert not is_random_in_training(adapted("VERA"))

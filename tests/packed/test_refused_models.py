@@ -104,6 +104,12 @@ def test_types_that_cannot_be_exact(model_type: str, reason: str) -> None:
 @pytest.mark.parametrize(
     ("model_type", "overrides", "reason"),
     [
+        (
+            "mixtral",
+            {"output_router_logits": True},
+            "load-balancing loss.*Set model.config",
+        ),
+        ("llama", {"return_dict": False}, "tuple without names.*return_dict = True"),
         ("falcon", {"alibi": True}, "ALiBi.*rotary or learned"),
         ("bert", {"is_decoder": False}, FUTURE),
         ("megatron-bert", {"is_decoder": False}, FUTURE),
@@ -204,6 +210,8 @@ def test_documents_beyond_the_learned_positions() -> None:
     assert measure(model, Case(ragged_batch(20), stride=3)).largest < 1e-4
     with pytest.raises(ValueError, match="no position embeddings beyond 20 tokens"):
         measure(model, Case(ragged_batch(21), stride=3))
+    with pytest.raises(ValueError, match=r"21 tokens \(in row 1 of the batch\)"):
+        measure(model, Case(ragged_batch(20, 21), stride=3))
     # Positions restart in each document of a row.
     assert measure(model, Case(packed_documents([20, 18]), stride=3)).largest < 1e-4
 
@@ -462,4 +470,11 @@ class Forgetful(LlamaForCausalLM):
 def test_self_test_checks_the_cached_sampler() -> None:
     model = built(Forgetful)
     with pytest.raises(ValueError, match="other log-probabilities on a packed row"):
+        verify_packing(model, PackedForward.for_model(model))
+
+
+def test_models_without_a_head_are_refused_for_that() -> None:
+    """The self-test said that the model took no position ids."""
+    model = tiny_model("llama").model
+    with pytest.raises(ValueError, match=r"LlamaModel has no language-model head.*ForCausalLM"):
         verify_packing(model, PackedForward.for_model(model))
