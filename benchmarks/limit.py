@@ -65,7 +65,7 @@ class Cost:
     per_head_row: int
 
     def multiply_adds(self, work: Work, n_layers: int | None = None) -> int:
-        """Multiply-adds of a pass over the first ``n_layers`` layers (default: all)."""
+        """Multiply-adds of a pass over the first `n_layers` layers (default: all)."""
         layers = self.per_token[:n_layers]
         in_layers = work.tokens * sum(layers) + work.pairs * self.per_pair * len(layers)
         return in_layers + work.head_rows * self.per_head_row
@@ -183,7 +183,7 @@ _PROBE = 2
 
 
 def _counter(count: list[int], module: nn.Module) -> Any:
-    """A hook that adds a module's multiply-adds per token, forward and backward, to ``count``."""
+    """A hook that adds a module's multiply-adds per token, forward and backward, to `count`."""
     weight: Any = module.weight
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:

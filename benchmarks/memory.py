@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Run ``work`` and return the most bytes that it held at a time.
+    """Run `work` and return the most bytes that it held at a time.
 
-    What ``work`` releases although it was allocated before does not count in its favour.
+    What `work` releases although it was allocated before does not count in its favour.
     The profiler slows the work down: don't time it.
     """
     if device.type == "cuda":

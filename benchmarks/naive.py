@@ -1,7 +1,7 @@
 """The step in the order of work of the paper's released code: the baseline that the library is
 measured against.
 
-Each sample is a row of its own, ``[document][block 0][block 1]...``, behind a dense mask; all of
+Each sample is a row of its own, `[document][block 0][block 1]...`, behind a dense mask; all of
 the row is computed again for each of the G tokens that are sampled; the head runs over the whole
 row; the feature pass runs all layers and keeps all their states; log-probabilities are a float32
 log-softmax over the vocabulary for the whole row. What it computes is what the library computes:
@@ -60,7 +60,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A document with its rollouts: ``tokens`` (n, K, G) int64."""
+    """A document with its rollouts: `tokens` (n, K, G) int64."""
 
     document: Document
     tokens: Tensor
@@ -70,7 +70,7 @@ def read_documents(inputs: Mapping[str, Tensor], settings: EBFTSettings) -> list
     """The documents of a batch, padding dropped.
 
     Args:
-        inputs: ``input_ids`` and, if padded, ``attention_mask`` (B, S); one document a row.
+        inputs: `input_ids` and, if padded, `attention_mask` (B, S); one document a row.
 
     Raises:
         ValueError: other columns, which this baseline does not know.
@@ -91,9 +91,9 @@ def read_documents(inputs: Mapping[str, Tensor], settings: EBFTSettings) -> list
 
 
 def dense_visibility(document: Document, drawn: int) -> Tensor:
-    """(T, T) bool: who sees whom in a row that holds ``drawn`` tokens of each block.
+    """(T, T) bool: who sees whom in a row that holds `drawn` tokens of each block.
 
-    A document token sees the document up to itself; the rollout of block k sees ``ends[k]`` tokens
+    A document token sees the document up to itself; the rollout of block k sees `ends[k]` tokens
     of the document, and itself up to the token.
     """
     width, n_blocks = document.tokens.shape[0], document.ends.shape[0]
@@ -246,7 +246,7 @@ class NaiveStep:
         return rollout, scores.gather(2, targets)[..., 0]
 
     def _loss(self, sampled: Sampled, advantage: Tensor, rows: slice) -> Tensor:
-        """What some of a document's rows contribute to its loss; ``advantage`` (n, K)."""
+        """What some of a document's rows contribute to its loss; `advantage` (n, K)."""
         settings = self.settings
         rollout, document = self.log_probs(sampled, rows)
         rl_loss = -(advantage[rows, :, None] * rollout).sum() / max(1, sampled.tokens.numel())
@@ -268,7 +268,7 @@ class NaiveStep:
         return [states[int(fraction * n_layers)] for fraction in self.settings.feature_layers]
 
     def _inputs(self, document: Document, tokens: Tensor) -> dict[str, Any]:
-        """Model inputs of rows that hold ``tokens`` (r, K, t) after the document."""
+        """Model inputs of rows that hold `tokens` (r, K, t) after the document."""
         n_rows, _, drawn = tokens.shape
         steps = torch.arange(drawn, device=tokens.device)
         places = torch.arange(document.tokens.shape[0], device=tokens.device)

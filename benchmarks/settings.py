@@ -78,14 +78,14 @@ class ModelSize:
 
     Attributes:
         dtype: the dtype of its weights, and of the matrix product that it is compared with.
-        shape: of the ``LlamaConfig``.
+        shape: of the `LlamaConfig`.
     """
 
     dtype: torch.dtype
     shape: dict[str, Any]
 
     def build(self, **shape: Any) -> LlamaForCausalLM:
-        """The model in training mode; ``shape`` overrides."""
+        """The model in training mode; `shape` overrides."""
         config = LlamaConfig(
             max_position_embeddings=16384,
             bos_token_id=None,

@@ -5,8 +5,8 @@
 
 Prints how many different shapes the steps had and what the process held along the way: resident
 memory on a CPU, memory reserved by the caching allocator on a GPU (its fragmentation shows there).
-The second half must hold no more than the first, or steps leak. With ``--set torch_compile=true``
-or ``--set packed_attention=flex_attention`` the number of compiled graphs counts, too: it must stop
+The second half must hold no more than the first, or steps leak. With `--set torch_compile=true`
+or `--set packed_attention=flex_attention` the number of compiled graphs counts, too: it must stop
 growing.
 """
 

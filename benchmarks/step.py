@@ -482,10 +482,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """``name=value``, the value in JSON or else text.
+    """`name=value`, the value in JSON or else text.
 
     Raises:
-        ValueError: no ``=`` in it.
+        ValueError: no `=` in it.
     """
     name, equals, value = text.partition("=")
     if not equals:

@@ -1,4 +1,4 @@
-"""``python -m hf_ebft``, the same as ``hf-ebft``."""
+"""`python -m hf_ebft`, the same as `hf-ebft`."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """What a user may set, documented and validated in one place.
 
 The fields live in two mixins so that other trainers (and scripts that hold a plain
-``TrainingArguments``) can reuse them: every default is declared here and nowhere else.
+`TrainingArguments`) can reuse them: every default is declared here and nowhere else.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class FeatureMatchingArguments:
     )
 
     def validate_feature_matching(self, n_samples: int, n_samples_name: str) -> None:
-        """Check the fields of this group; ``n_samples`` is the size of a group of rollouts.
+        """Check the fields of this group; `n_samples` is the size of a group of rollouts.
 
         Raises:
             ValueError: naming the field, the value, the reason and what to write instead.
@@ -404,10 +404,10 @@ class StridedArguments:
 
 @dataclass
 class EBFTSettings(StridedArguments, FeatureMatchingArguments):
-    """Every setting of strided EBFT, without the ``TrainingArguments``.
+    """Every setting of strided EBFT, without the `TrainingArguments`.
 
-    The trainer reads its settings from such an object: an [`EBFTConfig`] is one, and a plain
-    ``TrainingArguments`` is paired with the defaults.
+    The trainer reads its settings from such an object: an `EBFTConfig` is one, and a plain
+    `TrainingArguments` is paired with the defaults.
     """
 
     def validate(self) -> None:
@@ -434,9 +434,9 @@ class EBFTSettings(StridedArguments, FeatureMatchingArguments):
 
 @dataclass
 class EBFTConfig(EBFTSettings, TrainingArguments):
-    """``transformers.TrainingArguments`` plus the settings of strided EBFT.
+    """`transformers.TrainingArguments` plus the settings of strided EBFT.
 
-    No default of ``TrainingArguments`` is changed.
+    No default of `TrainingArguments` is changed.
     """
 
     def __post_init__(self) -> None:

@@ -1,23 +1,23 @@
 """The study's matrix: what is run, on what, and how choices are made. Declared before any run.
 
 Question: base against SFT against EBFT, and EBFT's settings one at a time, with what two CPU cores
-can do: the model of 1.9 M parameters in ``examples/tiny_model`` learns a kind of text that it has
-not seen, the character tables in the standard library's ``encodings``.
+can do: the model of 1.9 M parameters in `examples/tiny_model` learns a kind of text that it has
+not seen, the character tables in the standard library's `encodings`.
 
 Rules, fixed beforehand:
 
-- Learning rates are swept over the same ``RATES`` for every method, one run each with seed 0,
-  measured on the split ``tune``. Each method is judged by what it minimises: SFT by the
-  cross-entropy, EBFT by the CFM loss of rollouts of the length that it trains with (``CRITERIA``).
-- At the chosen rate each method runs once more with each of ``SEEDS``, measured on ``report``.
+- Learning rates are swept over the same `RATES` for every method, one run each with seed 0,
+  measured on the split `tune`. Each method is judged by what it minimises: SFT by the
+  cross-entropy, EBFT by the CFM loss of rollouts of the length that it trains with (`CRITERIA`).
+- At the chosen rate each method runs once more with each of `SEEDS`, measured on `report`.
   Both splits are disjoint, by file, from each other and from the training text.
 - Ablations change one factor of the EBFT that the sweep was made with, at the rate chosen for it.
 - EBFT without whitening, cross-entropy term or KL is the one to start from: its reward is exactly
   the gradient of the CFM loss (see docs/tuning.md).
-- ``sft_steps`` makes as many optimizer steps as EBFT, on the same rows in the same order for the
-  same seed: equal steps and equal document tokens. ``sft_tokens`` makes as many more, on more rows,
+- `sft_steps` makes as many optimizer steps as EBFT, on the same rows in the same order for the
+  same seed: equal steps and equal document tokens. `sft_tokens` makes as many more, on more rows,
   that its tokens equal EBFT's document tokens and rollout tokens together.
-- A run is written when it is finished and never run again; all of them are in ``results``.
+- A run is written when it is finished and never run again; all of them are in `results`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Method = Literal["base", "sft", "ebft"]
 SWEEP_SEED = 0
 SEEDS = (1, 2, 3)
 
-#: What the learning rate of a swept method is chosen by, on ``tune``: the least.
+#: What the learning rate of a swept method is chosen by, on `tune`: the least.
 CRITERIA = {
     "sft_steps": "cross_entropy",
     "sft_tokens": "cross_entropy",
@@ -50,10 +50,10 @@ class Setup:
 
     Attributes:
         name: by which runs know it.
-        model: folder in the repository, or the package that ``gguf_file`` lies in.
+        model: folder in the repository, or the package that `gguf_file` lies in.
         gguf_file: file with the weights.
         lora_rank: adapters on all linear layers, which alone are trained; 0: all weights are.
-        domain: kind of text, see ``examples/stdlib_text.py``.
+        domain: kind of text, see `examples/stdlib_text.py`.
         rates: learning rates of the sweep.
         steps: of the optimizer, for EBFT.
         tokens_factor: EBFT's document and rollout tokens over its document tokens.
@@ -164,7 +164,7 @@ class Run:
         seed: of the data order, the rollouts and nothing else.
         learning_rate: peak; None for the untrained model.
         steps: of the optimizer.
-        changes: settings of EBFT that differ from the setup's. ``naive_baseline`` is the study's
+        changes: settings of EBFT that differ from the setup's. `naive_baseline` is the study's
             own.
         setup: name of the setup.
     """
@@ -200,7 +200,7 @@ def sweep_runs(setup: Setup) -> list[Run]:
 
 
 def main_runs(setup: Setup, rates: dict[str, float]) -> list[Run]:
-    """Every method at the rate chosen for it, with every seed; ``rates``: method -> rate."""
+    """Every method at the rate chosen for it, with every seed; `rates`: method -> rate."""
     # Equal steps first, in case there is no time for the rest.
     arms = ("sft_steps", "ebft", "sft_tokens")
     return [_run(setup, arm, "report", seed, rates[arm]) for arm in arms for seed in SEEDS]

@@ -2,8 +2,8 @@
 
 A file is cut at a random token. The model reads the last tokens before the cut and writes on. What
 is judged is the whole file up to the cut with the continuation, as far as its last line break:
-strings and brackets that are open there are closed, a block that has just begun gets a ``pass``,
-and then ``ast.parse`` has to take it. A continuation that completes no line fails. The same is done
+strings and brackets that are open there are closed, a block that has just begun gets a `pass`,
+and then `ast.parse` has to take it. A continuation that completes no line fails. The same is done
 with the file's own continuation of the same length: its share is what a perfect model would get.
 """
 
@@ -89,7 +89,7 @@ def parses(before: str, continuation: str) -> bool:
 
 
 def closed(text: str) -> str:
-    """``text``, which ends with a line break, with what is open at its end closed.
+    """`text`, which ends with a line break, with what is open at its end closed.
 
     Only what any text may need that is cut off between two lines: the end of a triple-quoted
     string, brackets, and a body for a block whose header is the last line of code. Nothing wrong is
@@ -143,7 +143,7 @@ def closed(text: str) -> str:
 def continuations(
     model: Any, tokenizer: Any, cuts: Sequence[Cut], *, new_tokens: int, samples: int, seed: int
 ) -> tuple[list[str], list[list[str]]]:
-    """What the model writes after each cut: greedily, and ``samples`` times at temperature 1."""
+    """What the model writes after each cut: greedily, and `samples` times at temperature 1."""
     ids = torch.tensor([cut.context for cut in cuts])
     options: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids),

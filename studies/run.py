@@ -203,7 +203,7 @@ def _loaded(name: str) -> tuple[Any, Any]:
 
 @cache
 def load_rows(name: str, split: str) -> tuple[list[str], TokenizedRows]:
-    """Whole texts of a split, and its rows; ``name``: of the setup."""
+    """Whole texts of a split, and its rows; `name`: of the setup."""
     setup = matrix.SETUPS[name]
     texts = [document.text for document in stdlib_text.load(setup.domain, split).documents]
     shortest = setup.ebft["context_length"] + setup.ebft["generate_max_len"]
@@ -312,7 +312,7 @@ def kept(name: str) -> bool:
 
 @cache
 def feature_network(name: str) -> FeatureNetwork:
-    """Phi of every measurement: the untrained model; ``name``: of the setup."""
+    """Phi of every measurement: the untrained model; `name`: of the setup."""
     setup = matrix.SETUPS[name]
     settings = evaluation_settings(setup)
     return FeatureNetwork(
@@ -348,8 +348,8 @@ def evaluate(setup: Setup, model: Any, split: str) -> dict[str, Any]:
     """Every figure, as means by file.
 
     Returns:
-        ``by_file``: figure -> (F,) means, with ``@8`` and so on for figures of rollouts;
-        ``weights``: "tokens", "rows", "cuts" -> (F,) what these are means over; ``prefixes``: in
+        `by_file`: figure -> (F,) means, with `@8` and so on for figures of rollouts;
+        `weights`: "tokens", "rows", "cuts" -> (F,) what these are means over; `prefixes`: in
         all.
     """
     texts, rows = held_out(setup, split)
@@ -392,7 +392,7 @@ def evaluate(setup: Setup, model: Any, split: str) -> dict[str, Any]:
 
 @cache
 def _cuts(name: str, split: str, texts: tuple[str, ...]) -> list[Cut]:
-    """The same cuts for every model; ``name``: of the setup."""
+    """The same cuts for every model; `name`: of the setup."""
     setup = matrix.SETUPS[name]
     assert setup.parsing is not None
     names = ("cuts_per_file", "context_tokens", "new_tokens", "seed")

@@ -2,8 +2,8 @@
 
     python studies/tables.py --results studies/results --docs docs/study.md
 
-Each table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is rewritten whole.
-``NAME`` is one of `TABLES`, of the tiny model, or ``SETUP_NAME`` of another setup.
+Each table stands between `<!-- table: NAME -->` and `<!-- end -->` and is rewritten whole.
+`NAME` is one of `TABLES`, of the tiny model, or `SETUP_NAME` of another setup.
 
 Values are means over documents (tokens, for the cross-entropy) of the mean over seeds. Intervals
 are 95 % by paired bootstrap over held-out files, of that mean over seeds; what the seeds do on
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def with_tables(text: str, results: Mapping[str, Results]) -> str:
-    """The page with its tables made anew; ``results``: by setup."""
+    """The page with its tables made anew; `results`: by setup."""
 
     def table(found: re.Match[str]) -> str:
         setup, _, name = found[2].rpartition("_")
@@ -113,7 +113,7 @@ class Results:
         return sorted(found, key=lambda r: (r["run"]["seed"], r["run"]["learning_rate"] or 0))
 
     def evaluations(self, arm: str) -> dict[int, dict[str, Any]]:
-        """Seed -> evaluation on ``report``; ``ebft_ema`` are the averaged weights of ``ebft``."""
+        """Seed -> evaluation on `report`; `ebft_ema` are the averaged weights of `ebft`."""
         key = "evaluation_ema" if arm == "ebft_ema" else "evaluation"
         runs = self.of(arm.removesuffix("_ema"))
         return {r["run"]["seed"]: r[key] for r in runs if key in r}
@@ -153,7 +153,7 @@ def difference(
 def seed_differences(
     before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], figure: str
 ) -> list[float]:
-    """Of the means over documents, seed by seed; one ``before`` serves all."""
+    """Of the means over documents, seed by seed; one `before` serves all."""
     first = [mean_of(e, figure) for e in before] * (len(after) if len(before) == 1 else 1)
     return [mean_of(e, figure) - b for e, b in zip(after, first, strict=True)]
 
@@ -222,7 +222,7 @@ def absent(runs: Sequence[Run], results: Results) -> list[str]:
 
 
 def sweep_table(results: Results) -> str:
-    """Every method at every rate, on ``tune``."""
+    """Every method at every rate, on `tune`."""
     base = results.base("tune")
     figures = ("cross_entropy", "cfm_loss@8", "entropy@8")
     rows = [["untrained", "-", *(number(mean_of(base, figure)) for figure in figures)]]

@@ -1,6 +1,7 @@
-"""What the source has to look like: docstrings, helpers in one place."""
+"""What the source has to look like: docstrings in one markup, helpers in one place."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "hf_ebft").rglob("*.py"))
 SUPPORT = sorted((ROOT / "tests" / "support").glob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
+FOLDERS = ("hf_ebft", "examples", "benchmarks", "studies", "tests", "tools")
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -41,6 +44,13 @@ def test_modules_and_what_is_public_have_docstrings(path: Path) -> None:
     tree = parse(path)
     assert ast.get_docstring(tree), "a first line that says what the reader finds here"
     assert [name for name, node in public(tree) if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_docstrings_and_comments_are_markdown(path: Path) -> None:
+    """As mkdocstrings and editors render it: `code`, no roles and double backticks of Sphinx."""
+    text = path.read_text(encoding="utf-8")
+    assert re.findall(r"(?<!`)`{2}(?!`)|:(?:class|func|meth|mod|attr|data):`", text) == []
 
 
 @pytest.mark.parametrize("path", SUPPORT[1:], ids=name_of)

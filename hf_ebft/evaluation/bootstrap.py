@@ -21,7 +21,7 @@ class PairedDifference:
 
     Attributes:
         before, after: means over the documents that have the measurement in both.
-        difference: ``after - before``.
+        difference: `after - before`.
         low, high: bounds of the bootstrap interval of the difference.
         n_documents: documents that entered.
         n_groups: groups that were resampled.
@@ -68,7 +68,7 @@ def mean_bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Bootstrap of a mean over documents; see [`paired_bootstrap`] for the kind of interval.
+    """Bootstrap of a mean over documents; see `paired_bootstrap` for the kind of interval.
 
     Args:
         values: (N,) measurements; NaN where a document has none.

@@ -37,7 +37,7 @@ class RolloutWatcher(TrainerCallback):
 
     The prefix in the middle of each row is continued n times with the same seed at every step:
     what changes is the policy. `latest` holds the groups of the last look, as
-    [`RolloutGroup`]s; `output_dir/watched_rollouts.jsonl` gets a line for each prefix and step,
+    `RolloutGroup`s; `output_dir/watched_rollouts.jsonl` gets a line for each prefix and step,
     with texts where the trainer has a tokenizer, and the rewards of training. A resumed run goes on
     in the file.
 

@@ -166,7 +166,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(correct: Iterable[Sequence[bool]], k: int) -> float:
-    """Mean of [`pass_at_k`] over problems.
+    """Mean of `pass_at_k` over problems.
 
     Args:
         correct: for each problem, which of its completions are right.

@@ -66,13 +66,13 @@ class DocumentMeasurements:
         values: name in `DOCUMENT_METRICS` -> (N,) float64, NaN where a document has no such
             measurement: no block, or no target token.
 
-            - ``cross_entropy``: teacher-forced, mean over the targets, at temperature 1.
-            - ``cfm_loss``: mean over the blocks (paper, eq. 2), unwhitened features.
-            - ``cosine_alignment``, ``dot_diversity``: unwhitened, so that they can be compared
+            - `cross_entropy`: teacher-forced, mean over the targets, at temperature 1.
+            - `cfm_loss`: mean over the blocks (paper, eq. 2), unwhitened features.
+            - `cosine_alignment`, `dot_diversity`: unwhitened, so that they can be compared
               between settings.
-            - ``alignment``, ``diversity``: whitened if the settings say so; they depend on
-              ``n_samples`` then.
-            - ``entropy``: of the rollouts, at the sampling temperature.
+            - `alignment`, `diversity`: whitened if the settings say so; they depend on
+              `n_samples` then.
+            - `entropy`: of the rollouts, at the sampling temperature.
     """
 
     row: NDArray[np.int64]
@@ -97,10 +97,10 @@ def evaluate_documents(
     seed: int = 0,
     corpus_whitening: CorpusWhitening | None = None,
 ) -> DocumentMeasurements:
-    """Measure a policy on every document of ``rows``.
+    """Measure a policy on every document of `rows`.
 
     Two policies are compared fairly by calling this twice with the same feature network, rows,
-    settings, ``batch_size`` and ``seed``. The model, its mode and torch's global randomness are
+    settings, `batch_size` and `seed`. The model, its mode and torch's global randomness are
     left as they are.
 
     Args:
@@ -108,15 +108,15 @@ def evaluate_documents(
         feature_network: phi, the same for every policy that is compared.
         rows: tokenized rows, as for training.
         settings: where blocks lie, how rollouts are sampled and embedded, and what is whitened.
-        data_collator: default [`EBFTDataCollator`].
+        data_collator: default `EBFTDataCollator`.
         batch_size: rows measured at once.
         stride: tokens between anchors; default that of the settings.
         n_samples: rollouts per group; default that of the settings. With 1 the CFM loss is biased.
         n_draws: independent groups per block, averaged. More draws, less noise.
-        eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
+        eos_token_id: ends documents if `document_masking` is True and rows mark no boundaries.
         seed: of the rollouts.
-        corpus_whitening: for settings with ``whitening_space="corpus"``, such as
-            ``trainer.corpus_whitening()``; the same for every policy that is compared.
+        corpus_whitening: for settings with `whitening_space="corpus"`, such as
+            `trainer.corpus_whitening()`; the same for every policy that is compared.
 
     Raises:
         ValueError: no rows, numbers below 1, or a corpus whitening that is missing.

@@ -52,9 +52,9 @@ class ModelMeasurements:
         row: (N,) int64, which row each document is in.
         document: (N,) a digest of each document's tokens: equal for equal documents.
         blocks: (N,) int64, prefixes that were continued in each document; 0 for those without room.
-        text: name in ``TEXT_METRICS`` -> (N,) float64, NaN where a document has none.
+        text: name in `TEXT_METRICS` -> (N,) float64, NaN where a document has none.
         tokens: the same names -> (N,) float64, the tokens that each is a mean over.
-        rollouts: length -> name in ``ROLLOUT_METRICS`` -> (N,) float64, NaN without blocks.
+        rollouts: length -> name in `ROLLOUT_METRICS` -> (N,) float64, NaN without blocks.
     """
 
     row: NDArray[np.int64]
@@ -85,22 +85,22 @@ def measure_model(
     """Measure one model; call it once for each, with the same other arguments.
 
     Prefixes are those that have room for the greatest length, so that all lengths continue the same
-    ones; documents without such a prefix have no measurements of rollouts (``blocks`` is 0 there).
+    ones; documents without such a prefix have no measurements of rollouts (`blocks` is 0 there).
 
     Args:
         model: a causal language model, not wrapped; a PEFT model is one. Its mode is left as it is.
         feature_network: phi, the same for all models.
         rows: tokenized rows, as for training.
-        settings: ``stride``, ``context_length``, ``n_samples_per_prompt``, ``temperature``,
-            features, whitening and coefficients; ``generate_max_len`` is not read.
+        settings: `stride`, `context_length`, `n_samples_per_prompt`, `temperature`,
+            features, whitening and coefficients; `generate_max_len` is not read.
         lengths: of rollouts, ascending.
         n_draws: independent groups per prefix, averaged.
         seed: of the rollouts.
         tokens_at_once: bounds the memory: rollout tokens (of a few prefixes), or tokens of text,
             in one forward pass. At least one prefix, and one row, is always taken.
-        data_collator: default [`EBFTDataCollator`].
-        corpus_whitening: for ``whitening_space="corpus"``.
-        eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
+        data_collator: default `EBFTDataCollator`.
+        corpus_whitening: for `whitening_space="corpus"`.
+        eos_token_id: ends documents if `document_masking` is True and rows mark no boundaries.
 
     Raises:
         ValueError: no rows, lengths that do not ascend, numbers below 1, or no document with room
@@ -133,7 +133,7 @@ def measure_model(
 
 @dataclass(frozen=True)
 class _Part:
-    """[`ModelMeasurements`] of one row, measurements as (W,) tensors."""
+    """`ModelMeasurements` of one row, measurements as (W,) tensors."""
 
     row: int
     document: list[str]

@@ -87,9 +87,9 @@ def sample_continuations(
         model: the policy.
         rows: tokenized rows, sampled in one batch; a row without room for a block is left out.
         settings: where blocks lie and how rollouts are sampled.
-        length: tokens of a rollout; default ``generate_max_len``.
-        data_collator: default [`EBFTDataCollator`].
-        eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
+        length: tokens of a rollout; default `generate_max_len`.
+        data_collator: default `EBFTDataCollator`.
+        eos_token_id: ends documents if `document_masking` is True and rows mark no boundaries.
         seed: of the rollouts; the same seed gives two policies the same random numbers.
     """
     measurer = Measurer.for_model(model, settings, eos_token_id=eos_token_id)
@@ -124,11 +124,11 @@ def sample_groups(
         feature_network: phi.
         rows: tokenized rows, sampled in one batch; a row without room for a block is left out.
         settings: where blocks lie, how rollouts are sampled, embedded and rewarded.
-        n_samples: rollouts of each group; default ``n_samples_per_prompt``.
-        length: tokens of a rollout; default ``generate_max_len``.
-        data_collator: default [`EBFTDataCollator`].
-        corpus_whitening: for ``whitening_space="corpus"``.
-        eos_token_id: ends documents if ``document_masking`` is True and rows mark no boundaries.
+        n_samples: rollouts of each group; default `n_samples_per_prompt`.
+        length: tokens of a rollout; default `generate_max_len`.
+        data_collator: default `EBFTDataCollator`.
+        corpus_whitening: for `whitening_space="corpus"`.
+        eos_token_id: ends documents if `document_masking` is True and rows mark no boundaries.
         seed: of the rollouts.
     """
     measurer = Measurer.for_model(

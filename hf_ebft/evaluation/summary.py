@@ -21,8 +21,8 @@ def compare(
     """Paired differences of every measurement that any document has.
 
     Args:
-        before, after: from [`evaluate_documents`], on the same rows.
-        groups: what each document is a part of, see [`paired_bootstrap`].
+        before, after: from `evaluate_documents`, on the same rows.
+        groups: what each document is a part of, see `paired_bootstrap`.
 
     Raises:
         ValueError: measured on different rows, or on too few.

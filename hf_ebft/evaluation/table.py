@@ -74,9 +74,9 @@ class ModelComparison:
     Attributes:
         models: names; differences are from the first.
         lengths: of the rollouts.
-        counts: ``documents``; ``duplicates``, documents that are equal to an earlier one;
-            ``skipped``, documents without room for a rollout of the greatest length; ``prefixes``
-            that were continued; ``groups`` that the bootstrap resampled at most.
+        counts: `documents`; `duplicates`, documents that are equal to an earlier one;
+            `skipped`, documents without room for a rollout of the greatest length; `prefixes`
+            that were continued; `groups` that the bootstrap resampled at most.
         entries: every measurement of every model.
         settings: whatever the caller wants to be on record.
     """
@@ -159,7 +159,7 @@ class ModelComparison:
         canvas.savefig(path, dpi=120)
 
     def save(self, folder: str | os.PathLike[str], *, png: bool = True) -> list[Path]:
-        """Write ``evaluation.json``, ``evaluation.md`` and, if wanted, ``evaluation.png``."""
+        """Write `evaluation.json`, `evaluation.md` and, if wanted, `evaluation.png`."""
         paths = [Path(folder, f"evaluation.{kind}") for kind in ("json", "md")]
         paths[0].parent.mkdir(parents=True, exist_ok=True)
         paths[0].write_text(self.to_json(), encoding="utf-8")
@@ -191,7 +191,7 @@ def compare_models(
     """Intervals of every measurement, and paired differences from the first model.
 
     Args:
-        measured: name -> measurements from [`measure_model`], of the same documents.
+        measured: name -> measurements from `measure_model`, of the same documents.
         groups: (N,) what each document is a part of (the file it was cut from, say); resampled as
             a whole. Default: each by itself, equal documents together.
         n_resamples: of the bootstrap.

@@ -60,10 +60,10 @@ def mean_group_metrics(groups: Iterable[tuple[Tensor, Tensor]], **options: Any) 
 
     Args:
         groups: features of n rollouts (n, D), and of their ground truth (D,), for each prefix.
-        **options: of [`feature_matching_rewards`]; not whitened unless they say so.
+        **options: of `feature_matching_rewards`; not whitened unless they say so.
 
     Returns:
-        ``cfm_loss``, ``alignment``, ``diversity``, ``reward``, and ``reward_best``, the mean of the
+        `cfm_loss`, `alignment`, `diversity`, `reward`, and `reward_best`, the mean of the
         best reward of each group.
 
     Raises:

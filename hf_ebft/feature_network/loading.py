@@ -35,7 +35,7 @@ def build_feature_network(
 ) -> FeatureNetwork:
     """The feature network that the settings ask for, for packed rows, placed and frozen.
 
-    Arguments, errors and what processes must do: see :func:`build_placed_network`.
+    Arguments, errors and what processes must do: see `build_placed_network`.
     """
 
     def make(model: nn.Module, *, shared: bool) -> FeatureNetwork:
@@ -69,11 +69,11 @@ def build_placed_network(
 
     Args:
         policy: the unwrapped policy, as training starts from it.
-        given: the user's own network, or None for the one at ``feature_model_name_or_path`` or a
+        given: the user's own network, or None for the one at `feature_model_name_or_path` or a
         copy.
         settings: the trainer's.
         accelerator: the trainer's.
-        make: ``make(model, shared=...)`` freezes a model into a network.
+        make: `make(model, shared=...)` freezes a model into a network.
 
     Raises:
         ValueError: two networks asked for, another vocabulary, or a placement that is not possible.

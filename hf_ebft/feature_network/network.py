@@ -55,16 +55,16 @@ class FeaturePass:
 class FrozenNetwork:
     """A frozen causal language model whose hidden states can be read at chosen places.
 
-    It is deliberately no ``nn.Module``: a trainer that holds one does not wrap, optimize or save
+    It is deliberately no `nn.Module`: a trainer that holds one does not wrap, optimize or save
     it.
 
     Args:
         model: the network. It is put into evaluation mode and frozen, in place, unless it is
         shared.
-        feature_layers: fractions of depth; layer index ``int(fraction * L)`` into transformers'
-            ``hidden_states`` (0 is the embedding output, L the last one, after the final norm).
-        normalization: see :func:`hf_ebft.objective.features.normalize_layers`.
-        shared: ``model`` is the policy, a PEFT model whose base serves as the network: it is left
+        feature_layers: fractions of depth; layer index `int(fraction * L)` into transformers'
+            `hidden_states` (0 is the embedding output, L the last one, after the final norm).
+        normalization: see `hf_ebft.objective.features.normalize_layers`.
+        shared: `model` is the policy, a PEFT model whose base serves as the network: it is left
             as it is, and read with its adapters switched off.
     """
 
@@ -100,7 +100,7 @@ class FrozenNetwork:
     def _read_layers(
         self, run: Callable[[], Any], places: Tensor, *, to_the_end: bool
     ) -> list[Tensor]:
-        """Hidden states (B, P, H) of every feature layer at ``places`` (B, P) of a forward pass.
+        """Hidden states (B, P, H) of every feature layer at `places` (B, P) of a forward pass.
 
         Args:
             run: makes the pass over B rows.
@@ -121,10 +121,10 @@ class FrozenNetwork:
     def _capture(
         self, kept: dict[int, Tensor], rows: Tensor, places: Tensor, *, stop_early: bool
     ) -> Iterator[None]:
-        """Hooks that keep the wanted hidden states at ``places`` and end the pass after the last
+        """Hooks that keep the wanted hidden states at `places` and end the pass after the last
         one.
 
-        Hooks on the layers see the same values as transformers' ``hidden_states``; the last entry
+        Hooks on the layers see the same values as transformers' `hidden_states`; the last entry
         of those is taken after the final norm, hence from the backbone's output.
         """
         n_layers, top = len(self.layers), max(self.layer_indices)
@@ -167,7 +167,7 @@ class FeatureNetwork(FrozenNetwork):
         embed_method: pooling over the tokens of a block.
         packed_attention: attention implementation for the packed row.
         chunk_size: rollout tokens whose activations exist at once, see
-            :func:`hf_ebft.rows.chunks.block_chunks`.
+            `hf_ebft.rows.chunks.block_chunks`.
 
     Raises:
         ValueError: the network cannot be exact on packed rows.
@@ -305,12 +305,12 @@ class FeatureNetwork(FrozenNetwork):
             rollouts: the batch and its sampled tokens.
             part: which part.
             places: (B, ..., T) places in the row whose hidden states are pooled.
-            score: see :meth:`embed`.
+            score: see `embed`.
             cache: keys and values of earlier tokens, extended in place.
 
         Returns:
             (B, ..., D) float32, and the log-probabilities of the rollout tokens that the part
-            predicts, if ``score`` asks for them.
+            predicts, if `score` asks for them.
         """
         index = part.index_of[places]
         # FSDP2 counts on every pass to go through its root and to the end.

@@ -47,7 +47,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Placement:
-    """The decision: ``kind``, the device, and why, for one line of log."""
+    """The decision: `kind`, the device, and why, for one line of log."""
 
     kind: Kind
     device: torch.device
@@ -72,7 +72,7 @@ def choose_placement(request: str, facts: Facts) -> Placement:
     """Decide where the feature network lives.
 
     Args:
-        request: one of ``NAMED_PLACEMENTS`` or a torch device such as "cuda:1".
+        request: one of `NAMED_PLACEMENTS` or a torch device such as "cuda:1".
         facts: the surroundings.
 
     Raises:

@@ -40,7 +40,7 @@ LOW_PRECISION_TOLERANCE = 3e-2
 
 
 def verify_packing(model: nn.Module, forward: PackedForward) -> float:
-    """Compare packed log-probabilities with plain causal forwards over ``prefix + own tokens``.
+    """Compare packed log-probabilities with plain causal forwards over `prefix + own tokens`.
 
     Args:
         model: the policy or feature network, not on the meta device, not sharded.

@@ -65,8 +65,8 @@ def charts_of(runs: Sequence[Run], smoothing: float | None = None) -> list[Chart
     exponential moving average; curves of few points are drawn as they are.
 
     Args:
-        runs: at most ``N_SERIES`` of them, to be told apart.
-        smoothing: weight of the past, see :func:`hf_ebft.watching.curves.smooth`.
+        runs: at most `N_SERIES` of them, to be told apart.
+        smoothing: weight of the past, see `hf_ebft.watching.curves.smooth`.
 
     Raises:
         ValueError: more runs than there are colours, or a weight out of range.
@@ -103,7 +103,7 @@ def timing_chart(runs: Sequence[Run]) -> Drawing | None:
 def write_pngs(
     runs: Sequence[Run], folder: str | Path, smoothing: float | None = None
 ) -> list[Path]:
-    """Write a PNG per metric, ``timing.png``, and ``overview.png`` with the most telling ones.
+    """Write a PNG per metric, `timing.png`, and `overview.png` with the most telling ones.
 
     Returns:
         The files written.

@@ -1,9 +1,9 @@
 """Finding and reading what a run left behind.
 
-A run is a folder with any of: ``trainer_state.json`` (there or in ``checkpoint-*``), TensorBoard's
-event files, and beside them ``training_args.json`` (written at every save), ``report.json`` and
-``samples.jsonl`` (written by ``examples/run_ebft.py``) and ``watched_rollouts.jsonl`` (by
-[`RolloutWatcher`]).
+A run is a folder with any of: `trainer_state.json` (there or in `checkpoint-*`), TensorBoard's
+event files, and beside them `training_args.json` (written at every save), `report.json` and
+`samples.jsonl` (written by `examples/run_ebft.py`) and `watched_rollouts.jsonl` (by
+`RolloutWatcher`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Run:
         name: for people.
         series: curves by the names of `Trainer`'s log.
         arguments: of the trainer, EBFT's settings included; empty if the run left none.
-        comparison: held-out metrics before and after, as ``report.json`` holds them; may be empty.
+        comparison: held-out metrics before and after, as `report.json` holds them; may be empty.
         samples: before and after; may be empty.
         watched: the same prefixes at several steps; may be empty.
         source: the file or folder that the curves are from.
@@ -92,7 +92,7 @@ def load_runs(paths: Sequence[str | Path], names: Sequence[str] | None = None) -
     """Read several runs.
 
     Args:
-        paths: as for :func:`load_run`.
+        paths: as for `load_run`.
         names: one each. Default: those of the folders, with as many parents as tell them apart.
 
     Raises:
@@ -106,7 +106,7 @@ def load_runs(paths: Sequence[str | Path], names: Sequence[str] | None = None) -
 
 
 def load_run(path: str | Path, name: str | None = None) -> Run:
-    """Read a run from its folder, its ``trainer_state.json`` or an event file.
+    """Read a run from its folder, its `trainer_state.json` or an event file.
 
     In a folder, the state, the checkpoints' states and the event files are asked. Where they hold
     several runs, the one that wrote last counts.

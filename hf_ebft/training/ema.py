@@ -98,7 +98,7 @@ class WeightAverage:
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over averages that [`state`] gave, on every process.
+        """Take over averages that `state` gave, on every process.
 
         Raises:
             ValueError: averages of other weights.

@@ -68,7 +68,7 @@ class MetricAccumulator:
         self._sums = torch.zeros(2, len(NAMES), dtype=dtype, device=device)
 
     def add(self, values: Mapping[str, Ratio]) -> None:
-        """Add contributions; names must be in ``NAMES``."""
+        """Add contributions; names must be in `NAMES`."""
         for name, ratio in values.items():
             column = NAMES.index(name)
             self._sums[0, column] += ratio.total
@@ -81,7 +81,7 @@ class MetricAccumulator:
             reduce: sums a tensor over processes. Called exactly once, on every process.
 
         Returns:
-            ``ebft/...`` names to numbers; metrics that nobody contributed to are absent.
+            `ebft/...` names to numbers; metrics that nobody contributed to are absent.
         """
         totals, counts = reduce(self._sums).tolist()
         self.clear()
@@ -96,7 +96,7 @@ class MetricAccumulator:
         return {PREFIX + name: value for name, value in means.items()}
 
     def clear(self) -> None:
-        """Forget everything added since the last ``take``."""
+        """Forget everything added since the last `take`."""
         self._sums.zero_()
 
 
@@ -171,8 +171,8 @@ def token_metrics(
 ) -> dict[str, Ratio]:
     """Metrics of the training pass.
 
-    The entropy is estimated by ``-log p`` of the sampled tokens at the sampling temperature,
-    unbiased when ``top_p`` is 1 and free of cost.
+    The entropy is estimated by `-log p` of the sampled tokens at the sampling temperature,
+    unbiased when `top_p` is 1 and free of cost.
 
     Args:
         rollout_log_probs: (B, n, K, G).

@@ -137,7 +137,7 @@ def plain_table(title: str, rows: Sequence[tuple[str, str, str, str]], last_line
 def use_compact_progress(trainer: Trainer) -> None:
     """Replace the progress bar of a trainer by the compact one, and end with a table.
 
-    Without a bar (``disable_tqdm``) nothing changes. In a notebook, whose bar is a table of its
+    Without a bar (`disable_tqdm`) nothing changes. In a notebook, whose bar is a table of its
     own, only the table at the end is added.
     """
     if trainer.args.disable_tqdm:

@@ -52,7 +52,7 @@ class Change:
 
     Attributes:
         first, last: means over the first and the last points.
-        noise: standard error of ``last - first``; NaN if there are too few points to tell.
+        noise: standard error of `last - first`; NaN if there are too few points to tell.
     """
 
     first: float

@@ -122,7 +122,7 @@ class RewardMap:
         return means[: last_row + 1, : last_column + 1]
 
     def edges(self) -> tuple[list[int], list[int]]:
-        """Positions and steps where the cells of :meth:`means` begin, and where the last ends."""
+        """Positions and steps where the cells of `means` begin, and where the last ends."""
         rows, columns = self.means().shape
         first = self._first_step or 0
         return (

@@ -209,7 +209,7 @@ def test_work_is_what_the_outputs_depend_on(
     visible = sees(where.map(lambda f: f[:, :, None]), where.map(lambda f: f[:, None, :]))
 
     def work(places: set[tuple[int, int]], *, head: bool) -> limit.Work:
-        """What is needed for the states at ``places`` (row, place)."""
+        """What is needed for the states at `places` (row, place)."""
         needed = torch.zeros_like(where.slot, dtype=torch.bool)
         for row, place in places:
             needed[row] |= visible[row, place]

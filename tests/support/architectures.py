@@ -1,7 +1,7 @@
 """Tiny random models of every causal language model type that transformers has.
 
 One table of sizes serves all configuration classes, since most of them name their fields alike;
-what a type needs beyond it is in ``OVERRIDES``. Lengths are small on purpose: every window is
+what a type needs beyond it is in `OVERRIDES`. Lengths are small on purpose: every window is
 shorter than the test's documents, and every other limit lies between the longest document and the
 packed row, which is where real training runs, so that a model which treats a long row differently
 is caught.
@@ -96,7 +96,7 @@ SIZES: dict[str, Any] = (
 
 
 class _ClassDefault:
-    """Marks a field of ``SIZES`` that a type leaves at its class's default."""
+    """Marks a field of `SIZES` that a type leaves at its class's default."""
 
 
 KEEP = _ClassDefault()
@@ -354,8 +354,8 @@ def tiny_config(model_type: str, *, limit: int = LIMIT, **overrides: Any) -> Pre
     """The smallest sensible configuration of a type.
 
     Args:
-        model_type: one of ``MODEL_TYPES``, or the type of a part.
-        limit: what stands for the lengths in ``LIMITED_FIELDS``.
+        model_type: one of `MODEL_TYPES`, or the type of a part.
+        limit: what stands for the lengths in `LIMITED_FIELDS`.
         **overrides: fields to set otherwise.
     """
     config_class = CONFIG_MAPPING[model_type]

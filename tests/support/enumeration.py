@@ -30,7 +30,7 @@ def continuation_logits(model: PreTrainedModel, prefix: Tensor, continuations: T
 def continuation_probabilities(
     model: PreTrainedModel, prefix: Tensor, continuations: Tensor, temperature: float
 ) -> Tensor:
-    """(C,) probability of each continuation of ``prefix`` at ``temperature``."""
+    """(C,) probability of each continuation of `prefix` at `temperature`."""
     logits = continuation_logits(model, prefix, continuations)
     per_token = (logits / temperature).softmax(dim=-1)
     return per_token.gather(-1, continuations[..., None]).squeeze(-1).prod(dim=-1)

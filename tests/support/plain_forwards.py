@@ -1,7 +1,7 @@
 """The oracle of the exactness tests: plain causal forward passes, by plain loops.
 
 Nothing here knows the library's layout, anchors, masks or pooling: documents, anchors and
-embeddings follow from their definitions, and a model only ever sees ``prefix + own tokens``,
+embeddings follow from their definitions, and a model only ever sees `prefix + own tokens`,
 without a mask, without position ids and without a cache.
 
 Dimension letters: B rows, n samples, K blocks, G rollout length, V vocabulary, H hidden width.
@@ -28,11 +28,11 @@ class PlainBlock:
 
 @dataclass(frozen=True)
 class PlainPass:
-    """What a model says about ``own`` tokens after a prefix.
+    """What a model says about `own` tokens after a prefix.
 
     Attributes:
         log_probs: (n, G, V) float32, the distribution that predicts each own token.
-        hidden: per entry of ``hidden_states``, (n, G, H) at the own tokens themselves.
+        hidden: per entry of `hidden_states`, (n, G, H) at the own tokens themselves.
     """
 
     log_probs: Tensor
@@ -86,7 +86,7 @@ def _documents(batch: Batch, row: int) -> list[tuple[list[int], list[bool]]]:
 
 
 def plain_pass(model: nn.Module, prefix: list[int], own: Tensor, *, hidden: bool) -> PlainPass:
-    """Forward passes over ``prefix + own`` tokens (n, G), with gradient if it is on."""
+    """Forward passes over `prefix + own` tokens (n, G), with gradient if it is on."""
     before = torch.tensor(prefix).expand(own.shape[0], -1)
     text = torch.cat([before, own], dim=1)
     output = model(input_ids=text, use_cache=False, output_hidden_states=hidden)

@@ -67,7 +67,7 @@ def tiny_llama(**settings: Any) -> LlamaForCausalLM:
 
 
 def texts(*lengths: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[dict[str, list[int]]]:
-    """A dataset of random documents of these lengths: dicts with ``input_ids``."""
+    """A dataset of random documents of these lengths: dicts with `input_ids`."""
     generator = torch.Generator().manual_seed(seed)
     return [
         {"input_ids": torch.randint(vocabulary, (length,), generator=generator).tolist()}
@@ -158,7 +158,7 @@ class PrefixRollouts(EBFTTrainer):
 
 
 def batch_of(rows: list[dict[str, Any]], *, side: str = "right", pad: int = 0) -> dict[str, Tensor]:
-    """Pad rows of per-token columns into a batch with an ``attention_mask``."""
+    """Pad rows of per-token columns into a batch with an `attention_mask`."""
     width = max(len(row["input_ids"]) for row in rows)
     columns: dict[str, list[list[int]]] = {name: [] for name in [*rows[0], "attention_mask"]}
     for row in rows:
@@ -196,7 +196,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def assert_same_tensors(
     actual: dict[str, Tensor], expected: dict[str, Tensor], *, relative: float
 ) -> None:
-    """Fail unless every tensor agrees up to ``relative`` times its largest expected entry.
+    """Fail unless every tensor agrees up to `relative` times its largest expected entry.
 
     0 asks for the same bits.
     """
@@ -215,7 +215,7 @@ def source_text() -> list[str]:
 
 
 def tiny_tokenizer(vocabulary: int = 300, **special_tokens: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learned from :func:`source_text`, without special tokens."""
+    """A byte-level BPE tokenizer learned from `source_text`, without special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

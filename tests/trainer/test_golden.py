@@ -96,7 +96,7 @@ def layer_fractions(golden: GoldenFile) -> list[float]:
 
 
 def assert_agrees(actual: Tensor, expected: Tensor, *, scale: float | None = None) -> None:
-    """Within 1e-4 of the largest figure of the tensor, or of ``scale``."""
+    """Within 1e-4 of the largest figure of the tensor, or of `scale`."""
     assert actual.shape == expected.shape
     scale = float(expected.abs().max()) if scale is None else scale
     torch.testing.assert_close(actual.detach(), expected, rtol=0, atol=RELATIVE * scale)

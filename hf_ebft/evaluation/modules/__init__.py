@@ -16,7 +16,7 @@ def module_path(name: str) -> str:
     """What `evaluate.load` takes.
 
     Args:
-        name: one of ``MODULES``.
+        name: one of `MODULES`.
 
     Raises:
         ValueError: an unknown name.
