@@ -160,7 +160,7 @@ class DocumentReader:
                 that EBFT does not hand on.
         """
         unread = sorted((self.model_inputs & inputs.keys()).difference(READ_COLUMNS))
-        if unread:
+        if unread and "input_ids" in inputs:  # else there is more to say than that
             raise ValueError(
                 f"The batch has {', '.join(unread)}, which the model takes as input, but EBFT "
                 "samples and trains on token ids alone: the model would be another one in "
