@@ -41,14 +41,14 @@ documents and the row. The tests allow 1e-4; a wrong mask costs more than 1.
 
 A model that is not exact raises a `ValueError` that says why: when the trainer is built, or, where
 it is exact up to some length, at the first batch that is longer. For architectures that are not
-listed (`trust_remote_code`, say), and for other releases of transformers, the trainer compares short
-packed rows, ragged and with two documents in a row, with plain forward passes before it trains
-(`verify_packing`). In transformers 5.17, the oldest release that the package installs with, it refuses
-`big_bird`, `rembert` and `megatron-bert`, which are exact in the release above.
+listed (`trust_remote_code`, say), and for other releases of transformers, the trainer compares
+short packed rows, ragged and with two documents in a row, with plain forward passes before it
+trains (`verify_packing`). In transformers 5.17, the oldest release that the package installs with,
+it refuses `big_bird`, `rembert` and `megatron-bert`, which are exact in the release above.
 
-PEFT methods are measured the same way, with adapters that do something: those that change weights are
-exact. Refused are prompt learning (virtual tokens), methods whose effect on a token depends on the
-rest of the forward pass (`LILY`, `POLY`, `SHADOW`, `XLORA`), and LoRA with
+PEFT methods are measured the same way, with adapters that do something: those that change weights
+are exact. Refused are prompt learning (virtual tokens), methods whose effect on a token depends on
+the rest of the forward pass (`LILY`, `POLY`, `SHADOW`, `XLORA`), and LoRA with
 `alora_invocation_tokens`, `monteclora_config` or `velora_config`.
 
 `python -m tools.architecture_table` writes this page; the slow tests hold it against the
