@@ -85,7 +85,7 @@ class Documents:
         input_ids = _read_input_ids(inputs)
         real = _read_attention_mask(inputs, input_ids)
         if vocabulary_size is not None:
-            _refuse_unknown_ids(input_ids[real], vocabulary_size)
+            _refuse_unknown_ids(input_ids, real, vocabulary_size)
         is_target = real & _read_label_mask(inputs, input_ids, real)
         boundary_column, boundary_kind = _boundary_column(inputs, input_ids, document_masking)
 
@@ -232,12 +232,14 @@ def _read_input_ids(inputs: Mapping[str, Any]) -> Tensor:
     return input_ids.long()
 
 
-def _refuse_unknown_ids(ids: Tensor, vocabulary_size: int) -> None:
+def _refuse_unknown_ids(ids: Tensor, real: Tensor, vocabulary_size: int) -> None:
     """On a GPU the embedding would only fail with a device-side assert that names nothing."""
-    unknown = ids[(ids < 0) | (ids >= vocabulary_size)]
-    if unknown.numel() > 0:
+    unknown = real & ((ids < 0) | (ids >= vocabulary_size))
+    if bool(unknown.any()):
+        row = int(unknown.any(dim=1).int().argmax())
         raise ValueError(
-            f"input_ids holds {unknown.unique().tolist()[:5]}, but the model embeds token ids from "
+            f"input_ids holds {ids[unknown].unique().tolist()[:5]} (first in row {row} of the "
+            "batch), but the model embeds token ids from "
             f"0 to {vocabulary_size - 1}. Tokenize with the model's own tokenizer, or call "
             "model.resize_token_embeddings(len(tokenizer)) where tokens were added."
         )

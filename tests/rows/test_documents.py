@@ -169,3 +169,12 @@ def test_prompt_length_may_be_a_list_or_a_column() -> None:
 def test_any_integer_type_serves_as_token_ids(dtype: torch.dtype) -> None:
     documents = read(input_ids=torch.tensor([[1, 2]], dtype=dtype))
     assert documents.input_ids.dtype == torch.int64
+
+
+def test_unknown_token_ids_are_named_with_their_row() -> None:
+    ids = torch.tensor([[1, 2, 3], [4, 70, 5], [-1, 6, 80]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0]])
+    with pytest.raises(
+        ValueError, match=r"holds \[-1, 70\] \(first in row 1 of the batch\).*0 to 6"
+    ):
+        Documents.from_inputs({"input_ids": ids, "attention_mask": mask}, vocabulary_size=64)
