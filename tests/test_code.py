@@ -1,4 +1,4 @@
-"""What the source has to look like: docstrings in one markup, helpers in one place."""
+"""What the source has to look like: short functions, one markup, helpers in one place."""
 
 import ast
 import re
@@ -13,6 +13,9 @@ SUPPORT = sorted((ROOT / "tests" / "support").glob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 FOLDERS = ("hf_ebft", "examples", "benchmarks", "studies", "tests", "tools")
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+LONGEST_FUNCTION = 80  # lines, with the docstring
+LONGEST_TRAINER = 299
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -40,10 +43,27 @@ def public(tree: ast.Module) -> Iterator[tuple[str, Function | ast.ClassDef]]:
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_functions_are_short(path: Path) -> None:
+    assert [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(parse(path))
+        if isinstance(node, Function)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION
+    ] == []
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
 def test_modules_and_what_is_public_have_docstrings(path: Path) -> None:
     tree = parse(path)
     assert ast.get_docstring(tree), "a first line that says what the reader finds here"
     assert [name for name, node in public(tree) if not ast.get_docstring(node)] == []
+
+
+def test_the_trainer_stays_on_one_screen() -> None:
+    """What is no step of the algorithm has a module of its own."""
+    text = (ROOT / "hf_ebft" / "trainer.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_TRAINER
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

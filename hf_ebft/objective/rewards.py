@@ -88,11 +88,7 @@ def feature_matching_rewards(
             unknown `whitening_space`, or "corpus" without `corpus_whitening`.
     """
     _check_features(generated, ground_truth)
-    if whitening_space not in WHITENING_SPACES:
-        raise ValueError(
-            f"whitening_space={whitening_space!r} is unknown: "
-            f"use one of {', '.join(map(repr, WHITENING_SPACES))}"
-        )
+    _check_space(whitening_space, missing=use_whitening and corpus_whitening is None)
     dtype = torch.promote_types(
         torch.promote_types(generated.dtype, ground_truth.dtype), torch.float32
     )
@@ -102,20 +98,13 @@ def feature_matching_rewards(
     cfm_loss_BK = _cfm_loss(x_BKnD, y_BKD)
 
     y_BKnD = y_BKD.unsqueeze(2)  # one for all n rollouts
-    if use_whitening:
-        if whitening_space == "corpus":
-            if corpus_whitening is None:
-                raise ValueError(
-                    "whitening_space='corpus' needs corpus_whitening, made from features of "
-                    "training text once (hf_ebft.feature_network.corpus_whitening): pass it, or "
-                    "whiten by group with 'feature'"
-                )
-            x_BKnD, y_BKnD = corpus_whitening.apply(x_BKnD), corpus_whitening.apply(y_BKnD)
-        else:
-            x_BKnD, whitened_y = whiten(
-                x_BKnD, y_BKD, space=whitening_space, tolerance=whitening_tolerance
-            )
-            y_BKnD = whitened_y if whitening_space == "sample" else whitened_y.unsqueeze(2)
+    if use_whitening and whitening_space == "corpus":
+        assert corpus_whitening is not None  # checked above
+        x_BKnD, y_BKnD = corpus_whitening.apply(x_BKnD), corpus_whitening.apply(y_BKnD)
+    elif use_whitening and whitening_space != "corpus":
+        white = whiten(x_BKnD, y_BKD, space=whitening_space, tolerance=whitening_tolerance)
+        x_BKnD, y_BKnD = white.generated, white.ground_truth
+        y_BKnD = y_BKnD if whitening_space == "sample" else y_BKnD.unsqueeze(2)
 
     alignment_BnK = 2 * _cosine(x_BKnD, y_BKnD).transpose(1, 2)
     diversity_BnK = _diversity(x_BKnD).transpose(1, 2)
@@ -127,6 +116,21 @@ def feature_matching_rewards(
         alignment_coef=alignment_coef,
         diversity_coef=diversity_coef,
     )
+
+
+def _check_space(whitening_space: str, *, missing: bool) -> None:
+    """Raise for a space that is unknown, or whose matrix is missing."""
+    if whitening_space not in WHITENING_SPACES:
+        raise ValueError(
+            f"whitening_space={whitening_space!r} is unknown: "
+            f"use one of {', '.join(map(repr, WHITENING_SPACES))}"
+        )
+    if whitening_space == "corpus" and missing:
+        raise ValueError(
+            "whitening_space='corpus' needs corpus_whitening, made from features of "
+            "training text once (hf_ebft.feature_network.corpus_whitening): pass it, or "
+            "whiten by group with 'feature'"
+        )
 
 
 def _cosine(x_BKnD: Tensor, y_BKnD: Tensor) -> Tensor:
