@@ -96,9 +96,10 @@ class FeatureMatchingArguments:
     whitening_space: WhiteningSpace = field(
         default="feature",
         metadata={
-            "help": "'feature': each group by its own rollouts, the paper's equation. 'sample': "
-            "the variant in its released code. 'corpus': all by the second moment of the frozen "
-            "network's features over training text, measured once."
+            "help": "'feature': whiten each group by its own rollouts (the paper's equation). "
+            "'sample': the released code's variant of that. 'corpus': whiten all groups by one "
+            "matrix, the second moment of the feature network's features over training text, "
+            "measured once."
         },
     )
     whitening_tolerance: float = field(
@@ -127,7 +128,9 @@ class FeatureMatchingArguments:
     )
     diversity_coef: float = field(
         default=1.0,
-        metadata={"help": "Weight of diversity (mean pairwise dot product) taken off the reward."},
+        metadata={
+            "help": "Weight of diversity (mean pairwise dot product), which the reward subtracts."
+        },
     )
     advantage_estimator: AdvantageEstimator = field(
         default="rloo",
@@ -274,9 +277,9 @@ class StridedArguments:
         default="auto",
         metadata={
             "help": "Attention implementation for the packed row. 'split' computes only what is "
-            "visible, and needs no mask; 'auto' takes it in place of sdpa where the model's code "
-            "leaves attention to the chosen function, keeps a model's own eager attention, and "
-            "else takes sdpa or eager."
+            "visible and needs no mask. 'auto' uses it instead of sdpa where the model's code "
+            "calls the configured attention function; otherwise it uses sdpa or eager. A model "
+            "that was loaded with eager attention keeps it."
         },
     )
     verify_packing: bool = field(
@@ -297,30 +300,32 @@ class StridedArguments:
     eval_rollouts: bool = field(
         default=True,
         metadata={
-            "help": "Sample rollouts during evaluation too, for eval_ebft/cfm_loss and friends."
+            "help": "Also sample rollouts during evaluation, for eval_ebft/cfm_loss and the other "
+            "eval_ebft metrics."
         },
     )
     rollout_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of a batch that are sampled, embedded and scored together. A larger "
-            "batch is worked off in parts, with the same gradient and less memory. Default: the "
-            "whole batch at once."
+            "help": "Rows of a batch that are sampled, embedded and scored together. Larger "
+            "batches are processed in chunks, with the same gradient and less memory. Default: "
+            "the whole batch at once."
         },
     )
     pad_to_multiple_of: int = field(
         default=1,
         metadata={
-            "help": "Round the tokens of a row up to a multiple of this, and its blocks with "
-            "them, so that the shapes of steps repeat: torch_compile and flex_attention compile "
-            "less often, and a GPU's memory is cut into fewer sizes. The padding is computed, too."
+            "help": "Pad rows to a multiple of this many tokens, and their blocks accordingly, so "
+            "that shapes repeat: torch_compile and flex_attention compile less often, and GPU "
+            "memory fragments less. The padding is computed, too."
         },
     )
     log_pictures_steps: int = field(
         default=0,
         metadata={
-            "help": "Every so many optimizer steps, write rollouts with their rewards, histograms "
-            "and a heat map of reward by position to TensorBoard. 0: off, and free of cost."
+            "help": "Optimizer steps between pictures in TensorBoard: rollouts with their rewards, "
+            "histograms, and a heat map of the reward by position. Needs matplotlib. 0: off, at no "
+            "cost."
         },
     )
     ema_decay: float | None = field(
@@ -334,8 +339,8 @@ class StridedArguments:
     log_prob_chunk_size: int = field(
         default=1024,
         metadata={
-            "help": "Rows of logits that exist at once, in sampling and in training. Memory is "
-            "this times the vocabulary, however many rollouts there are."
+            "help": "Rows of logits that exist at once, in sampling and in training. Their memory "
+            "is this times the vocabulary, whatever the number of rollouts."
         },
     )
 
@@ -343,8 +348,8 @@ class StridedArguments:
         default=None,
         metadata={
             "help": "Rollout tokens whose activations exist at once, in training and in the "
-            "feature network; more of them go through the model in chunks, with the same features "
-            "and the same gradient. Default: 1024 on a CPU, else 8192."
+            "feature network. More tokens are processed in chunks, with the same features and the "
+            "same gradient. Default: 1024 on a CPU, else 8192."
         },
     )
 

@@ -1,4 +1,4 @@
-"""What watches a run."""
+"""The terminal: a short progress bar, and a table of both ends of the curves when a run ends."""
 
 from __future__ import annotations
 
