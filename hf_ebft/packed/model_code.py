@@ -71,7 +71,7 @@ def why_not_split(model: PreTrainedModel) -> str | None:
 
 
 def find_head(model: nn.Module) -> Head | None:
-    """The head of a causal language model, or None if the model does more with it than is known.
+    """The head of a causal language model, or None if it is not recognised.
 
     The model's forward runs once with its backbone and its head replaced, so that no weight is
     read: what it makes of known values in the place of the head's output is compared with what a

@@ -211,10 +211,10 @@ class PackedPart:
         layout: of the row.
         queries: coordinates of the tokens that are fed.
         has_documents: whether the document tokens are fed; they come first, too.
-        steps: which tokens of every rollout are fed. One step stands in the row's order, all of
-            them as they stand in the row.
-        own_steps: which tokens of every rollout are among the keys. They stand as in the row if
-            they are fed together, else step by step, each step in the row's order.
+        steps: which tokens of every rollout are fed. A single step is ordered (block, sample);
+            several are ordered (block, sample, step), as in the row.
+        own_steps: which tokens of every rollout are among the keys. Fed together, they are ordered
+            as in the row; otherwise (step, block, sample).
         masks: attention masks that were made for this part, so that two networks can share them.
     """
 
