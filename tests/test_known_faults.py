@@ -1,11 +1,14 @@
 """Faults that implementations of strided EBFT have had, one test each.
 
-They were found by running another implementation; none of them is in this one, and each docstring
-says what would go wrong. Faults that need several processes are guarded in tests/distributed.
+The numbered ones were found by running another implementation; none of them is in this one, and
+each docstring says what would go wrong. Faults that need several processes are guarded in
+tests/distributed. Faults that scripts of users found in this implementation are guarded beside the
+code that had them: `GUARDED` names them all.
 
 Dimension letters: B documents, n samples, K blocks, G rollout tokens, D feature width.
 """
 
+import ast
 import copy
 import dataclasses
 import logging
@@ -595,3 +598,164 @@ def test_the_kl_to_oneself_is_zero_at_the_start(tmp_path: Path) -> None:
     assert abs(output.kl.item()) < 1e-6
     assert dataclasses.is_dataclass(output)
     assert trainer.feature_network.model is not trainer.model
+
+
+# ---- Faults of our own ----------------------------------------------------------------------
+
+# What went wrong, and which tests fail when it does so again.
+GUARDED = {
+    "building a trainer made frozen adapters trainable": [
+        "feature_network/test_shared_base.py::test_building_a_trainer_keeps_what_is_trainable",
+        "feature_network/test_shared_base.py::test_frozen_adapters_do_not_move",
+    ],
+    "a probe left a trace": [
+        "feature_network/test_shared_base.py::test_probes_restore_what_they_touch",
+    ],
+    "evaluate() before train() left DDP out and crashed FSDP2": [
+        "distributed/test_ddp.py::test_evaluation_before_training_leaves_no_trace",
+        "distributed/test_fsdp2.py::test_evaluation_before_training_leaves_no_trace",
+        "distributed/test_structured_ddp.py::test_evaluation_before_training_leaves_no_trace",
+    ],
+    "curves of a run that was measured first went to ./runs": [
+        "training/test_before_training.py::test_curves_land_in_output_dir_whatever_came_first",
+    ],
+    "only the first process was compared with the vLLM server": [
+        "structured/vllm/test_distributed.py::test_a_policy_that_differs_on_one_process_stops_all",
+    ],
+    "thinking was cut from rollouts and not from ground truths": [
+        "structured/test_thinking.py::test_right_answer_has_the_highest_alignment",
+    ],
+    "unfinished thinking was better than a bad answer": [
+        "structured/test_thinking.py::test_unfinished_thinking_is_never_better_than_an_answer",
+    ],
+    "the last end token of a ground truth was taken for its end": [
+        "structured/test_encoding.py::test_first_end_token_is_the_end",
+        "structured/test_encoding.py::test_ground_truth_that_goes_on_after_an_end_token_is_refused",
+    ],
+    "equal rollouts had unequal features in bfloat16": [
+        "feature_network/test_network.py::"
+        "test_equal_rollouts_have_equal_features_whatever_is_rounded",
+        "structured/test_reward.py::"
+        "test_equal_completions_have_equal_features_whatever_a_process_rounds",
+    ],
+    "features and cross-entropy of a sequence depended on its batch": [
+        "structured/test_positions.py::test_feature_is_that_of_the_sequence_alone_or_refused",
+        "structured/test_positions.py::test_log_probs_in_the_loss_are_those_of_the_sequence_alone",
+    ],
+    "adapters that react to what a row holds passed the self-test": [
+        "packed/test_adapters.py::test_kinds_of_lora_that_cannot_be_exact_are_refused",
+        "packed/test_adapters.py::test_self_test_reads_the_tokens_that_an_adapter_reacts_to",
+    ],
+    "models that are wrong on ragged rows passed the self-test": [
+        "packed/test_refused_models.py::test_self_test_reads_ragged_rows",
+    ],
+    "masks and inputs of a batch were ignored by the loss": [
+        "trainer/test_ignored_inputs.py::test_masks_of_trl_count_as_labels",
+        "trainer/test_ignored_inputs.py::test_an_input_that_only_evaluation_would_use_is_refused",
+        "trainer/test_ignored_inputs.py::test_options_of_sft_are_refused",
+        "structured/test_datasets.py::test_columns_that_cannot_be_honoured_are_refused",
+    ],
+    "noise in training other than nn.Dropout had no effect in chunks": [
+        "packed/test_deferred.py::test_noise_on_embeddings_is_that_of_the_whole_row",
+        "packed/test_deferred.py::test_every_kind_of_dropout_is_seen",
+    ],
+    "a hyperparameter search minimised alignment": [
+        "training/test_search.py::test_the_objective_is_the_evaluation_loss",
+    ],
+    "a vLLM server sampled another trainer's weights": [
+        "structured/vllm/test_served_policy.py::"
+        "test_weights_replaced_after_the_handshake_are_noticed",
+    ],
+    "an adapter that never took effect went unnoticed in bfloat16": [
+        "structured/vllm/test_served_policy.py::"
+        "test_an_adapter_without_any_effect_is_noticed_within_a_coarse_tolerance",
+    ],
+    "the report showed an earlier run of the same folder": [
+        "report/test_page.py::test_a_second_run_in_the_folder_of_a_longer_one_is_shown",
+    ],
+    "a trainer built from its own checkpoint took that for phi": [
+        "training/test_same_features.py::"
+        "test_a_trainer_built_from_its_own_checkpoint_does_not_resume",
+    ],
+    "rows with chats ended in another token than their template's": [
+        "data/test_special_tokens.py::test_a_chat_ends_as_its_template_ends_a_reply",
+    ],
+    "rendered prompts got a second BOS": [
+        "data/test_special_tokens.py::test_a_rendered_prompt_has_one_bos",
+        "structured/test_datasets.py::test_rendered_prompt_gets_one_bos",
+    ],
+    "later replies of a chat had no block, and nothing said so": [
+        "rows/test_anchors.py::test_replies_that_no_block_reaches_are_counted",
+    ],
+    "evaluation sets of structured mode overwrote each other": [
+        "structured/test_evaluation.py::test_each_set_has_metrics_of_its_own",
+        "structured/test_evaluation.py::test_best_model_is_found_by_the_metric_of_one_set",
+    ],
+    "too little data trained for 0 steps": [
+        "structured/test_datasets.py::test_fewer_prompts_than_one_generation_batch_are_refused",
+        "structured/test_datasets.py::test_data_that_holds_no_rows_is_refused",
+    ],
+    "generation_kwargs were overwritten": [
+        "structured/test_trl_fields.py::"
+        "test_generation_kwargs_that_would_be_overwritten_are_refused",
+    ],
+    "bad rows failed somewhere below, unnamed": [
+        "structured/test_datasets.py::test_empty_prompt_is_named_before_anything_is_sampled",
+        "structured/test_datasets.py::test_ids_beyond_the_embedding_are_named",
+        "structured/test_datasets.py::test_lone_surrogate_in_a_stream_is_named",
+        "structured/test_datasets.py::test_list_of_rows_trains_like_a_dataset",
+        "structured/test_evaluation.py::test_batch_that_holds_no_whole_groups_is_refused",
+        "structured/test_positions.py::"
+        "test_rows_beyond_a_models_positions_are_refused_before_sampling",
+        "rows/test_documents.py::test_unknown_token_ids_are_named_with_their_row",
+    ],
+    "target modules of LoRA as a regular expression matched nothing": [
+        "examples/test_run_ebft.py::test_adapters_by_name_or_by_regular_expression",
+        "conversion/test_axolotl.py::test_modules_stay_a_list_or_a_regular_expression",
+    ],
+    "models and adapters were refused for an untrue reason, or crashed": [
+        "packed/test_adapters.py::test_adaption_prompt_trains_against_a_copy",
+        "packed/test_refused_models.py::test_models_without_a_head_are_refused_for_that",
+    ],
+    "a vLLM server or its folder lost, slow or frozen cost the run": [
+        "structured/vllm/test_served_policy.py::test_a_deleted_folder_stops_no_run",
+        "structured/vllm/test_served_policy.py::"
+        "test_a_load_without_an_answer_leaves_no_adapter_behind",
+        "structured/vllm/test_workers.py::test_control_c_ends_a_run_whose_server_has_frozen",
+        "structured/vllm/test_leftovers.py::test_a_run_clears_away_what_killed_trainers_left",
+        "structured/vllm/test_rollouts.py::test_an_adapter_of_the_embedding_is_sampled_from",
+        "structured/vllm/test_served_policy.py::test_a_server_with_a_larger_vocabulary_is_refused",
+    ],
+    "what failed after training cost the model or the report": [
+        "watching/test_model_card.py::test_a_tree_that_is_not_installed_has_a_card",
+        "examples/test_run_ebft.py::test_what_fails_after_training_costs_nothing_else",
+    ],
+    "the script did not resume by true, or failed before it said its mode": [
+        "examples/test_run_ebft.py::test_a_run_goes_on_from_the_newest_checkpoint",
+        "examples/test_run_ebft.py::test_the_mode_is_said_before_its_options_are_refused",
+    ],
+    "tests failed to collect without the extras": [
+        "test_packaging.py::test_tests_are_collected_without_the_extras",
+    ],
+    "the converter dropped keys, overwrote its source and wrote impossible values": [
+        "conversion/test_axolotl.py::test_every_option_of_grpo_is_carried_or_has_a_reason",
+        "conversion/test_axolotl.py::test_transforms_of_chats",
+        "conversion/test_axolotl.py::test_the_source_is_not_overwritten",
+        "conversion/test_axolotl.py::test_values_that_cannot_work_are_refused",
+    ],
+    "DeepSpeed and split sequences were taken and not honoured": [
+        "training/test_parallelism.py::test_deepspeed_is_refused",
+        "training/test_parallelism.py::test_rows_and_tensors_are_not_split",
+    ],
+    "settings of TRL's trainers changed the advantages in silence": [
+        "structured/test_baselines.py::test_setting_that_changes_the_advantages_is_named_once",
+    ],
+}
+
+
+@pytest.mark.parametrize("fault", GUARDED)
+def test_the_guards_of_a_fault_exist(fault: str) -> None:
+    for guard in GUARDED[fault]:
+        path, _, name = guard.partition("::")
+        tree = ast.parse((Path(__file__).parent / path).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
