@@ -149,8 +149,9 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
     """Whether a model may make forward passes during the backward pass, against a cache.
 
     Not where FSDP2 gathers parameters around each pass or another wrapper than DDP stands between,
-    with gradient checkpointing (which drops caches), with noise whose size depends on how many
-    tokens a pass has, or where the forward cannot go on from a cache.
+    with gradient checkpointing (which drops caches), with noise that is drawn once for a pass or
+    whose size depends on how many tokens a pass has, or where the forward cannot go on from a
+    cache.
     """
     inner = _unwrapped(model)
     return (
@@ -160,6 +161,7 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
         and not (model.training and checkpoints_activations(inner))
         and not (model.training and has_noisy_embeddings(inner))
         and forward.can_continue_from_cache
+        and not (model.training and forward.noise_per_pass)
     )
 
 

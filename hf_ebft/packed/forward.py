@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.heads import Head, ToLogits
 from hf_ebft.packed.masks import MaskRecipe
 from hf_ebft.packed.model_code import find_head
@@ -47,6 +48,7 @@ class PackedForward:
     config: Any
     takes_logits_to_keep: bool
     head: Head | None
+    noise_per_pass: bool
 
     @classmethod
     def for_model(cls, model: nn.Module, packed_attention: str = "auto") -> PackedForward:
@@ -65,6 +67,7 @@ class PackedForward:
             config=base.config,
             takes_logits_to_keep="logits_to_keep" in inspect.signature(base.forward).parameters,
             head=find_head(model),
+            noise_per_pass=has_noise_per_pass(model),
         )
 
     def logits(
@@ -205,6 +208,40 @@ def has_noisy_embeddings(model: nn.Module) -> bool:
     """
     embeddings = bare_model(model).get_input_embeddings()
     return bool(getattr(embeddings, "neftune_noise_alpha", None))
+
+
+def has_noise_per_pass(model: nn.Module) -> bool:
+    """Whether training mode draws what is not known to be drawn for each token on its own.
+
+    Such noise (LayerDrop, noise in hooks, dropout by a function with its rate in the code) may be
+    one for a whole pass, so that parts of a row would be computed by different networks. Where no
+    setting tells, one short pass does: it moves the random generator.
+    """
+    config = bare_model(model).config.get_text_config(decoder=True)
+    if getattr(config, "layerdrop", 0) > 0:
+        return True
+    if is_random_in_training(model):
+        return False
+    # Sharded models are never called in parts, and calling one takes every process.
+    if is_sharded(model) or any(weight.is_meta for weight in model.parameters()):
+        return False
+    device = next(model.parameters()).device
+    on_accelerator = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    generators = torch if device.type == "cpu" else torch.get_device_module(device)
+    resting = [module for module in model.modules() if not module.training]
+    model.train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(on_accelerator, device_type=kind):
+            before = generators.get_rng_state()
+            ids = torch.zeros(1, 4, dtype=torch.long, device=device)
+            model(input_ids=ids, use_cache=False)
+            return not torch.equal(before, generators.get_rng_state())
+    except Exception:  # what a model cannot do is for the self-test to say
+        return False
+    finally:
+        for module in resting:
+            module.training = False
 
 
 def _is_random(adapter: Any) -> bool:
