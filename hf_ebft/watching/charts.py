@@ -153,7 +153,12 @@ def line_chart(
         steps = [step for curve in curves for step in curve.x]
         if len(set(steps)) > 1:
             axes.set_xlim(min(steps), max(steps))
-        if not any(math.isfinite(y) for curve in curves for y in curve.y):
+        values = [y for curve in curves for y in curve.y if math.isfinite(y)]
+        if values:  # from a line of the grid to a line of the grid
+            marks = axes.yaxis.get_major_locator().tick_values(min(values), max(values))
+            axes.set_yticks(marks)
+            axes.set_ylim(marks[0], marks[-1])
+        else:
             words: dict[str, Any] = {"ha": "center", "color": COLOURS["muted"][0]}
             axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, **words)
 
