@@ -521,7 +521,12 @@ def test_several_evaluation_sets(tmp_path: Path) -> None:
     assert other["held_out_ebft/cfm_loss"] == metrics["eval_prose_ebft/cfm_loss"]
 
 
-def test_the_best_model_by_cfm_loss_is_loaded_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("several_sets", [False, True], ids=["one-set", "several-sets"])
+def test_the_best_model_by_cfm_loss_is_loaded_at_the_end(
+    tmp_path: Path, several_sets: bool
+) -> None:
+    metric = "eval_a_ebft/cfm_loss" if several_sets else "eval_ebft/cfm_loss"
+    held_out = texts(30, 24)
     args = config(
         tmp_path,
         max_steps=4,
@@ -531,24 +536,24 @@ def test_the_best_model_by_cfm_loss_is_loaded_at_the_end(tmp_path: Path) -> None
         save_steps=1,
         learning_rate=0.3,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_ebft/cfm_loss",
+        metric_for_best_model=metric,
         greater_is_better=False,
     )
     trainer = EBFTTrainer(
         tiny_llama(),
         args,
         train_dataset=texts(20, 25, 30),
-        eval_dataset=texts(30, 24),
+        eval_dataset={"a": held_out, "b": texts(26, 28, seed=1)} if several_sets else held_out,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=4)],
     )
     trainer.train()
-    losses = logged(trainer, "eval_ebft/cfm_loss")
+    losses = logged(trainer, metric)
     assert len(set(losses)) == 4
     best = losses.index(min(losses)) + 1
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}")
     assert_same_tensors(weights_of(trainer.model), weights_of(loaded), relative=0)
-    assert trainer.evaluate()["eval_ebft/cfm_loss"] == pytest.approx(min(losses), abs=1e-6)
+    assert trainer.evaluate()[metric] == pytest.approx(min(losses), abs=1e-6)
 
 
 def test_callbacks_see_the_metrics(tmp_path: Path) -> None:
