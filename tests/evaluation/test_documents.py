@@ -4,6 +4,7 @@ import copy
 import math
 from collections import Counter
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from hf_ebft.evaluation import (
     paired_bootstrap,
     sample_continuations,
 )
+from hf_ebft.evaluation.bootstrap import _expanded_tail
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.training import measuring
@@ -43,7 +45,7 @@ def measure(model: nn.Module, rows: Any, phi: FeatureNetwork | None = None, **ch
 
 
 @pytest.mark.parametrize("changed", [{}, {"stride": 2, "n_samples": 4, "n_draws": 2}])
-def test_figures_equal_plain_loops(
+def test_measurements_equal_plain_loops(
     monkeypatch: pytest.MonkeyPatch, changed: dict[str, int]
 ) -> None:
     """Every measurement of every document, by definition, from plain forwards of single texts."""
@@ -90,7 +92,7 @@ def test_figures_equal_plain_loops(
             assert measured.values[name][index] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
-def test_rewarded_figures_are_plain_ones_without_whitening() -> None:
+def test_rewarded_measurements_are_plain_ones_without_whitening() -> None:
     settings = copy.copy(SETTINGS)
     settings.use_whitening = False
     measured = evaluate_documents(tiny_llama(), network(), texts(12, 15), settings)
@@ -258,6 +260,15 @@ def test_intervals_cover_the_truth_as_often_as_they_say(count: int) -> None:
     assert 0.925 < covered / 600 < 0.975
 
 
+@pytest.mark.parametrize(
+    ("count", "quantile", "error"), [(4, 3.1824, 0.04), (6, 2.5706, 0.01), (12, 2.2010, 0.001)]
+)
+def test_the_interval_ends_at_student_s_quantile(count: int, quantile: float, error: float) -> None:
+    """97.5 % quantiles of Student's distribution with count - 1 degrees, from its table."""
+    ends = -NormalDist().inv_cdf(_expanded_tail(0.025, count)) / math.sqrt(count / (count - 1))
+    assert ends == pytest.approx(quantile, rel=error)
+
+
 def test_groups_are_drawn_as_a_whole() -> None:
     """Copies of a document tell nothing new: the interval is that of the originals."""
     generator = np.random.default_rng(2)
@@ -270,7 +281,7 @@ def test_groups_are_drawn_as_a_whole() -> None:
     assert naive.high - naive.low < 0.7 * (alone.high - alone.low)
 
 
-def test_documents_without_a_figure_are_left_out_of_both() -> None:
+def test_documents_without_a_measurement_are_left_out_of_both() -> None:
     nan = math.nan
     paired = paired_bootstrap([1.0, nan, 5.0, 7.0], [2.0, 3.0, 8.0, nan])
     assert (paired.before, paired.after, paired.n_documents) == (3.0, 5.0, 2)
@@ -366,7 +377,7 @@ def test_the_table_shows_what_there_is() -> None:
     assert cfm == "CFM loss 0.6000 0.6000 +0.0000 [-0.1000, +0.1000]"
 
 
-def test_figures_of_other_rows_are_not_compared() -> None:
+def test_measurements_of_other_rows_are_not_compared() -> None:
     other = DocumentMeasurements(row=np.array([0, 2]), values=of_documents().values)
     with pytest.raises(ValueError, match="different documents"):
         compare(of_documents(), other)

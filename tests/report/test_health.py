@@ -184,7 +184,7 @@ def test_trends_in_the_wrong_direction() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_figures_that_are_not_finite(bad: float) -> None:
+def test_metrics_that_are_not_finite(bad: float) -> None:
     curve = ramp(0.1, 0.1)
     curve[7] = curve[9] = bad
     finding = only(rules.not_finite, run_of({"grad_norm": curve}))

@@ -337,7 +337,7 @@ def test_long_curves_are_thinned_without_losing_extremes_or_gaps() -> None:
     assert (min(shown), max(shown)) == pytest.approx((min(smoothed), max(smoothed)))
 
 
-def test_own_figures_are_shown_and_clocks_are_not() -> None:
+def test_own_metrics_are_shown_and_clocks_are_not() -> None:
     curve = Series((1, 2), (1.0, 2.0))
     names = ["my_score", "eval_bleu", "epoch", "eval_runtime", "train_samples_per_second"]
     charts = charts_of([Run("r", dict.fromkeys(names, curve))])
