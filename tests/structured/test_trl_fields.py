@@ -92,8 +92,10 @@ TRLS = {
         accelerator_config dataloader_drop_last dataloader_in_order
         dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
         dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers
-        ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout deepspeed fsdp
-        fsdp_config local_rank pad_to_multiple_of parallelism_config seed shuffle_dataset""",
+        ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout fsdp fsdp_config
+        local_rank pad_to_multiple_of seed shuffle_dataset""",
+    "refused by the trainer, see tests/training/test_parallelism.py": """
+        deepspeed parallelism_config""",
     "logging, saving, evaluating and publishing": """
         batch_eval_metrics debug disable_tqdm do_eval do_predict do_train
         enable_jit_checkpoint eval_accumulation_steps eval_delay eval_do_concat_batches
