@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_ebft.data.special_tokens import endings_of
 from hf_ebft.data.thinking import answer_start
 from hf_ebft.structured.multi_turn import unfold
 
@@ -128,7 +129,7 @@ class ExampleEncoder:
             prompt_ids = list(self.tokenizer(text=prompt)["input_ids"])
             self._note_second_bos(prompt_ids, prompt)
             self._refuse_inner_end(truth, prompt)
-            pieces = [(self._ended(self._text_ids(prompt, truth)), True)]
+            pieces = [(self._text_ids(prompt, truth), True)]
         else:
             if isinstance(truth, str):
                 truth = [{"role": "assistant", "content": truth}]
@@ -205,12 +206,16 @@ class ExampleEncoder:
         return list(encoded["input_ids"][0])
 
     def _text_ids(self, prompt: str, truth: Any) -> list[int]:
+        """Ids of a ground truth after a prompt that is a text, with what ends it."""
         if not isinstance(truth, str):
             raise ValueError(
                 f"The prompt {_shown(prompt)} is a text, its ground truth a list of messages; make "
                 "both texts or both messages."
             )
-        return self._continuation_ids(truth)
+        _, end = endings_of(self.tokenizer).of_completion(prompt, truth)
+        # After a rendered chat the template's end of turn, if sampling stops there; else EOS.
+        end = end if end and end[-1] in self._ends else [self._eos]
+        return self._ended(self._continuation_ids(truth), end)
 
     def _turns(
         self, prompt: list[dict[str, Any]], messages: list[dict[str, Any]]
@@ -251,12 +256,12 @@ class ExampleEncoder:
                 pieces.append((ids[len(ended) :], False))
         return pieces
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        """Up to the first end-of-sequence token, where sampling stops; added if there is none."""
+    def _ended(self, ids: list[int], end: Sequence[int] = ()) -> list[int]:
+        """Up to the first token at which sampling stops; without one, `end` (or EOS) is added."""
         for place, token in enumerate(ids):
             if token in self._ends:
                 return ids[: place + 1]
-        return [*ids, self._eos]
+        return [*ids, *(end or [self._eos])]
 
     def _refuse_inner_end(self, text: Any, prompt: Any) -> None:
         """Raise if a text goes on after a token at which every completion ends."""

@@ -62,6 +62,21 @@ def test_chat_ends_with_its_end_of_turn_and_without_what_the_template_puts_after
     assert as_text == example
 
 
+def test_chat_rendered_to_text_ends_like_the_chat():
+    """A policy ends its reply with the end of turn; EOS would be a last token it never writes."""
+    settings = {"eos_token_ids": [end_of_turn()]}
+    chat = encode([user("hi")], "hello", **settings)
+    rendered = tokenizer().apply_chat_template(
+        [user("hi")], tokenize=False, add_generation_prompt=True
+    )
+    assert encode(rendered, "hello", **settings) == chat
+    assert encode(rendered, "hello<|end|>\n", **settings) == chat
+    # Where sampling does not stop there, a completion goes on to EOS.
+    assert encode(rendered, "hello").truth_ids[-1] == tokenizer().eos_token_id
+    # A text that is no chat ends with EOS.
+    assert encode("hi", "hello", **settings).truth_ids[-1] == tokenizer().eos_token_id
+
+
 def test_prompt_ids_are_those_that_trl_feeds_to_the_policy(tmp_path):
     """The one place where TRL's tokenization is repeated; this fails when TRL's moves."""
     from datasets import Dataset
