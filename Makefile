@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # CONSTRAINTS=/dev/null lifts the pins, to try other versions.
 CONSTRAINTS ?= constraints.txt
 # What the demo needs, and what development needs on top.
-DEMO_EXTRAS ?= examples
+DEMO_EXTRAS ?= examples,plots
 EXTRAS ?= examples,plots,structured,gguf,quantization,test,dev
 ACCELERATE_CONFIG ?= accelerate_configs/cpu.yaml
 # Test processes, one thread each: for models this small, processes pay and threads do not.

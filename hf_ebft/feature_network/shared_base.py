@@ -71,22 +71,34 @@ def adapters_off(policy: nn.Module) -> Iterator[None]:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    before = dict(policy.named_parameters())
-    trainable = {name: weight.requires_grad for name, weight in before.items()}
     off = [
         module
         for module in policy.modules()
         if isinstance(module, BaseTunerLayer) and module.disable_adapters
     ]
+    with trainable_kept(policy):
+        try:
+            with cast("PeftModel", policy).disable_adapter():
+                yield
+        finally:
+            for module in off:
+                module.enable_adapters(False)
+
+
+@contextmanager
+def trainable_kept(policy: nn.Module) -> Iterator[None]:
+    """Within the context PEFT may switch adapters; afterwards what was frozen is frozen again.
+
+    Parameters that are new afterwards are left as they are.
+    """
+    before = dict(policy.named_parameters())
+    trainable = {name: weight.requires_grad for name, weight in before.items()}
     try:
-        with cast("PeftModel", policy).disable_adapter():
-            yield
+        yield
     finally:
-        for module in off:
-            module.enable_adapters(False)
         # FSDP2 may show its shards before and whole parameters afterwards.
         for name, weight in [*before.items(), *policy.named_parameters()]:
-            if weight.requires_grad != trainable[name]:
+            if weight.requires_grad != trainable.get(name, weight.requires_grad):
                 weight.requires_grad_(trainable[name])
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import gather
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
@@ -21,6 +23,7 @@ from trl import GRPOTrainer  # type: ignore[attr-defined]  # re-exported lazily
 
 from hf_ebft.feature_network.fingerprint import fingerprint_of
 from hf_ebft.feature_network.loading import build_placed_network
+from hf_ebft.feature_network.shared_base import trainable_kept
 from hf_ebft.packed.supported import sequence_limit
 from hf_ebft.structured.config import EBFTGRPOConfig
 from hf_ebft.structured.cross_entropy import ground_truth_nll
@@ -121,17 +124,19 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         self._column, train_dataset = prepare_dataset(train_dataset, args, "train_dataset")
         refuse_too_few_prompts(train_dataset, args)
         eval_dataset = prepare_evaluation(eval_dataset, args, self._column)
-        super().__init__(
-            model=cast(Any, model),
-            reward_funcs=cast(Any, [self.feature_matching, *others]),
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            rollout_func=rollout_func,
-            **kwargs,
-        )
+        # With `beta` TRL adds a reference adapter, and PEFT makes the active ones trainable.
+        with trainable_kept(model) if isinstance(model, PeftModel) else nullcontext():
+            super().__init__(
+                model=cast(Any, model),
+                reward_funcs=cast(Any, [self.feature_matching, *others]),
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                rollout_func=rollout_func,
+                **kwargs,
+            )
         self.train_dataset = with_one_bos(self.train_dataset, self.processing_class)
         self.eval_dataset = with_one_bos(self.eval_dataset, self.processing_class)
         _refuse_lasting_cast(self.model, args)
@@ -250,6 +255,12 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_step += 1
         return loss
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        # Private in transformers, and where TRL samples and scores the reference policy, for which
+        # it switches adapters.
+        with trainable_kept(self.accelerator.unwrap_model(self.model)):
+            return super()._prepare_inputs(generation_batch)
 
     def prediction_step(
         self,

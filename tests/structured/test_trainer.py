@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -568,3 +568,25 @@ def test_row_without_ground_truth_is_refused_with_its_prompt(tmp_path):
     trainer = make(tmp_path, data=data)
     with pytest.raises(ValueError, match=r"'(one|two)' is None.*Filter out"):
         trainer.train()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_frozen_adapter_weights_do_not_move(tmp_path, beta):
+    """PEFT makes adapters trainable when they are switched, as TRL does for `beta`."""
+    model = get_peft_model(policy(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, weight in model.named_parameters():
+        if "lora_A" in name:
+            weight.requires_grad_(False)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    trainer = EBFTGRPOTrainer(
+        model,
+        args=config(tmp_path, beta=beta, ce_coef=0.1),
+        train_dataset=rows(),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    moved = {name for name in before if not torch.equal(model.get_parameter(name), before[name])}
+    assert moved == {name for name in before if "lora_B" in name}
+    # A gradient that moves nothing would still count in the norm that gradients are clipped to.
+    trainable = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trainable == moved
