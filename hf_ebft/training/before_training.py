@@ -25,7 +25,8 @@ class BeforeTrainingMixin(Trainer):
       process would train on its own gradients. Here the mark is taken off again. Under FSDP the
       model is sharded as `train()` does it, once for both.
     - `bf16_full_eval` and `fp16_full_eval`: `Trainer` casts the weights and leaves them so; a
-      later `train()` or `save_model()` would go on with rounded ones. Here they are put back.
+      later `train()` or `save_model()` would go on with rounded ones. Here it casts stand-ins. They
+      need memory beside the weights: half as much again, for weights in float32.
     - FSDP1 is refused.
     - A log before `train()`: TensorBoard's writer would open in `./runs` of the current folder, and
       stay there. Here it opens in `output_dir/runs`, as in `train()`.
@@ -85,28 +86,32 @@ class BeforeTrainingMixin(Trainer):
 
     @contextmanager
     def _weights_kept(self) -> Iterator[None]:
-        """Give the model its own weights back where an evaluation casts them for itself.
+        """Let an evaluation that casts the weights cast others, which share memory until then.
 
-        They wait on the CPU meanwhile.
+        To cast a parameter in place and back would cut it off from the hooks by which DDP averages
+        its gradients: a later `train()` would let the processes drift apart.
         """
         args = self.args
         if self.is_in_train or not (args.bf16_full_eval or args.fp16_full_eval):
             yield
             return
         model: Any = self.model
-        weights = [(weight, weight.device, weight.data.cpu()) for weight in model.parameters()]
-        buffers = [
-            (module, name, buffer)
-            for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
+        modules = list(model.modules())
+        parameters = [dict(module._parameters) for module in modules]
+        buffers = [dict(module._buffers) for module in modules]
         try:
+            memo: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+            for module, own in zip(modules, parameters, strict=True):
+                for name, weight in own.items():
+                    if weight is not None:
+                        if weight not in memo:
+                            memo[weight] = nn.Parameter(weight.data, weight.requires_grad)
+                        module._parameters[name] = memo[weight]
             yield
         finally:
-            for weight, device, own in weights:
-                weight.data = own.to(device)
-            for module, name, buffer in buffers:
-                setattr(module, name, buffer)
+            for module, own, kept in zip(modules, parameters, buffers, strict=True):
+                module._parameters.update(own)
+                module._buffers.update(kept)
 
     def _shard(self) -> None:
         """Shard the policy as `train()` does, together with its optimizer, as FSDP2 needs it."""

@@ -106,3 +106,25 @@ def test_an_evaluation_does_not_round_the_weights(
     plain.train()
     evaluated.train()
     assert_same_tensors(weights_of(evaluated.model), weights_of(plain.model), relative=0)
+
+
+@pytest.mark.parametrize("option", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_keeps_the_hooks_that_ddp_has_put_on_gradients(
+    option: str, tmp_path: Path
+) -> None:
+    """Between two trainings, say: without them each process would train on its own gradients."""
+    rows = texts(20)
+    model = tiny_llama(tie_word_embeddings=True)
+    trainer = EBFTTrainer(model, config(tmp_path, **{option: True}), eval_dataset=rows)
+    reached = []
+    accumulators = []
+    for name, weight in model.named_parameters():
+        # As DDP does it: torch keeps no other reference to the node.
+        node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+        node.register_hook(lambda *_, name=name: reached.append(name))
+        accumulators.append(node)
+    trainer.evaluate()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = torch.tensor([rows[0]["input_ids"]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert sorted(reached) == sorted(name for name, _ in model.named_parameters())
