@@ -5,7 +5,7 @@ Dimension letters: B rows of the batch, S tokens of a row without padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -196,7 +196,7 @@ def split_rows(inputs: dict[str, Any], size: int | None) -> list[dict[str, Any]]
     rows = len(_read_input_ids(inputs))
     if size is None or rows <= size:
         return [inputs]
-    uneven = [name for name, column in inputs.items() if len(column) != rows]
+    uneven = [name for name, column in inputs.items() if _entries(column) != rows]
     if uneven:
         raise ValueError(
             f"rollout_batch_size={size} splits a batch of {rows} rows, but its columns "
@@ -207,6 +207,13 @@ def split_rows(inputs: dict[str, Any], size: int | None) -> list[dict[str, Any]]
         {name: column[start : start + size] for name, column in inputs.items()}
         for start in range(0, rows, size)
     ]
+
+
+def _entries(column: Any) -> int | None:
+    """How many entries a column of a batch has; None for a single value."""
+    if isinstance(column, Tensor) and column.dim() == 0:
+        return None
+    return len(column) if isinstance(column, Sized) else None
 
 
 def _read_input_ids(inputs: Mapping[str, Any]) -> Tensor:

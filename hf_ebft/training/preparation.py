@@ -189,6 +189,22 @@ def refuse_missing_corpus(settings: EBFTSettings, train_dataset: Any) -> None:
         )
 
 
+def refuse_frozen(model: nn.Module) -> None:
+    """Raise a ValueError where training would change nothing, since all weights are frozen."""
+    if any(weight.requires_grad for weight in model.parameters()):
+        return
+    loaded = hasattr(type(model), "get_base_model")
+    raise ValueError(
+        "No weight of the model is trainable (requires_grad is False for all of them), so there is "
+        "nothing to train. "
+        + (
+            "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+            if loaded
+            else "Set requires_grad on what is to be trained, or pass peft_config."
+        )
+    )
+
+
 def keep_one_device_per_process(args: TrainingArguments) -> None:
     """Keep `Trainer` from wrapping the policy into DataParallel when several devices are visible.
 

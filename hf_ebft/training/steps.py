@@ -14,6 +14,7 @@ from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.rows.documents import Documents, split_rows
 from hf_ebft.training.ema import EMACallback
 from hf_ebft.training.metrics import sum_over_processes
+from hf_ebft.training.preparation import refuse_frozen
 from hf_ebft.training.random_streams import RolloutStreams
 from hf_ebft.training.reading import ReadingMixin
 from hf_ebft.training.step_log import StepLog
@@ -39,7 +40,13 @@ class StepsMixin(ReadingMixin):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """`Trainer`'s, started afresh: no earlier run and no loss computed by hand counts."""
+        """`Trainer`'s, started afresh: no earlier run and no loss computed by hand counts.
+
+        Raises:
+            ValueError: no weight of the model is trainable.
+        """
+        if self.model_init is None:
+            refuse_frozen(self.model)
         if self.averaging is not None:
             unnamed = resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool)
             self.averaging.resume_from = None if unnamed else str(resume_from_checkpoint)

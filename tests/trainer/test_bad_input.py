@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
@@ -283,6 +283,22 @@ def test_adapters_on_adapters_are_refused(tmp_path: Path) -> None:
     adapters = LoraConfig(target_modules=["q_proj"])
     with pytest.raises(ValueError, match="adapters on adapters"):
         EBFTTrainer(get_peft_model(tiny_llama(), adapters), config(tmp_path), peft_config=adapters)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_frozen_model_can_be_evaluated_and_not_trained(adapters: bool, tmp_path: Path) -> None:
+    model: Any = tiny_llama()
+    if adapters:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    model.requires_grad_(False)
+    rows = texts(20, 20)
+    trainer = EBFTTrainer(model, config(tmp_path), train_dataset=rows, eval_dataset=rows)
+    trainer.evaluate()
+    advice = "is_trainable=True" if adapters else "Set requires_grad"
+    with pytest.raises(ValueError, match=f"No weight of the model is trainable.*{advice}"):
+        trainer.train()
 
 
 def test_adapters_without_a_model_are_refused(tmp_path: Path) -> None:

@@ -147,9 +147,10 @@ def test_a_step_by_hand_in_parts_is_the_mean_over_its_batch(tmp_path: Path) -> N
     torch.testing.assert_close(losses[3], losses[1], rtol=1e-4, atol=1e-6)
 
 
-def test_columns_that_cannot_be_split_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [torch.ones(3), torch.tensor(1.0), 1.0])
+def test_columns_that_cannot_be_split_are_refused(weights: Any, tmp_path: Path) -> None:
     trainer = PrefixRollouts(tiny_llama(), config(tmp_path, rollout_batch_size=1))
-    batch = batch_of(texts(9, 30)) | {"weights": torch.ones(3)}
+    batch = batch_of(texts(9, 30)) | {"weights": weights}
     with pytest.raises(ValueError, match=r"rollout_batch_size=1 .* 2 rows.* weights"):
         trainer.training_step(trainer.model, batch)
 
