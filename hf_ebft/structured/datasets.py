@@ -144,8 +144,9 @@ def with_one_bos(dataset: Any, tokenizer: Any) -> Any:
         return dataset
     bos = tokenizer.bos_token
     if hasattr(dataset, "__len__"):
-        is_text = isinstance(dataset[0]["prompt"], str)
-        if not is_text or not any(prompt.startswith(bos) for prompt in dataset["prompt"]):
+        is_chat = isinstance(dataset[0]["prompt"], list)
+        # A missing prompt is refused where rows are encoded, with its ground truth.
+        if is_chat or not any((prompt or "").startswith(bos) for prompt in dataset["prompt"]):
             return dataset
     return dataset.map(_cut_bos, fn_kwargs={"bos": bos})
 

@@ -125,6 +125,11 @@ class ExampleEncoder:
                 f"The ground truth of the prompt {_shown(prompt)} is {truth!r}; it must be a text "
                 "or a list of messages. Filter out rows without one."
             )
+        if embed_thinking not in (None, True, False):  # a text "false" would be true
+            raise ValueError(
+                f"The row with the prompt {_shown(prompt)} has embed_thinking={embed_thinking!r}; "
+                "make it true or false, or leave it unset."
+            )
         if isinstance(prompt, str):
             prompt_ids = list(self.tokenizer(text=prompt)["input_ids"])
             self._note_second_bos(prompt_ids, prompt)

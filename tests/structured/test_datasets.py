@@ -142,6 +142,13 @@ def test_tokenizer_with_bos_leaves_other_prompts_alone(tmp_path, kind):
     assert [row["prompt"] for row in trainer.train_dataset] == rows()["prompt"][:]
 
 
+def test_missing_prompt_is_named_with_a_tokenizer_that_adds_bos(tmp_path):
+    data = [{"prompt": prompt, "ground_truth": "a"} for prompt in ("b", None)]
+    trainer = build(tmp_path, data, tokens=with_bos())
+    with pytest.raises(ValueError, match="prompt with the ground truth 'a' is a NoneType"):
+        trainer.train()
+
+
 def test_empty_prompt_is_named_before_anything_is_sampled(tmp_path):
     data = Dataset.from_dict({"prompt": [""] * 8, "ground_truth": ["found it"] * 8})
     trainer = build(tmp_path, data)

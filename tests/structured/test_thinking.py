@@ -113,6 +113,13 @@ def test_ground_truth_whose_answer_cannot_be_told_is_refused(truth, message):
         ExampleEncoder(tokenizer()).encode([prompt], [truth], [False])
 
 
+@pytest.mark.parametrize("value", ["false", "", float("nan"), 2])
+def test_embed_thinking_that_is_not_true_or_false_is_refused(value):
+    """A text "false" is true to Python: thinking would stay in ground truths alone."""
+    with pytest.raises(ValueError, match=r"has embed_thinking=.*make it true or false"):
+        ExampleEncoder(tokenizer()).encode(["a"], ["b"], [value])
+
+
 def test_tag_in_a_users_message_opens_no_thinking():
     """Every completion of such a prompt counted as unfinished."""
     prompt = ids("<|user|>what is <think> for?<|end|>\n<|assistant|>")
