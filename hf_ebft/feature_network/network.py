@@ -213,23 +213,26 @@ class FeatureNetwork(FrozenNetwork):
             ValueError: a document or the packed row is too long for the network.
         """
         self.forward.limits.check(rollouts.layout)
-        away, home = self.device, rollouts.layout.documents.input_ids.device
+        device = self.device
+        policy_device = rollouts.layout.documents.input_ids.device
         exists = rollouts.exists
-        there = Rollouts(rollouts.tokens.to(away), exists.to(away), rollouts.layout.to(away))
-        chunks = self._chunks(there.layout)
+        moved = Rollouts(rollouts.tokens.to(device), exists.to(device), rollouts.layout.to(device))
+        chunks = self._chunks(moved.layout)
         with self._reading():
             if len(chunks) == 1:
-                found = self._in_one_pass(there, score)
+                found = self._in_one_pass(moved, score)
             else:
-                found = self._in_chunks(there, chunks, score)
+                found = self._in_chunks(moved, chunks, score)
         reference = found.reference_log_probs
         # Tokens after the last one that is read change nothing.
         read = rollouts.tokens[..., : self._token_positions(rollouts.layout)[-1] + 1]
-        generated = with_equal_features(found.generated.to(home), first_equal_rollouts(read))
+        generated = with_equal_features(
+            found.generated.to(policy_device), first_equal_rollouts(read)
+        )
         return FeaturePass(
             generated=generated * exists[:, None, :, None],
-            ground_truth=found.ground_truth.to(home) * exists[:, :, None],
-            reference_log_probs=None if reference is None else reference.to(home),
+            ground_truth=found.ground_truth.to(policy_device) * exists[:, :, None],
+            reference_log_probs=None if reference is None else reference.to(policy_device),
         )
 
     def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:

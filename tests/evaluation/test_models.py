@@ -34,7 +34,7 @@ def measure(model: Any, rows: Any = None, **changed: Any) -> ModelMeasurements:
 
 
 @pytest.mark.parametrize("n_draws", [1, 2])
-def test_figures_equal_plain_loops(monkeypatch: pytest.MonkeyPatch, n_draws: int) -> None:
+def test_measurements_equal_plain_loops(monkeypatch: pytest.MonkeyPatch, n_draws: int) -> None:
     """Prefixes are those with room for 5; every length is the beginning of the same rollouts."""
     drawn: list[Rollouts] = []
     sample = measuring.sample_rollouts

@@ -178,7 +178,7 @@ def files_of(run: SimpleNamespace) -> set[str]:
     return {str(path) for path in paths if path.parts[0] != "runs"}
 
 
-def test_the_script_evaluates_to_the_same_figures(
+def test_the_script_evaluates_to_the_same_metrics(
     plain_run: SimpleNamespace, ebft_run: SimpleNamespace
 ) -> None:
     plain, ebft = plain_run.before, ebft_run.before
