@@ -5,6 +5,7 @@ Text files are read here; everything else through the `datasets` library, import
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -361,11 +362,13 @@ def _json_fault(path: Path) -> str | None:
     """The first line of a file of JSON lines that cannot be read, and why; None if all can."""
     if path.suffix != ".jsonl" or not path.is_file():
         return None
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    # Bytes: a text would also be split at characters that JSON may hold as they are (U+2028).
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
         except ValueError as error:
             return f"line {number} is no JSON ({error})"
         # Surrogates are found in the text that they are escaped in, however deep they lie.

@@ -101,14 +101,16 @@ def test_empty_text_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFix
         (json.dumps({"text": "a"}) + "\n" + json.dumps({"text": HALF}), r"line 2 holds a lone"),
         ('{"text": "a"}\n{"text": \n', r"line 2 is no JSON"),
         ("\n\n", r"data\.jsonl is empty"),
+        (b'{"text": "\xe9"}\n{"text": \n', r"line 1 is no JSON \('utf-8' codec"),
+        ('{"text": "a\u2028b"}\n{"text": \n', r"line 2 is no JSON"),
     ],
 )
 def test_lines_that_cannot_be_read_are_named(
-    tmp_path: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, text: str | bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / "data.jsonl"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         load_text_dataset(str(path))
