@@ -38,6 +38,7 @@ from run_loading import (
     load_text,
     load_tokenizer,
     lora_config,
+    refuse_lone_row,
     resume_from,
     say,
     show_library_log,
@@ -284,6 +285,7 @@ class Comparison:
         self.rows = None
         if eval_rows is not None and report.report_rows:
             self.rows = eval_rows.spread(report.report_rows, DATA_SEED)
+            refuse_lone_row(len(self.rows), report)
         self.measured: list[DocumentMeasurements] = []
         self.samples: list[list[Continuation]] = []
 

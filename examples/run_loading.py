@@ -20,6 +20,7 @@ from run_options import (
     DataArguments,
     LoraArguments,
     ModelArguments,
+    ReportArguments,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -237,6 +238,20 @@ def resume_from(args: TrainingArguments) -> str | None:
             "true for the newest one in output_dir."
         )
     return str(wanted)
+
+
+def refuse_lone_row(measured: int, report: ReportArguments) -> None:
+    """Refuse, before training, a report that could show no interval after it.
+
+    Raises:
+        ValueError: with what gives more rows.
+    """
+    if measured < 2:
+        raise ValueError(
+            f"report_rows={report.report_rows} leaves {measured} held-out row to measure, and an "
+            "interval of the difference takes 2. Hold out more text (eval_fraction, "
+            "max_eval_rows, eval_dataset_name_or_path), or set report_rows=0."
+        )
 
 
 class Comparison(Protocol):

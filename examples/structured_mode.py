@@ -18,6 +18,7 @@ from run_loading import (
     load_text,
     load_tokenizer,
     lora_config,
+    refuse_lone_row,
     say,
     shuffled,
 )
@@ -189,6 +190,7 @@ class Comparison:
         self.rows = None
         if held_out is not None and report.report_rows:
             count = min(report.report_rows, len(held_out))
+            refuse_lone_row(count, report)
             self.rows = held_out.shuffle(seed=DATA_SEED).select(range(count))
         self.measured: list[dict[str, NDArray[np.float64]]] = []
         self.cross_entropy: list[float] = []

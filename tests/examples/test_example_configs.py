@@ -234,6 +234,17 @@ def test_fewer_prompts_than_a_batch_are_refused(tmp_path: Path) -> None:
         structured(tmp_path, *arguments)
 
 
+def test_one_held_out_prompt_is_refused_before_training(tmp_path: Path) -> None:
+    """There is no interval over one row; it was said after the training was done."""
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "ground_truth": "b"}\n' * 10)
+    arguments = [f"--dataset_name_or_path={path}", "--num_generations=4"]
+    arguments += ["--per_device_train_batch_size=4", "--per_device_eval_batch_size=4"]
+    with pytest.raises(ValueError, match=r"leaves 1 held-out row .*takes 2.*report_rows=0"):
+        structured(tmp_path, *arguments)
+    assert not (tmp_path / "config.json").exists() and not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_ground_truths_may_have_any_name(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{n}", "solution": f"{n + 1}", "n": n} for n in range(6)]

@@ -586,6 +586,8 @@ def test_held_out_text_is_not_trained_on(tmp_path: Path, model_folder: str, text
         run_ebft.main(argv(run | {"eval_split": "train"}))
     with pytest.raises(ValueError, match=r"no held-out text .* report_rows=0"):
         run_ebft.main(argv(run | {"eval_fraction": 0}))
+    with pytest.raises(ValueError, match=r"report_rows=1 leaves 1 held-out row .*takes 2"):
+        run_ebft.main(argv(run | {"eval_fraction": 0.25, "report_rows": 1}))
     data = table(tmp_path / "data.jsonl", [{"text": f"{i} " * 20} for i in range(40)])
     train, held_out = rows_of(model_folder, data, tmp_path, eval_fraction=0.25, max_eval_rows=99)
     documents = [
