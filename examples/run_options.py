@@ -328,6 +328,13 @@ def check(names: ModelArguments, lora: LoraArguments, report: ReportArguments) -
     """Refuse combinations that would only fail, or be ignored, after training."""
     if lora.lora_merge and not lora.use_peft:
         raise ValueError("lora_merge=True has nothing to merge; add use_peft, or drop lora_merge.")
+    for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+        value = getattr(lora, name)
+        if not lora.use_peft and value != getattr(LoraArguments(), name):
+            raise ValueError(
+                f"{name}={value!r} would have no effect without adapters: add use_peft, or drop "
+                f"{name} to train all weights."
+            )
     if lora.use_peft and names.gguf_file and not lora.lora_merge:
         raise ValueError(
             f"Adapters of a model from a GGUF file ({names.gguf_file}) cannot be loaded by "

@@ -116,7 +116,19 @@ def convert_axolotl(config: Mapping[str, Any]) -> Conversion:
     _trl(result, dict(config.get("trl") or {}), dict(config.get("vllm") or {}), mode)
     _report_to(result, config)
     _check(result)
+    _leave_unused_lora(result)
     return result
+
+
+def _leave_unused_lora(result: Conversion) -> None:
+    """Take back options of adapters that are not there: the script refuses them."""
+    if result.options.get("use_peft"):
+        return
+    for key, option in list(result.carried.items()):
+        if option.startswith("lora_"):
+            result.options.pop(option, None)
+            del result.carried[key]
+            result.leave(key, "without adapter: lora all weights are trained")
 
 
 def _check(result: Conversion) -> None:

@@ -274,8 +274,12 @@ def test_a_batch_may_fit_on_the_machine_that_trains() -> None:
 
 def test_modules_stay_a_list_or_a_regular_expression() -> None:
     for modules in (["q_proj", "v_proj"], r".*layers\.[0-3]\..*q_proj"):
-        options = convert_axolotl({"rl": "ebft", "lora_target_modules": modules}).options
+        config = {"rl": "ebft", "lora_target_modules": modules}
+        options = convert_axolotl(config | {"adapter": "lora"}).options
         assert options["lora_target_modules"] == modules
+        without = convert_axolotl(config)  # the script refuses options of adapters that are off
+        assert "lora_target_modules" not in without.options
+        assert "all weights are trained" in without.left["lora_target_modules"]
 
 
 def test_pooling_of_the_other_mode_is_not_taken_over() -> None:

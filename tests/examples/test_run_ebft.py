@@ -447,6 +447,8 @@ def test_no_options_mean_the_demo() -> None:
     ("arguments", "message"),
     [
         (["--lora_merge"], "lora_merge=True has nothing to merge"),
+        (["--lora_r=8"], "lora_r=8 would have no effect without adapters: add use_peft"),
+        (["--lora_target_modules=q_proj"], r"\['q_proj'\] would have no effect"),
         (["--use_peft", "--gguf_file=a.gguf"], "a.gguf.* add lora_merge"),
         (["--report_rows=-1"], "report_rows=-1 must be at least 0"),
         (["--report_sample_len=0"], "report_sample_len=0 must be at least 1"),
