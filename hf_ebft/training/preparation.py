@@ -205,6 +205,20 @@ def refuse_frozen(model: nn.Module) -> None:
     )
 
 
+def refuse_no_batch(args: TrainingArguments, dataset: Any) -> None:
+    """Raise a ValueError where `dataloader_drop_last` would drop all rows: a run of 0 steps."""
+    if not args.dataloader_drop_last or args.auto_find_batch_size or not isinstance(dataset, Sized):
+        return
+    needed = args.train_batch_size * args.world_size
+    if len(dataset) < needed:
+        raise ValueError(
+            f"dataloader_drop_last=True drops all {len(dataset)} rows of train_dataset: a batch on "
+            f"every process takes {needed} (per_device_train_batch_size="
+            f"{args.per_device_train_batch_size}). Lower the batch size, or leave "
+            "dataloader_drop_last off."
+        )
+
+
 def keep_one_device_per_process(args: TrainingArguments) -> None:
     """Keep `Trainer` from wrapping the policy into DataParallel when several devices are visible.
 

@@ -14,7 +14,7 @@ from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.rows.documents import Documents, split_rows
 from hf_ebft.training.ema import EMACallback
 from hf_ebft.training.metrics import sum_over_processes
-from hf_ebft.training.preparation import refuse_frozen
+from hf_ebft.training.preparation import refuse_frozen, refuse_no_batch
 from hf_ebft.training.random_streams import RolloutStreams
 from hf_ebft.training.reading import ReadingMixin
 from hf_ebft.training.step_log import StepLog
@@ -43,8 +43,9 @@ class StepsMixin(ReadingMixin):
         """`Trainer`'s, started afresh: no earlier run and no loss computed by hand counts.
 
         Raises:
-            ValueError: no weight of the model is trainable.
+            ValueError: no weight of the model is trainable, or no batch has enough rows.
         """
+        refuse_no_batch(self.args, self.train_dataset)
         if self.model_init is None:
             refuse_frozen(self.model)
         if self.averaging is not None:

@@ -301,6 +301,13 @@ def test_a_frozen_model_can_be_evaluated_and_not_trained(adapters: bool, tmp_pat
         trainer.train()
 
 
+def test_a_run_without_a_full_batch_is_refused(tmp_path: Path) -> None:
+    args = config(tmp_path, dataloader_drop_last=True, max_steps=1)
+    with pytest.raises(ValueError, match=r"drops all 1 rows.*takes 2"):
+        EBFTTrainer(tiny_llama(), args, train_dataset=texts(20)).train()
+    EBFTTrainer(tiny_llama(), args, train_dataset=texts(20, 20)).train()
+
+
 def test_adapters_without_a_model_are_refused(tmp_path: Path) -> None:
     adapters = LoraConfig(target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"peft_config needs a model.*model_init"):
