@@ -155,7 +155,7 @@ def line_chart(
             axes.set_xlim(min(steps), max(steps))
         values = [y for curve in curves for y in curve.y if math.isfinite(y)]
         if values:  # from a line of the grid to a line of the grid
-            marks = axes.yaxis.get_major_locator().tick_values(min(values), max(values))
+            marks = axes.yaxis.get_major_locator().tick_values(*_spread(min(values), max(values)))
             axes.set_yticks(marks)
             axes.set_ylim(marks[0], marks[-1])
         else:
@@ -164,6 +164,14 @@ def line_chart(
 
     direction = f", {better} is better" if better else ""
     return Drawing(f"{title} over training steps{direction}", draw)
+
+
+def _spread(low: float, high: float) -> tuple[float, float]:
+    """The range of a curve; around a constant one a few per cent of its value, or 1 around 0."""
+    if high - low > 1e-6 * max(abs(low), abs(high)):
+        return low, high
+    margin = 0.05 * max(abs(low), abs(high)) or 1.0
+    return low - margin, high + margin
 
 
 def stacked_bars(

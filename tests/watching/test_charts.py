@@ -62,6 +62,18 @@ def test_the_better_direction_is_an_arrow_and_words(better: Any, arrow: str) -> 
     assert f"{better} is better" in drawing.title
 
 
+@pytest.mark.parametrize("value", [0.0, 0.09832935035228, -3.5])
+def test_a_constant_curve_has_a_readable_scale(value: float) -> None:
+    """matplotlib zoomed in to 1e-13, with labels of 18 characters over the next chart."""
+    axes = axes_of(line_chart("loss", [Curve("run", 1, [1, 2], [value, value])]))
+    axes.figure.draw_without_rendering()
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert axes.yaxis.get_major_formatter().get_offset() == ""
+    assert len(set(labels)) == len(labels) >= 2 and max(map(len, labels)) <= 7
+    low, high = axes.get_ylim()
+    assert low < value < high
+
+
 def test_svg_is_well_formed_and_escapes() -> None:
     drawing = line_chart(HOSTILE, [Curve(HOSTILE, 0, [1, 2], [1, 2])], unit=HOSTILE)
     svg = to_svg(drawing)
