@@ -158,7 +158,7 @@ def zero_advantages(run: Run) -> Finding | None:
 
 def diverging_cross_entropy(run: Run) -> Finding | None:
     """The text itself becomes less likely under the policy."""
-    for name in ("eval_loss", "ebft/ce_loss"):
+    for name in ("eval_loss", "eval_ebft/ce_loss", "ebft/ce_loss"):
         series = run.series.get(name)
         if series is None or len(series.finite()) < 2:
             continue
@@ -168,7 +168,7 @@ def diverging_cross_entropy(run: Run) -> Finding | None:
         rise = change.last - best
         if rise <= max(RISE_OF_CROSS_ENTROPY, noise):
             return None
-        where = "held-out text" if name == "eval_loss" else "the training text"
+        where = "held-out text" if name.startswith("eval_") else "the training text"
         return Finding(
             "serious" if rise > STEEP_RISE_OF_CROSS_ENTROPY else "warning",
             "The cross-entropy rises",

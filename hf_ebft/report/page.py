@@ -49,7 +49,7 @@ def render_page(
     timing = timing_chart(runs)
     settings, other_arguments = _arguments(runs)
     charts = [
-        {"svg": to_svg(chart.drawing), "meaning": chart.metric.meaning}
+        {"svg": to_svg(chart.drawing), "meaning": chart.metric.meaning.replace("`", "")}
         for chart in charts_of(runs, smoothing)
     ]
     return _template().render(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hf_ebft.evaluation.callbacks import WATCHED_FILE
-from hf_ebft.watching.curves import Series, series_of
+from hf_ebft.watching.curves import Series, curves_of, series_of
 from hf_ebft.watching.model_card import ARGUMENTS_NAME
 
 logger = logging.getLogger(__name__)
@@ -240,11 +240,7 @@ def _series_of_events(files: Sequence[Path]) -> dict[str, Series]:
             group, _, rest = tag.partition("/")
             name = EVENT_GROUPS[group + "/"] + rest
             merged.setdefault(name, {}).update({point.step: point.value for point in points})
-    return {
-        name: Series(tuple(sorted(by_step)), tuple(by_step[step] for step in sorted(by_step)))
-        for name, by_step in merged.items()
-        if by_step
-    }
+    return curves_of(merged)
 
 
 def _begin(events: Any) -> float:

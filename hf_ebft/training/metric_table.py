@@ -87,10 +87,10 @@ METRICS = (
     ),
     Metric(
         "ebft/ce_loss",
-        "cross-entropy, training",
+        "cross-entropy",
         "lower",
         "nats/token",
-        "Teacher-forced, on the training text; logged when `ce_coef` > 0.",
+        "Teacher-forced; logged when `ce_coef` > 0.",
         short="ce",
         in_summary=True,
         in_overview=True,
@@ -151,6 +151,13 @@ METRICS = (
         "ebft/rl_loss",
         "policy-gradient loss",
         meaning="Its gradient matters, its value does not.",
+    ),
+    Metric(
+        "policy_loss",
+        "policy loss",
+        meaning="GRPO's loss on held-out prompts, which it calls `eval_loss`; its value does not "
+        "matter. The cross-entropy of structured mode is `ce_loss`.",
+        mode=None,
     ),
     Metric("grad_norm", "gradient norm", meaning="Before clipping.", mode=None),
     Metric("learning_rate", "learning rate", meaning="As scheduled.", mode=None),

@@ -15,6 +15,8 @@ from hf_ebft.training.metric_table import METRICS, Metric
 
 Verdict = Literal["better", "worse", "no clear change"]
 
+# Every structured run logs this, and no other.
+STRUCTURED_ONLY = "ebft/ground_truth_length"
 # The two ends of a curve that are compared: a fifth of its points each, at most so many.
 END_SHARE = 0.2
 LONGEST_END = 20
@@ -91,9 +93,24 @@ def series_of(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
             if name == "step" or isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
             points.setdefault(name, {})[int(entry["step"])] = float(value)
+    return curves_of(points)
+
+
+def curves_of(points: Mapping[str, Mapping[int, float]]) -> dict[str, Series]:
+    """Curves from the points of each name, step -> value.
+
+    In structured mode `eval_loss` is GRPO's policy loss. It gets a name of its own, so that nobody
+    takes it for the cross-entropy that it is in strided mode.
+    """
+    if STRUCTURED_ONLY in points and "eval_loss" in points:
+        points = {
+            "eval_policy_loss" if name == "eval_loss" else name: by_step
+            for name, by_step in points.items()
+        }
     return {
         name: Series(tuple(sorted(by_step)), tuple(by_step[step] for step in sorted(by_step)))
         for name, by_step in points.items()
+        if by_step
     }
 
 

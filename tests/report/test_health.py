@@ -10,7 +10,8 @@ import pytest
 
 from hf_ebft.report import Finding, Run, examine, load_run
 from hf_ebft.report import health as rules
-from hf_ebft.watching.curves import Series
+from hf_ebft.training.metric_table import label_of
+from hf_ebft.watching.curves import Series, series_of
 
 LOGS = Path(__file__).parent / "run_logs"
 POINTS = 40
@@ -161,6 +162,19 @@ def test_diverging_cross_entropy() -> None:
     noisy = run_of({"ebft/ce_loss": ramp(2.0, 2.0, 0.5)})
     del noisy.series["eval_loss"]  # type: ignore[attr-defined]
     assert rules.diverging_cross_entropy(noisy) is None
+
+
+def test_the_policy_loss_of_structured_mode_is_no_cross_entropy() -> None:
+    log = [
+        {"step": step, "ebft/ground_truth_length": 9.0, "eval_loss": step, "eval_ebft/ce_loss": 2.0}
+        for step in range(1, 9)
+    ]
+    series = series_of(log)
+    assert "eval_loss" not in series
+    assert label_of("eval_policy_loss") == "policy loss, held-out"
+    assert rules.diverging_cross_entropy(Run("run", series)) is None
+    rising = series_of([entry | {"eval_ebft/ce_loss": 2.0 + entry["step"]} for entry in log])
+    assert "held-out" in only(rules.diverging_cross_entropy, Run("run", rising)).evidence
 
 
 def test_collapsed_entropy() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("matplotlib")
+
 from hf_ebft import EBFTTrainer
 from hf_ebft.evaluation.callbacks import RolloutWatcher
 from hf_ebft.report import (

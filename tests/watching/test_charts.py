@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
+
+from PIL import Image
 
 from hf_ebft.watching.charts import (
     COLOURS,
