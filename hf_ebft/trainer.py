@@ -282,7 +282,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         attention: str = self.ebft.packed_attention
         if self.args.torch_compile and attention == "auto":
             attention = "dense"  # TorchDynamo cannot carry the plan of split attention
-        self._forward = PackedForward.for_model(policy, attention)
+        self._forward = PackedForward.for_model(policy, attention, trains=True)
         self._vocabulary_size = vocabulary_size(policy)
         self._model_inputs = forward_inputs(policy)
         self.feature_network = build_feature_network(

@@ -176,9 +176,11 @@ def test_fault_6_the_head_runs_only_where_something_is_predicted(
 ) -> None:
     """Logits of the whole packed row are the largest tensor of a step, and mostly unused."""
     model = tiny_llama()
+    trainer = PrefixRollouts(model, config(tmp_path, ce_coef=ce_coef))
     head_inputs: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda _, args: head_inputs.append(args[0].shape[1]))
-    _, _, output = step_of(tmp_path, batch_of(texts(40, 40)), model, ce_coef=ce_coef)
+    batch = batch_of(texts(40, 40))
+    _, output = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     layout = output.rollouts.layout
     _, samples, blocks, length = layout.rollout_shape
     *decoding, training = head_inputs

@@ -48,11 +48,19 @@ class PackedForward:
     config: Any
     takes_logits_to_keep: bool
     head: Head | None
-    noise_per_pass: bool
+    noise_per_pass: bool = False
 
     @classmethod
-    def for_model(cls, model: nn.Module, packed_attention: str = "auto") -> PackedForward:
+    def for_model(
+        cls, model: nn.Module, packed_attention: str = "auto", *, trains: bool = False
+    ) -> PackedForward:
         """Check the model, set its attention and read its recipe.
+
+        Args:
+            model: the bare or PEFT model.
+            packed_attention: see `StridedArguments`.
+            trains: also find out whether training mode draws noise for a whole pass, by one short
+                pass.
 
         Raises:
             ValueError: the model cannot be exact on packed rows (see
@@ -67,7 +75,7 @@ class PackedForward:
             config=base.config,
             takes_logits_to_keep="logits_to_keep" in inspect.signature(base.forward).parameters,
             head=find_head(model),
-            noise_per_pass=has_noise_per_pass(model),
+            noise_per_pass=trains and has_noise_per_pass(model),
         )
 
     def logits(

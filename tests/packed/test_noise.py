@@ -32,9 +32,9 @@ def test_noise_without_a_setting_is_found_and_nothing_is_changed() -> None:
         before = state_of(model)
         assert has_noise_per_pass(model) == noisy
         assert state_of(model) == before
-        assert can_defer(model, PackedForward.for_model(model)) != noisy
+        assert can_defer(model, PackedForward.for_model(model, trains=True)) != noisy
         model.eval()
-        assert can_defer(model, PackedForward.for_model(model))
+        assert can_defer(model, PackedForward.for_model(model, trains=True))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
@@ -42,7 +42,7 @@ def test_layerdrop_skips_layers_of_a_whole_pass(rate: float) -> None:
     """In parts, a layer could run for the rollouts that has no keys of the document."""
     model = tiny_model("opt").train()
     model.config.layerdrop = model.model.decoder.layerdrop = rate
-    assert can_defer(model, PackedForward.for_model(model)) == (rate == 0)
+    assert can_defer(model, PackedForward.for_model(model, trains=True)) == (rate == 0)
 
 
 def test_functional_dropout_has_an_effect_whatever_the_chunks(tmp_path: Path) -> None:
