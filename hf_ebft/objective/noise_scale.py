@@ -1,0 +1,285 @@
+"""How much of a gradient is noise: the noise scale, and cosines that noise does not shrink.
+
+With g_i the gradient of document i, G its expectation and Sigma its covariance, the mean over B
+documents has expected square |G|^2 + tr(Sigma) / B. The noise scale tr(Sigma) / |G|^2 (S.
+McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, arXiv 1812.06162, eq. 2.9) is
+the number of documents a step at which signal and noise are equal. Smaller batches take steps that
+are mostly noise, much larger ones waste documents.
+
+All estimates come from products of gradients, so that no gradient has to be kept once its products
+are known. Dimension letters: N gradients, P parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its interval over documents."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class NoiseScale:
+    """Signal and noise of the gradient of one document.
+
+    Attributes:
+        signal: |G|^2, without bias: below zero now and then where there is next to none.
+        noise: tr(Sigma), without bias.
+        documents: noise scale `noise / signal`, in documents; infinite where `signal` is not above
+            0.
+        low, high: interval of the noise scale; `high` is infinite where the documents at hand
+            cannot tell the signal from zero.
+        n_gradients: N.
+    """
+
+    signal: float
+    noise: float
+    documents: float
+    low: float
+    high: float
+    n_gradients: int
+
+
+def gradient_products(gradients: Tensor | Iterable[Tensor], *, chunk: int = 2**20) -> Tensor:
+    """Dot products of all pairs of gradients.
+
+    Args:
+        gradients: (N, P), or N tensors (P,); any floating dtype.
+        chunk: entries of a gradient that are held in float64 at once.
+
+    Returns:
+        (N, N) float64.
+    """
+    rows = gradients if isinstance(gradients, Tensor) else torch.stack(list(gradients))
+    products = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in rows.split(chunk, dim=1):
+        wide = part.to("cpu", torch.float64)
+        products += wide @ wide.T
+    return products
+
+
+def noise_scale(
+    products: Tensor, *, documents_per_gradient: int = 1, confidence: float = 0.95
+) -> NoiseScale:
+    """Signal, noise and noise scale from the products of independent gradients.
+
+        |G|^2     = mean over pairs i != j of g_i . g_j
+        tr(Sigma) = mean of g_i . g_i - |G|^2           (times the documents of a gradient)
+
+    The interval is the jackknife's for signal / noise, turned over: the noise is known well, the
+    signal may be compatible with zero, and then the noise scale has no upper bound. Where there is
+    next to no signal the jackknife's standard error is up to sqrt(2) times too large (B. Efron and
+    C. Stein, "The jackknife estimate of variance", 1981): it errs on the wide side.
+
+    Args:
+        products: (N, N) of N >= 3 independent gradients.
+        documents_per_gradient: of how many documents each gradient is the mean.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: no square matrix, fewer than three gradients, or settings out of range.
+    """
+    _check_products(products, "products")
+    if documents_per_gradient < 1:
+        raise ValueError(
+            f"documents_per_gradient={documents_per_gradient} must be at least 1: the number of "
+            "documents that each gradient is a mean over"
+        )
+    signal, without_signal = _pair_means(products)
+    noise, without_noise = _noise(products)
+    ratio = _jackknife(signal / noise, [without_signal / without_noise], confidence)
+    scaled = Estimate(*(documents_per_gradient * _inverse(x) for x in _falling(ratio)))
+    return NoiseScale(
+        signal=float(signal),
+        noise=documents_per_gradient * float(noise),
+        documents=scaled.value,
+        low=scaled.low,
+        high=scaled.high,
+        n_gradients=len(products),
+    )
+
+
+def noise_ratio(products: Tensor, other: Tensor, *, confidence: float = 0.95) -> Estimate:
+    """tr(Sigma) of an estimator of the gradient relative to that of another one.
+
+    Where both estimate the same gradient this is the ratio of their noise scales, and far better
+    known than either of them.
+
+    Args:
+        products: (N, N) of one estimator.
+        other: (N, N) of the other one, on the same N >= 3 documents.
+        confidence: of the jackknife's interval.
+
+    Raises:
+        ValueError: matrices that do not fit, or fewer than three documents.
+    """
+    _check_products(products, "products")
+    _check_products(other, "other")
+    if products.shape != other.shape:
+        raise ValueError(
+            f"products {tuple(products.shape)} and other {tuple(other.shape)} must come from the "
+            "same documents"
+        )
+    (noise, without), (base, base_without) = _noise(products), _noise(other)
+    return _jackknife(noise / base, [without / base_without], confidence)
+
+
+def gradient_cosine(
+    products: Tensor,
+    other: Tensor,
+    cross: Tensor,
+    *,
+    same_documents: bool,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Cosine between the expectations of two kinds of gradients.
+
+    The cosine of two means is too small, since their noise is in the norms and not in the product.
+    Here all three products are unbiased, so that two estimators of one gradient have cosine 1 on
+    average, and single estimates lie above 1 as well as below.
+
+    Args:
+        products: (N, N) of the first kind.
+        other: (M, M) of the second kind.
+        cross: (N, M) products of the first with the second.
+        same_documents: whether gradients i of both kinds share their noise, as those of one
+            document do; then N = M and the diagonal of `cross` is left out.
+        confidence: of the jackknife's interval.
+
+    Returns:
+        NaN where a signal is not above zero: there is no direction to compare.
+
+    Raises:
+        ValueError: matrices that do not fit, or fewer than three gradients of a kind.
+    """
+    _check_products(products, "products")
+    _check_products(other, "other")
+    if tuple(cross.shape) != (len(products), len(other)):
+        raise ValueError(
+            f"cross must have shape {(len(products), len(other))}, got {tuple(cross.shape)}"
+        )
+    if same_documents and len(products) != len(other):
+        raise ValueError(
+            f"same_documents=True needs equally many gradients of both kinds, got {len(products)} "
+            f"and {len(other)}"
+        )
+    (first, without_first), (second, without_second) = _pair_means(products), _pair_means(other)
+    cross = cross.double()
+    n, m = cross.shape
+    if same_documents:
+        both = (cross + cross.T) / 2  # its pairs of different documents have the same mean
+        product, without = _pair_means(both)
+        value = _cosine(product, first, second)
+        left_out = [_cosine(without, without_first, without_second)]
+    else:
+        total = cross.sum()
+        value = _cosine(total / (n * m), first, second)
+        rows = (total - cross.sum(dim=1)) / ((n - 1) * m)
+        columns = (total - cross.sum(dim=0)) / (n * (m - 1))
+        left_out = [_cosine(rows, without_first, second), _cosine(columns, first, without_second)]
+    return _jackknife(value, left_out, confidence)
+
+
+class GradientSums:
+    """Signal and noise of gradients that are seen once and not kept.
+
+    One vector of the size of a gradient, and two numbers; no interval. The sums of several
+    processes add up: see `total` and `squares`.
+
+    Attributes:
+        count: gradients seen.
+        total: (P,) float64 sum of the gradients; None before the first.
+        squares: sum of their squared norms.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | None = None
+        self.squares = 0.0
+
+    def add(self, gradient: Tensor) -> None:
+        """Count a gradient (P,)."""
+        wide = gradient.detach().to("cpu", torch.float64)
+        self.total = wide.clone() if self.total is None else self.total + wide
+        self.squares += float(wide @ wide)
+        self.count += 1
+
+    @property
+    def signal(self) -> float:
+        """|G|^2, see `noise_scale`."""
+        if self.count < 2 or self.total is None:
+            raise ValueError(f"{self.count} gradient(s) have no pairs: add two or more")
+        pairs = self.count * (self.count - 1)
+        return (float(self.total @ self.total) - self.squares) / pairs
+
+    @property
+    def noise(self) -> float:
+        """tr(Sigma) of a single gradient."""
+        return self.squares / self.count - self.signal if self.count else self.signal
+
+    @property
+    def documents(self) -> float:
+        """Noise scale, in gradients; infinite where the signal is not above 0."""
+        return self.noise * _inverse(self.signal)
+
+
+def _check_products(products: Tensor, name: str) -> None:
+    if products.dim() != 2 or products.shape[0] != products.shape[1] or len(products) < 3:
+        raise ValueError(
+            f"{name} must hold the products of three or more gradients with each other, (N, N), "
+            f"got {tuple(products.shape)}"
+        )
+
+
+def _pair_means(products: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over pairs of different gradients: of all, and (N,) without each gradient in turn."""
+    products = products.double()
+    n, own, row = len(products), products.diagonal(), products.sum(dim=1)
+    pairs = products.sum() - own.sum()
+    return pairs / (n * (n - 1)), (pairs - 2 * (row - own)) / ((n - 1) * (n - 2))
+
+
+def _noise(products: Tensor) -> tuple[Tensor, Tensor]:
+    """tr(Sigma) of one gradient: of all, and (N,) without each in turn."""
+    signal, without_signal = _pair_means(products)
+    squares = products.double().diagonal()
+    total, n = squares.sum(), len(products)
+    return total / n - signal, (total - squares) / (n - 1) - without_signal
+
+
+def _cosine(product: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    # The root of a negative signal is NaN, as documented; both below zero must not cancel.
+    return product / (first.sqrt() * second.sqrt())
+
+
+def _jackknife(value: Tensor, left_out: list[Tensor], confidence: float) -> Estimate:
+    """An interval from the values with one document left out, by independent sample."""
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
+    variance = sum(
+        (len(values) - 1) / len(values) * float((values - values.mean()).square().sum())
+        for values in left_out
+    )
+    margin = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
+    return Estimate(float(value), float(value) - margin, float(value) + margin)
+
+
+def _falling(estimate: Estimate) -> tuple[float, float, float]:
+    """Value and bounds in the order that they have after inversion."""
+    return estimate.value, estimate.high, estimate.low
+
+
+def _inverse(value: float) -> float:
+    return 1 / value if value > 0 else math.inf
