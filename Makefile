@@ -77,7 +77,7 @@ lint: $(STAMP) ## ruff, the formatting, the direction of imports and mypy; chang
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 # By themselves: two folders of scripts have a settings.py.
-	MYPYPATH=examples $(BIN)/mypy studies
+	$(BIN)/mypy studies
 
 style: $(STAMP) ## sort imports, apply safe fixes and format, in place
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,9 @@
 """Train the small language model in `examples/tiny_model` from nothing.
 
-Text: the Python standard library's source, split as `stdlib_text.py` says. The script trains a
-byte-level BPE tokenizer and a small Llama on `general/pretrain` with `transformers.Trainer`,
-measures the model on `general/pretrain_eval` and on the `tune` split of the domains that it
-has not seen, and writes weights, tokenizer and a model card with the results to
+Text: the Python standard library's source, split as `hf_ebft/data/stdlib_text.py` says. The script
+trains a byte-level BPE tokenizer and a small Llama on `general/pretrain` with
+`transformers.Trainer`, measures the model on `general/pretrain_eval` and on the `tune` split of the
+domains that it has not seen, and writes weights, tokenizer and a model card with the results to
 `--output_dir`.
 
     python examples/pretrain_tiny.py                       # the committed model, on 2 CPU cores
@@ -22,11 +22,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import stdlib_text
 import tokenizers
 import torch
 import transformers
-from stdlib_text import Document
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -38,6 +36,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from hf_ebft.data import stdlib_text
+from hf_ebft.data.stdlib_text import Document
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
@@ -319,8 +320,8 @@ for padding only. Use rows of at most {sizes.row_length} tokens: it accepts
 
 Cross-entropy over all tokens but the first of each row, in nats per token and bits per UTF-8 byte,
 next to that of the token frequencies of the training text ("unigram"). The splits are those of
-`examples/stdlib_text.py`. The model was trained on `general/pretrain` only: `pretrain_eval` holds
-other files of the same kind, the rest are kinds of text that it has not seen.
+`hf_ebft/data/stdlib_text.py`. The model was trained on `general/pretrain` only: `pretrain_eval`
+holds other files of the same kind, the rest are kinds of text that it has not seen.
 
 | text | nats/token | bits/byte | unigram nats/token | unigram bits/byte |
 |---|---|---|---|---|

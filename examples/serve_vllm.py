@@ -1,11 +1,8 @@
-"""Start the vLLM server that a run samples from, with the run's own YAML.
+"""Start the vLLM server that a run samples from; the same as `hf-ebft serve`."""
 
-    python examples/serve_vllm.py --config run.yaml --python .venv-vllm/bin/python
+import sys
 
-`--help` says more. Without a clone: `python -m hf_ebft.structured.vllm.serving`.
-"""
-
-from hf_ebft.structured.vllm.serving import main
+from hf_ebft.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["serve", *sys.argv[1:]]))

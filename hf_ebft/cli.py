@@ -1,74 +1,67 @@
-"""The command `hf-ebft`: what is done from the command line beside training.
+"""The command `hf-ebft`, also `python -m hf_ebft` and `accelerate launch -m hf_ebft`.
 
-hf-ebft convert axolotl.yaml --output run.yaml
-python -m hf_ebft convert axolotl.yaml          # the same, printed
+Each command is a module in `hf_ebft/commands/`, imported when it is called: `hf-ebft --help` needs
+neither torch nor any extra.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 
-import yaml
-
-from hf_ebft.conversion import Conversion, convert_axolotl, to_yaml
 from hf_ebft.version import __version__
+
+#: Command -> what `hf-ebft --help` says about it. Its module has the same name.
+COMMANDS = {
+    "train": "fine-tune a model: hf-ebft train --config run.yaml",
+    "evaluate": "measure one or several models on held-out text, side by side",
+    "report": "one page about one or several runs",
+    "serve": "start the vLLM server that a run samples from",
+    "convert": "turn an axolotl configuration (rl: ebft) into one of hf-ebft train",
+    "demo": "fine-tune a small model on text that Python carries; nothing is downloaded",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    parser = ArgumentParser(prog="hf-ebft", description="Energy-based fine-tuning.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    convert = commands.add_parser(
-        "convert",
-        help="turn an axolotl configuration (rl: ebft) into one of examples/run_ebft.py",
-        description="Writes the options and names every key that could not be carried over.",
-    )
-    convert.add_argument("file", type=Path, help="axolotl's YAML")
-    convert.add_argument("--output", type=Path, help="file to write; default: print")
-    arguments = parser.parse_args(argv)
-    try:
-        refuse_source(arguments.file, arguments.output)
-        conversion = convert_axolotl(read(arguments.file))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        print(f"hf-ebft convert: {arguments.file}: {error}", file=sys.stderr)
+    """Run one command; returns the exit status.
+
+    Args:
+        argv: the command's name and its arguments; default: the process'.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    if not argv or argv[0].startswith("-"):
+        parser.parse_args(argv or ["--help"])
+    name, *rest = argv
+    if name not in COMMANDS:
+        parser.error(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}.")
+    try:  # a missing extra is told like any other mistake, so that the import is inside
+        importlib.import_module(f"hf_ebft.commands.{name}").main(rest)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"hf-ebft {name}: {sentence(error)}", file=sys.stderr)
         return 2
-    text = to_yaml(conversion, arguments.file.name)
-    if arguments.output is None:
-        print(text, end="")
-    else:
-        arguments.output.write_text(text, encoding="utf-8")
-    print(summary(conversion), file=sys.stderr)
     return 0
 
 
-def refuse_source(source: Path, output: Path | None) -> None:
-    """Raise if the output would overwrite what is converted.
-
-    Raises:
-        ValueError: both are the same file.
-    """
-    if output is not None and output.resolve() == source.resolve():
-        raise ValueError("--output is the file that is converted; name another one.")
+def sentence(error: Exception) -> str:
+    """What is wrong, without Python's own prefixes."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
-def read(path: Path) -> Mapping[str, object]:
-    """A YAML file with 'key: value' lines.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, Mapping):
-        raise ValueError("it does not hold lines of the form 'key: value'.")
-    return config
-
-
-def summary(conversion: Conversion) -> str:
-    """What was carried over and what was not, for the terminal."""
-    left = [f"  {key}: {why}" for key, why in conversion.left.items()]
-    head = f"{len(conversion.carried)} keys carried over, {len(left)} not"
-    return "\n".join([f"{head}:" if left else f"{head}.", *left])
+def make_parser() -> ArgumentParser:
+    """What tells of the commands."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = "\n".join(f"  {name:<{width}}{what}" for name, what in COMMANDS.items())
+    parser = ArgumentParser(
+        prog="hf-ebft",
+        usage="hf-ebft COMMAND [options]",
+        description="Energy-based fine-tuning of language models.",
+        epilog=f"commands:\n{lines}\n\n`hf-ebft COMMAND --help` explains one.",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser

@@ -22,14 +22,11 @@ Rules, fixed beforehand:
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT / "examples") not in sys.path:
-    sys.path.append(str(ROOT / "examples"))  # its stdlib_text decides which text is whose
 
 Method = Literal["base", "sft", "ebft"]
 
@@ -53,7 +50,7 @@ class Setup:
         model: folder in the repository, or the package that `gguf_file` lies in.
         gguf_file: file with the weights.
         lora_rank: adapters on all linear layers, which alone are trained; 0: all weights are.
-        domain: kind of text, see `examples/stdlib_text.py`.
+        domain: kind of text, see `hf_ebft/data/stdlib_text.py`.
         rates: learning rates of the sweep.
         steps: of the optimizer, for EBFT.
         tokens_factor: EBFT's document and rollout tokens over its document tokens.

@@ -30,7 +30,6 @@ from typing import Any
 
 import matrix
 import numpy as np
-import stdlib_text
 import torch
 import transformers
 from matrix import ROOT, Run, Setup
@@ -49,7 +48,7 @@ from transformers import (
 
 from hf_ebft import EBFTConfig, EBFTTrainer, Rollouts
 from hf_ebft.config import WHITENING_SPACES, EBFTSettings
-from hf_ebft.data import TokenizedRows, tokenize_and_cut
+from hf_ebft.data import TokenizedRows, stdlib_text, tokenize_and_cut
 from hf_ebft.evaluation import measure_model
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.advantages import compute_advantages

@@ -712,7 +712,7 @@ GUARDED = {
         "rows/test_documents.py::test_unknown_token_ids_are_named_with_their_row",
     ],
     "target modules of LoRA as a regular expression matched nothing": [
-        "examples/test_run_ebft.py::test_adapters_by_name_or_by_regular_expression",
+        "commands/test_train.py::test_adapters_by_name_or_by_regular_expression",
         "conversion/test_axolotl.py::test_modules_stay_a_list_or_a_regular_expression",
     ],
     "models and adapters were refused for an untrue reason, or crashed": [
@@ -730,11 +730,11 @@ GUARDED = {
     ],
     "what failed after training cost the model or the report": [
         "watching/test_model_card.py::test_a_tree_that_is_not_installed_has_a_card",
-        "examples/test_run_ebft.py::test_what_fails_after_training_costs_nothing_else",
+        "commands/test_train.py::test_what_fails_after_training_costs_nothing_else",
     ],
     "the script did not resume by true, or failed before it said its mode": [
-        "examples/test_run_ebft.py::test_a_run_goes_on_from_the_newest_checkpoint",
-        "examples/test_run_ebft.py::test_the_mode_is_said_before_its_options_are_refused",
+        "commands/test_train.py::test_a_run_goes_on_from_the_newest_checkpoint",
+        "commands/test_train.py::test_the_mode_is_said_before_its_options_are_refused",
     ],
     "tests failed to collect without the extras": [
         "test_packaging.py::test_tests_are_collected_without_the_extras",
@@ -742,7 +742,7 @@ GUARDED = {
     "the converter dropped keys, overwrote its source and wrote impossible values": [
         "conversion/test_axolotl.py::test_every_option_of_grpo_is_carried_or_has_a_reason",
         "conversion/test_axolotl.py::test_transforms_of_chats",
-        "conversion/test_axolotl.py::test_the_source_is_not_overwritten",
+        "commands/test_convert.py::test_the_source_is_not_overwritten",
         "conversion/test_axolotl.py::test_values_that_cannot_work_are_refused",
     ],
     "DeepSpeed and split sequences were taken and not honoured": [

@@ -1,4 +1,4 @@
-"""Configurations of other programs, turned into those of `examples/run_ebft.py`."""
+"""Configurations of other programs, turned into those of `hf-ebft train`."""
 
 from hf_ebft.conversion.axolotl import Conversion, convert_axolotl
 from hf_ebft.conversion.report import to_yaml

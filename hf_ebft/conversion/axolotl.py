@@ -1,4 +1,4 @@
-"""axolotl's `rl: ebft` configurations as options of `examples/run_ebft.py`.
+"""axolotl's `rl: ebft` configurations as options of `hf-ebft train`.
 
 Every key of the file ends up in one of two places: among the options, or in the list of those that
 could not be carried over, with the reason. Where a default differs, axolotl's is written out.
@@ -63,7 +63,7 @@ class Conversion:
     """A configuration in our options, and what became of every key of the other.
 
     Attributes:
-        options: for `examples/run_ebft.py --config`.
+        options: for `hf-ebft train --config`.
         carried: the other's key (`ebft.stride`) -> our option.
         left: keys that could not be carried over -> why.
         notes: what means something else here, in sentences.
@@ -364,14 +364,14 @@ def _trl(result: Conversion, trl: dict[str, Any], vllm: dict[str, Any], mode: st
             if lora_sync:
                 result.carry(path, "vllm_lora_sync", True)
             else:
-                result.leave(path, "examples/serve_vllm.py, or TRL's server, is started instead")
+                result.leave(path, "hf-ebft serve, or TRL's server, is started instead")
         elif key in VLLM_SAME and value is not None:
             if VLLM_SAME[key] in result.options:
                 result.leave(path, f"trl.{VLLM_SAME[key]} says it already")
             else:
                 result.carry(path, VLLM_SAME[key], value)
         else:
-            result.leave(path, "give it to examples/serve_vllm.py after --, as vLLM calls it")
+            result.leave(path, "give it to hf-ebft serve after --, as vLLM calls it")
     if trl.get("use_vllm") and not lora_sync:
         result.options["vllm_mode"] = result.options.get("vllm_mode", "server")
     rank = result.options.get("lora_r")

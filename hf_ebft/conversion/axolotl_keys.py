@@ -176,12 +176,12 @@ TRL_NO_PLACE: dict[str, str] = {
     "place",
     "vllm_importance_sampling_cap": "TRL has given it up; vllm_importance_sampling_clip_max took "
     "its place",
-    "vllm_dtype": "give it to examples/serve_vllm.py after --, as vLLM calls it",
-    "vllm_enable_prefix_caching": "give it to examples/serve_vllm.py after --, as vLLM calls it",
+    "vllm_dtype": "give it to hf-ebft serve after --, as vLLM calls it",
+    "vllm_enable_prefix_caching": "give it to hf-ebft serve after --, as vLLM calls it",
     "vllm_device": "TRL has given it up; CUDA_VISIBLE_DEVICES of the server's process says it",
     "rollout_func": "it is code; the script takes the rollouts that the data needs",
 }
-#: Keys of `vllm` that `examples/serve_vllm.py` reads from our file.
+#: Keys of `vllm` that `hf-ebft serve` reads from our file.
 VLLM_SAME: dict[str, str] = {
     "gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "tensor_parallel_size": "vllm_tensor_parallel_size",

@@ -32,7 +32,7 @@ def check_values(options: Mapping[str, Any]) -> str | None:
     """Build the training arguments of the mode, which check each value and how they fit.
 
     Args:
-        options: for `examples/run_ebft.py`, `mode` among them.
+        options: for `hf-ebft train`, `mode` among them.
 
     Returns:
         What could not be checked, and why; None if all was.

@@ -1,4 +1,4 @@
-"""A conversion as a file that people read and `examples/run_ebft.py` runs."""
+"""A conversion as a file that people read and `hf-ebft train` runs."""
 
 from __future__ import annotations
 

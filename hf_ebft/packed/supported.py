@@ -79,7 +79,7 @@ class RowLimits:
             raise ValueError(
                 f"A document has {longest} tokens (in row {row} of the batch), but "
                 f"{self.document[1]} beyond {self.document[0]} tokens. Cut the "
-                "documents shorter (sequence_len in examples/run_ebft.py)."
+                "documents shorter (sequence_len in hf-ebft train)."
             )
 
 

@@ -1,6 +1,6 @@
 """Reports of runs: one page with curves, samples, configuration and what looks unhealthy.
 
-    python -m hf_ebft.report outputs/demo --output report.html --png figures/
+    hf-ebft report outputs/demo --output report.html --png figures/
 
 Nothing here is needed for training, and a page needs no package beyond the library itself.
 """

@@ -2,7 +2,7 @@
 
 A run is a folder with any of: `trainer_state.json` (there or in `checkpoint-*`), TensorBoard's
 event files, and beside them `training_args.json` (written at every save), `report.json` and
-`samples.jsonl` (written by `examples/run_ebft.py`) and `watched_rollouts.jsonl` (by
+`samples.jsonl` (written by `hf-ebft train`) and `watched_rollouts.jsonl` (by
 `RolloutWatcher`).
 """
 

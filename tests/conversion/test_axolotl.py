@@ -1,8 +1,6 @@
 """axolotl's configurations: every key carried over or named, and the result runs our script."""
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,14 @@ from transformers import TrainingArguments
 
 from hf_ebft import EBFTConfig
 from hf_ebft.cli import main
+from hf_ebft.commands.runs.options import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    ReportArguments,
+    check,
+    parse_arguments,
+)
 from hf_ebft.conversion import Conversion, convert_axolotl, to_yaml
 from hf_ebft.conversion.axolotl_keys import (
     EBFT_SAME,
@@ -27,7 +33,6 @@ from hf_ebft.data import TRANSFORMS
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "tests" / "conversion" / "axolotl").glob("*.yaml"))
-sys.path.insert(0, str(ROOT / "examples"))
 
 
 def load(name: str) -> dict[str, Any]:
@@ -64,13 +69,12 @@ def test_no_key_is_dropped_silently(path: Path) -> None:
 def test_what_is_written_can_be_run(path: Path, tmp_path: Path) -> None:
     """Parsed by the script into its dataclasses, which check each value."""
     pytest.importorskip("trl")
-    import run_ebft
-    import structured_mode
+    from hf_ebft.commands.runs import structured
 
     file = tmp_path / "run.yaml"
     assert main(["convert", str(path), "--output", str(file)]) == 0
-    groups = run_ebft.parse_arguments([f"--config={file}", "--use_cpu"])
-    run_ebft.check(*groups[1:4])
+    groups = parse_arguments([f"--config={file}", "--use_cpu"])
+    check(*groups[1:4])
     values = {k: v for group in groups for k, v in vars(group).items()}
     config = yaml.safe_load(path.read_text())
     for key in EBFT_SAME:
@@ -80,7 +84,7 @@ def test_what_is_written_can_be_run(path: Path, tmp_path: Path) -> None:
     assert values["per_device_train_batch_size"] == config["micro_batch_size"]
     assert values["mode"] == config["ebft"].get("mode", "structured")
     if values["mode"] == "structured":
-        structured_mode.refuse_strided_options(groups[0], groups[3])
+        structured.refuse_strided_options(groups[0], groups[3])
         assert values["num_generations"] == 4 and values["epsilon"] == 0.2
 
 
@@ -307,70 +311,22 @@ def test_other_configurations_are_refused(config: dict[str, Any], message: str) 
 def test_every_option_written_exists() -> None:
     """In the script's groups or in the configuration of the mode."""
     pytest.importorskip("trl")
-    import run_options
-
     from hf_ebft.structured import EBFTGRPOConfig
 
     def names(*classes: Any) -> set[str]:
         return {field.name for kind in classes for field in dataclasses.fields(kind)}
 
     groups = names(
-        run_options.DataArguments,
-        run_options.ModelArguments,
-        run_options.LoraArguments,
-        run_options.ReportArguments,
+        DataArguments,
+        ModelArguments,
+        LoraArguments,
+        ReportArguments,
     )
     both = names(EBFTConfig) & names(EBFTGRPOConfig)
     assert set(SAME.values()) | set(EBFT_SAME) <= groups | both
     assert set(EBFT_STRIDED) <= names(EBFTConfig)
     structured = {*EBFT_STRUCTURED, *TRL_SAME, *VLLM_SAME.values()}
     assert structured <= names(EBFTGRPOConfig)
-
-
-# ---- The command ------------------------------------------------------------------------------
-
-
-def test_the_command_prints_and_names_what_is_left(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    path = ROOT / "tests/conversion/axolotl/llama-1b-ebft-opencode.yaml"
-    assert main(["convert", str(path)]) == 0
-    printed = capsys.readouterr()
-    written = yaml.safe_load(printed.out)
-    assert written == convert_axolotl(yaml.safe_load(path.read_text())).options
-    assert "keys carried over, 4 not:" in printed.err and "trl.scale_rewards: " in printed.err
-    assert printed.out.startswith("# Converted from llama-1b-ebft-opencode.yaml.\n")
-    assert max(map(len, printed.out.splitlines())) <= 100
-
-
-@pytest.mark.parametrize("text", ["rl: grpo\n", "just words\n", "a: [\n", None])
-def test_the_command_says_what_is_wrong(
-    text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "axolotl.yaml"
-    if text is not None:
-        path.write_text(text)
-    assert main(["convert", str(path)]) == 2
-    assert f"hf-ebft convert: {path}: " in capsys.readouterr().err
-
-
-def test_the_source_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "axolotl.yaml"
-    path.write_text("rl: ebft\nebft: {mode: strided}\n")
-    other_name = tmp_path / "folder" / ".." / "axolotl.yaml"
-    (tmp_path / "folder").mkdir()
-    assert main(["convert", str(path), "--output", str(other_name)]) == 2
-    assert "--output is the file that is converted; name another" in capsys.readouterr().err
-    assert path.read_text().startswith("rl: ebft")
-
-
-@pytest.mark.slow
-def test_the_package_is_a_command(tmp_path: Path) -> None:
-    path = ROOT / "tests/conversion/axolotl/llama-1b-ebft-strided.yaml"
-    command = [sys.executable, "-m", "hf_ebft", "convert", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["mode"] == "strided"
 
 
 def test_an_empty_conversion_is_still_a_file() -> None:

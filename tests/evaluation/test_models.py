@@ -1,6 +1,5 @@
 """Several models side by side: measurements against plain loops, the table, its files."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -250,28 +249,3 @@ def test_other_documents_are_refused() -> None:
         compare_models({"a": measure(model), "b": measure(model, lengths=(2, 5))})
     with pytest.raises(ValueError, match="holds no models"):
         compare_models({})
-
-
-# ---- The example ----------------------------------------------------------------------------
-
-
-def test_the_example_runs_from_start_to_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    examples = Path(__file__).parents[2] / "examples"
-    monkeypatch.syspath_prepend(examples)
-    spec = importlib.util.spec_from_file_location("evaluate_ebft", examples / "evaluate_ebft.py")
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "evaluate_ebft", example)
-    spec.loader.exec_module(example)
-    tiny = examples / "tiny_model"
-    options = ["--rows", "3", "--lengths", "2", "4", "--sequence_len", "48", "--stride", "16"]
-    options += ["--n_samples", "2", "--device", "cpu", "--output_dir", str(tmp_path / "out")]
-    result = example.main(["--models", f"a={tiny}", f"b={tiny}", *options])
-    assert result.models == ["a", "b"]
-    stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert stored["settings"]["feature_network"] == str(tiny)
-    assert "Written:" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="Two models are called 'tiny_model'"):
-        example.named_models([str(tiny), str(tiny)])

@@ -100,7 +100,7 @@ def test_a_healthy_run_raises_no_alarm(seed: int) -> None:
     ],
 )
 def test_real_runs(name: str, expected: set[str]) -> None:
-    """Logs of `examples/run_ebft.py` with the demo's settings (healthy), with temperature 0.05
+    """Logs of `hf-ebft train` with the demo's settings (healthy), with temperature 0.05
     (cold), and on prose with whitening and a learning rate of 5e-3 (diverged).
     """
     run = load_run(LOGS / name)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 ServerDtype = Literal["auto", "float32", "float16", "bfloat16"]
 SERVER_DTYPES: tuple[ServerDtype, ...] = get_args(ServerDtype)
-SERVE_COMMAND = "python -m hf_ebft.structured.vllm.serving"
+SERVE_COMMAND = "hf-ebft serve"
 """Starts a server as training needs it."""
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for `--max-lora-rank`."""

@@ -1,9 +1,6 @@
 """The command line of the server that a run's YAML makes."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,8 @@ import yaml
 
 pytest.importorskip("trl")
 
-from hf_ebft.structured.vllm.serving import main, server_command, server_dtype
-from hf_ebft.structured.vllm.settings import SERVE_COMMAND, VLLMServerSettings
+from hf_ebft.structured.vllm.serving import server_command, server_dtype
+from hf_ebft.structured.vllm.settings import VLLMServerSettings
 
 CONFIGS = Path(__file__).parents[3] / "examples" / "configs"
 RUN = {"model_name_or_path": "m", "vllm_lora_sync": True, "learning_rate": 1e-3}
@@ -97,53 +94,6 @@ def test_runs_that_a_stock_server_cannot_serve_are_refused(options, message):
         command_of(**options)
     with pytest.raises(ValueError, match="model_name_or_path is missing"):
         server_command({"vllm_lora_sync": True}, listen="x", cpu_cache_gib=None)
-
-
-def test_script_prints_the_command_and_becomes_it(tmp_path, monkeypatch, capsys):
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(RUN | {"use_cpu": True, "vllm_sync_dir": None}))
-    started = []
-    monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
-    main(["--config", str(config), "--print_only"])
-    assert started == []
-    assert capsys.readouterr().out.count("--model m") == 1
-    main(["--config", str(config), "--python", "py", "--", "--max-num-seqs", "3"])
-    program, command, environment = started[0]
-    assert program == command[0] == "py"
-    assert command[-2:] == ["--max-num-seqs", "3"]
-    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "4"  # use_cpu: no GPU is looked for
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("model_name_or_path: m", "neither vllm_lora_sync nor"),
-        ("- a\n- b", "it holds a list"),
-        ("a: [", "run.yaml"),
-        (None, "No such file"),
-    ],
-)
-def test_a_bad_file_ends_with_a_message(tmp_path, capsys, text, message):
-    config = tmp_path / "run.yaml"
-    if text is not None:
-        config.write_text(text)
-    with pytest.raises(SystemExit):
-        main(["--config", str(config), "--print_only"])
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["the package's", "the example's"])
-def test_the_commands_that_errors_and_docs_name_exist(tmp_path, script):
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(RUN | {"use_cpu": True}))
-    command = SERVE_COMMAND.split()[1:]
-    if script == "the example's":
-        command = [str(CONFIGS.parent / "serve_vllm.py")]
-    command = [sys.executable, *command, "--config", str(config), "--print_only"]
-    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parents[1])}
-    finished = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert "--model m --served-model-name base" in finished.stdout
 
 
 SERVED = [

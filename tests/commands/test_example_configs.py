@@ -1,7 +1,6 @@
 """The configurations that ship: every one can be read, and those that need no download run."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,16 @@ import yaml
 
 pytest.importorskip("trl")
 
+from hf_ebft import EBFTConfig
+from hf_ebft.commands import train
+from hf_ebft.commands.runs import structured
+from hf_ebft.commands.runs.options import check, parse_arguments
+from hf_ebft.data import TRANSFORMS
+from hf_ebft.structured import EBFTGRPOConfig
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
-sys.path.insert(0, str(EXAMPLES))
-
-import run_ebft  # noqa: E402  (a script beside its own modules)
-import stdlib_functions  # noqa: E402
-import structured_mode  # noqa: E402
-
-from hf_ebft import EBFTConfig  # noqa: E402
-from hf_ebft.data import TRANSFORMS  # noqa: E402
-from hf_ebft.structured import EBFTGRPOConfig  # noqa: E402
 
 # A row of the data set that each configuration names.
 ROWS: dict[str, dict[str, Any]] = {
@@ -33,13 +30,13 @@ ROWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_can_be_read(path: Path) -> None:
     """Into the very classes that a run makes of it, which check values and combinations."""
-    data, names, lora, report, args = run_ebft.parse_arguments([f"--config={path}"])
-    run_ebft.check(names, lora, report)
+    data, names, lora, report, args = parse_arguments([f"--config={path}"])
+    check(names, lora, report)
     written = yaml.safe_load(path.read_text())
-    structured = written.get("mode") == "structured"
-    assert type(args) is (EBFTGRPOConfig if structured else EBFTConfig)
-    if structured:
-        structured_mode.refuse_strided_options(data, report)
+    is_structured = written.get("mode") == "structured"
+    assert type(args) is (EBFTGRPOConfig if is_structured else EBFTConfig)
+    if is_structured:
+        structured.refuse_strided_options(data, report)
     values = {k: v for group in (data, names, lora, report, args) for k, v in vars(group).items()}
     for name, value in written.items():
         if not isinstance(value, (dict, list)) and name != "report_to":
@@ -69,33 +66,10 @@ def test_configurations_say_how_they_are_started(path: Path) -> None:
             assert ROOT / word == path
 
 
-def test_functions_are_split_between_head_and_body() -> None:
-    source = (
-        "@decorated\n"
-        "def plain(a,\n          b=1):\n    '''Says.'''\n    # why\n    total = a + b\n"
-        "    return total\n\n"
-        "class Some:\n    def one_line(self): return 'too close to its head to be told apart'\n"
-        "    def method(self):\n        return self.method() + 1\n"
-        "def only_a_docstring():\n    '''Nothing else.'''\n"
-    )
-    assert list(stdlib_functions.functions(source)) == [
-        (
-            "def plain(a,\n          b=1):\n    '''Says.'''\n    # why\n",
-            "    total = a + b\n    return total\n",
-        ),
-        ("    def method(self):\n", "        return self.method() + 1\n"),
-    ]
-    assert list(stdlib_functions.functions("not Python(")) == []
-    rows = stdlib_functions.load("general", "pretrain_eval")
-    assert len(rows) > 5
-    for row in rows:
-        assert "def " in row["prompt"] and 20 <= len(row["ground_truth"]) <= 100
-
-
 def run(config: str, output: Path, **changed: Any) -> dict[str, Any]:
     """Run a configuration with some of its options changed; the measurements of its report."""
     arguments = [f"--config={EXAMPLES / 'configs' / config}", f"--output_dir={output}"]
-    run_ebft.main([*arguments, *(f"--{name}={value}" for name, value in changed.items())])
+    train.main([*arguments, *(f"--{name}={value}" for name, value in changed.items())])
     report: dict[str, Any] = json.loads((output / "report.json").read_text())
     return report
 
@@ -156,7 +130,7 @@ def train_tiny(tmp_path: Path, rows: list[dict[str, Any]], **changed: Any) -> di
     options |= {"num_generations": 4, "max_completion_length": 6, "bf16": "false"}
     options |= {"dataset_name_or_path": data, "model_name_or_path": model, "save_steps": 2}
     options |= {"output_dir": tmp_path / "out"} | changed
-    run_ebft.main([f"--{name}={value}" for name, value in options.items()])
+    train.main([f"--{name}={value}" for name, value in options.items()])
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     log: dict[str, Any] = state["log_history"][1]
     return log
@@ -188,8 +162,8 @@ def test_thinking_can_be_kept_out_of_features(tmp_path: Path) -> None:
 # ---- What structured mode refuses ---------------------------------------------------------------
 
 
-def structured(tmp_path: Path, *arguments: str) -> None:
-    run_ebft.main(
+def structured_run(tmp_path: Path, *arguments: str) -> None:
+    train.main(
         ["--mode=structured", f"--output_dir={tmp_path}", "--use_cpu", "--bf16=false", *arguments]
     )
 
@@ -198,13 +172,13 @@ def test_options_of_the_other_mode_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        structured(tmp_path, "--stride=4")
+        structured_run(tmp_path, "--stride=4")
     assert "no option 'stride'" in (error := capsys.readouterr().err)
     assert "--mode strided has others" in error
     with pytest.raises(ValueError, match="sequence_len=64 is for strided mode"):
-        structured(tmp_path, "--sequence_len=64")
+        structured_run(tmp_path, "--sequence_len=64")
     with pytest.raises(ValueError, match="report_draws=1 is for strided mode"):
-        structured(tmp_path, "--report_draws=1")
+        structured_run(tmp_path, "--report_draws=1")
 
 
 @pytest.mark.parametrize(
@@ -221,7 +195,7 @@ def test_data_without_ground_truths_is_refused(
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
     with pytest.raises(ValueError, match=message):
-        structured(tmp_path, f"--dataset_name_or_path={path}", "--eval_fraction=0.5")
+        structured_run(tmp_path, f"--dataset_name_or_path={path}", "--eval_fraction=0.5")
 
 
 def test_fewer_prompts_than_a_batch_are_refused(tmp_path: Path) -> None:
@@ -231,7 +205,7 @@ def test_fewer_prompts_than_a_batch_are_refused(tmp_path: Path) -> None:
     arguments = [f"--dataset_name_or_path={path}", "--eval_fraction=0.5", "--num_generations=4"]
     arguments += ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=5"]
     with pytest.raises(ValueError, match="has 4 prompts, and one generation batch takes 5"):
-        structured(tmp_path, *arguments)
+        structured_run(tmp_path, *arguments)
 
 
 def test_one_held_out_prompt_is_refused_before_training(tmp_path: Path) -> None:
@@ -241,7 +215,7 @@ def test_one_held_out_prompt_is_refused_before_training(tmp_path: Path) -> None:
     arguments = [f"--dataset_name_or_path={path}", "--num_generations=4"]
     arguments += ["--per_device_train_batch_size=4", "--per_device_eval_batch_size=4"]
     with pytest.raises(ValueError, match=r"leaves 1 held-out row .*takes 2.*report_rows=0"):
-        structured(tmp_path, *arguments)
+        structured_run(tmp_path, *arguments)
     assert not (tmp_path / "config.json").exists() and not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -251,8 +225,8 @@ def test_ground_truths_may_have_any_name(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [f"--dataset_name_or_path={path}", "--ground_truth_column=solution"]
     arguments += ["--mode=structured", "--use_cpu", "--bf16=false", "--eval_fraction=0.5"]
-    groups = run_ebft.parse_arguments(arguments)
-    train, held_out = structured_mode.load_prompts(groups[0], groups[4], wants_eval=True)
+    groups = parse_arguments(arguments)
+    train, held_out = structured.load_prompts(groups[0], groups[4], wants_eval=True)
     assert list(train)[1] == {"prompt": "2", "ground_truth": "3"}
     assert held_out is not None and len(train) == len(held_out) == 3
 
@@ -260,11 +234,11 @@ def test_ground_truths_may_have_any_name(tmp_path: Path) -> None:
 def test_chats_of_several_turns_get_rollouts_of_their_own() -> None:
     import datasets
 
-    groups = run_ebft.parse_arguments(["--mode=structured", "--use_cpu", "--bf16=false"])
+    groups = parse_arguments(["--mode=structured", "--use_cpu", "--bf16=false"])
     chats = datasets.Dataset.from_list(
         [{"prompt": [{"role": "user", "content": "a"}], "ground_truth": ["b"]}]
     )
     pairs = datasets.Dataset.from_list([{"prompt": "a", "ground_truth": "b"}])
-    rollouts = structured_mode.rollouts_for(chats, groups[4])
-    assert isinstance(rollouts, structured_mode.MultiTurnRollouts)
-    assert structured_mode.rollouts_for(pairs, groups[4]) is None
+    rollouts = structured.rollouts_for(chats, groups[4])
+    assert isinstance(rollouts, structured.MultiTurnRollouts)
+    assert structured.rollouts_for(pairs, groups[4]) is None

@@ -1,4 +1,4 @@
-"""The options of `run_ebft.py`: their groups, and how a file and the command line are read."""
+"""The options of `hf-ebft train`: their groups, and how a file and the command line are read."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from hf_ebft import EBFTConfig
 from hf_ebft.conversion.checking import as_arguments
 from hf_ebft.data import TRANSFORMS
 
-EXAMPLES = Path(__file__).parent
+EXAMPLES = Path(__file__).parents[3] / "examples"
 DEMO_CONFIG = EXAMPLES / "configs" / "demo.yaml"
 # Prefixes of data sets that come with Python.
 STDLIB = "stdlib:"
 STDLIB_FUNCTIONS = "stdlib-functions:"
 Mode = Literal["strided", "structured"]
+# The columns that, beside `prompt`, make a data set one for structured mode. A `prompt` with a
+# `completion` has always been read as text of which only the completion is learned.
+GROUND_TRUTHS = ("ground_truth", "answer")
 
 
 @dataclass
@@ -48,9 +51,9 @@ class DataArguments:
         default=STDLIB + "topics",
         metadata={
             "help": "A .txt, .md or .py file, a folder of them, a .jsonl, .json or .parquet file, "
-            "a dataset's name on the hub, 'stdlib:' and a domain of examples/stdlib_text.py (text "
-            "that comes with Python), or 'stdlib-functions:' and such a domain (its functions: "
-            "heads with bodies)."
+            "a dataset's name on the hub, 'stdlib:' and a domain of hf_ebft.data.stdlib_text "
+            "(text that comes with Python), or 'stdlib-functions:' and such a domain (its "
+            "functions: heads with bodies)."
         },
     )
     transform: str | None = field(
@@ -241,6 +244,7 @@ class Parser(HfArgumentParser):
         groups: Any = (DataArguments, model, LoraArguments, ReportArguments, config)
         super().__init__(
             groups,
+            prog="hf-ebft train",
             description="Fine-tune a causal language model by matching features of its rollouts.",
             allow_abbrev=False,
         )

@@ -1,7 +1,7 @@
 """Text that every Python carries: the source of its own standard library, in fixed splits.
 
-The small model in `examples/tiny_model` is trained on it (`pretrain_tiny.py`), and the demo
-(`run_ebft.py`) takes its documents from it, so that nothing has to be downloaded. Both must
+The small model in `examples/tiny_model` is trained on it (`examples/pretrain_tiny.py`), and
+`hf-ebft demo` takes its documents from it, so that nothing has to be downloaded. Both must
 agree on which text is whose; this module is the one place that decides.
 
 A *domain* is a kind of text, decided by the file's place in the library:

@@ -1,4 +1,4 @@
-"""Structured mode of `run_ebft.py`: prompts with ground truths, on TRL's GRPOTrainer."""
+"""Structured mode of `hf-ebft train`: prompts with ground truths, on TRL's GRPOTrainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from run_loading import (
+
+from hf_ebft.commands.runs.loading import (
     DATA_SEED,
     finish,
     load_model,
@@ -22,8 +23,12 @@ from run_loading import (
     say,
     shuffled,
 )
-from run_options import DataArguments, LoraArguments, ModelArguments, ReportArguments
-
+from hf_ebft.commands.runs.options import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    ReportArguments,
+)
 from hf_ebft.data import BadRowError, RawDataset, Table, transform_rows
 from hf_ebft.evaluation import PairedDifference, format_table, paired_bootstrap
 from hf_ebft.structured import EBFTGRPOConfig, EBFTGRPOTrainer, VLLMRollouts
@@ -34,7 +39,7 @@ from hf_ebft.watching.console import use_compact_progress
 GROUND_TRUTH = "ground_truth"
 # Says whether the thinking of reasoning models is embedded; the transforms make it.
 EMBED_THINKING = "embed_thinking"
-# Options of the groups in run_options.py that only strided mode reads.
+# Options of the groups in options.py that only strided mode reads.
 STRIDED_ONLY = (
     "sequence_len",
     "pack",

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import stdlib_functions
-import stdlib_text
 import torch
 import transformers
 from peft import LoraConfig
-from run_options import (
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_ebft import EBFTTrainer
+from hf_ebft.commands.runs.options import (
     STDLIB,
     STDLIB_FUNCTIONS,
     DataArguments,
@@ -22,12 +25,16 @@ from run_options import (
     ModelArguments,
     ReportArguments,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
-from transformers.trainer_utils import get_last_checkpoint
-
-from hf_ebft import EBFTTrainer
-from hf_ebft.data import TRANSFORMS, RawDataset, Table, hold_out, load_table, transform_rows
+from hf_ebft.data import (
+    TRANSFORMS,
+    RawDataset,
+    Table,
+    hold_out,
+    load_table,
+    stdlib_functions,
+    stdlib_text,
+    transform_rows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -356,7 +363,7 @@ def say_where(trainer: Trainer) -> None:
             )
     say(
         args,
-        f"One page about the run: python -m hf_ebft.report {args.output_dir} "
+        f"One page about the run: hf-ebft report {args.output_dir} "
         f"--output {Path(str(args.output_dir), 'report.html')}",
     )
     say(args, f"The model is in {args.output_dir}: AutoModelForCausalLM.from_pretrained loads it.")

@@ -1,14 +1,15 @@
 """Functions that every Python carries, as prompts with ground truths: the head, then the body.
 
 For structured mode without anything to download. Which file belongs to which domain and split is
-decided by `stdlib_text.py`; the small model has seen `general/pretrain` and nothing else.
+decided by `hf_ebft/data/stdlib_text.py`; the small model has seen `general/pretrain` and nothing
+else.
 """
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import stdlib_text
+from hf_ebft.data import stdlib_text
 
 # Short enough for completions of a few dozen tokens, long enough to be more than `pass`.
 BODY_CHARACTERS = range(20, 101)

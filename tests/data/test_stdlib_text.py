@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from examples import stdlib_text
-from examples.stdlib_text import SPLITS, TOPICS_FILE, Document
+from hf_ebft.data import stdlib_text
+from hf_ebft.data.stdlib_text import SPLITS, TOPICS_FILE, Document
 
 TOPICS = {
     "assert": "The assert statement\n\nAssert statements are a way to insert assertions.\n",
@@ -214,8 +214,9 @@ class TestSplits:
     def test_same_documents_in_another_process(self) -> None:
         """Neither the folder's order nor the salt of Python's own hash plays a part."""
         code = (
-            "from examples import stdlib_text\n"
-            "corpus = stdlib_text.load('general', 'pretrain_eval')\n"
+            "import runpy\n"
+            "module = runpy.run_path('hf_ebft/data/stdlib_text.py')\n"
+            "corpus = module['load']('general', 'pretrain_eval')\n"
             "print(*(document.name for document in corpus.documents), sep='\\n')\n"
         )
         outputs = {

@@ -1,14 +1,13 @@
-"""Write the report of one or several runs.
+"""`hf-ebft report`: one page about one or several runs, with what looks unhealthy.
 
-    python -m hf_ebft.report outputs/demo
-    python -m hf_ebft.report outputs/a outputs/b --output comparison.html --png figures/
+    hf-ebft report outputs/demo
+    hf-ebft report outputs/a outputs/b --output comparison.html --png figures/
 
 A run is a folder (the output_dir of a training), a trainer_state.json, or a TensorBoard event file.
 """
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,10 @@ from pathlib import Path
 from hf_ebft.report import examine, load_runs, render_page, write_pngs
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Read, examine, write; what looks unhealthy is printed as well."""
     parser = ArgumentParser(
-        prog="python -m hf_ebft.report",
+        prog="hf-ebft report",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
     )
@@ -34,19 +33,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="weight of the past in the smoothed curves, 0 to below 1 [about a tenth of a curve]",
     )
     args = parser.parse_args(argv)
-    try:
-        runs = load_runs(args.runs, args.names)
-        page = render_page(runs, args.title, args.smoothing)
-        if args.png:
-            write_pngs(runs, args.png, args.smoothing)
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    runs = load_runs(args.runs, args.names)
+    page = render_page(runs, args.title, args.smoothing)
+    if args.png:
+        write_pngs(runs, args.png, args.smoothing)
     Path(args.output).write_text(page, encoding="utf-8")
     for run in runs:
         for finding in examine(run):
             print(f"{run.name}: {finding.severity}: {finding.title}. {finding.evidence}")
     print(f"The report is in {args.output}; open it in any browser.")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,16 +16,17 @@ import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from hf_ebft import EBFTTrainer
+from hf_ebft.commands.runs import loading, strided
+from hf_ebft.commands.runs import options as run_options
+from hf_ebft.commands.train import choose_mode, main
 from hf_ebft.evaluation import DOCUMENT_METRICS
 from tests.support.tiny import config, source_text, texts, tiny_llama, tiny_tokenizer
 
 datasets = pytest.importorskip("datasets")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import run_ebft  # noqa: E402  (a script beside its own modules)
-import run_options  # noqa: E402
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 VOCABULARY = 300
 PAIRS = [
@@ -124,7 +125,7 @@ def test_a_text_file(
     output = tmp_path / "out"
     changed = {"ce_coef": 0.03, "report_to": "tensorboard", "eval_strategy": "steps"}
     changed |= {"eval_steps": 1, "eval_fraction": 0.2}
-    run_ebft.main(argv(options(model_folder, text_file, output, **changed)))
+    main(argv(options(model_folder, text_file, output, **changed)))
 
     assert_trained(output, model_folder)
     curves = tags(output)
@@ -158,7 +159,7 @@ def test_prompts_with_completions(
     output = tmp_path / "out"
     data = table(tmp_path / "sums.jsonl", PAIRS)
     changed = {"eval_fraction": 0.25, "sequence_len": 64, "min_completion_prefix": 2}
-    run_ebft.main(argv(options(model_folder, data, output, **changed)))
+    main(argv(options(model_folder, data, output, **changed)))
     assert_trained(output, model_folder)
     assert "4 rows of 4 documents" in capsys.readouterr().out
 
@@ -171,7 +172,7 @@ def test_a_parquet_file_and_options_from_a_file(tmp_path: Path, model_folder: st
     settings = options(model_folder, data, tmp_path / "elsewhere", max_steps=50, pack=True)
     settings |= {"text_column": "code", "report_rows": 0, "feature_layers": [0.5, 1.0]}
     config.write_text(yaml.safe_dump(settings))
-    run_ebft.main([f"--output_dir={output}", "--config", str(config), "--max_steps", "1"])
+    main([f"--output_dir={output}", "--config", str(config), "--max_steps", "1"])
     assert_trained(output, model_folder)
     assert not (tmp_path / "elsewhere").exists()
     assert not (output / "report.json").exists()
@@ -181,7 +182,7 @@ def test_a_parquet_file_and_options_from_a_file(tmp_path: Path, model_folder: st
 def test_adapters(tmp_path: Path, model_folder: str, text_file: str, merge: bool) -> None:
     output = tmp_path / "out"
     changed = {"use_peft": True, "lora_r": 2, "lora_merge": merge, "report_rows": 0}
-    run_ebft.main(argv(options(model_folder, text_file, output, **changed)))
+    main(argv(options(model_folder, text_file, output, **changed)))
     assert (output / "adapter_config.json").exists() == (not merge)
     assert (output / "config.json").exists() == merge
     if merge:
@@ -197,9 +198,9 @@ def adapted(tmp_path: Path, *modules: str, file: str | None = None) -> set[str]:
     argument = ["--lora_target_modules", *modules]
     if file is not None:
         argument = [config_file(tmp_path, f"lora_target_modules: {file}\n")]
-    lora = run_ebft.parse_arguments(["--use_peft", "--mode=strided", *argument])[2]
+    lora = run_options.parse_arguments(["--use_peft", "--mode=strided", *argument])[2]
     model = tiny_llama()
-    config_ = run_ebft.lora_config(lora, model)
+    config_ = loading.lora_config(lora, model)
     names = {name for name, _ in get_peft_model(model, config_).named_parameters()}
     return {
         name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
@@ -248,7 +249,7 @@ def test_two_processes_under_accelerate_launch(
     changed = {"report_to": "tensorboard", "disable_tqdm": True, "eval_fraction": 0.2}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    command += ["--main_process_port=0", str(EXAMPLES / "run_ebft.py")]
+    command += ["--main_process_port=0", "-m", "hf_ebft", "train"]
     command += argv(options(model_folder, text_file, output, **changed))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -282,16 +283,16 @@ def test_what_fails_after_training_costs_nothing_else(
         calls.append(comparison)
         fail() if len(calls) == 2 else original(comparison)
 
-    original = run_ebft.Comparison.measure
+    original = strided.Comparison.measure
     if fails == "measure":
-        monkeypatch.setattr(run_ebft.Comparison, "measure", measure)
+        monkeypatch.setattr(strided.Comparison, "measure", measure)
     else:
-        monkeypatch.setattr(run_ebft.EBFTTrainer, fails, fail)
+        monkeypatch.setattr(EBFTTrainer, fails, fail)
     ended = []
     monkeypatch.setattr("accelerate.Accelerator.end_training", lambda self: ended.append(self))
     run = options(model_folder, text_file, output, max_steps=1, eval_fraction=0.2)
     with pytest.raises(FullDisk):
-        run_ebft.main(argv(run))
+        main(argv(run))
     printed = capsys.readouterr()
     assert ("before and after training" in printed.out) == (fails != "measure")
     assert (output / "report.json").exists() == (fails != "measure")
@@ -309,21 +310,21 @@ def test_a_run_goes_on_from_the_newest_checkpoint(
     run |= {"save_steps": 1}
     resumed = argv(run | {"max_steps": 2, "resume_from_checkpoint": "true"})
     with pytest.raises(ValueError, match=r"finds no checkpoint in .*out; name the folder"):
-        run_ebft.main(resumed)
-    run_ebft.main(argv(run | {"max_steps": 1}))
-    run_ebft.main(resumed)
+        main(resumed)
+    main(argv(run | {"max_steps": 1}))
+    main(resumed)
     state = json.loads((output / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
     assert not (output / "checkpoint-2" / "checkpoint-1").exists()
     with pytest.raises(ValueError, match=r"resume_from_checkpoint=gone is no folder"):
-        run_ebft.main(argv(run | {"resume_from_checkpoint": "gone"}))
+        main(argv(run | {"resume_from_checkpoint": "gone"}))
 
 
 # ---- Options --------------------------------------------------------------------------------
 
 
 def parse(*arguments: str) -> tuple[Any, ...]:
-    return run_ebft.parse_arguments(arguments)
+    return run_options.parse_arguments(arguments)
 
 
 def config_file(folder: Path, text: str) -> str:
@@ -456,7 +457,7 @@ def test_no_options_mean_the_demo() -> None:
 )
 def test_combinations_that_fail_late_are_refused_early(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        run_ebft.main(arguments)
+        main(arguments)
 
 
 # ---- Mode -------------------------------------------------------------------------------------
@@ -476,7 +477,7 @@ GOOD = {"prompt": "a", "ground_truth": "b"}
 )
 def test_columns_say_the_mode(tmp_path: Path, record: dict[str, Any], mode: str, why: str) -> None:
     data = table(tmp_path / "data.jsonl", [record] * 3)
-    chosen, reason, opened = run_ebft.choose_mode([f"--dataset_name_or_path={data}"])
+    chosen, reason, opened = choose_mode([f"--dataset_name_or_path={data}"])
     assert chosen == mode and re.search(why, reason) and opened is not None
 
 
@@ -484,7 +485,7 @@ def test_the_mode_is_said(
     tmp_path: Path, model_folder: str, text_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = options(model_folder, text_file, tmp_path / "out", report_rows=0, max_steps=1)
-    run_ebft.main(argv(run))
+    main(argv(run))
     assert "Mode: strided (there are no prompts with ground truths)." in capsys.readouterr().out
 
 
@@ -495,7 +496,7 @@ def test_the_mode_is_said_before_its_options_are_refused(
     data = table(tmp_path / "data.jsonl", [{"prompt": "1 + 1 =", "answer": "2"}] * 8)
     arguments = [f"--dataset_name_or_path={data}", f"--output_dir={tmp_path}", "--use_cpu"]
     with pytest.raises(ValueError, match="divisible"):
-        run_ebft.main([*arguments, "--bf16=false", "--per_device_train_batch_size=3"])
+        main([*arguments, "--bf16=false", "--per_device_train_batch_size=3"])
     said = "Mode: structured (the columns are 'prompt' and 'answer')."
     assert said in capsys.readouterr().out
 
@@ -503,30 +504,30 @@ def test_the_mode_is_said_before_its_options_are_refused(
 def test_an_explicit_mode_opens_nothing(tmp_path: Path) -> None:
     """From the command line, which wins, or from the file."""
     file = config_file(tmp_path, "mode: structured\ndataset_name_or_path: missing.jsonl\n")
-    assert run_ebft.choose_mode([file]) == ("structured", "as --mode says", None)
-    assert run_ebft.choose_mode([file, "--mode=strided"])[0] == "strided"
-    assert run_ebft.choose_mode([])[0] == "strided"
+    assert choose_mode([file]) == ("structured", "as --mode says", None)
+    assert choose_mode([file, "--mode=strided"])[0] == "strided"
+    assert choose_mode([])[0] == "strided"
     text = ["--dataset_name_or_path=missing.jsonl", "--text_column=body"]
-    assert run_ebft.choose_mode(text) == ("strided", "the text is in the column 'body'", None)
+    assert choose_mode(text) == ("strided", "the text is in the column 'body'", None)
 
 
 def test_contradictory_columns_are_refused(tmp_path: Path) -> None:
     data = table(tmp_path / "data.jsonl", [GOOD | {"text": "c"}] * 3)
     with pytest.raises(ValueError, match="say which by --mode"):
-        run_ebft.choose_mode([f"--dataset_name_or_path={data}"])
+        choose_mode([f"--dataset_name_or_path={data}"])
 
 
 def test_an_unknown_mode_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        run_ebft.main(["--mode=chunked"])
+        main(["--mode=chunked"])
     assert "mode='chunked' is unknown; choose strided or structured" in capsys.readouterr().err
 
 
 def test_strided_mode_does_without_trl(tmp_path: Path, model_folder: str, text_file: str) -> None:
     run = options(model_folder, text_file, tmp_path / "out", report_rows=0, max_steps=1)
     program = (
-        f"import sys; sys.modules['trl'] = None; sys.path.insert(0, {str(EXAMPLES)!r})\n"
-        f"import run_ebft; run_ebft.main({argv(run)!r})"
+        "import sys; sys.modules['trl'] = None\n"
+        f"from hf_ebft.commands.train import main; main({argv(run)!r})"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -558,38 +559,38 @@ def test_transforms_make_rows_of_any_columns(tmp_path: Path, model_folder: str) 
 
 def rows_of(model_folder: str, data: str, tmp_path: Path, **changed: Any) -> tuple[Any, Any]:
     groups = parse(*argv(options(model_folder, data, tmp_path / "out", **changed)))
-    tokenizer = run_ebft.load_tokenizer(groups[1], groups[4])
-    return run_ebft.load_rows(groups[0], tokenizer, groups[4], wants_eval=True)
+    tokenizer = loading.load_tokenizer(groups[1], groups[4])
+    return strided.load_rows(groups[0], tokenizer, groups[4], wants_eval=True)
 
 
 def test_columns_and_splits_that_are_missing_are_named(tmp_path: Path, model_folder: str) -> None:
     data = table(tmp_path / "data.jsonl", [{"body": "abc"}] * 4)
     run = options(model_folder, data, tmp_path / "out")
     with pytest.raises(ValueError, match=r"neither a text column .* it has 'body'"):
-        run_ebft.main(argv(run))
+        main(argv(run))
     with pytest.raises(ValueError, match="no column 'title'; it has 'body'"):
-        run_ebft.main(argv(run | {"text_column": "title"}))
+        main(argv(run | {"text_column": "title"}))
     with pytest.raises(ValueError, match="split='validation'"):
-        run_ebft.main(argv(run | {"text_column": "body", "eval_split": "validation"}))
+        main(argv(run | {"text_column": "body", "eval_split": "validation"}))
 
 
 def test_empty_data_is_refused(tmp_path: Path, model_folder: str) -> None:
     nothing = table(tmp_path / "nothing.jsonl", [])
     with pytest.raises(ValueError, match=r"nothing\.jsonl is empty"):
-        run_ebft.main(argv(options(model_folder, nothing, tmp_path / "out")))
+        main(argv(options(model_folder, nothing, tmp_path / "out")))
     blank = table(tmp_path / "blank.jsonl", [{"text": ""}] * 4)
     with pytest.raises(ValueError, match=r"No row of text is left .*3 empty documents"):
-        run_ebft.main(argv(options(model_folder, blank, tmp_path / "out")))
+        main(argv(options(model_folder, blank, tmp_path / "out")))
 
 
 def test_held_out_text_is_not_trained_on(tmp_path: Path, model_folder: str, text_file: str) -> None:
     run = options(model_folder, text_file, tmp_path / "out")
     with pytest.raises(ValueError, match=r"eval_split='train' .* is what is trained on"):
-        run_ebft.main(argv(run | {"eval_split": "train"}))
+        main(argv(run | {"eval_split": "train"}))
     with pytest.raises(ValueError, match=r"no held-out text .* report_rows=0"):
-        run_ebft.main(argv(run | {"eval_fraction": 0}))
+        main(argv(run | {"eval_fraction": 0}))
     with pytest.raises(ValueError, match=r"report_rows=1 leaves 1 held-out row .*takes 2"):
-        run_ebft.main(argv(run | {"eval_fraction": 0.25, "report_rows": 1}))
+        main(argv(run | {"eval_fraction": 0.25, "report_rows": 1}))
     data = table(tmp_path / "data.jsonl", [{"text": f"{i} " * 20} for i in range(40)])
     train, held_out = rows_of(model_folder, data, tmp_path, eval_fraction=0.25, max_eval_rows=99)
     documents = [
@@ -633,18 +634,18 @@ def test_a_tokenizer_without_pad_token_pads_with_eos(
     tiny_tokenizer(eos_token="<eos>").save_pretrained(tmp_path / "eos")
     tiny_tokenizer().save_pretrained(tmp_path / "none")
     groups = parse(f"--tokenizer_name_or_path={tmp_path / 'eos'}", f"--output_dir={tmp_path}")
-    assert run_ebft.load_tokenizer(groups[1], groups[4]).pad_token == "<eos>"
+    assert loading.load_tokenizer(groups[1], groups[4]).pad_token == "<eos>"
     assert "padded with '<eos>'" in capsys.readouterr().out
     groups[1].tokenizer_name_or_path = str(tmp_path / "none")
     with pytest.raises(ValueError, match="neither a pad nor an EOS token"):
-        run_ebft.load_tokenizer(groups[1], groups[4])
+        loading.load_tokenizer(groups[1], groups[4])
 
 
 def test_a_model_that_does_not_know_all_tokens_is_refused(tmp_path: Path) -> None:
     tiny_llama(vocabulary=20).save_pretrained(tmp_path)
     names = run_options.ModelArguments(model_name_or_path=str(tmp_path))
     with pytest.raises(ValueError, match=r"has 300 tokens, .* embeds 20"):
-        run_ebft.load_model(names, 300)
+        loading.load_model(names, 300)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
@@ -652,7 +653,7 @@ def test_weights_have_the_type_that_was_asked_for(tmp_path: Path, dtype: str) ->
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
     names = run_options.ModelArguments(model_name_or_path=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
     expected = torch.float32 if dtype == "float32" else torch.bfloat16
-    assert run_ebft.load_model(names, 20).dtype == expected
+    assert loading.load_model(names, 20).dtype == expected
 
 
 def write_gguf(path: Path) -> None:
@@ -691,9 +692,9 @@ def test_a_model_from_a_gguf_file_can_be_trained(tmp_path: Path) -> None:
     """Its weights are unpacked on loading: Trainer refuses packed ones, which take no gradient."""
     write_gguf(tmp_path / "tiny.gguf")
     names = run_options.ModelArguments(model_name_or_path=str(tmp_path), gguf_file="tiny.gguf")
-    model = run_ebft.load_model(names, 64)
+    model = loading.load_model(names, 64)
     assert model.dtype == torch.float32
-    trainer = run_ebft.EBFTTrainer(model, config(tmp_path, max_steps=1), train_dataset=texts(20))
+    trainer = EBFTTrainer(model, config(tmp_path, max_steps=1), train_dataset=texts(20))
     before = model.lm_head.weight.detach().clone()
     trainer.train()
     assert not torch.equal(model.lm_head.weight, before)

@@ -1,0 +1,270 @@
+"""`hf-ebft evaluate`: measure one or several models on held-out text, side by side.
+
+    hf-ebft evaluate --models out/ebft                               # text that Python carries
+    hf-ebft evaluate --models base=M sft=out/sft ebft=out/ebft \\
+        --dataset_name_or_path held_out.jsonl --output_dir evaluation
+    hf-ebft evaluate --help                                          # every option
+
+Cross-entropy and perplexity of the text (and of completions, where there are prompts); CFM loss,
+alignment, diversity, rewards, duplicates and entropy of rollouts by their length. All models
+continue the same prefixes with the same random numbers, and one frozen feature network, by default
+the first model, reads them. Intervals are by bootstrap over documents; differences are from the
+first model, paired by document. Written as JSON, Markdown and, with matplotlib, PNG.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from hf_ebft.commands.runs import strided
+from hf_ebft.commands.runs.loading import load_split
+from hf_ebft.commands.runs.options import STDLIB, DataArguments
+from hf_ebft.config import EBFTSettings
+from hf_ebft.data import TokenizedRows
+from hf_ebft.evaluation import ModelMeasurements, compare_models, measure_model
+from hf_ebft.feature_network.network import FeatureNetwork
+
+ADAPTER_CONFIG = "adapter_config.json"
+DATA_SEED = 0
+# With fewer documents than this behind the measured rows, rows are resampled instead.
+FEWEST_DOCUMENTS = 8
+
+
+@dataclass
+class EvaluationArguments:
+    """What to measure, on what, and how."""
+
+    models: list[str] = field(
+        metadata={
+            "help": "Models as name=path or path: hub names or folders, of adapters too. "
+            "Differences are from the first."
+        }
+    )
+    dataset_name_or_path: str = field(
+        default=STDLIB + "topics",
+        metadata={"help": "Held-out text, named as for hf-ebft train."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a hub dataset that has several."}
+    )
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with the text. Default: prompt and completion, else text."},
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "Default: 'report' for 'stdlib:', else 'train'."}
+    )
+    sequence_len: int = field(default=512, metadata={"help": "Most tokens of a row of text."})
+    rows: int = field(
+        default=64, metadata={"help": "Rows to measure, of as many documents as possible."}
+    )
+    lengths: list[int] = field(
+        default_factory=lambda: [8, 16, 32, 64, 128, 256],
+        metadata={"help": "Tokens of the rollouts, ascending."},
+    )
+    stride: int = field(default=64, metadata={"help": "Tokens between the prefixes of a text."})
+    context_length: int = field(default=8, metadata={"help": "Tokens of the shortest prefix."})
+    n_samples: int = field(default=4, metadata={"help": "Rollouts after each prefix."})
+    draws: int = field(
+        default=1, metadata={"help": "Groups of rollouts for each prefix, averaged: less noise."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Of the sampling; 1 truncates nothing."})
+    feature_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Feature network of all models. Default: the first model."}
+    )
+    feature_layers: list[float] = field(
+        default_factory=lambda: [0.25, 0.5, 0.75],
+        metadata={"help": "Depths whose hidden states make up the features."},
+    )
+    feature_normalization: Literal["per_layer", "joint"] = field(
+        default="per_layer", metadata={"help": "As in training."}
+    )
+    embed_method: Literal["last_token", "mean_pooling", "concat"] = field(
+        default="last_token", metadata={"help": "How token features become one embedding."}
+    )
+    whitening: Literal["feature", "sample", "none"] = field(
+        default="feature",
+        metadata={"help": "Of the metrics 'as rewarded'; the others are never whitened."},
+    )
+    diversity_coef: float = field(default=1.0, metadata={"help": "Of the reward."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Type of the weights."}
+    )
+    device: str = field(
+        default="auto", metadata={"help": "Such as cpu or cuda:1. Default: the accelerator."}
+    )
+    tokens_at_once: int = field(
+        default=4096, metadata={"help": "Rollout tokens in one forward pass: bounds the memory."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with a checkpoint."}
+    )
+    output_dir: str = field(
+        default="evaluation", metadata={"help": "Folder of evaluation.json, .md and .png."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of rollouts and resampling."})
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, load, measure each model, compare, write."""
+    args = parse_arguments(argv)
+    models = named_models(args.models)
+    device = choose_device(args.device)
+    tokenizer = AutoTokenizer.from_pretrained(
+        next(iter(models.values())), trust_remote_code=args.trust_remote_code
+    )
+    rows = load_rows(args, tokenizer)
+    settings = evaluation_settings(args)
+    phi_path = args.feature_model_name_or_path or next(iter(models.values()))
+    phi = FeatureNetwork(
+        load_model(phi_path, args, device),
+        feature_layers=args.feature_layers,
+        embed_method=args.embed_method,
+        normalization=args.feature_normalization,
+    )
+    measured: dict[str, ModelMeasurements] = {}
+    for name, path in models.items():
+        print(f"Measuring {name} ({path}) on {len(rows)} rows ...", flush=True)
+        model = load_model(path, args, device)
+        require_same_tokenizer(path, tokenizer, args)
+        measured[name] = measure_model(
+            model,
+            phi,
+            rows,
+            settings,
+            lengths=args.lengths,
+            n_draws=args.draws,
+            seed=args.seed,
+            tokens_at_once=args.tokens_at_once,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        del model  # the next one may need its room
+        gc.collect()
+    sources = [rows.sources[row][0] for row in next(iter(measured.values())).row]
+    comparison = compare_models(
+        measured,
+        groups=sources if len(set(sources)) >= FEWEST_DOCUMENTS else None,
+        seed=args.seed,
+        settings=dataclasses.asdict(args) | {"feature_network": phi_path},
+    )
+    print("\n" + comparison.to_markdown())
+    png = importlib.util.find_spec("matplotlib") is not None
+    paths = comparison.save(args.output_dir, png=png)
+    print(f"Written: {', '.join(map(str, paths))}.")
+    if not png:
+        print("There is no matplotlib, so no picture was drawn.")
+
+
+def parse_arguments(argv: Sequence[str]) -> EvaluationArguments:
+    """Options from the command line."""
+    parser = HfArgumentParser(
+        EvaluationArguments,  # type: ignore[arg-type]
+        prog="hf-ebft evaluate",
+        description=str(__doc__).split("\n", maxsplit=1)[0],
+        allow_abbrev=False,
+    )
+    (args,) = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    return args
+
+
+def named_models(models: Sequence[str]) -> dict[str, str]:
+    """name=path or path -> name: path.
+
+    Raises:
+        ValueError: two models of one name.
+    """
+    named: dict[str, str] = {}
+    for text in models:
+        name, _, path = text.rpartition("=")
+        name = name or Path(path).name
+        if name in named:
+            raise ValueError(
+                f"Two models are called {name!r}: {named[name]} and {path}; write other_name=path."
+            )
+        named[name] = path
+    return named
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to measure on."""
+    if name != "auto":
+        return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def evaluation_settings(args: EvaluationArguments) -> EBFTSettings:
+    """The settings of rollouts and rewards."""
+    whitens = args.whitening != "none"
+    several = args.n_samples > 1
+    return EBFTSettings(
+        stride=args.stride,
+        context_length=args.context_length,
+        generate_max_len=max(args.lengths),
+        n_samples_per_prompt=args.n_samples,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        feature_layers=args.feature_layers,
+        feature_normalization=args.feature_normalization,
+        embed_method=args.embed_method,
+        use_whitening=whitens,
+        whitening_space="sample" if args.whitening == "sample" else "feature",
+        diversity_coef=args.diversity_coef if several else 0.0,
+        advantage_estimator="rloo" if several else "reinforce",
+    )
+
+
+def load_rows(args: EvaluationArguments, tokenizer: Any) -> TokenizedRows:
+    """Rows of held-out text, spread over documents; short ones are kept, for their text."""
+    name = args.dataset_name_or_path
+    split = args.split or ("report" if name.startswith(STDLIB) else "train")
+    data = DataArguments(
+        dataset_name_or_path=name,
+        dataset_config_name=args.dataset_config_name,
+        text_column=args.text_column,
+        sequence_len=args.sequence_len,
+        keep_short=True,
+    )
+    raw = strided.raw_text(load_split(name, split, data), data, tokenizer)
+    settings: Any = evaluation_settings(args)
+    rows = strided.tokenize(raw, tokenizer, data, settings)
+    print(f"Held-out text, {raw.name}: {rows.counts}", flush=True)
+    return rows.spread(args.rows, DATA_SEED)
+
+
+def load_model(path: str, args: EvaluationArguments, device: torch.device) -> Any:
+    """A model, or adapters on the model that they were trained on."""
+    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+    if Path(path, ADAPTER_CONFIG).is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(path, **options).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    return model.to(device)
+
+
+def require_same_tokenizer(path: str, tokenizer: Any, args: EvaluationArguments) -> None:
+    """Refuse a model whose saved tokenizer would read the rows' ids as other text.
+
+    Raises:
+        ValueError: another vocabulary.
+    """
+    if not any(Path(path).glob("tokenizer*")):  # adapters and checkpoints may come without one
+        return
+    own = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{path} has another vocabulary than the first model, so they cannot be compared on "
+            "the same token ids; measure them in separate runs."
+        )

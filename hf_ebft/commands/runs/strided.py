@@ -1,0 +1,286 @@
+"""Strided mode of `hf-ebft train`: raw text, on `EBFTTrainer`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_ebft import EBFTConfig, EBFTTrainer
+from hf_ebft.commands.runs.loading import (
+    DATA_SEED,
+    finish,
+    load_model,
+    load_text,
+    load_tokenizer,
+    lora_config,
+    refuse_lone_row,
+    say,
+    shuffled,
+)
+from hf_ebft.commands.runs.options import (
+    GROUND_TRUTHS,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    ReportArguments,
+)
+from hf_ebft.data import (
+    RawDataset,
+    Table,
+    TokenizedRows,
+    render_prompt,
+    tokenize_and_cut,
+    tokenize_prompt_completion,
+)
+from hf_ebft.evaluation import (
+    Continuation,
+    DocumentMeasurements,
+    compare,
+    evaluate_documents,
+    format_samples,
+    format_table,
+    sample_continuations,
+)
+from hf_ebft.watching.console import use_compact_progress
+
+COMPLETION = "completion"
+# With fewer documents than this behind the measured rows, rows are resampled instead.
+FEWEST_DOCUMENTS = 8
+
+
+def run(
+    data: DataArguments,
+    names: ModelArguments,
+    lora: LoraArguments,
+    report: ReportArguments,
+    args: EBFTConfig,
+    train: Table | None,
+    checkpoint: str | None,
+) -> None:
+    """Load, measure, train, save, measure, report.
+
+    Args:
+        data, names, lora, report, args: the options.
+        train: the training data, if it has been opened already.
+        checkpoint: where to go on from, if anywhere.
+    """
+    tokenizer = load_tokenizer(names, args)
+    with args.main_process_first(desc="loading the text"):
+        train_rows, eval_rows = load_rows(
+            data, tokenizer, args, wants_eval=report.report_rows > 0 or args.do_eval, train=train
+        )
+    model = load_model(names, len(tokenizer))
+    trainer = EBFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(lora, model),
+    )
+    use_compact_progress(trainer)
+
+    comparison = Comparison(trainer, tokenizer, eval_rows, report)
+    comparison.measure()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer, comparison, lora, data)
+
+
+# ---- Text -----------------------------------------------------------------------------------
+
+
+def load_rows(
+    data: DataArguments,
+    tokenizer: Any,
+    args: EBFTConfig,
+    *,
+    wants_eval: bool,
+    train: Table | None = None,
+) -> tuple[TokenizedRows, TokenizedRows | None]:
+    """Rows to train on and, if they are wanted, held-out ones.
+
+    Args:
+        data: which.
+        tokenizer: turns text into rows.
+        args: lengths of blocks.
+        wants_eval: whether held-out rows are wanted.
+        train: the training data, if it has been opened already.
+    """
+    text, held_out = load_text(
+        data, wants_eval, lambda table: raw_text(table, data, tokenizer), train
+    )
+    if data.max_train_rows is not None:  # then it is not the first documents that count
+        text = shuffled(text)
+    train_rows = tokenize(text, tokenizer, data, args, pack=data.pack, most=data.max_train_rows)
+    say(args, f"Training text, {text.name}: {train_rows.counts}")
+    if held_out is None:
+        return train_rows, None
+    eval_rows = tokenize(held_out, tokenizer, data, args)
+    say(args, f"Held-out text, {held_out.name}: {eval_rows.counts}")
+    if data.max_eval_rows is not None:
+        eval_rows = eval_rows.spread(data.max_eval_rows, DATA_SEED)
+    return train_rows, eval_rows
+
+
+def raw_text(table: Table, data: DataArguments, tokenizer: Any) -> RawDataset:
+    """What strided mode reads of a table: its text, or its prompts with completions.
+
+    Ground truths of structured mode are completions here, and chats are laid out as text.
+    """
+    truths = [name for name in GROUND_TRUTHS if name in table.columns]
+    if data.text_column is not None or "prompt" not in table.columns or not truths:
+        return table.text(data.text_column)
+    if COMPLETION in table.columns:
+        truths = [COMPLETION]
+    pairs = [
+        {
+            "prompt": render_prompt(record["prompt"], tokenizer, f"The prompt of row {number}"),
+            COMPLETION: record[truths[0]],
+        }
+        for number, record in enumerate(table.records)
+    ]
+    return RawDataset(pairs, ("prompt", COMPLETION), table.name)
+
+
+def tokenize(
+    raw: RawDataset,
+    tokenizer: Any,
+    data: DataArguments,
+    args: EBFTConfig,
+    *,
+    pack: bool = False,
+    most: int | None = None,
+) -> TokenizedRows:
+    """Rows of at most `sequence_len` tokens, with labels if there are prompts."""
+    min_length = args.context_length + args.generate_max_len
+    if raw.has_prompts:
+        if pack:
+            raise ValueError("pack=True is for text, not for prompts with completions; drop it.")
+        return tokenize_prompt_completion(
+            raw.pairs(),
+            tokenizer,
+            sequence_len=data.sequence_len,
+            min_length=min_length,
+            min_completion=args.min_completion_prefix + args.generate_max_len,
+            keep_short=data.keep_short,
+            max_rows=most,
+        )
+    return tokenize_and_cut(
+        raw.texts(),
+        tokenizer,
+        sequence_len=data.sequence_len,
+        min_length=min_length,
+        pack=pack,
+        keep_short=data.keep_short,
+        max_rows=most,
+    )
+
+
+# ---- Results ----------------------------------------------------------------------------------
+
+
+class Comparison:
+    """The model on held-out text, before and after.
+
+    Args:
+        trainer: it has the model as it is, and the feature network.
+        tokenizer: to show samples.
+        eval_rows: held-out rows, of which some are measured.
+        report: how.
+    """
+
+    def __init__(
+        self,
+        trainer: EBFTTrainer,
+        tokenizer: Any,
+        eval_rows: TokenizedRows | None,
+        report: ReportArguments,
+    ) -> None:
+        self.trainer = trainer
+        self.tokenizer = tokenizer
+        self.report = report
+        self.rows = None
+        if eval_rows is not None and report.report_rows:
+            self.rows = eval_rows.spread(report.report_rows, DATA_SEED)
+            refuse_lone_row(len(self.rows), report)
+        self.measured: list[DocumentMeasurements] = []
+        self.samples: list[list[Continuation]] = []
+
+    def measure(self) -> None:
+        """Measure the model as it is now.
+
+        Every process does the same, so that none waits for another and sharded models work.
+        """
+        if self.rows is None:
+            return
+        report, args = self.report, self.trainer.args
+        say(args, f"Measuring {len(self.rows)} held-out rows ...")
+        model: Any = self.trainer.model
+        self.measured.append(
+            evaluate_documents(
+                model,
+                self.trainer.feature_network,
+                self.rows,
+                self.trainer.ebft,
+                batch_size=args.per_device_eval_batch_size,
+                stride=report.report_stride,
+                n_samples=report.report_n_samples,
+                n_draws=report.report_draws,
+                eos_token_id=self.tokenizer.eos_token_id,
+                corpus_whitening=self.trainer.corpus_whitening(),
+            )
+        )
+        if report.report_samples:
+            self.samples.append(
+                sample_continuations(
+                    model,
+                    self.rows.spread(report.report_samples, DATA_SEED),
+                    self.trainer.ebft,
+                    length=report.report_sample_len,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                )
+            )
+
+    def show(self) -> None:
+        """Print the differences and samples, and keep them in report.json."""
+        if self.rows is None:
+            return
+        args = self.trainer.args
+        before, after = self.measured
+        documents = [self.rows.sources[row][0] for row in after.row]
+        n_documents = len(set(documents))
+        by_document = n_documents >= FEWEST_DOCUMENTS
+        differences = compare(before, after, groups=documents if by_document else None)
+        say(
+            args,
+            f"\nHeld-out text, {len(self.rows)} rows of {n_documents} documents, before and after "
+            "training: the same rows,\nrandom numbers and feature network. Intervals by bootstrap "
+            f"over {'documents' if by_document else 'rows'}; * marks a change beyond the noise.\n\n"
+            + format_table(differences),
+        )
+        if self.samples:
+            old, new = self.samples
+            say(args, "\n" + format_samples(old, new, self.tokenizer.decode))
+        if args.process_index == 0:
+            path = Path(str(args.output_dir), "report.json")
+            numbers = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
+            path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+            if self.samples:
+                self.write_samples(path.with_name("samples.jsonl"))
+            say(args, f"\nThe numbers of the table are in {path}.")
+
+    def write_samples(self, path: Path) -> None:
+        """The samples as JSON lines, which `hf_ebft.report` shows."""
+        decode = self.tokenizer.decode
+        lines = [
+            {
+                "prefix": decode(old.prefix),
+                "before": decode(old.rollout),
+                "after": decode(new.rollout),
+                "truth": decode(old.ground_truth),
+            }
+            for old, new in zip(*self.samples, strict=True)
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

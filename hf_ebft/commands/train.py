@@ -1,0 +1,106 @@
+"""`hf-ebft train`: fine-tune a causal language model by matching features of its rollouts.
+
+    hf-ebft train --model_name_or_path M --dataset_name_or_path D.jsonl --output_dir out
+    hf-ebft train --config run.yaml --max_steps 20
+    accelerate launch -m hf_ebft train --config run.yaml             # on several devices
+    hf-ebft train --help                                             # every option
+    hf-ebft train --mode structured --help                           # those of the other mode
+
+There are two modes. `strided` is for raw text, sampled from many places of a document. `structured`
+is for prompts with ground truths, sampled as whole completions by TRL's GRPOTrainer. Without
+`--mode` the columns of the data set decide, and the command says how.
+
+The options are those of the four groups in `runs/options.py` and of `hf_ebft.EBFTConfig` (strided:
+all of `transformers.TrainingArguments`) or `hf_ebft.structured.EBFTGRPOConfig` (structured: all of
+`trl.GRPOConfig`). `--config run.yaml` holds the same names; the command line wins.
+
+Held-out text is measured before and after training on the same rows, with the same random numbers
+and the same frozen feature network, and the differences come with bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+from transformers import HfArgumentParser, set_seed
+
+from hf_ebft.commands.runs import strided
+from hf_ebft.commands.runs.loading import load_split, resume_from, show_library_log
+from hf_ebft.commands.runs.options import (
+    GROUND_TRUTHS,
+    STDLIB,
+    DataArguments,
+    Mode,
+    check,
+    early_options,
+    parse_arguments,
+)
+from hf_ebft.conversion.checking import as_arguments
+from hf_ebft.data import Table
+from hf_ebft.data.sources import TEXT_COLUMNS
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, load, measure, train, save, measure, report."""
+    show_library_log()
+    mode, why, train = choose_mode(argv)
+    # Said before the options are read: an option of the other mode is then no surprise.
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"Mode: {mode} ({why}).", flush=True)
+    data, names, lora, report, args = parse_arguments(argv, mode)
+    check(names, lora, report)
+    checkpoint = resume_from(args)
+    set_seed(args.seed)  # adapters start at random
+    if mode == "structured":
+        from hf_ebft.commands.runs import structured  # TRL is needed from here on, and only here
+
+        structured.run(data, names, lora, report, args, train, checkpoint)
+    else:
+        strided.run(data, names, lora, report, args, train, checkpoint)
+
+
+# ---- Mode -----------------------------------------------------------------------------------
+
+
+def choose_mode(argv: Sequence[str]) -> tuple[Mode, str, Table | None]:
+    """The mode, why it is this one, and the training data if it had to be opened to tell."""
+    _, config, mode = early_options(argv)
+    if mode is not None:
+        return mode, "as --mode says", None
+    parser = HfArgumentParser(DataArguments, allow_abbrev=False, add_help=False)  # type: ignore[arg-type]
+    wanted = {field.name for field in dataclasses.fields(DataArguments)}
+    from_file = {name: value for name, value in config.items() if name in wanted}
+    (data, _) = parser.parse_args_into_dataclasses(
+        [*as_arguments(from_file), *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if data.dataset_name_or_path.startswith(STDLIB):
+        return "strided", f"{data.dataset_name_or_path} is text", None
+    if data.text_column is not None:
+        return "strided", f"the text is in the column {data.text_column!r}", None
+    train = load_split(data.dataset_name_or_path, data.train_split, data)
+    return *mode_of(train), train
+
+
+def mode_of(table: Table) -> tuple[Mode, str]:
+    """The mode that a data set's columns are for, and why.
+
+    Raises:
+        ValueError: columns for both modes.
+    """
+    truths = [name for name in GROUND_TRUTHS if name in table.columns]
+    texts = [name for name in TEXT_COLUMNS if name in table.columns]
+    if "prompt" in table.columns and truths:
+        if texts:
+            raise ValueError(
+                f"{table.name} has the columns 'prompt' and {truths[0]!r} for structured mode and "
+                f"{texts[0]!r} for strided mode; say which by --mode."
+            )
+        return "structured", f"the columns are 'prompt' and {truths[0]!r}"
+    if {"prompt", strided.COMPLETION} <= set(table.columns):
+        return "strided", (
+            "the columns are 'prompt' and 'completion', blocks lie in the completion; for whole "
+            "completions by TRL: --mode structured"
+        )
+    return "strided", "there are no prompts with ground truths"

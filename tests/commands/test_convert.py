@@ -1,0 +1,56 @@
+"""`hf-ebft convert`: what it writes, and what it says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_ebft.cli import main
+from hf_ebft.conversion import convert_axolotl
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_command_prints_and_names_what_is_left(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = ROOT / "tests/conversion/axolotl/llama-1b-ebft-opencode.yaml"
+    assert main(["convert", str(path)]) == 0
+    printed = capsys.readouterr()
+    written = yaml.safe_load(printed.out)
+    assert written == convert_axolotl(yaml.safe_load(path.read_text())).options
+    assert "keys carried over, 4 not:" in printed.err and "trl.scale_rewards: " in printed.err
+    assert printed.out.startswith("# Converted from llama-1b-ebft-opencode.yaml.\n")
+    assert max(map(len, printed.out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("text", ["rl: grpo\n", "just words\n", "a: [\n", None])
+def test_the_command_says_what_is_wrong(
+    text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "axolotl.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert main(["convert", str(path)]) == 2
+    assert f"hf-ebft convert: {path}: " in capsys.readouterr().err
+
+
+def test_the_source_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "axolotl.yaml"
+    path.write_text("rl: ebft\nebft: {mode: strided}\n")
+    other_name = tmp_path / "folder" / ".." / "axolotl.yaml"
+    (tmp_path / "folder").mkdir()
+    assert main(["convert", str(path), "--output", str(other_name)]) == 2
+    assert "--output is the file that is converted; name another" in capsys.readouterr().err
+    assert path.read_text().startswith("rl: ebft")
+
+
+@pytest.mark.slow
+def test_the_package_is_a_command(tmp_path: Path) -> None:
+    path = ROOT / "tests/conversion/axolotl/llama-1b-ebft-strided.yaml"
+    command = [sys.executable, "-m", "hf_ebft", "convert", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["mode"] == "strided"
