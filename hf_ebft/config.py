@@ -37,6 +37,8 @@ GatherParams = Literal["auto", "true", "false"]
 GATHER_PARAMS: tuple[GatherParams, ...] = get_args(GatherParams)
 PackedAttention = Literal["auto", "split", "sdpa", "eager", "flex_attention"]
 PACKED_ATTENTIONS: tuple[PackedAttention, ...] = get_args(PackedAttention)
+CoefficientSchedule = Literal["constant", "linear", "cosine"]
+COEFFICIENT_SCHEDULES: tuple[CoefficientSchedule, ...] = get_args(CoefficientSchedule)
 
 
 @dataclass
@@ -145,12 +147,31 @@ class FeatureMatchingArguments:
             "0, 0.03 and 0.1)."
         },
     )
+    ce_coef_schedule: CoefficientSchedule = field(
+        default="constant",
+        metadata={
+            "help": "How ce_coef moves over the optimizer steps of a run: 'constant', or 'linear' "
+            "or 'cosine' from ce_coef at the first step to ce_coef_final at the last one."
+        },
+    )
+    ce_coef_final: float | None = field(
+        default=None,
+        metadata={"help": "ce_coef_schedule: the weight at the last optimizer step."},
+    )
     kl_coef: float = field(
         default=0.0,
         metadata={
             "help": "Weight of a per-token KL penalty to the feature network as reference policy. "
             "0 costs nothing; above 0 the feature network runs its head as well."
         },
+    )
+    kl_coef_schedule: CoefficientSchedule = field(
+        default="constant",
+        metadata={"help": "As ce_coef_schedule, for kl_coef."},
+    )
+    kl_coef_final: float | None = field(
+        default=None,
+        metadata={"help": "kl_coef_schedule: the weight at the last optimizer step."},
     )
     kl_estimator: KLEstimator = field(
         default="k3", metadata={"help": "Estimator of the KL divergence (Schulman's names)."}
@@ -181,6 +202,8 @@ class FeatureMatchingArguments:
                 )
         for name in ("alignment_coef", "diversity_coef", "ce_coef", "kl_coef"):
             _require_at_least(self, name, 0.0)
+        for name in ("ce_coef", "kl_coef"):
+            _require_schedule(self, name)
         _require_finite(self, "whitening_tolerance")
         if not SMALLEST_TOLERANCE <= self.whitening_tolerance < 1.0:
             raise ValueError(
@@ -273,6 +296,14 @@ class StridedArguments:
         },
     )
     rl_coef: float = field(default=1.0, metadata={"help": "Weight of the policy-gradient loss."})
+    rl_coef_schedule: CoefficientSchedule = field(
+        default="constant",
+        metadata={"help": "As ce_coef_schedule, for rl_coef."},
+    )
+    rl_coef_final: float | None = field(
+        default=None,
+        metadata={"help": "rl_coef_schedule: the weight at the last optimizer step."},
+    )
     packed_attention: PackedAttention = field(
         default="auto",
         metadata={
@@ -396,6 +427,7 @@ class StridedArguments:
             )
         _require_choice(self, "embed_method", STRIDED_EMBED_METHODS)
         _require_at_least(self, "rl_coef", 0.0)
+        _require_schedule(self, "rl_coef")
         _require_choice(self, "packed_attention", PACKED_ATTENTIONS)
         for name in ("verify_packing", "eval_rollouts"):
             _require_bool(self, name)
@@ -423,14 +455,18 @@ class EBFTSettings(StridedArguments, FeatureMatchingArguments):
         """
         self.validate_strided()
         self.validate_feature_matching(self.n_samples_per_prompt, "n_samples_per_prompt")
-        if self.rl_coef == 0 and self.ce_coef == 0 and self.kl_coef == 0:
+        used = {
+            name for name in ("rl_coef", "ce_coef", "kl_coef") if largest_weight(self, name) > 0
+        }
+        if not used:
             raise ValueError(
                 "rl_coef=0 with ce_coef=0 and kl_coef=0 leaves nothing to train on; raise one."
             )
-        if self.rl_coef > 0 and self.alignment_coef == 0 and self.diversity_coef == 0:
+        if "rl_coef" in used and self.alignment_coef == 0 and self.diversity_coef == 0:
             raise ValueError(
-                f"rl_coef={self.rl_coef} weighs rewards that are all 0 with alignment_coef=0 and "
-                "diversity_coef=0; raise one of these, or set rl_coef=0 to train without rewards."
+                f"rl_coef={largest_weight(self, 'rl_coef')} weighs rewards that are all 0 with "
+                "alignment_coef=0 and diversity_coef=0; raise one of these, or set rl_coef=0 to "
+                "train without rewards."
             )
 
     def __post_init__(self) -> None:
@@ -459,6 +495,31 @@ def check_ema_decay(decay: float) -> None:
         raise ValueError(
             f"ema_decay={decay} must lie between 0 (the last weights) and 1 (the first ones), "
             "without both; 0.9 averages over about 10 steps."
+        )
+
+
+def largest_weight(settings: Any, name: str) -> float:
+    """The largest value that a coefficient such as `ce_coef` takes in a run."""
+    start: float = getattr(settings, name)
+    final: float | None = getattr(settings, f"{name}_final")
+    return start if final is None else max(start, final)
+
+
+def _require_schedule(settings: Any, name: str) -> None:
+    _require_choice(settings, f"{name}_schedule", COEFFICIENT_SCHEDULES)
+    schedule, final = getattr(settings, f"{name}_schedule"), getattr(settings, f"{name}_final")
+    if final is not None:
+        _require_at_least(settings, f"{name}_final", 0.0)
+    if schedule == "constant" and final is not None:
+        raise ValueError(
+            f"{name}_final={final} would have no effect: {name}_schedule='constant' keeps {name}="
+            f"{getattr(settings, name)} to the end. Set {name}_schedule to 'linear' or 'cosine', "
+            f"or leave {name}_final unset."
+        )
+    if schedule != "constant" and final is None:
+        raise ValueError(
+            f"{name}_schedule={schedule!r} does not say where to: set {name}_final to the weight "
+            "at the last optimizer step (0 to fade it out)."
         )
 
 

@@ -67,7 +67,8 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
     """
 
     _corpus_whitening: CorpusWhitening | None
-    _record: SamplingRecord | None
+    _keeps_record = False  # see _sample_with_record
+    _record: SamplingRecord | None = None
 
     def __init__(
         self,
@@ -96,8 +97,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        # For transformers releases that do not know loss_is_scaled_for_ga.
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs = False  # for releases without loss_is_scaled_for_ga
         self._prepare_networks(self.model)
         # Other processes may not hold the policy's weights yet.
         if self.ebft.verify_packing and self.accelerator.is_main_process:
@@ -106,11 +106,9 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         self.step_log = StepLog(self, self.ebft)
         gather = self.ebft.gather_params_for_sampling
         self._gathered_for_sampling = SamplingGather(gather, self.accelerator)
-        self._keeps_record, self._record = False, None  # see _sample_with_record
         self.add_callback(SameFeaturesCallback(lambda: self._fingerprint))
         if (every := self.ebft.log_pictures_steps) > 0:
             self.add_callback(PicturesCallback(self, every, stride=self.ebft.stride))
-        self.averaging: EMACallback | None = None
         if self.ebft.ema_decay is not None:
             self.averaging = EMACallback(self, self.ebft.ema_decay)
             self.add_callback(self.averaging)
@@ -153,6 +151,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             scores.advantages,
             document_log_probs=log_probs.document,
             reference_log_probs=scores.reference_log_probs,
+            coefficients=self.coefficients,
         )
         outputs = EBFTOutput.of(rollouts, scores, log_probs.rollout, objective)
         self.step_log.record(outputs)
@@ -216,7 +215,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         return TrainingPass(
             self._forward,
             temperature=self.ebft.temperature,
-            with_document=self.ebft.ce_coef > 0,
+            with_document=self.coefficients.ce > 0,
             chunk_size=self.ebft.log_prob_chunk_size,
             training_chunk_size=self.ebft.training_chunk_size,
         )
@@ -235,7 +234,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         """
         settings = self.ebft
         score = None
-        if settings.kl_coef > 0 and not self.random_streams.evaluating:
+        if self.coefficients.kl > 0 and not self.random_streams.evaluating:
             score = partial(
                 packed_log_probs,
                 temperature=settings.temperature,

@@ -36,7 +36,11 @@ ON_THE_COMMAND_LINE: dict[str, tuple[str, Any]] = {
     "diversity_coef": ("0", 0.0),
     "advantage_estimator": ("group_norm", "group_norm"),
     "ce_coef": ("0.03", 0.03),
+    "ce_coef_schedule": ("linear", "linear"),
+    "ce_coef_final": ("0", 0.0),
     "kl_coef": ("1e-3", 1e-3),
+    "kl_coef_schedule": ("cosine", "cosine"),
+    "kl_coef_final": ("0.5", 0.5),
     "kl_estimator": ("k2", "k2"),
     "stride": ("16", 16),
     "context_length": ("32", 32),
@@ -48,6 +52,8 @@ ON_THE_COMMAND_LINE: dict[str, tuple[str, Any]] = {
     "min_completion_prefix": ("3", 3),
     "document_masking": ("True", True),
     "rl_coef": ("2", 2.0),
+    "rl_coef_schedule": ("cosine", "cosine"),
+    "rl_coef_final": ("0.5", 0.5),
     "packed_attention": ("eager", "eager"),
     "verify_packing": ("False", False),
     "gather_params_for_sampling": ("false", "false"),
@@ -58,6 +64,16 @@ ON_THE_COMMAND_LINE: dict[str, tuple[str, Any]] = {
     "log_pictures_steps": ("20", 20),
     "log_prob_chunk_size": ("64", 64),
     "training_chunk_size": ("256", 256),
+}
+
+# What a field needs beside it.
+NEEDS = {
+    "feature_quantization": ("--feature_model_name_or_path", "x"),
+    **{
+        f"{name}_{one}": (f"--{name}_{other}", value)
+        for name in ("ce_coef", "kl_coef", "rl_coef")
+        for one, other, value in (("schedule", "final", "0.1"), ("final", "schedule", "linear"))
+    },
 }
 
 NOT_A_NUMBER = (math.nan, math.inf, "1e-2", None)
@@ -78,7 +94,11 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "diversity_coef": (-0.1, *NOT_A_NUMBER),
     "advantage_estimator": ("ppo",),
     "ce_coef": (-0.1, *NOT_A_NUMBER),
+    "ce_coef_schedule": ("quadratic", None),
+    "ce_coef_final": (-0.1, *NOT_A_NUMBER[:-1]),
     "kl_coef": (-0.1, *NOT_A_NUMBER),
+    "kl_coef_schedule": ("exponential", True),
+    "kl_coef_final": (-0.1, *NOT_A_NUMBER[:-1]),
     "kl_estimator": ("k4",),
     "stride": NO_COUNT,
     "context_length": NO_COUNT,
@@ -90,6 +110,8 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "min_completion_prefix": (-1, 1.5, "2", True, None),
     "document_masking": ("yes", 1),
     "rl_coef": (-1.0, *NOT_A_NUMBER),
+    "rl_coef_schedule": ("", 1),
+    "rl_coef_final": (-1.0, *NOT_A_NUMBER[:-1]),
     "packed_attention": ("flash_attention_2",),
     "verify_packing": NO_FLAG,
     "gather_params_for_sampling": ("yes", True),
@@ -124,7 +146,7 @@ def test_every_field_is_in_these_tables() -> None:
 @pytest.mark.parametrize("name", OWN_FIELDS)
 def test_every_field_is_read_from_the_command_line(name: str) -> None:
     text, expected = ON_THE_COMMAND_LINE[name]
-    extra = ("--feature_model_name_or_path", "x") if name == "feature_quantization" else ()
+    extra = NEEDS.get(name, ())
     parsed = parse(f"--{name}", *text.split(), *extra)
     actual = getattr(parsed, name)
     assert actual == expected
@@ -163,7 +185,9 @@ def test_the_options_of_a_choice_are_all_accepted(tmp_path: Path) -> None:
     for name in OWN_FIELDS:
         for option in get_args(hints[name]):
             if isinstance(option, str):
-                assert getattr(config(tmp_path, **{name: option}), name) == option
+                moves = name.endswith("_schedule") and option != "constant"
+                beside = {name.replace("_schedule", "_final"): 0.5} if moves else {}
+                assert getattr(config(tmp_path, **{name: option}, **beside), name) == option
 
 
 def test_a_file_holds_the_same_as_a_command_line(tmp_path: Path) -> None:
@@ -260,6 +284,31 @@ def test_a_loss_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="rl_coef=0 with ce_coef=0 and kl_coef=0"):
         EBFTSettings(rl_coef=0.0)
     EBFTSettings(rl_coef=0.0, ce_coef=1.0)
+
+
+def test_a_loss_that_moves_away_from_nothing_is_accepted() -> None:
+    """Or towards it: what counts is whether any step has something to learn from."""
+    EBFTSettings(rl_coef=0.0, ce_coef_schedule="linear", ce_coef_final=0.1)
+    EBFTSettings(rl_coef_schedule="cosine", rl_coef_final=0.0)
+    with pytest.raises(ValueError, match="rl_coef=0 with ce_coef=0 and kl_coef=0"):
+        EBFTSettings(rl_coef=0.0, ce_coef_schedule="linear", ce_coef_final=0.0)
+    with pytest.raises(ValueError, match=r"rl_coef=0.5 weighs rewards that are all 0"):
+        EBFTSettings(
+            rl_coef=0.0,
+            rl_coef_schedule="linear",
+            rl_coef_final=0.5,
+            ce_coef=1.0,
+            alignment_coef=0.0,
+            diversity_coef=0.0,
+        )
+
+
+@pytest.mark.parametrize("name", ["ce_coef", "kl_coef", "rl_coef"])
+def test_a_course_needs_an_end_and_an_end_a_course(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}_schedule='cosine' does not say where to"):
+        EBFTSettings(**{f"{name}_schedule": "cosine"})
+    with pytest.raises(ValueError, match=rf"{name}_final=0.3 would have no effect.*'linear' or"):
+        EBFTSettings(**{f"{name}_final": 0.3})
 
 
 def test_rewards_of_nothing_are_refused() -> None:

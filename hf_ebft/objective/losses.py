@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_ebft.config import EBFTSettings
+from hf_ebft.objective.schedules import Coefficients, coefficients_at
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
 
@@ -27,12 +28,14 @@ class Objective:
         rl: policy-gradient loss, before its weight.
         ce: cross-entropy of the documents, before its weight; None where the weight is zero.
         kl: KL to the reference policy, before its weight; None where the weight is zero.
+        coefficients: the weights.
     """
 
     loss: Tensor
     rl: Tensor
     ce: Tensor | None
     kl: Tensor | None
+    coefficients: Coefficients
 
 
 def ebft_objective(
@@ -43,31 +46,34 @@ def ebft_objective(
     *,
     document_log_probs: Tensor | None = None,
     reference_log_probs: Tensor | None = None,
+    coefficients: Coefficients | None = None,
 ) -> Objective:
     """Mean over documents of `rl_coef * L_rl + ce_coef * L_ce + kl_coef * L_kl`.
 
     Args:
-        settings: the coefficients and `kl_estimator`.
+        settings: `kl_estimator`, and the coefficients where no others are given.
         layout: the batch.
         rollout_log_probs: (B, n, K, G) at the sampling temperature, with gradient.
         advantages: (B, n, K), constants.
         document_log_probs: (B, S) at temperature 1, with gradient; None leaves out L_ce.
         reference_log_probs: (B, n, K, G) of the reference policy; None leaves out L_kl.
+        coefficients: those of the optimizer step. Default: of the first step.
 
     Raises:
         FloatingPointError: the loss is not finite; the message names its parts.
     """
     rl = policy_gradient_loss(rollout_log_probs, advantages, layout)
-    loss, ce, kl = settings.rl_coef * rl, None, None
+    weights = coefficients or coefficients_at(settings, 0, 0)
+    loss, ce, kl = weights.rl * rl, None, None
     if document_log_probs is not None:
         ce = cross_entropy(document_log_probs, layout.documents)
-        loss = loss + settings.ce_coef * ce
+        loss = loss + weights.ce * ce
     if reference_log_probs is not None:
         penalty = kl_penalty(rollout_log_probs, reference_log_probs, settings.kl_estimator)
         kl = per_rollout_token_mean(penalty, layout)
-        loss = loss + settings.kl_coef * kl
+        loss = loss + weights.kl * kl
     _refuse_not_finite(loss, {"rl_loss": rl, "ce_loss": ce, "kl": kl})
-    return Objective(loss, rl, ce, kl)
+    return Objective(loss, rl, ce, kl, weights)
 
 
 def per_rollout_token_mean(values: Tensor, layout: PackedLayout) -> Tensor:

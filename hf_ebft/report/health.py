@@ -342,4 +342,5 @@ def _ends(run: Run, name: str) -> Change | None:
 
 
 def _trains_on_rewards(run: Run) -> bool:
-    return bool(run.arguments.get("rl_coef", 1.0))
+    weights = (run.arguments.get("rl_coef", 1.0), run.arguments.get("rl_coef_final"))
+    return any(weights)

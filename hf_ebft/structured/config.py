@@ -78,11 +78,14 @@ class StructuredSettings(StructuredArguments, FeatureMatchingArguments):
         """
         self.validate_structured()
         self.validate_feature_matching(n_samples, n_samples_name)
-        if self.kl_coef != 0 or self.kl_estimator != "k3":
+        kl_options = {entry.name: entry.default for entry in fields(FeatureMatchingArguments)}
+        kl_options = {name: kl_options[name] for name in kl_options if name.startswith("kl_")}
+        if any(getattr(self, name) != default for name, default in kl_options.items()):
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in kl_options)
             raise ValueError(
-                f"kl_coef={self.kl_coef} and kl_estimator={self.kl_estimator!r} belong to strided "
-                "mode; TRL's trainers penalise the KL divergence from the initial policy by "
-                "`beta`, with their own estimator. Set beta and leave these two unset."
+                f"{given} belong to strided mode; TRL's trainers penalise the KL divergence from "
+                "the initial policy by `beta`, with their own estimator. Set beta and leave these "
+                "unset."
             )
         if self.advantage_estimator == "reinforce":
             raise ValueError(

@@ -419,10 +419,15 @@ def _refuse_other_masks(
 
 def _refuse_unused(options: dict[str, Any], given: Any) -> None:
     """Raise for options that nothing would read."""
-    if options.get("ce_coef"):
+    weights = [
+        name
+        for name, value in options.items()
+        if name.startswith("ce_coef") and value not in (0, None, "constant")
+    ]
+    if weights:
         raise ValueError(
-            f"ce_coef={options['ce_coef']} adds a term to the loss, which a reward cannot; use "
-            "EBFTGRPOTrainer."
+            f"{weights[0]}={options[weights[0]]!r} adds a term to the loss, which a reward cannot; "
+            "use EBFTGRPOTrainer."
         )
     settled = [name for name in NETWORK_OPTIONS if name in options]
     if settled and isinstance(given, SequenceFeatureNetwork):

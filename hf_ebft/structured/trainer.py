@@ -24,6 +24,7 @@ from trl import GRPOTrainer  # type: ignore[attr-defined]  # re-exported lazily
 from hf_ebft.feature_network.fingerprint import fingerprint_of
 from hf_ebft.feature_network.loading import build_placed_network
 from hf_ebft.feature_network.shared_base import trainable_kept
+from hf_ebft.objective.schedules import coefficient_at, is_scheduled
 from hf_ebft.packed.supported import sequence_limit
 from hf_ebft.structured.config import EBFTGRPOConfig
 from hf_ebft.structured.cross_entropy import ground_truth_nll
@@ -189,10 +190,16 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         The cross-entropy is a mean over the prompts of the optimizer step (of the batch, in
         evaluation), each the mean over its ground truth's tokens, at temperature 1. A prompt counts
         once, not once per completion, and is read once.
+
+        `ce_coef_schedule` moves the weight from one optimizer step to the next.
         """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         training = self.model.training
-        if training and self.args.ce_coef == 0:
+        ce_coef = coefficient_at(self.args, "ce_coef", self.state.global_step, self.state.max_steps)
+        metrics = self._metrics_of_loss["train" if training else "eval"]
+        if training and is_scheduled(self.args, "ce_coef"):
+            metrics.add({"ce_coef": Ratio(ce_coef, 1)})
+        if training and ce_coef == 0:
             return loss
         examples, n_prompts = self._ground_truths()
         # Without a prompt of its own a process still makes the pass: it is a collective call.
@@ -203,13 +210,13 @@ class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
         # DDP and FSDP average gradients over processes, so each gives its part times their number.
         cross_entropy = total * (self.accelerator.num_processes / n_prompts)
         shares = self.current_gradient_accumulation_steps if training else 1
-        self._metrics_of_loss["train" if training else "eval"].add(
+        metrics.add(
             {
                 "ce_loss": Ratio(total.detach(), len(examples)),
                 "rl_loss": Ratio(loss.detach() * shares, 1),
             }
         )
-        return loss + self.args.ce_coef * cross_entropy
+        return loss + ce_coef * cross_entropy
 
     def _ground_truths(self) -> tuple[list[Example], float]:
         """This process' share of the prompts of a micro-batch, and what to divide their sum by.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_ebft.objective.losses import Objective
 from hf_ebft.objective.rewards import Rewards
+from hf_ebft.objective.schedules import Coefficients
 from hf_ebft.packed.sampling import Rollouts
 
 
@@ -37,6 +38,7 @@ class EBFTOutput:
         advantages: (B, n, K).
         log_probs: (B, n, K, G) of the rollout tokens, at the sampling temperature, with gradient.
         rl_loss, ce_loss, kl: scalars before their weights; None where the weight is zero.
+        coefficients: these weights.
     """
 
     rollouts: Rollouts
@@ -46,6 +48,7 @@ class EBFTOutput:
     rl_loss: Tensor
     ce_loss: Tensor | None
     kl: Tensor | None
+    coefficients: Coefficients
 
     @classmethod
     def of(
@@ -60,4 +63,5 @@ class EBFTOutput:
             objective.rl,
             objective.ce,
             objective.kl,
+            objective.coefficients,
         )

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from transformers import Trainer
 
 from hf_ebft.config import EBFTSettings
-from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.training.metrics import (
     MetricAccumulator,
     Ratio,
@@ -58,8 +57,9 @@ class StepLog:
             block_metrics(outputs.rewards, outputs.advantages, layout)
             | rollout_metrics(outputs.rollouts.tokens, layout)
             | token_metrics(outputs.log_probs, outputs.rl_loss, outputs.ce_loss, outputs.kl, layout)
+            | {name: Ratio(value, 1.0) for name, value in outputs.coefficients.moving().items()}
         )
-        self._warn_of_no_blocks(outputs.rollouts)
+        self._warn_of_no_blocks(outputs)
         trainer = self._trainer
         for callback in trainer.callback_handler.callbacks:
             listen = getattr(callback, "on_ebft_outputs", None)
@@ -77,7 +77,8 @@ class StepLog:
         """`ebft/...` means since the last call, over all processes: a collective call."""
         return self._metrics.take(sum_over_processes)
 
-    def _warn_of_no_blocks(self, rollouts: Rollouts) -> None:
+    def _warn_of_no_blocks(self, outputs: EBFTOutput) -> None:
+        rollouts = outputs.rollouts
         if self._warned_of_no_blocks or bool(rollouts.exists.any()):
             return
         self._warned_of_no_blocks = True
@@ -89,5 +90,5 @@ class StepLog:
             "share is logged as ebft/documents_without_blocks.",
             int(documents.length.max()),
             settings.context_length + settings.generate_max_len,
-            settings.ce_coef,
+            outputs.coefficients.ce,
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
+from hf_ebft.objective.schedules import Coefficients, coefficients_at
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.rows.documents import Documents, split_rows
 from hf_ebft.training.ema import EMACallback
@@ -32,7 +33,7 @@ class StepsMixin(ReadingMixin):
 
     step_log: StepLog
     random_streams: RolloutStreams
-    averaging: EMACallback | None
+    averaging: EMACallback | None = None
 
     # Trainer divides the loss by the accumulation steps; see share_of_step.
     loss_is_scaled_for_ga = False
@@ -77,6 +78,11 @@ class StepsMixin(ReadingMixin):
         if documents_of_step is None:
             return 1.0
         return documents.count * self._shares / documents_of_step
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """Weights of the loss's parts at the current optimizer step; before a run, at its first."""
+        return coefficients_at(self.ebft, self.state.global_step, self.state.max_steps)
 
     @property
     def _shares(self) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.distributed_runs import trained
+from tests.support.distributed_runs import scheduled, trained
 
 
 @pytest.fixture(scope="session")
@@ -18,4 +18,5 @@ def single(tmp_path_factory):
         "parts": plain,
         "chunks": plain,
         "chunks_of_adapters": adapters,
+        "scheduled": scheduled(folder, per_device_train_batch_size=4),
     }

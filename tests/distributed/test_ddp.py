@@ -21,7 +21,9 @@ def basics(tmp_path_factory):
     return results(STRIDED_WORKER, "basics", tmp_path_factory.mktemp("ddp"), CONFIG)
 
 
-@pytest.mark.parametrize("run", ["plain", "adapters", "parts", "chunks", "chunks_of_adapters"])
+@pytest.mark.parametrize(
+    "run", ["plain", "adapters", "parts", "chunks", "chunks_of_adapters", "scheduled"]
+)
 def test_processes_agree_and_equal_one_process_with_the_whole_batch(basics, single, run):
     """Guards gradient synchronisation, PEFT included (a loss computed past the wrapped model left
     every process with its own adapter), and the global mean of gradient and metrics."""

@@ -23,7 +23,9 @@ def basics(tmp_path_factory):
     return results(STRIDED_WORKER, "basics", tmp_path_factory.mktemp("fsdp"), CONFIG)
 
 
-@pytest.mark.parametrize("run", ["plain", "adapters", "parts", "chunks", "chunks_of_adapters"])
+@pytest.mark.parametrize(
+    "run", ["plain", "adapters", "parts", "chunks", "chunks_of_adapters", "scheduled"]
+)
 def test_sharded_run_equals_one_process(basics, single, run):
     assert basics[0][run]["sharded"] and basics[1][run]["sharded"]
     assert_same_weights(basics[0][run]["weights"], basics[1][run]["weights"], 0.0)

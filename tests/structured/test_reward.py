@@ -262,6 +262,7 @@ def test_fingerprints_tell_values_apart_and_are_the_same_everywhere():
         ({"advantage_estimator": "reinforce"}, "subtract a baseline"),
         ({"kl_coef": 0.1}, "`beta`"),
         ({"ce_coef": 0.1}, "a reward cannot"),
+        ({"ce_coef_schedule": "linear", "ce_coef_final": 0.1}, "a reward cannot"),
         ({"ground_truth_column": "prompt"}, "cannot hold the ground truth"),
         ({"alignment_coef": 0.0, "diversity_coef": 0.0}, "nothing to learn"),
     ],

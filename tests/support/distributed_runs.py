@@ -163,6 +163,19 @@ def averaged(folder, **settings):
     }
 
 
+def scheduled(folder, **settings):
+    """A run whose cross-entropy begins after, and whose KL penalty ends before, the last step."""
+    settings = {
+        "ce_coef": 0.0,
+        "ce_coef_schedule": "linear",
+        "ce_coef_final": 0.6,
+        "kl_coef": 0.3,
+        "kl_coef_schedule": "cosine",
+        "kl_coef_final": 0.0,
+    } | settings
+    return trained(folder, **settings)
+
+
 def full_averages(trainer):
     """The averaged weights, whole, by name."""
     with trainer.averaging.applied():

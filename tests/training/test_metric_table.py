@@ -34,7 +34,14 @@ def test_structured_mode_logs_what_the_table_says(tmp_path: Path) -> None:
 
     trainer = EBFTGRPOTrainer(
         policy(),
-        args=config(tmp_path, max_steps=1, ce_coef=0.1, adaptive_max_tokens=True),
+        args=config(
+            tmp_path,
+            max_steps=1,
+            ce_coef=0.1,
+            ce_coef_schedule="linear",
+            ce_coef_final=0.0,
+            adaptive_max_tokens=True,
+        ),
         train_dataset=rows(),
         processing_class=tokenizer(),
     )
