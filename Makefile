@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
 # What the demo needs, and what development needs on top.
 DEMO_EXTRAS ?= examples,plots
-EXTRAS ?= examples,plots,structured,gguf,quantization,test,dev
+EXTRAS ?= examples,plots,structured,gguf,quantization,test,docs,dev
 ACCELERATE_CONFIG ?= accelerate_configs/cpu.yaml
 # Test processes, one thread each: for models this small, processes pay and threads do not.
 JOBS ?= 2
@@ -28,7 +28,7 @@ VLLM_STAMP := $(VLLM_VENV)/.hf_ebft-installed
 LAUNCH := $(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/run_ebft.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help install demo test test-slow bench vllm-env test-vllm lint style clean
+.PHONY: help install demo test test-slow docs bench vllm-env test-vllm lint style clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,11 @@ test: $(STAMP) ## the default suite: no slow, GPU or vLLM tests
 
 test-slow: $(STAMP) ## the slow tests only
 	$(PYTEST) -m "slow and not gpu and not vllm" $(PYTEST_ARGS)
+
+docs: $(STAMP) ## run the tutorial and build the documentation site into build/site/html
+	mkdir -p build
+	cd docs && PYTHONPATH=.. ../$(BIN)/jupyter-execute tutorial.ipynb --output=../build/tutorial.ipynb
+	$(BIN)/python -m tools.docs_site --notebook build/tutorial.ipynb
 
 bench: $(STAMP) ## time and memory of a step, against the naive order of work and the limit
 	$(BIN)/python benchmarks/step.py --preset $(PRESET) --model $(MODEL) --json bench-$(PRESET)-$(MODEL).json $(BENCH_ARGS)

@@ -1,6 +1,7 @@
 """What README and docs point at exists: files, links, and names of the package."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -67,3 +68,31 @@ def test_the_page_on_architecture_lists_every_folder() -> None:
 def test_readme_and_contributing_link_the_page_on_architecture() -> None:
     for name in ("README.md", "CONTRIBUTING.md"):
         assert "(docs/architecture.md)" in text_of(ROOT / name)
+
+
+def test_readme_is_short_and_narrow() -> None:
+    lines = text_of(ROOT / "README.md").splitlines()
+    assert len(lines) < 150
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_the_site_has_every_page_in_its_menu() -> None:
+    menu = set(re.findall(r'= "([\w/]+\.md)"', text_of(ROOT / "zensical.toml")))
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} | {"tutorial.md"}
+    assert menu == pages | {"index.md", "CONTRIBUTING.md", "CHANGELOG.md"}
+
+
+def test_the_page_on_settings_shows_the_code() -> None:
+    """`python -m tools.settings_table` writes it."""
+    pytest.importorskip("trl")
+    from tools.settings_table import page as settings_page
+
+    assert text_of(ROOT / "docs" / "settings.md") == settings_page()
+
+
+def test_the_tutorial_is_kept_without_outputs() -> None:
+    """`make docs` runs it; outputs in the repository would be those of an older code."""
+    cells = json.loads(text_of(ROOT / "docs" / "tutorial.ipynb"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert code
+    assert [cell for cell in code if cell["outputs"] or cell["execution_count"]] == []

@@ -1,7 +1,7 @@
 """Every metric of the package: what it is, which way is better, its unit, and where it is shown.
 
-The training log, the progress bar, TensorBoard, the report, the evaluation tables and the README
-select from these tables. `python -m hf_ebft.training.metric_table` prints the README's part.
+The training log, the progress bar, TensorBoard, the report, the evaluation tables and the docs
+select from these tables. `python -m hf_ebft.training.metric_table` prints them as Markdown.
 """
 
 from __future__ import annotations
@@ -367,7 +367,7 @@ HELD_OUT_METRICS = (
 
 
 def training_table() -> str:
-    """The metrics that EBFT logs, as the README shows them."""
+    """The metrics that EBFT logs, as docs/metrics.md shows them."""
     lines = ["| metric | better | what it is, and what to look for |", "|---|---|---|"]
     for metric in METRICS:
         if metric.mode is None:

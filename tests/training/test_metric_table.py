@@ -60,7 +60,7 @@ def test_every_metric_is_explained_once() -> None:
 
 @pytest.mark.parametrize(
     ("page", "table"),
-    [("README.md", training_table()), ("docs/evaluation.md", measurement_table())],
+    [("docs/metrics.md", training_table()), ("docs/evaluation.md", measurement_table())],
     ids=["training", "held-out"],
 )
 def test_the_page_shows_the_table(page: str, table: str) -> None:
