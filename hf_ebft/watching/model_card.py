@@ -148,6 +148,8 @@ def write_card(
         template_path=str(TEMPLATE),
         mark=MARK,
         title=title,
+        model_id=args.hub_model_id or title,
+        prompt=_prompt(samples),
         origin=_origin(model, base_model),
         datasets=datasets,
         paper=PAPER,
@@ -262,6 +264,14 @@ def _results(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         }
         for name, change in changes(series).items()
     ]
+
+
+def _prompt(samples: Sequence[ShownGroup]) -> str:
+    """A prompt of the kind of text that the model was trained on, as a Python literal."""
+    prefixes = [group.prefix for group in samples if group.prefix.strip()]
+    text = prefixes[0] if prefixes else "Once upon a time"
+    # As JSON, so that no character of it can end the literal or the block of code around it.
+    return json.dumps(text).replace("`", "\\u0060")
 
 
 def _sample(group: ShownGroup) -> dict[str, str]:

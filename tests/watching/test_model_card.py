@@ -1,6 +1,8 @@
 """The card beside a saved model: what it says, and whose it is."""
 
+import ast
 import json
+import re
 import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -109,6 +111,9 @@ def test_the_card_shows_curves_and_rollouts(tmp_path: Path) -> None:
     assert f"````text\nprefix   {shown}\ntruth    truth\nrollout  best\n````" in card.text
     assert f"````text\nprefix   second\ntruth    {shown}\nrollout  best\n````" in card.text
     assert "worse" not in card.text
+    # The prompt of the example is a literal that Python reads, whatever its text has.
+    (literal,) = re.findall(r"print\(generate\((.*), max_new_tokens", card.text)
+    assert ast.literal_eval(literal) == hostile
     assert "| \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588 |" in card.text
     assert "\n\n\n" not in card.text
 
@@ -286,6 +291,6 @@ def test_folders_are_no_base_models(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert may_write_card(tmp_path)
 
 
-def test_the_citation_is_the_readme_s() -> None:
+def test_the_citation_is_that_of_the_docs() -> None:
     words = " ".join(CITATION.split())
-    assert words in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert words in " ".join((ROOT / "docs" / "paper.md").read_text(encoding="utf-8").split())
