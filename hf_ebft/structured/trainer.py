@@ -39,6 +39,7 @@ from hf_ebft.structured.encoding import Example
 from hf_ebft.structured.reward import FeatureMatchingReward
 from hf_ebft.structured.sequence_features import SequenceFeatureNetwork, refuse_longer
 from hf_ebft.structured.trl_internals import (
+    CardNames,
     count_positions_from_mask,
     restore_forward,
     set_most_tokens,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class EBFTGRPOTrainer(StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
+class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOTrainer):
     """TRL's `GRPOTrainer` that fine-tunes by feature matching.
 
     The advantages in its loss are those of the paper (leave-one-out, eq. 94), exactly.

@@ -14,14 +14,27 @@ from __future__ import annotations
 import inspect
 import math
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.watching.model_card import CITATION, PAPER, TAGS, TITLE
 
 # What transformers calls embeddings of absolute positions, learned or sinusoidal.
 ABSOLUTE_POSITIONS = ("wpe", "position_embeddings", "embed_positions", "position_embedding")
+
+
+class CardNames:
+    """What TRL's model card and the model's tags say: EBFT, and its paper."""
+
+    _tag_names: ClassVar[list[str]] = ["trl", *TAGS]
+    _name = "EBFT"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": TITLE,
+        "id": PAPER.rsplit("/", 1)[1],
+        "citation": CITATION,
+    }
 
 
 def take_metrics(trainer: Any, mode: str) -> dict[str, float | None]:

@@ -35,6 +35,7 @@ MARK = (
     "to keep your edits. -->"
 )
 PAPER = "https://arxiv.org/abs/2603.12248"
+TITLE = "Matching Features, Not Tokens: Energy-Based Fine-Tuning of Language Models"
 CITATION = """@article{jelassi2026matching,
   title={Matching Features, Not Tokens: Energy-Based Fine-Tuning of Language Models},
   author={Jelassi, Samy and Kwun, Mujin and Zhao, Rosie and Li, Yuanzhi and Fusi, Nicolo and

@@ -10,6 +10,7 @@ import torch
 from packaging.requirements import Requirement
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from hf_ebft.structured import EBFTGRPOTrainer
 from hf_ebft.structured.trl_internals import (
     restore_forward,
     sample_replies,
@@ -17,7 +18,8 @@ from hf_ebft.structured.trl_internals import (
     take_metrics,
     trainer_of,
 )
-from tests.support.tiny_structured import policy, rows, tokenizer, trl_settings
+from hf_ebft.watching.model_card import CITATION
+from tests.support.tiny_structured import config, policy, rows, tokenizer, trl_settings
 
 MOVED = "TRL has moved this: adapt hf_ebft/structured/trl_internals.py, then the bound in setup.cfg"
 
@@ -48,6 +50,23 @@ def test_installed_trl_is_within_the_bounds():
         specifier = Requirement(line).specifier
         assert specifier.contains(version("trl")), f"trl {version('trl')} is not in {specifier}"
         assert any(bound.operator == "<" for bound in specifier)
+
+
+def test_trl_s_model_card_names_the_method(tmp_path):
+    """TRL reads these class attributes; without ours a card would cite GRPO's paper."""
+    for name in ("_tag_names", "_name", "_paper"):
+        assert hasattr(GRPOTrainer, name), MOVED
+    trainer = EBFTGRPOTrainer(
+        policy(),
+        config(tmp_path),
+        train_dataset=rows(),
+        processing_class=tokenizer(),
+    )
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert CITATION in card, MOVED
+    assert "2603.12248" in card and "ebft" in card, MOVED
+    assert "DeepSeekMath" not in card
 
 
 def test_metrics_are_taken_as_trl_would_log_them(tmp_path):
