@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_ebft.commands.runs import strided
-from hf_ebft.commands.runs.loading import load_split
+from hf_ebft.commands.runs.data import load_split
 from hf_ebft.commands.runs.options import STDLIB, DataArguments
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data import TokenizedRows

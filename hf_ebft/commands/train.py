@@ -27,16 +27,11 @@ from collections.abc import Sequence
 from transformers import HfArgumentParser, set_seed
 
 from hf_ebft.commands.runs import strided
-from hf_ebft.commands.runs.loading import load_split, resume_from, show_library_log
-from hf_ebft.commands.runs.options import (
-    GROUND_TRUTHS,
-    STDLIB,
-    DataArguments,
-    Mode,
-    check,
-    early_options,
-    parse_arguments,
-)
+from hf_ebft.commands.runs.console import show_library_log
+from hf_ebft.commands.runs.data import load_split
+from hf_ebft.commands.runs.ending import resume_from
+from hf_ebft.commands.runs.options import GROUND_TRUTHS, STDLIB, DataArguments, Mode
+from hf_ebft.commands.runs.parsing import check, early_options, parse_arguments
 from hf_ebft.conversion.checking import as_arguments
 from hf_ebft.data import Table
 from hf_ebft.data.sources import TEXT_COLUMNS

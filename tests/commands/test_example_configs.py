@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 from hf_ebft import EBFTConfig
 from hf_ebft.commands import train
 from hf_ebft.commands.runs import structured
-from hf_ebft.commands.runs.options import check, parse_arguments
+from hf_ebft.commands.runs.parsing import check, parse_arguments
 from hf_ebft.data import TRANSFORMS
 from hf_ebft.structured import EBFTGRPOConfig
 

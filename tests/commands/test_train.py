@@ -17,8 +17,11 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_ebft import EBFTTrainer
-from hf_ebft.commands.runs import loading, strided
-from hf_ebft.commands.runs import options as run_options
+from hf_ebft.commands.runs import strided
+from hf_ebft.commands.runs.adapters import lora_config
+from hf_ebft.commands.runs.model import load_model, load_tokenizer
+from hf_ebft.commands.runs.options import ModelArguments
+from hf_ebft.commands.runs.parsing import Parser, parse_arguments
 from hf_ebft.commands.train import choose_mode, main
 from hf_ebft.evaluation import DOCUMENT_METRICS
 from tests.support.tiny import config, source_text, texts, tiny_llama, tiny_tokenizer
@@ -198,9 +201,9 @@ def adapted(tmp_path: Path, *modules: str, file: str | None = None) -> set[str]:
     argument = ["--lora_target_modules", *modules]
     if file is not None:
         argument = [config_file(tmp_path, f"lora_target_modules: {file}\n")]
-    lora = run_options.parse_arguments(["--use_peft", "--mode=strided", *argument])[2]
+    lora = parse_arguments(["--use_peft", "--mode=strided", *argument])[2]
     model = tiny_llama()
-    config_ = loading.lora_config(lora, model)
+    config_ = lora_config(lora, model)
     names = {name for name, _ in get_peft_model(model, config_).named_parameters()}
     return {
         name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight")
@@ -324,7 +327,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint(
 
 
 def parse(*arguments: str) -> tuple[Any, ...]:
-    return run_options.parse_arguments(arguments)
+    return parse_arguments(arguments)
 
 
 def config_file(folder: Path, text: str) -> str:
@@ -425,7 +428,7 @@ def test_a_setting_that_cannot_work_is_the_library_s_to_refuse() -> None:
 
 
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    actions = run_options.Parser()._actions
+    actions = Parser()._actions
     assert len(actions) > 150
     unexplained = [action.dest for action in actions if not (action.help or "").strip()]
     assert unexplained == []
@@ -559,7 +562,7 @@ def test_transforms_make_rows_of_any_columns(tmp_path: Path, model_folder: str) 
 
 def rows_of(model_folder: str, data: str, tmp_path: Path, **changed: Any) -> tuple[Any, Any]:
     groups = parse(*argv(options(model_folder, data, tmp_path / "out", **changed)))
-    tokenizer = loading.load_tokenizer(groups[1], groups[4])
+    tokenizer = load_tokenizer(groups[1], groups[4])
     return strided.load_rows(groups[0], tokenizer, groups[4], wants_eval=True)
 
 
@@ -634,26 +637,26 @@ def test_a_tokenizer_without_pad_token_pads_with_eos(
     tiny_tokenizer(eos_token="<eos>").save_pretrained(tmp_path / "eos")
     tiny_tokenizer().save_pretrained(tmp_path / "none")
     groups = parse(f"--tokenizer_name_or_path={tmp_path / 'eos'}", f"--output_dir={tmp_path}")
-    assert loading.load_tokenizer(groups[1], groups[4]).pad_token == "<eos>"
+    assert load_tokenizer(groups[1], groups[4]).pad_token == "<eos>"
     assert "padded with '<eos>'" in capsys.readouterr().out
     groups[1].tokenizer_name_or_path = str(tmp_path / "none")
     with pytest.raises(ValueError, match="neither a pad nor an EOS token"):
-        loading.load_tokenizer(groups[1], groups[4])
+        load_tokenizer(groups[1], groups[4])
 
 
 def test_a_model_that_does_not_know_all_tokens_is_refused(tmp_path: Path) -> None:
     tiny_llama(vocabulary=20).save_pretrained(tmp_path)
-    names = run_options.ModelArguments(model_name_or_path=str(tmp_path))
+    names = ModelArguments(model_name_or_path=str(tmp_path))
     with pytest.raises(ValueError, match=r"has 300 tokens, .* embeds 20"):
-        loading.load_model(names, 300)
+        load_model(names, 300)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
 def test_weights_have_the_type_that_was_asked_for(tmp_path: Path, dtype: str) -> None:
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
-    names = run_options.ModelArguments(model_name_or_path=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
+    names = ModelArguments(model_name_or_path=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
     expected = torch.float32 if dtype == "float32" else torch.bfloat16
-    assert loading.load_model(names, 20).dtype == expected
+    assert load_model(names, 20).dtype == expected
 
 
 def write_gguf(path: Path) -> None:
@@ -691,8 +694,8 @@ def write_gguf(path: Path) -> None:
 def test_a_model_from_a_gguf_file_can_be_trained(tmp_path: Path) -> None:
     """Its weights are unpacked on loading: Trainer refuses packed ones, which take no gradient."""
     write_gguf(tmp_path / "tiny.gguf")
-    names = run_options.ModelArguments(model_name_or_path=str(tmp_path), gguf_file="tiny.gguf")
-    model = loading.load_model(names, 64)
+    names = ModelArguments(model_name_or_path=str(tmp_path), gguf_file="tiny.gguf")
+    model = load_model(names, 64)
     assert model.dtype == torch.float32
     trainer = EBFTTrainer(model, config(tmp_path, max_steps=1), train_dataset=texts(20))
     before = model.lm_head.weight.detach().clone()

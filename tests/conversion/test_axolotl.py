@@ -16,9 +16,8 @@ from hf_ebft.commands.runs.options import (
     LoraArguments,
     ModelArguments,
     ReportArguments,
-    check,
-    parse_arguments,
 )
+from hf_ebft.commands.runs.parsing import check, parse_arguments
 from hf_ebft.conversion import Conversion, convert_axolotl, to_yaml
 from hf_ebft.conversion.axolotl_keys import (
     EBFT_SAME,

@@ -12,17 +12,11 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_ebft.commands.runs.loading import (
-    DATA_SEED,
-    finish,
-    load_model,
-    load_text,
-    load_tokenizer,
-    lora_config,
-    refuse_lone_row,
-    say,
-    shuffled,
-)
+from hf_ebft.commands.runs.adapters import lora_config
+from hf_ebft.commands.runs.console import say
+from hf_ebft.commands.runs.data import DATA_SEED, load_text, shuffled
+from hf_ebft.commands.runs.ending import finish, refuse_lone_row
+from hf_ebft.commands.runs.model import load_model, load_tokenizer
 from hf_ebft.commands.runs.options import (
     DataArguments,
     LoraArguments,

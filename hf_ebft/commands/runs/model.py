@@ -1,0 +1,59 @@
+"""Model and tokenizer of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from hf_ebft.commands.runs.console import say
+from hf_ebft.commands.runs.options import ModelArguments
+
+
+def load_tokenizer(names: ModelArguments, args: TrainingArguments) -> Any:
+    """The model's tokenizer, with a pad token."""
+    tokenizer = AutoTokenizer.from_pretrained(
+        names.tokenizer_name_or_path or names.model_name_or_path, **loading_options(names)
+    )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"The tokenizer of {names.model_name_or_path} has neither a pad nor an EOS token; "
+                "add one and save it, then give it as tokenizer_name_or_path."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        say(args, f"The tokenizer has no pad token; rows are padded with {tokenizer.eos_token!r}.")
+    return tokenizer
+
+
+def load_model(names: ModelArguments, n_tokens: int) -> Any:
+    """The model to train; it must know all the tokenizer's tokens."""
+    options = loading_options(names)
+    if names.attn_implementation is not None:
+        options["attn_implementation"] = names.attn_implementation
+    if names.gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Packed weights, the default of releases that know this class, cannot be trained.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    dtype = "auto" if names.dtype == "auto" else getattr(torch, names.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        names.model_name_or_path, dtype=dtype, **options
+    )
+    embedded = model.get_input_embeddings().weight.shape[0]
+    if n_tokens > embedded:
+        raise ValueError(
+            f"The tokenizer has {n_tokens} tokens, {names.model_name_or_path} embeds {embedded}; "
+            "use the model's own tokenizer, or resize the model's embeddings and save it first."
+        )
+    return model
+
+
+def loading_options(names: ModelArguments) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for model and tokenizer; only what was set."""
+    options = {
+        "revision": names.model_revision,
+        "gguf_file": names.gguf_file,
+        "trust_remote_code": names.trust_remote_code or None,
+    }
+    return {name: value for name, value in options.items() if value is not None}

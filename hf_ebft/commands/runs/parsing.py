@@ -1,0 +1,144 @@
+"""How the options of a run are read from a file and the command line, and checked together."""
+
+from __future__ import annotations
+
+import difflib
+from argparse import ArgumentParser
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_ebft import EBFTConfig
+from hf_ebft.commands.runs.options import (
+    DEMO_CONFIG,
+    DataArguments,
+    LoraArguments,
+    Mode,
+    ModelArguments,
+    ReportArguments,
+    StructuredModelArguments,
+)
+from hf_ebft.conversion.checking import as_arguments
+
+
+class Parser(HfArgumentParser):
+    """Takes whole option names only, and keeps 200 options of usage out of error messages."""
+
+    def __init__(self, mode: Mode = "strided") -> None:
+        self.mode = mode
+        model: Any = ModelArguments
+        config: Any = EBFTConfig
+        if mode == "structured":
+            from hf_ebft.structured import EBFTGRPOConfig
+
+            model, config = StructuredModelArguments, EBFTGRPOConfig
+        groups: Any = (DataArguments, model, LoraArguments, ReportArguments, config)
+        super().__init__(
+            groups,
+            prog="hf-ebft train",
+            description="Fine-tune a causal language model by matching features of its rollouts.",
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the message."""
+        self.exit(2, f"{self.prog}: error: {message}\n--help explains every option.\n")
+
+    def refuse_unknown(self, names: Iterable[str], where: str) -> None:
+        """Exit if one of the names is no option, with the names that it may have been meant for."""
+        known = {action.dest for action in self._actions}
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=3)
+                hint = f"; did you mean {' or '.join(near)}?" if near else "."
+                other = get_args(Mode)[self.mode == "strided"]
+                self.error(
+                    f"{where}: there is no option {name!r}{hint} (Options of {self.mode} mode; "
+                    f"--mode {other} has others.)"
+                )
+
+
+def early_options(argv: Sequence[str]) -> tuple[str, dict[str, Any], Mode | None]:
+    """The file that `--config` names, what it holds, and the mode if one of the two gives it."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=None if argv else str(DEMO_CONFIG))
+    finder.add_argument("--mode")
+    early = finder.parse_known_args(argv)[0]
+    options = {} if early.config is None else file_options(early.config, finder)
+    mode = early.mode or options.get("mode")
+    if mode is not None and mode not in get_args(Mode):
+        finder.exit(2, f"error: mode={mode!r} is unknown; choose {' or '.join(get_args(Mode))}.\n")
+    return str(early.config), options, mode
+
+
+def parse_arguments(
+    argv: Sequence[str], mode: Mode | None = None
+) -> tuple[DataArguments, ModelArguments, LoraArguments, ReportArguments, Any]:
+    """Options from the file that `--config` names and from the command line, which wins.
+
+    Without any option it is the demo.
+
+    Args:
+        argv: the command line.
+        mode: whose options there are. Default: as file or command line say, else strided.
+
+    Returns:
+        The four groups above, and an `EBFTConfig` or `EBFTGRPOConfig`.
+    """
+    path, options, said = early_options(argv)
+    parser = Parser(mode or said or "strided")
+    parser.refuse_unknown(map(str, options), path)
+    if "config" in options:
+        parser.error(f"--config {path} names another config file; put all options into one.")
+    from_file = as_arguments(options)
+    *groups, unread = parser.parse_args_into_dataclasses(
+        [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    names = [text[2:].partition("=")[0] for text in unread if text.startswith("--")]
+    parser.refuse_unknown((name.replace("-", "_") for name in names), "command line")
+    if unread:
+        parser.error(f"command line: {' '.join(unread)!r} belongs to no option.")
+    data, model, lora, report, args = groups
+    data.mode = parser.mode
+    if parser.mode == "structured":
+        model.trust_remote_code = args.trust_remote_code
+    return data, model, lora, report, args
+
+
+def file_options(path: str, parser: ArgumentParser) -> dict[str, Any]:
+    """The options of a YAML file."""
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        parser.exit(2, f"{parser.prog}: error: --config {path} cannot be read: {error}\n")
+    if not isinstance(options, dict):
+        parser.exit(
+            2,
+            f"{parser.prog}: error: --config {path} must hold lines of the form 'option: value'.\n",
+        )
+    return options
+
+
+def check(names: ModelArguments, lora: LoraArguments, report: ReportArguments) -> None:
+    """Refuse combinations that would only fail, or be ignored, after training."""
+    if lora.lora_merge and not lora.use_peft:
+        raise ValueError("lora_merge=True has nothing to merge; add use_peft, or drop lora_merge.")
+    for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+        value = getattr(lora, name)
+        if not lora.use_peft and value != getattr(LoraArguments(), name):
+            raise ValueError(
+                f"{name}={value!r} would have no effect without adapters: add use_peft, or drop "
+                f"{name} to train all weights."
+            )
+    if lora.use_peft and names.gguf_file and not lora.lora_merge:
+        raise ValueError(
+            f"Adapters of a model from a GGUF file ({names.gguf_file}) cannot be loaded by "
+            "AutoModelForCausalLM, which would look for the model without gguf_file; add "
+            "lora_merge."
+        )
+    for name, least in (("report_rows", 0), ("report_samples", 0), ("report_sample_len", 1)):
+        if getattr(report, name) < least:
+            raise ValueError(f"{name}={getattr(report, name)} must be at least {least}.")
