@@ -70,7 +70,7 @@ def build_placed_network(
     Args:
         policy: the unwrapped policy, as training starts from it.
         given: the user's own network, or None for the one at `feature_model_name_or_path` or a
-        copy.
+            copy.
         settings: the trainer's.
         accelerator: the trainer's.
         make: `make(model, shared=...)` freezes a model into a network.

@@ -60,7 +60,7 @@ class FrozenNetwork:
 
     Args:
         model: the network. It is put into evaluation mode and frozen, in place, unless it is
-        shared.
+            shared.
         feature_layers: fractions of depth; layer index `int(fraction * L)` into transformers'
             `hidden_states` (0 is the embedding output, L the last one, after the final norm).
         normalization: see `hf_ebft.objective.features.normalize_layers`.

@@ -29,7 +29,7 @@ class Facts:
         processes: number of processes.
         fsdp: whether the policy will be sharded by FSDP2.
         not_shareable: why the policy's base weights cannot serve as feature network; None if they
-        can.
+            can.
         network_bytes: size of the feature network's weights.
         policy_bytes: size of the policy's weights.
         free_bytes: free memory of the device, the least over all processes.
