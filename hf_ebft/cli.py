@@ -6,7 +6,9 @@ neither torch nor any extra.
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -22,34 +24,79 @@ COMMANDS = {
     "convert": "turn an axolotl configuration (rl: ebft) into one of hf-ebft train",
     "demo": "fine-tune a small model on text that Python carries; nothing is downloaded",
 }
+#: Errors of other packages that data, settings or the machine cause.
+USERS_ERRORS = {
+    "datasets.exceptions.DatasetsError",
+    "hf_ebft.structured.vllm.errors.VLLMServerError",
+    "jinja2.exceptions.TemplateError",  # a chat template that does not fit the messages
+    "safetensors._safetensors_rust.SafetensorError",  # a weight file that was cut off
+    "torch.OutOfMemoryError",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status.
+    """Run one command.
 
     Args:
         argv: the command's name and its arguments; default: the process'.
+
+    Returns:
+        The exit status: 0, or 2 for data and settings that cannot work.
+
+    Raises:
+        Exception: a fault of the program's own, or any error with `--debug`.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, debug = split_debug(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     if not argv or argv[0].startswith("-"):
         parser.parse_args(argv or ["--help"])
     name, *rest = argv
     if name not in COMMANDS:
-        parser.error(f"there is no command {name!r}; choose one of {', '.join(COMMANDS)}.")
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}."
+        parser.error(f"there is no command {name!r}; {hint}")
     try:  # a missing extra is told like any other mistake, so that the import is inside
         importlib.import_module(f"hf_ebft.commands.{name}").main(rest)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"hf-ebft {name}: {sentence(error)}", file=sys.stderr)
+    except Exception as error:
+        if debug or not is_of_users(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        process = "" if rank == "0" else f" (process {rank})"
+        print(f"hf-ebft {name}{process}: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def split_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without a bare `--debug`, and whether there was one.
+
+    `--debug VALUE` is an option of transformers' training arguments and stays.
+    """
+    kept, debug = [], False
+    for index, argument in enumerate(argv):
+        following = argv[index + 1] if index + 1 < len(argv) else "-"
+        if argument == "--debug" and (following.startswith("-") or index == 0):
+            debug = True
+        else:
+            kept.append(argument)
+    return kept, debug
+
+
+def is_of_users(error: Exception) -> bool:
+    """Whether data, settings or the machine are the cause, as opposed to the program."""
+    if isinstance(error, (OSError, ValueError, ImportError)):
+        return True
+    # By name, since the packages that define them need not be there.
+    return any(
+        f"{kind.__module__}.{kind.__qualname__}" in USERS_ERRORS for kind in type(error).__mro__
+    )
 
 
 def sentence(error: Exception) -> str:
     """What is wrong, without Python's own prefixes."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 def make_parser() -> ArgumentParser:
@@ -60,7 +107,8 @@ def make_parser() -> ArgumentParser:
         prog="hf-ebft",
         usage="hf-ebft COMMAND [options]",
         description="Energy-based fine-tuning of language models.",
-        epilog=f"commands:\n{lines}\n\n`hf-ebft COMMAND --help` explains one.",
+        epilog=f"commands:\n{lines}\n\n`hf-ebft COMMAND --help` explains one. "
+        "With --debug, errors show where they were raised.",
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)

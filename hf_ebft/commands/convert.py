@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from hf_ebft.commands.yaml_files import read_mapping
 from hf_ebft.conversion import Conversion, convert_axolotl, to_yaml
 
 
@@ -27,9 +26,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, help="file to write; default: print")
     arguments = parser.parse_args(argv)
     refuse_source(arguments.file, arguments.output)
+    config = read_mapping(arguments.file)
     try:
-        conversion = convert_axolotl(read(arguments.file))
-    except (ValueError, yaml.YAMLError) as error:
+        conversion = convert_axolotl(config)
+    except ValueError as error:
         raise ValueError(f"{arguments.file}: {error}") from error
     text = to_yaml(conversion, arguments.file.name)
     if arguments.output is None:
@@ -47,18 +47,6 @@ def refuse_source(source: Path, output: Path | None) -> None:
     """
     if output is not None and output.resolve() == source.resolve():
         raise ValueError("--output is the file that is converted; name another one.")
-
-
-def read(path: Path) -> Mapping[str, object]:
-    """A YAML file with 'key: value' lines.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(config, Mapping):
-        raise ValueError("it does not hold lines of the form 'key: value'.")
-    return config
 
 
 def summary(conversion: Conversion) -> str:

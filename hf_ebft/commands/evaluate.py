@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ebft.commands.runs import strided
 from hf_ebft.commands.runs.data import load_split
 from hf_ebft.commands.runs.options import STDLIB, DataArguments
+from hf_ebft.commands.runs.parsing import OptionParser
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data import TokenizedRows
 from hf_ebft.evaluation import ModelMeasurements, compare_models, measure_model
@@ -167,11 +168,11 @@ def main(argv: Sequence[str]) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> EvaluationArguments:
     """Options from the command line."""
-    parser = HfArgumentParser(
-        EvaluationArguments,  # type: ignore[arg-type]
+    parser = OptionParser(
+        EvaluationArguments,
         prog="hf-ebft evaluate",
-        description=str(__doc__).split("\n", maxsplit=1)[0],
-        allow_abbrev=False,
+        usage="hf-ebft evaluate --models NAME=PATH ... [--option value ...]",
+        description=str(__doc__).split(": ", maxsplit=1)[1].split("\n", maxsplit=1)[0],
     )
     (args,) = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
     return args

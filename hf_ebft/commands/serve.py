@@ -28,11 +28,9 @@ import shlex
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hf_ebft.commands.yaml_files import read_mapping
 from hf_ebft.structured.vllm.serving import server_command
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -40,21 +38,14 @@ MODULE = "vllm.entrypoints.openai.api_server"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the YAML, print the server's command line, become the server.
-
-    Raises:
-        OSError, ValueError: as `server_command_line`, with the file's name.
-    """
+    """Read the YAML, print the server's command line, become the server."""
     ours, extra = split_at(list(argv), "--")
     parser = ArgumentParser(
         prog="hf-ebft serve", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     add_arguments(parser)
     arguments = parser.parse_args(ours)
-    try:
-        command, environment = server_command_line(arguments, extra)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{arguments.config}: {error}") from error
+    command, environment = server_command_line(arguments, extra)
     shown = [f"{name}={value}" for name, value in environment.items()]
     print(" ".join([*shown, shlex.join(command)]), flush=True)
     if not arguments.print_only:
@@ -84,19 +75,19 @@ def server_command_line(
 
     Raises:
         OSError: the YAML cannot be read.
-        yaml.YAMLError: it is no YAML.
         ValueError: it is not that of a run, or of one that a stock server cannot serve.
     """
-    options = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8")) or {}
-    if not isinstance(options, dict):
-        raise ValueError(f"it holds a {type(options).__name__}, not options of a run.")
+    options = read_mapping(arguments.config)
     options = {name: value for name, value in options.items() if value is not None}
     on_cpu = arguments.device == "cpu" or (arguments.device == "auto" and not has_gpu(options))
-    environment, server = server_command(
-        options,
-        listen=arguments.listen,
-        cpu_cache_gib=arguments.cpu_cache_gib if on_cpu else None,
-    )
+    try:
+        environment, server = server_command(
+            options,
+            listen=arguments.listen,
+            cpu_cache_gib=arguments.cpu_cache_gib if on_cpu else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"{arguments.config}: {error}") from error
     return [arguments.python, "-m", MODULE, *server, *extra], environment
 
 

@@ -3,8 +3,8 @@
     hf-ebft train --model_name_or_path M --dataset_name_or_path D.jsonl --output_dir out
     hf-ebft train --config run.yaml --max_steps 20
     accelerate launch -m hf_ebft train --config run.yaml             # on several devices
-    hf-ebft train --help                                             # every option
-    hf-ebft train --mode structured --help                           # those of the other mode
+    hf-ebft train --help                                             # the options that matter first
+    hf-ebft train --mode structured --help-all                       # every one, of the other mode
 
 There are two modes. `strided` is for raw text, sampled from many places of a document. `structured`
 is for prompts with ground truths, sampled as whole completions by TRL's GRPOTrainer. Without
@@ -31,7 +31,7 @@ from hf_ebft.commands.runs.console import show_library_log
 from hf_ebft.commands.runs.data import load_split
 from hf_ebft.commands.runs.ending import resume_from
 from hf_ebft.commands.runs.options import GROUND_TRUTHS, STDLIB, DataArguments, Mode
-from hf_ebft.commands.runs.parsing import check, early_options, parse_arguments
+from hf_ebft.commands.runs.parsing import check, early_options, parse_arguments, print_help
 from hf_ebft.conversion.checking import as_arguments
 from hf_ebft.data import Table
 from hf_ebft.data.sources import TEXT_COLUMNS
@@ -39,11 +39,15 @@ from hf_ebft.data.sources import TEXT_COLUMNS
 
 def main(argv: Sequence[str]) -> None:
     """Parse, load, measure, train, save, measure, report."""
+    if print_help(argv):
+        return
     show_library_log()
     mode, why, train = choose_mode(argv)
     # Said before the options are read: an option of the other mode is then no surprise.
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"Mode: {mode} ({why}).", flush=True)
+        for line in stand_ins(argv):
+            print(line, flush=True)
     data, names, lora, report, args = parse_arguments(argv, mode)
     check(names, lora, report)
     checkpoint = resume_from(args)
@@ -54,6 +58,25 @@ def main(argv: Sequence[str]) -> None:
         structured.run(data, names, lora, report, args, train, checkpoint)
     else:
         strided.run(data, names, lora, report, args, train, checkpoint)
+
+
+def stand_ins(argv: Sequence[str]) -> list[str]:
+    """What to say, loudly, where no data or no model was named and something stands in for it."""
+    _, config, _ = early_options(argv)
+    named = {*config, *(text[2:].partition("=")[0].replace("-", "_") for text in argv)}
+    lines = []
+    if "dataset_name_or_path" not in named:
+        lines.append(
+            f"NO DATA WAS NAMED: training on {DataArguments.dataset_name_or_path}, prose that "
+            "Python carries, which shows that everything works. For text of your own: "
+            "--dataset_name_or_path."
+        )
+    if "model_name_or_path" not in named:
+        lines.append(
+            "NO MODEL WAS NAMED: training the demo's, which has 1.9 million parameters and has "
+            "seen Python's own source only. For another: --model_name_or_path."
+        )
+    return lines
 
 
 # ---- Mode -----------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def test_the_command_says_what_is_wrong(
     if text is not None:
         path.write_text(text)
     assert main(["convert", str(path)]) == 2
-    assert f"hf-ebft convert: {path}: " in capsys.readouterr().err
+    assert f"hf-ebft convert: {path}" in capsys.readouterr().err
 
 
 def test_the_source_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def test_script_prints_the_command_and_becomes_it(tmp_path, monkeypatch, capsys)
     ("text", "message"),
     [
         ("model_name_or_path: m", "neither vllm_lora_sync nor"),
-        ("- a\n- b", "it holds a list"),
+        ("- a\n- b", "holds a list"),
         ("a: [", "run.yaml"),
         (None, "No such file"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,24 @@ from hf_ebft.commands.runs.options import ModelArguments
 
 
 def load_tokenizer(names: ModelArguments, args: TrainingArguments) -> Any:
-    """The model's tokenizer, with a pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        names.tokenizer_name_or_path or names.model_name_or_path, **loading_options(names)
-    )
+    """The model's tokenizer, with a pad token.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: the tokenizer has neither a pad nor an EOS token.
+    """
+    option = "tokenizer_name_or_path" if names.tokenizer_name_or_path else "model_name_or_path"
+    path = names.tokenizer_name_or_path or names.model_name_or_path
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, **loading_options(names))
+    except OSError as error:
+        if Path(path).exists():
+            raise
+        # The hub's own message does not say what it was asked for.
+        raise OSError(
+            f"{option}={path!r} is no folder here, and the hub did not give it either: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(

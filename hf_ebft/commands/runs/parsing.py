@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-import yaml
 from transformers import HfArgumentParser
 
 from hf_ebft import EBFTConfig
+from hf_ebft.commands.runs.help import all_options, first_options
 from hf_ebft.commands.runs.options import (
     DEMO_CONFIG,
     DataArguments,
@@ -21,34 +20,52 @@ from hf_ebft.commands.runs.options import (
     ReportArguments,
     StructuredModelArguments,
 )
+from hf_ebft.commands.yaml_files import read_mapping
 from hf_ebft.conversion.checking import as_arguments
 
 
-class Parser(HfArgumentParser):
-    """Takes whole option names only, and keeps 200 options of usage out of error messages."""
+class OptionParser(HfArgumentParser):
+    """Takes whole option names only, and raises for mistakes instead of printing 200 options."""
+
+    def __init__(self, groups: Any, **options: Any) -> None:
+        super().__init__(groups, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{message}\n--help explains the options.")
+
+
+class Parser(OptionParser):
+    """The options of a run in one of the two modes."""
 
     def __init__(self, mode: Mode = "strided") -> None:
         self.mode = mode
+        self.config_class: Any = EBFTConfig
         model: Any = ModelArguments
-        config: Any = EBFTConfig
         if mode == "structured":
             from hf_ebft.structured import EBFTGRPOConfig
 
-            model, config = StructuredModelArguments, EBFTGRPOConfig
-        groups: Any = (DataArguments, model, LoraArguments, ReportArguments, config)
-        super().__init__(
-            groups,
-            prog="hf-ebft train",
-            description="Fine-tune a causal language model by matching features of its rollouts.",
-            allow_abbrev=False,
-        )
+            model, self.config_class = StructuredModelArguments, EBFTGRPOConfig
+        super().__init__((DataArguments, model, LoraArguments, ReportArguments, self.config_class))
 
-    def error(self, message: str) -> NoReturn:
-        """Exit with the message."""
-        self.exit(2, f"{self.prog}: error: {message}\n--help explains every option.\n")
+    def format_help(self) -> str:
+        """The options that matter first."""
+        return first_options(self._actions, self.mode)
+
+    def format_all(self) -> str:
+        """Every option."""
+        return all_options(self._actions, self.config_class)
 
     def refuse_unknown(self, names: Iterable[str], where: str) -> None:
-        """Exit if one of the names is no option, with the names that it may have been meant for."""
+        """Raise if one of the names is no option, with the names that it may have been meant for.
+
+        Raises:
+            ValueError: of the first such name.
+        """
         known = {action.dest for action in self._actions}
         for name in names:
             if name not in known:
@@ -62,16 +79,31 @@ class Parser(HfArgumentParser):
 
 
 def early_options(argv: Sequence[str]) -> tuple[str, dict[str, Any], Mode | None]:
-    """The file that `--config` names, what it holds, and the mode if one of the two gives it."""
+    """The file that `--config` names, what it holds, and the mode if one of the two gives it.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no YAML of options, or the mode is unknown.
+    """
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default=None if argv else str(DEMO_CONFIG))
     finder.add_argument("--mode")
     early = finder.parse_known_args(argv)[0]
-    options = {} if early.config is None else file_options(early.config, finder)
+    options = {} if early.config is None else read_mapping(early.config)
     mode = early.mode or options.get("mode")
     if mode is not None and mode not in get_args(Mode):
-        finder.exit(2, f"error: mode={mode!r} is unknown; choose {' or '.join(get_args(Mode))}.\n")
+        raise ValueError(f"mode={mode!r} is unknown; choose {' or '.join(get_args(Mode))}.")
     return str(early.config), options, mode
+
+
+def print_help(argv: Sequence[str]) -> bool:
+    """Print help if it is asked for, of the mode that `--mode` or the file says; whether it was."""
+    if not {"-h", "--help", "--help-all", "--help_all"} & set(argv):
+        return False
+    parser = Parser(early_options(argv)[2] or "strided")
+    brief = {"-h", "--help"} & set(argv)
+    print(parser.format_help() if brief else parser.format_all(), end="")
+    return True
 
 
 def parse_arguments(
@@ -87,6 +119,9 @@ def parse_arguments(
 
     Returns:
         The four groups above, and an `EBFTConfig` or `EBFTGRPOConfig`.
+
+    Raises:
+        OSError, ValueError: what is wrong with file or options, naming the option.
     """
     path, options, said = early_options(argv)
     parser = Parser(mode or said or "strided")
@@ -106,20 +141,6 @@ def parse_arguments(
     if parser.mode == "structured":
         model.trust_remote_code = args.trust_remote_code
     return data, model, lora, report, args
-
-
-def file_options(path: str, parser: ArgumentParser) -> dict[str, Any]:
-    """The options of a YAML file."""
-    try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        parser.exit(2, f"{parser.prog}: error: --config {path} cannot be read: {error}\n")
-    if not isinstance(options, dict):
-        parser.exit(
-            2,
-            f"{parser.prog}: error: --config {path} must hold lines of the form 'option: value'.\n",
-        )
-    return options
 
 
 def check(names: ModelArguments, lora: LoraArguments, report: ReportArguments) -> None:
