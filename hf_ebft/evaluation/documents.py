@@ -38,6 +38,8 @@ DOCUMENT_METRICS = {
     for name in (
         "cross_entropy",
         "cfm_loss",
+        "energy_score",
+        "excess_over_spread",
         "cosine_alignment",
         "dot_diversity",
         "alignment",
@@ -68,6 +70,7 @@ class DocumentMeasurements:
 
             - `cross_entropy`: teacher-forced, mean over the targets, at temperature 1.
             - `cfm_loss`: mean over the blocks (paper, eq. 2), unwhitened features.
+            - `energy_score`, `excess_over_spread`: likewise, see `hf_ebft.objective.scoring`.
             - `cosine_alignment`, `dot_diversity`: unwhitened, so that they can be compared
               between settings.
             - `alignment`, `diversity`: whitened if the settings say so; they depend on
@@ -175,6 +178,8 @@ def _measure(
     width = document_slots(documents).shape[1]
     per_block = {
         "cfm_loss": plain.cfm_loss,
+        "energy_score": plain.energy_score,
+        "excess_over_spread": plain.excess_over_spread,
         "cosine_alignment": plain.alignment.mean(dim=1),
         "dot_diversity": plain.diversity.mean(dim=1),
         "alignment": rewarded.alignment.mean(dim=1),

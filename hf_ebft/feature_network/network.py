@@ -5,7 +5,7 @@ only where an embedding is read. What does not depend on the shape of the rows i
 which structured mode builds on too.
 
 Dimension letters: B rows, R packed row, P places kept, m layers, H hidden width, T token positions
-that the pooling reads, F = m * H, D embedding width, V vocabulary.
+that the pooling reads, F = m * H, D embedding width, V vocabulary, J lengths of rollouts.
 """
 
 from __future__ import annotations
@@ -212,28 +212,69 @@ class FeatureNetwork(FrozenNetwork):
         Raises:
             ValueError: a document or the packed row is too long for the network.
         """
+        length = rollouts.layout.length
+        return self._embed(rollouts, (length,), score)[length]
+
+    def embed_beginnings(
+        self, rollouts: Rollouts, lengths: Sequence[int]
+    ) -> dict[int, FeaturePass]:
+        """Embed the first tokens of rollouts and windows, for several lengths in one causal pass.
+
+        A token never sees a later one, so the pass over the whole rollouts holds the states of all
+        their beginnings.
+
+        Args:
+            rollouts: the batch and its sampled tokens.
+            lengths: of the beginnings, from 1 to the rollouts' own.
+
+        Returns:
+            Length -> what `embed` makes of rollouts and windows cut to it, up to rounding.
+
+        Raises:
+            ValueError: a length out of range, or a row that is too long for the network.
+        """
+        longest = rollouts.layout.length
+        if not lengths or min(lengths) < 1 or max(lengths) > longest:
+            raise ValueError(
+                f"lengths={list(lengths)} must lie between 1 and {longest}, the tokens of these "
+                "rollouts: leave out the others, or sample longer rollouts."
+            )
+        return self._embed(rollouts, tuple(lengths), None)
+
+    def _embed(
+        self,
+        rollouts: Rollouts,
+        lengths: tuple[int, ...],
+        score: Callable[..., TokenLogProbs] | None,
+    ) -> dict[int, FeaturePass]:
         self.forward.limits.check(rollouts.layout)
         device = self.device
         policy_device = rollouts.layout.documents.input_ids.device
         exists = rollouts.exists
         moved = Rollouts(rollouts.tokens.to(device), exists.to(device), rollouts.layout.to(device))
+        pooling = _Pooling(self.embed_method, lengths)
         chunks = self._chunks(moved.layout)
         with self._reading():
             if len(chunks) == 1:
-                found = self._in_one_pass(moved, score)
+                found = self._in_one_pass(moved, pooling, score)
             else:
-                found = self._in_chunks(moved, chunks, score)
+                found = self._in_chunks(moved, pooling, chunks, score)
         reference = found.reference_log_probs
-        # Tokens after the last one that is read change nothing.
-        read = rollouts.tokens[..., : self._token_positions(rollouts.layout)[-1] + 1]
-        generated = with_equal_features(
-            found.generated.to(policy_device), first_equal_rollouts(read)
-        )
-        return FeaturePass(
-            generated=generated * exists[:, None, :, None],
-            ground_truth=found.ground_truth.to(policy_device) * exists[:, :, None],
-            reference_log_probs=None if reference is None else reference.to(policy_device),
-        )
+        reference = None if reference is None else reference.to(policy_device)
+        passes = {}
+        for index, length in enumerate(lengths):
+            # Tokens after the last one that is read change nothing.
+            read = rollouts.tokens[..., : token_positions(self.embed_method, length)[-1] + 1]
+            generated = with_equal_features(
+                found.generated[..., index, :].to(policy_device), first_equal_rollouts(read)
+            )
+            truth = found.ground_truth[..., index, :].to(policy_device)
+            passes[length] = FeaturePass(
+                generated=generated * exists[:, None, :, None],
+                ground_truth=truth * exists[:, :, None],
+                reference_log_probs=reference,
+            )
+        return passes
 
     def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
         """Of the blocks; one for all of them where the network cannot go on from a cache."""
@@ -243,14 +284,17 @@ class FeatureNetwork(FrozenNetwork):
         return block_chunks(layout, self.chunk_size, tokens_fed=layout.length)
 
     def _in_one_pass(
-        self, rollouts: Rollouts, score: Callable[..., TokenLogProbs] | None
+        self,
+        rollouts: Rollouts,
+        pooling: _Pooling,
+        score: Callable[..., TokenLogProbs] | None,
     ) -> FeaturePass:
-        """All of the packed row at once."""
+        """All of the packed row at once; embeddings (..., J, D)."""
         layout = rollouts.layout
-        of_rollouts, windows = self._rollout_places(layout), self._window_places(layout)
+        of_rollouts, windows = pooling.rollout_places(layout), pooling.window_places(layout)
         # Sample by sample, then the windows: (B, (n + 1) * K, T).
         places = torch.cat([of_rollouts.flatten(1, 2), windows], dim=1)
-        embedded, reference = self._pass(rollouts, layout.row_part, places, score)
+        embedded, reference = self._pass(rollouts, layout.row_part, places, pooling, score)
         n_generated = embedded.shape[1] - windows.shape[1]
         return FeaturePass(
             generated=embedded[:, :n_generated].unflatten(1, of_rollouts.shape[1:3]),
@@ -261,44 +305,34 @@ class FeatureNetwork(FrozenNetwork):
     def _in_chunks(
         self,
         rollouts: Rollouts,
+        pooling: _Pooling,
         chunks: Sequence[slice],
         score: Callable[..., TokenLogProbs] | None,
     ) -> FeaturePass:
         """The documents, then the rollouts of some blocks at a time against a cache of them."""
         layout, cache = rollouts.layout, self.forward.new_cache()
         ground_truth, first = self._pass(
-            rollouts, layout.document_part, self._window_places(layout), score, cache
+            rollouts, layout.document_part, pooling.window_places(layout), pooling, score, cache
         )
         states = states_in(cache)
         generated, later = [], []
         for chunk in chunks:
             some = rollouts.select_blocks(chunk)
-            part, places = some.layout.rollouts_part, self._rollout_places(some.layout)
+            part, places = some.layout.rollouts_part, pooling.rollout_places(some.layout)
             cache = self.forward.new_cache(states)
-            embedded, reference = self._pass(some, part, places, score, cache)
+            embedded, reference = self._pass(some, part, places, pooling, score, cache)
             generated.append(embedded)
             if reference is not None:
                 later.append(reference)
         of_rollouts = None if first is None else torch.cat([first, torch.cat(later, 2)], dim=-1)
         return FeaturePass(torch.cat(generated, dim=2), ground_truth, of_rollouts)
 
-    def _rollout_places(self, layout: PackedLayout) -> Tensor:
-        """(B, n, K, T) places in the row that the pooling reads of every rollout."""
-        slots = layout.coordinates.slot[:, layout.document_width :]
-        return layout.from_row(slots)[..., self._token_positions(layout)]
-
-    def _window_places(self, layout: PackedLayout) -> Tensor:
-        """(B, K, T) places in the row that the pooling reads of every ground-truth window."""
-        return layout.window[..., self._token_positions(layout)]
-
-    def _token_positions(self, layout: PackedLayout) -> list[int]:
-        return token_positions(self.embed_method, layout.length)
-
     def _pass(
         self,
         rollouts: Rollouts,
         part: PackedPart,
         places: Tensor,
+        pooling: _Pooling,
         score: Callable[..., TokenLogProbs] | None,
         cache: DynamicCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -308,11 +342,12 @@ class FeatureNetwork(FrozenNetwork):
             rollouts: the batch and its sampled tokens.
             part: which part.
             places: (B, ..., T) places in the row whose hidden states are pooled.
+            pooling: of those T states.
             score: see `embed`.
             cache: keys and values of earlier tokens, extended in place.
 
         Returns:
-            (B, ..., D) float32, and the log-probabilities of the rollout tokens that the part
+            (B, ..., J, D) float32, and the log-probabilities of the rollout tokens that the part
             predicts, if `score` asks for them.
         """
         index = part.index_of[places]
@@ -339,4 +374,34 @@ class FeatureNetwork(FrozenNetwork):
 
         hidden = self._read_layers(run, index.flatten(1), to_the_end=whole)
         features = normalize_layers(hidden, self.normalization).unflatten(1, index.shape[1:])
-        return pool(features, self.embed_method), reference
+        return pooling.pool(features), reference
+
+
+class _Pooling:
+    """Which tokens of rollouts and windows one pass keeps, and their pooling at several lengths.
+
+    Args:
+        embed_method: of every length.
+        lengths: J of them.
+    """
+
+    def __init__(self, embed_method: EmbedMethod, lengths: Sequence[int]) -> None:
+        self.embed_method = embed_method
+        by_length = [token_positions(embed_method, length) for length in lengths]
+        self.positions = sorted({position for read in by_length for position in read})
+        # For each length, the indices into the kept positions.
+        self.indices = [[self.positions.index(position) for position in read] for read in by_length]
+
+    def rollout_places(self, layout: PackedLayout) -> Tensor:
+        """(B, n, K, T) places in the row of the kept tokens of every rollout."""
+        slots = layout.coordinates.slot[:, layout.document_width :]
+        return layout.from_row(slots)[..., self.positions]
+
+    def window_places(self, layout: PackedLayout) -> Tensor:
+        """(B, K, T) places in the row of the kept tokens of every ground-truth window."""
+        return layout.window[..., self.positions]
+
+    def pool(self, features: Tensor) -> Tensor:
+        """(..., T, F) features of the kept tokens -> (..., J, D), one embedding for each length."""
+        pooled = [pool(features[..., kept, :], self.embed_method) for kept in self.indices]
+        return torch.stack(pooled, dim=-2)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_ebft.config import DEFAULT_TOLERANCE, WHITENING_SPACES, WhiteningSpace
+from hf_ebft.objective.scoring import cfm_loss, energy_score, excess_over_spread
 from hf_ebft.objective.whitening import CorpusWhitening, whiten
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Rewards:
     alignment: Tensor  # (B, n, K), 2 * cosine with the ground truth: in [-2, 2]
     diversity: Tensor  # (B, n, K), 2 * mean dot product with the group's other rollouts
     cfm_loss: Tensor  # (B, K)
+    excess_over_spread: Tensor  # (B, K)
+    energy_score: Tensor  # (B, K)
     alignment_coef: float
     diversity_coef: float
 
@@ -64,10 +67,9 @@ def feature_matching_rewards(
     term then penalises duplicates only. Whitening by corpus is a fixed map of features instead, to
     which the sentence about the gradient applies again, with the CFM loss of the mapped features.
 
-    The CFM loss ||E[x] - y||^2 (paper eq. 2) is taken from the features as they come in, not from
-    the whitened ones, so that it can be compared across steps and runs. Its estimate is the mean
-    over pairs j != j' of (x_j - y) . (x_j' - y): unbiased, hence sometimes negative. With n = 1
-    there are no pairs; ||x - y||^2 is returned, which is too large by the variance of x.
+    The CFM loss ||E[x] - y||^2 (paper eq. 2), the excess over the policy's own spread and the energy
+    score (`hf_ebft.objective.scoring`) are taken from the features as they come in, not from the
+    whitened ones, so that they can be compared across steps and runs.
 
     Args:
         generated: (B, n, K, D) normalised features of the rollouts, any floating dtype.
@@ -95,7 +97,11 @@ def feature_matching_rewards(
     # A group's rollouts side by side: (B, K, n, D).
     x_BKnD = generated.to(dtype).transpose(1, 2)
     y_BKD = ground_truth.to(dtype)
-    cfm_loss_BK = _cfm_loss(x_BKnD, y_BKD)
+    scores_BK = {
+        "cfm_loss": cfm_loss(x_BKnD, y_BKD),
+        "excess_over_spread": excess_over_spread(x_BKnD, y_BKD),
+        "energy_score": energy_score(x_BKnD, y_BKD),
+    }
 
     y_BKnD = y_BKD.unsqueeze(2)  # one for all n rollouts
     if use_whitening and whitening_space == "corpus":
@@ -112,9 +118,9 @@ def feature_matching_rewards(
         reward=alignment_coef * alignment_BnK - diversity_coef * diversity_BnK,
         alignment=alignment_BnK,
         diversity=diversity_BnK,
-        cfm_loss=cfm_loss_BK,
         alignment_coef=alignment_coef,
         diversity_coef=diversity_coef,
+        **scores_BK,
     )
 
 
@@ -148,21 +154,6 @@ def _diversity(x_BKnD: Tensor) -> Tensor:
     with_all_BKn = _dot(x_BKnD, x_BKnD.sum(dim=2, keepdim=True))
     with_itself_BKn = torch.linalg.vector_norm(x_BKnD, dim=-1).square()
     return 2 / (n_rollouts - 1) * (with_all_BKn - with_itself_BKn)
-
-
-def _cfm_loss(x_BKnD: Tensor, y_BKD: Tensor) -> Tensor:
-    """The pair estimate of ||E[x] - y||^2, (B, K).
-
-    Written in the differences to y, it is exactly 0 where every rollout hits the ground truth.
-    """
-    n_rollouts = x_BKnD.shape[2]
-    difference_BKnD = x_BKnD - y_BKD.unsqueeze(2)
-    squares_BK = torch.linalg.vector_norm(difference_BKnD, dim=(2, 3)).square()
-    if n_rollouts == 1:
-        return squares_BK
-    sum_BKD = difference_BKnD.sum(dim=2)
-    square_of_sum_BK = torch.linalg.vector_norm(sum_BKD, dim=-1).square()
-    return (square_of_sum_BK - squares_BK) / (n_rollouts * (n_rollouts - 1))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Scores:
     """What the completions of all processes are worth.
 
     Attributes:
-        rewards: fields (P, n, 1), cfm_loss (P, 1).
+        rewards: fields (P, n, 1), scores of groups (P, 1).
         advantages: (P, n, 1).
         duplicates: (P, n) bool, completions that repeat an earlier one of their group.
         has_answer: (P * n,) bool, false for completions that were still thinking at their end.
@@ -325,6 +325,8 @@ class FeatureMatchingReward:
             "diversity": rewards.diversity.mean().item(),
             "mean_reward": rewards.reward.mean().item(),
             "cfm_loss": rewards.cfm_loss.mean().item(),
+            "energy_score": rewards.energy_score.mean().item(),
+            "excess_over_spread": rewards.excess_over_spread.mean().item(),
             "advantages_std": advantages.std(correction=0).item(),
             "duplicate_rollouts": scores.duplicates.float().mean().item(),
             "zero_advantage_groups": idle.float().mean().item(),

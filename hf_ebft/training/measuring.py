@@ -6,7 +6,7 @@ evaluation by document, the comparison of models, and the samples that people re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_ebft.config import EBFTSettings
-from hf_ebft.feature_network.network import FeatureNetwork
+from hf_ebft.feature_network.network import FeatureNetwork, FeaturePass
 from hf_ebft.objective.rewards import Rewards, rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
 from hf_ebft.packed.forward import PackedForward
@@ -104,16 +104,28 @@ class Measurer:
 
     def rewards(self, rollouts: Rollouts) -> tuple[Rewards, Rewards]:
         """Rewards (B, n, K) as training with these settings gives them, and without whitening."""
+        length = rollouts.layout.length
+        return self.rewards_of_beginnings(rollouts, (length,))[length]
+
+    def rewards_of_beginnings(
+        self, rollouts: Rollouts, lengths: Sequence[int]
+    ) -> dict[int, tuple[Rewards, Rewards]]:
+        """`rewards` of the first tokens of rollouts and windows, for several lengths at once."""
         assert self.feature_network is not None, "nothing to embed rollouts with"
-        features = self.feature_network.embed(rollouts)
-        as_trained, plain = (
-            rewards_from_settings(
-                self.settings,
-                features.generated,
-                features.ground_truth,
-                use_whitening=use_whitening,
-                corpus_whitening=self.corpus_whitening,
+        by_length = self.feature_network.embed_beginnings(rollouts, lengths)
+        return {
+            length: (
+                self._rewards(features, self.settings.use_whitening),
+                self._rewards(features, False),
             )
-            for use_whitening in (self.settings.use_whitening, False)
+            for length, features in by_length.items()
+        }
+
+    def _rewards(self, features: FeaturePass, use_whitening: bool) -> Rewards:
+        return rewards_from_settings(
+            self.settings,
+            features.generated,
+            features.ground_truth,
+            use_whitening=use_whitening,
+            corpus_whitening=self.corpus_whitening,
         )
-        return as_trained, plain

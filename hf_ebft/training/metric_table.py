@@ -55,10 +55,29 @@ METRICS = (
         "lower",
         meaning="Squared distance between the mean feature of rollouts and the feature of the "
         "truth, unwhitened, estimated without bias for n >= 2 (paper, eq. 2). Read it with the "
-        "cross-entropy: a policy that only becomes sharper, or that overfits, lowers it, too.",
+        "energy score and the cross-entropy: a policy that only becomes sharper, or that overfits, "
+        "may lower it, too.",
         short="cfm_loss",
         in_summary=True,
         in_overview=True,
+    ),
+    Metric(
+        "ebft/energy_score",
+        "energy score",
+        "lower",
+        meaning="Mean distance of rollouts to the truth less half their mean distance to each other, "
+        "features unwhitened, unbiased for n >= 2. Strictly proper (Gneiting & Raftery 2007): only "
+        "a policy that writes features as the truth does reaches the least.",
+        advice="CFM loss down and energy score up: the policy only becomes sharper.",
+        in_summary=True,
+    ),
+    Metric(
+        "ebft/excess_over_spread",
+        "excess over own spread",
+        meaning="CFM loss less the variance of the rollouts' features, unbiased for n >= 2.",
+        advice="0 where rollouts vary as the truth does; above, the policy is surer than it is "
+        "right; below, less sure.",
+        in_summary=True,
     ),
     Metric(
         "ebft/alignment",
@@ -302,8 +321,22 @@ ROLLOUT_METRICS = {
         "CFM loss",
         "lower",
         meaning="`‖E[φ(rollout)] − φ(truth)‖²` (paper, eq. 2), unbiased for n ≥ 2, so that it can "
-        "be negative. Sharpening the policy or overfitting lowers it while the cross-entropy "
-        "rises: compare by both",
+        "be negative. Proper, not strictly: sharpening or overfitting can lower it while energy "
+        "score and cross-entropy rise",
+    ),
+    "energy_score": Metric(
+        "energy_score",
+        "energy score",
+        "lower",
+        meaning="`E‖φ(rollout) − φ(truth)‖ − ½ E‖φ(rollout) − φ(rollout′)‖` (Gneiting & Raftery, "
+        "2007), unbiased for n ≥ 2: strictly proper, so neither sharpening nor spreading lowers it "
+        "unless it brings the features nearer to the truth's",
+    ),
+    "excess_over_spread": Metric(
+        "excess_over_spread",
+        "excess over own spread",
+        meaning="CFM loss less the variance of the rollouts' features, unbiased for n ≥ 2: 0 where "
+        "rollouts vary as the truth does, above 0 where the policy is surer than it is right",
     ),
     "cosine_alignment": Metric(
         "cosine_alignment",

@@ -30,6 +30,8 @@ NAMES = (
     "diversity",
     "mean_reward",
     "cfm_loss",
+    "energy_score",
+    "excess_over_spread",
     "rl_loss",
     "ce_loss",
     "kl",
@@ -112,7 +114,7 @@ def block_metrics(rewards: Rewards, advantages: Tensor, layout: PackedLayout) ->
     """Metrics of rewards and advantages over the blocks that exist.
 
     Args:
-        rewards: fields (B, n, K) and cfm_loss (B, K).
+        rewards: of the batch, fields (B, n, K) and (B, K).
         advantages: (B, n, K).
         layout: the batch.
     """
@@ -123,12 +125,17 @@ def block_metrics(rewards: Rewards, advantages: Tensor, layout: PackedLayout) ->
     def over_rollouts(values: Tensor) -> Ratio:
         return Ratio(torch.where(exists[:, None, :], values, 0.0).sum(), rollouts)
 
+    def over_blocks(values: Tensor) -> Ratio:
+        return Ratio(torch.where(exists, values, 0.0).sum(), blocks)
+
     idle = (advantages.abs() <= ZERO_ADVANTAGE).all(dim=1)
     return {
         "alignment": over_rollouts(rewards.alignment),
         "diversity": over_rollouts(rewards.diversity),
         "mean_reward": over_rollouts(rewards.reward),
-        "cfm_loss": Ratio(torch.where(exists, rewards.cfm_loss, 0.0).sum(), blocks),
+        "cfm_loss": over_blocks(rewards.cfm_loss),
+        "energy_score": over_blocks(rewards.energy_score),
+        "excess_over_spread": over_blocks(rewards.excess_over_spread),
         "advantages_mean": over_rollouts(advantages),
         "advantages_square": over_rollouts(advantages.square()),
         "zero_advantage_groups": Ratio((idle & exists).sum(), blocks),
