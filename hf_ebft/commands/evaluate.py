@@ -19,6 +19,7 @@ import gc
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +80,13 @@ class EvaluationArguments:
         default=1, metadata={"help": "Groups of rollouts for each prefix, averaged: less noise."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Of the sampling."})
+    tempered: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Also measure the first model with its logits divided by each of these, such "
+            "as 0.9 0.8: what sharpening alone does to every measurement."
+        },
+    )
     top_p: float = field(default=1.0, metadata={"help": "Of the sampling; 1 truncates nothing."})
     feature_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Feature network of all models. Default: the first model."}
@@ -86,6 +94,16 @@ class EvaluationArguments:
     feature_layers: list[float] = field(
         default_factory=lambda: [0.25, 0.5, 0.75],
         metadata={"help": "Depths whose hidden states make up the features."},
+    )
+    second_feature_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Another network that reads the same rollouts: one that gave no reward. "
+            "Default: none, or the feature network where second_feature_layers are given."
+        },
+    )
+    second_feature_layers: list[float] | None = field(
+        default=None, metadata={"help": "Its depths. Default: those of feature_layers."}
     )
     feature_normalization: Literal["per_layer", "joint"] = field(
         default="per_layer", metadata={"help": "As in training."}
@@ -127,28 +145,29 @@ def main(argv: Sequence[str]) -> None:
     rows = load_rows(args, tokenizer)
     settings = evaluation_settings(args)
     phi_path = args.feature_model_name_or_path or next(iter(models.values()))
-    phi = FeatureNetwork(
-        load_model(phi_path, args, device),
-        feature_layers=args.feature_layers,
-        embed_method=args.embed_method,
-        normalization=args.feature_normalization,
+    phi = network(load_model(phi_path, args, device), args.feature_layers, args)
+    measure = partial(
+        measure_model,
+        feature_network=phi,
+        rows=rows,
+        settings=settings,
+        lengths=args.lengths,
+        n_draws=args.draws,
+        seed=args.seed,
+        tokens_at_once=args.tokens_at_once,
+        eos_token_id=tokenizer.eos_token_id,
+        second_network=second_network(phi, args, device),
     )
     measured: dict[str, ModelMeasurements] = {}
     for name, path in models.items():
         print(f"Measuring {name} ({path}) on {len(rows)} rows ...", flush=True)
         model = load_model(path, args, device)
         require_same_tokenizer(path, tokenizer, args)
-        measured[name] = measure_model(
-            model,
-            phi,
-            rows,
-            settings,
-            lengths=args.lengths,
-            n_draws=args.draws,
-            seed=args.seed,
-            tokens_at_once=args.tokens_at_once,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        temperatures = args.tempered if not measured else []
+        measured[name] = measure(model)
+        for temperature in temperatures:
+            control = f"{name} at temperature {temperature:g}"
+            measured[control] = measure(model, tempered=temperature)
         del model  # the next one may need its room
         gc.collect()
     sources = [rows.sources[row][0] for row in next(iter(measured.values())).row]
@@ -164,6 +183,38 @@ def main(argv: Sequence[str]) -> None:
     print(f"Written: {', '.join(map(str, paths))}.")
     if not png:
         print("There is no matplotlib, so no picture was drawn.")
+
+
+def network(model: Any, layers: list[float], args: EvaluationArguments) -> FeatureNetwork:
+    """A feature network, pooled and normalised as the arguments say."""
+    return FeatureNetwork(
+        model,
+        feature_layers=layers,
+        embed_method=args.embed_method,
+        normalization=args.feature_normalization,
+    )
+
+
+def second_network(
+    phi: FeatureNetwork, args: EvaluationArguments, device: torch.device
+) -> FeatureNetwork | None:
+    """Another model, other layers of the first network, or none.
+
+    Raises:
+        ValueError: it would be the first network again.
+    """
+    path, layers = args.second_feature_model_name_or_path, args.second_feature_layers
+    if path is None and layers is None:
+        return None
+    model = phi.model if path is None else load_model(path, args, device)
+    second = network(model, layers or args.feature_layers, args)
+    if path is None and second.layer_indices == phi.layer_indices:
+        raise ValueError(
+            f"second_feature_layers={layers} are the layers of the feature network itself, so they "
+            "would show the same again: choose others, 1.0 for example, or another model by "
+            "second_feature_model_name_or_path."
+        )
+    return second
 
 
 def parse_arguments(argv: Sequence[str]) -> EvaluationArguments:

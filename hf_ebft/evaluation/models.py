@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -29,16 +29,22 @@ from hf_ebft.evaluation.documents import (
     sums_by_document,
 )
 from hf_ebft.feature_network.network import FeatureNetwork
+from hf_ebft.objective.rewards import Rewards
 from hf_ebft.objective.whitening import CorpusWhitening
 from hf_ebft.packed.forward import evaluation_mode
 from hf_ebft.packed.heads import ToLogits
-from hf_ebft.packed.sampling import Rollouts, make_generator
+from hf_ebft.packed.sampling import make_generator
 from hf_ebft.packed.targets import target_log_probs
 from hf_ebft.rows.anchors import Blocks, find_blocks, find_blocks_for
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.training.measuring import Measurer
-from hf_ebft.training.metric_table import ROLLOUT_METRICS, TEXT_METRICS
+from hf_ebft.training.metric_table import (
+    ROLLOUT_METRICS,
+    SECOND_NETWORK,
+    SECOND_NETWORK_METRICS,
+    TEXT_METRICS,
+)
 from hf_ebft.training.random_streams import Stream
 
 LENGTHS = (8, 16, 32, 64, 128, 256)
@@ -54,7 +60,8 @@ class ModelMeasurements:
         blocks: (N,) int64, prefixes that were continued in each document; 0 for those without room.
         text: name in `TEXT_METRICS` -> (N,) float64, NaN where a document has none.
         tokens: the same names -> (N,) float64, the tokens that each is a mean over.
-        rollouts: length -> name in `ROLLOUT_METRICS` -> (N,) float64, NaN without blocks.
+        rollouts: length -> name in `ROLLOUT_METRICS` (and in `SECOND_NETWORK_METRICS`, where there
+            was a second feature network) -> (N,) float64, NaN without blocks.
     """
 
     row: NDArray[np.int64]
@@ -81,8 +88,13 @@ def measure_model(
     data_collator: Collator | None = None,
     corpus_whitening: CorpusWhitening | None = None,
     eos_token_id: int | None = None,
+    second_network: FeatureNetwork | None = None,
+    tempered: float = 1.0,
 ) -> ModelMeasurements:
     """Measure one model; call it once for each, with the same other arguments.
+
+    Two controls tell learning from looking better: `tempered` measures what sharpening alone does,
+    `second_network` what features show that gave no reward.
 
     Prefixes are those that have room for the greatest length, so that all lengths continue the same
     ones; documents without such a prefix have no measurements of rollouts (`blocks` is 0 there).
@@ -101,12 +113,23 @@ def measure_model(
         data_collator: default `EBFTDataCollator`.
         corpus_whitening: for `whitening_space="corpus"`.
         eos_token_id: ends documents if `document_masking` is True and rows mark no boundaries.
+        second_network: reads the same rollouts, for measurements named `second_...`: another
+            model, or other layers of the same one (`FeatureNetwork(phi.model, ...)`).
+        tempered: measure the model that is left when all logits are divided by this, a sharper one
+            below 1. Text is measured at this temperature, rollouts are sampled at the settings'
+            temperature times this.
 
     Raises:
-        ValueError: no rows, lengths that do not ascend, numbers below 1, or no document with room
-            for the greatest length.
+        ValueError: no rows, lengths that do not ascend, numbers below 1, `tempered` not above 0, or
+            no document with room for the greatest length.
     """
     _check(rows, lengths, n_draws, tokens_at_once)
+    if not tempered > 0:
+        raise ValueError(
+            f"tempered={tempered} must be above 0: logits are divided by it (0.8 sharpens, 1 "
+            "leaves the model as it is)."
+        )
+    settings = replace(settings, temperature=settings.temperature * tempered)
     collate = data_collator or EBFTDataCollator()
     measurer = Measurer.for_model(
         model,
@@ -115,7 +138,7 @@ def measure_model(
         corpus_whitening=corpus_whitening,
         eos_token_id=eos_token_id,
     )
-    by_row = _RowMeasurer(measurer, lengths, n_draws, tokens_at_once)
+    by_row = _RowMeasurer(measurer, lengths, n_draws, tokens_at_once, second_network, tempered)
     parts: list[_Part] = []
     with evaluation_mode(model):
         for row in range(len(rows)):
@@ -151,10 +174,18 @@ class _RowMeasurer:
     lengths: Sequence[int]
     n_draws: int
     tokens_at_once: int
+    second_network: FeatureNetwork | None
+    tempered: float
 
     @property
     def settings(self) -> EBFTSettings:
         return self.measurer.settings
+
+    @property
+    def rollout_metrics(self) -> list[str]:
+        """Names of the measurements of rollouts."""
+        second = () if self.second_network is None else SECOND_NETWORK_METRICS
+        return [*ROLLOUT_METRICS, *second]
 
     def measure(self, documents: Documents, row: int, seed: int) -> _Part:
         """All measurements of the documents of one row."""
@@ -163,7 +194,7 @@ class _RowMeasurer:
         text, tokens = self._text_metrics(documents, width)
         blocks = find_blocks_for(settings, documents, generate_max_len=longest)
         empty = torch.zeros(1, width, dtype=torch.float64, device=documents.input_ids.device)
-        sums = {g: dict.fromkeys(ROLLOUT_METRICS, empty) for g in self.lengths}
+        sums = {g: dict.fromkeys(self.rollout_metrics, empty) for g in self.lengths}
         count = empty
         for draw in range(self.n_draws):
             for part, some in enumerate(self._portions(blocks)):
@@ -206,30 +237,19 @@ class _RowMeasurer:
         sampled = self.measurer.sample(layout, generator)
         scored = self.measurer.log_probs(sampled, with_document=False)
         surprise = -scored.rollout.double().cumsum(dim=-1)
-        found = {}
+        rewards = self.measurer.rewards_of_beginnings(sampled, self.lengths)
+        found = {g: _reward_metrics(*rewards[g]) for g in self.lengths}
         for g in self.lengths:
-            beginnings = Rollouts(
-                tokens=sampled.tokens[..., :g].contiguous(),
-                exists=sampled.exists,
-                layout=PackedLayout(documents, blocks, n_samples, g),
-            )
-            found[g] = self._reward_metrics(beginnings)
             found[g]["entropy"] = surprise[..., g - 1].mean(dim=1) / g
-            found[g]["duplicates"] = _duplicates(beginnings.tokens)
+            found[g]["duplicates"] = _duplicates(sampled.tokens[..., :g])
+        if self.second_network is not None:
+            second = replace(self.measurer, feature_network=self.second_network)
+            for g, (_, plain) in second.rewards_of_beginnings(sampled, self.lengths).items():
+                found[g] |= {
+                    SECOND_NETWORK + name: values
+                    for name, values in _unwhitened_metrics(plain).items()
+                }
         return found
-
-    def _reward_metrics(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        rewarded, plain = self.measurer.rewards(rollouts)
-        return {
-            "cfm_loss": plain.cfm_loss,
-            "cosine_alignment": plain.alignment.mean(dim=1),
-            "cosine_alignment_best": plain.alignment.amax(dim=1),
-            "dot_diversity": plain.diversity.mean(dim=1),
-            "reward": rewarded.reward.mean(dim=1),
-            "reward_best": rewarded.reward.amax(dim=1),
-            "alignment": rewarded.alignment.mean(dim=1),
-            "diversity": rewarded.diversity.mean(dim=1),
-        }
 
     def _text_metrics(
         self, documents: Documents, width: int
@@ -245,7 +265,7 @@ class _RowMeasurer:
                 torch.arange(states.shape[:2].numel(), device=states.device),
                 input_ids[:, 1:].reshape(-1, 1),
                 to_logits,
-                temperature=1.0,
+                temperature=self.tempered,
                 chunk_size=self.tokens_at_once,
             )
             return [found.view(states.shape[:2])]
@@ -266,6 +286,28 @@ class _RowMeasurer:
             sums, counts = sums_by_document(surprise, counted, documents.document, width)
             measurements[name], tokens[name] = (sums / counts)[0], counts[0]
         return measurements, tokens
+
+
+def _reward_metrics(rewarded: Rewards, plain: Rewards) -> dict[str, Tensor]:
+    """Measurements (B, K) of rewards as trained and without whitening."""
+    return _unwhitened_metrics(plain) | {
+        "cosine_alignment_best": plain.alignment.amax(dim=1),
+        "reward": rewarded.reward.mean(dim=1),
+        "reward_best": rewarded.reward.amax(dim=1),
+        "alignment": rewarded.alignment.mean(dim=1),
+        "diversity": rewarded.diversity.mean(dim=1),
+    }
+
+
+def _unwhitened_metrics(plain: Rewards) -> dict[str, Tensor]:
+    """Measurements (B, K) that need no whitening: those of a second feature network."""
+    return {
+        "cfm_loss": plain.cfm_loss,
+        "energy_score": plain.energy_score,
+        "excess_over_spread": plain.excess_over_spread,
+        "cosine_alignment": plain.alignment.mean(dim=1),
+        "dot_diversity": plain.diversity.mean(dim=1),
+    }
 
 
 def _duplicates(tokens: Tensor) -> Tensor:
@@ -296,7 +338,8 @@ def _join(parts: list[_Part], lengths: Sequence[int]) -> ModelMeasurements:
         tokens={name: joined([part.tokens[name] for part in parts]) for name in TEXT_METRICS},
         rollouts={
             g: {
-                name: joined([part.rollouts[g][name] for part in parts]) for name in ROLLOUT_METRICS
+                name: joined([part.rollouts[g][name] for part in parts])
+                for name in parts[0].rollouts[g]
             }
             for g in lengths
         },
@@ -332,4 +375,9 @@ def same_documents(measured: Mapping[str, ModelMeasurements]) -> None:
             raise ValueError(
                 f"{name!r} and {first_name!r} were measured on different documents or lengths, so "
                 "their differences mean nothing: pass the same rows and lengths to measure_model."
+            )
+        if any(other.rollouts[g].keys() != by_name.keys() for g, by_name in first.rollouts.items()):
+            raise ValueError(
+                f"Only one of {name!r} and {first_name!r} was measured with a second feature "
+                "network: pass the same second_network to measure_model for both, or none."
             )

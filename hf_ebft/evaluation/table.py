@@ -22,12 +22,16 @@ from hf_ebft.training.metric_table import (
     HELD_OUT_METRICS,
     PERPLEXITIES,
     ROLLOUT_METRICS,
+    SECOND_NETWORK_METRICS,
     TEXT_METRICS,
 )
 
+OF_ROLLOUTS = ROLLOUT_METRICS | SECOND_NETWORK_METRICS
 # Curves in the PNG.
 PLOTTED = (
     "cfm_loss",
+    "energy_score",
+    "excess_over_spread",
     "cosine_alignment",
     "dot_diversity",
     "reward",
@@ -116,9 +120,11 @@ class ModelComparison:
             "",
         ]
         found = {entry.measurement for entry in self.entries}
-        text = [name for name in HELD_OUT_METRICS if name in found and name not in ROLLOUT_METRICS]
+        text = [name for name in HELD_OUT_METRICS if name in found and name not in OF_ROLLOUTS]
         lines += self._table("text", [(HELD_OUT_METRICS[name].label, name, None) for name in text])
-        for name, measurement in ROLLOUT_METRICS.items():
+        for name, measurement in OF_ROLLOUTS.items():
+            if name not in found:  # there was no second feature network
+                continue
             better = f", {measurement.better} is better" if measurement.better else ""
             lines += [f"**{measurement.label}{better}**", ""]
             lines += self._table("rollout tokens", [(str(g), name, g) for g in self.lengths])
@@ -134,9 +140,9 @@ class ModelComparison:
         )
 
         # Without pyplot, which would open a display and keep the figure.
-        canvas = Canvas(figsize=(12, 6.5), layout="constrained")
+        canvas = Canvas(figsize=(16, 6.5), layout="constrained")
         FigureCanvasAgg(canvas)
-        for name, axes in zip(PLOTTED, canvas.subplots(2, 3).flat, strict=True):
+        for name, axes in zip(PLOTTED, canvas.subplots(2, 4).flat, strict=True):
             for model in self.models:
                 curve = [self.get(model, name, g) for g in self.lengths]
                 (line,) = axes.plot(

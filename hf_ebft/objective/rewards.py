@@ -67,9 +67,9 @@ def feature_matching_rewards(
     term then penalises duplicates only. Whitening by corpus is a fixed map of features instead, to
     which the sentence about the gradient applies again, with the CFM loss of the mapped features.
 
-    The CFM loss ||E[x] - y||^2 (paper eq. 2), the excess over the policy's own spread and the energy
-    score (`hf_ebft.objective.scoring`) are taken from the features as they come in, not from the
-    whitened ones, so that they can be compared across steps and runs.
+    The CFM loss ||E[x] - y||^2 (paper eq. 2), the excess over the policy's own spread and the
+    energy score (`hf_ebft.objective.scoring`) are taken from the features as they come in, not from
+    the whitened ones, so that they can be compared across steps and runs.
 
     Args:
         generated: (B, n, K, D) normalised features of the rollouts, any floating dtype.

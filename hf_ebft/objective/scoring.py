@@ -15,15 +15,15 @@ and every policy with the right mean feature is as good as the truth. Over the t
 so that a policy may lower it by becoming sharper around a mean that was a little off. Two more
 figures see the spread:
 
-- `excess_over_spread`: CFM loss - V. Over the truths it is ||E x - E y||^2 + E||y - E y||^2 - V: zero
-  for a policy that writes as the truth does, above zero for one that is surer than it is right. A
-  policy that spreads too widely makes it negative, so it is no score to be minimised.
+- `excess_over_spread`: CFM loss - V. Over the truths it is ||E x - E y||^2 + E||y - E y||^2 - V:
+  zero for a policy that writes as the truth does, above zero for one that is surer than it is
+  right. A policy that spreads too widely makes it negative, so it is no score to be minimised.
 - `energy_score`: E||x - y|| - 1/2 E||x - x'||, exponent 1. It is strictly proper: over the truths
   only the distribution of the truth's own features reaches the least.
 
 Each is estimated without bias from n >= 2 rollouts by means over the n rollouts and over the
-n (n - 1) pairs of different ones. All are computed by elementwise products and sums, never by matrix
-products, which an enclosing autocast region or TF32 would cut to a few bits.
+n (n - 1) pairs of different ones. All are computed by elementwise products and sums, never by
+matrix products, which an enclosing autocast region or TF32 would cut to a few bits.
 
 Dimension letters: n rollouts of a group, D feature width; `...` any leading dimensions.
 """
@@ -59,8 +59,8 @@ def cfm_loss(x: Tensor, y: Tensor) -> Tensor:
 def excess_over_spread(x: Tensor, y: Tensor) -> Tensor:
     """||E x - y||^2 - E||x - E x||^2: what the spread of the rollouts does not account for.
 
-    The second term is estimated by the sample variance, sum_j ||x_j - mean x||^2 / (n - 1). For unit
-    features the whole is minus the mean reward without whitening, with both coefficients 1.
+    The second term is estimated by the sample variance, sum_j ||x_j - mean x||^2 / (n - 1). For
+    unit features the whole is minus the mean reward without whitening, with both coefficients 1.
 
     Args:
         x: (..., n, D) float32 or float64 features of the rollouts.
@@ -72,7 +72,8 @@ def excess_over_spread(x: Tensor, y: Tensor) -> Tensor:
     n_rollouts = x.shape[-2]
     if n_rollouts == 1:
         return cfm_loss(x, y)
-    centred = x - x.mean(dim=-2, keepdim=True)
+    difference = x - y.unsqueeze(-2)
+    centred = difference - difference.mean(dim=-2, keepdim=True)
     spread = torch.linalg.vector_norm(centred, dim=(-2, -1)).square() / (n_rollouts - 1)
     return cfm_loss(x, y) - spread
 

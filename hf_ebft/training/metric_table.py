@@ -6,7 +6,7 @@ select from these tables. `python -m hf_ebft.training.metric_table` prints them 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Direction = Literal["higher", "lower"]
@@ -65,9 +65,9 @@ METRICS = (
         "ebft/energy_score",
         "energy score",
         "lower",
-        meaning="Mean distance of rollouts to the truth less half their mean distance to each other, "
-        "features unwhitened, unbiased for n >= 2. Strictly proper (Gneiting & Raftery 2007): only "
-        "a policy that writes features as the truth does reaches the least.",
+        meaning="Mean distance of rollouts to the truth less half their mean distance to each "
+        "other, features unwhitened, unbiased for n >= 2. Strictly proper (Gneiting & Raftery "
+        "2007): only a policy whose features are distributed like the truth's reaches the least.",
         advice="CFM loss down and energy score up: the policy only becomes sharper.",
         in_summary=True,
     ),
@@ -387,6 +387,23 @@ ROLLOUT_METRICS = {
         meaning="mean −log p of the sampled tokens, at the sampling temperature",
     ),
 }
+#: Names of what a second feature network says about the same rollouts begin with this.
+SECOND_NETWORK = "second_"
+SECOND_NETWORK_METRICS = {
+    SECOND_NETWORK + name: replace(
+        ROLLOUT_METRICS[name],
+        name=SECOND_NETWORK + name,
+        label=f"{ROLLOUT_METRICS[name].label}, second feature network",
+        meaning=f"`{name}` in the features of a second network, if there is one",
+    )
+    for name in (
+        "cfm_loss",
+        "energy_score",
+        "excess_over_spread",
+        "cosine_alignment",
+        "dot_diversity",
+    )
+}
 #: exp of these is shown beside them.
 PERPLEXITIES = {
     "cross_entropy": Metric("perplexity", "perplexity", "lower", meaning="exp of it"),
@@ -395,7 +412,10 @@ PERPLEXITIES = {
     ),
 }
 HELD_OUT_METRICS = (
-    TEXT_METRICS | {metric.name: metric for metric in PERPLEXITIES.values()} | ROLLOUT_METRICS
+    TEXT_METRICS
+    | {metric.name: metric for metric in PERPLEXITIES.values()}
+    | ROLLOUT_METRICS
+    | SECOND_NETWORK_METRICS
 )
 
 

@@ -22,3 +22,22 @@ def test_two_models_are_measured_and_written(
     assert "Written:" in capsys.readouterr().out
     with pytest.raises(ValueError, match="Two models are called 'tiny_model'"):
         evaluate.named_models([str(tiny), str(tiny)])
+
+
+def test_controls_are_measured_beside_the_models(tmp_path: Path) -> None:
+    tiny = EXAMPLES / "tiny_model"
+    options = ["--rows", "3", "--lengths", "2", "--sequence_len", "48", "--stride", "16"]
+    options += ["--n_samples", "2", "--device", "cpu", "--output_dir", str(tmp_path)]
+    options += ["--tempered", "0.5", "--second_feature_layers", "1.0"]
+    evaluate.main(["--models", f"a={tiny}", f"b={tiny}", *options])
+    stored = json.loads((tmp_path / "evaluation.json").read_text())
+    assert stored["models"] == ["a", "a at temperature 0.5", "b"]
+    value = {(e["model"], e["measurement"]): e["value"] for e in stored["entries"]}
+    assert value["a at temperature 0.5", "entropy"] < value["a", "entropy"]
+    assert value["b", "second_cfm_loss"] == value["a", "second_cfm_loss"] != value["a", "cfm_loss"]
+
+
+def test_the_same_layers_are_no_second_network(tmp_path: Path) -> None:
+    options = ["--models", str(EXAMPLES / "tiny_model"), "--second_feature_layers", "0.25", "0.5"]
+    with pytest.raises(ValueError, match=r"would show the same again: choose others, 1\.0"):
+        evaluate.main([*options, "0.75", "--device", "cpu", "--output_dir", str(tmp_path)])

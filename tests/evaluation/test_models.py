@@ -14,7 +14,11 @@ from hf_ebft.evaluation import compare_models, mean_bootstrap, measure_model, ta
 from hf_ebft.evaluation.models import ModelMeasurements
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.training import measuring
-from hf_ebft.training.metric_table import ROLLOUT_METRICS
+from hf_ebft.training.metric_table import (
+    ROLLOUT_METRICS,
+    SECOND_NETWORK,
+    SECOND_NETWORK_METRICS,
+)
 from tests.support.plain_forwards import last_token_embedding, plain_blocks, plain_pass
 from tests.support.plain_objective import plain_group
 from tests.support.tiny import batch_of, texts, tiny_llama
@@ -146,6 +150,62 @@ def test_text_that_is_too_short_for_every_rollout_is_refused() -> None:
 def test_numbers_must_be_positive(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0"):
         measure(tiny_llama(), **{name: 0})
+
+
+# ---- Controls -----------------------------------------------------------------------------------
+
+
+def test_a_tempered_model_is_the_one_with_divided_logits() -> None:
+    """Against a model whose head is divided: text and rollouts alike."""
+    divided = tiny_llama()
+    with torch.no_grad():
+        divided.lm_head.weight.div_(0.5)
+    control, by_hand = measure(tiny_llama(), tempered=0.5), measure(divided)
+    text = (control.text["cross_entropy"], by_hand.text["cross_entropy"])
+    np.testing.assert_allclose(*text, rtol=1e-5)
+    assert np.abs(measure(tiny_llama()).text["cross_entropy"] - text[0]).max() > 1e-3
+    for g, by_name in control.rollouts.items():
+        for name, values in by_name.items():
+            np.testing.assert_allclose(values, by_hand.rollouts[g][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tempered", [0.0, -1.0])
+def test_a_temperature_is_above_zero(tempered: float) -> None:
+    with pytest.raises(ValueError, match=f"tempered={tempered} must be above 0"):
+        measure(tiny_llama(), tempered=tempered)
+
+
+def test_a_second_network_reads_the_same_rollouts() -> None:
+    """What it says is what it says as the only one, at unchanged figures of the first."""
+    policy, other = tiny_llama(), network(seed=5)
+    both = measure(policy, second_network=other)
+    first, second = (
+        measure(policy),
+        measure_model(policy, other, ROWS, SETTINGS, lengths=LENGTHS, tokens_at_once=45),
+    )
+    for g in LENGTHS:
+        assert both.rollouts[g].keys() == ROLLOUT_METRICS.keys() | SECOND_NETWORK_METRICS.keys()
+        for name, values in both.rollouts[g].items():
+            alone = first.rollouts[g] if name in ROLLOUT_METRICS else second.rollouts[g]
+            np.testing.assert_array_equal(values, alone[name.removeprefix(SECOND_NETWORK)])
+    table_of_both = compare_models({"a": both, "b": both}, n_resamples=100).to_markdown()
+    assert "**energy score, second feature network, lower is better**" in table_of_both
+    with pytest.raises(ValueError, match="Only one of 'b' and 'a' was measured with a second"):
+        compare_models({"a": both, "b": first})
+
+
+def test_one_pass_of_the_network_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    phi, passes = network(), []
+    run = type(phi.backbone).forward
+    monkeypatch.setattr(
+        type(phi.backbone), "forward", lambda self, *a, **k: passes.append(1) or run(self, *a, **k)
+    )
+    layouts = []
+    for lengths in ((5,), LENGTHS):
+        passes.clear()
+        measure_model(tiny_llama(), phi, ROWS[:1], SETTINGS, lengths=lengths)
+        layouts.append(len(passes))
+    assert layouts[0] == layouts[1] > 0
 
 
 # ---- The table ------------------------------------------------------------------------------

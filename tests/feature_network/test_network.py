@@ -113,6 +113,34 @@ def test_embeddings_are_those_of_plain_forward_passes(
     assert found.reference_log_probs is None
 
 
+@pytest.mark.parametrize("chunk_size", [WHOLE, 1])
+@pytest.mark.parametrize("method", ["last_token", "mean_pooling", "concat"])
+def test_one_pass_embeds_the_beginnings_of_rollouts(method: str, chunk_size: int) -> None:
+    """As if rollouts and windows had been cut to each length and embedded on their own."""
+    model = tiny_model("llama")
+    phi = network(model, embed_method=method, chunk_size=chunk_size)
+    rollouts = rollouts_of(model)
+    together = phi.embed_beginnings(rollouts, (1, 3, 5))
+    assert list(together) == [1, 3, 5]
+    for length, found in together.items():
+        cut = Rollouts(
+            tokens=rollouts.tokens[..., :length].contiguous(),
+            exists=rollouts.exists,
+            layout=dataclasses.replace(rollouts.layout, length=length, cache={}),
+        )
+        alone = phi.embed(cut)
+        torch.testing.assert_close(found.generated, alone.generated, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.ground_truth, alone.ground_truth, rtol=0, atol=1e-5)
+        assert found.generated.any()
+
+
+@pytest.mark.parametrize("lengths", [(), (0, 2), (3, 6)])
+def test_beginnings_are_no_longer_than_the_rollouts(lengths: tuple[int, ...]) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="must lie between 1 and 5, the tokens of these rollouts"):
+        network(model).embed_beginnings(rollouts_of(model), lengths)
+
+
 def test_blocks_that_do_not_exist_have_zero_embeddings() -> None:
     model = tiny_model("llama")
     rollouts = rollouts_of(model)

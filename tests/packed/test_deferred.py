@@ -412,7 +412,8 @@ def _no_rewards(rollouts: Rollouts) -> Any:
 
     zeros = torch.zeros(rollouts.tokens.shape[:3])
     fields = {field.name: zeros for field in dataclasses.fields(Rewards)}
-    return Rewards(**fields | {"cfm_loss": zeros[:, 0]})
+    of_groups = ("cfm_loss", "energy_score", "excess_over_spread")
+    return Rewards(**fields | dict.fromkeys(of_groups, zeros[:, 0]))
 
 
 def test_training_continues_a_run_alike(tmp_path: Path) -> None:

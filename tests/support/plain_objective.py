@@ -3,6 +3,8 @@
 Dimension letters: n rollouts of a group, D feature width.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,8 +45,15 @@ def plain_group(x: Tensor, y: Tensor) -> dict[str, float]:
 
     white = whiten_by_svd(x, y, "feature")
     cosine = F.cosine_similarity(white.generated, white.ground_truth[None])
+    # Features have unit norm only up to rounding, so nothing is made of it here.
+    cfm_loss = sum(float((x[i] - y) @ (x[j] - y)) for i, j in pairs) / len(pairs)
+    spread = sum(float((x[i] - x[j]) @ (x[i] - x[j])) / 2 for i, j in pairs) / len(pairs)
+    apart = sum(math.dist(x[i].tolist(), x[j].tolist()) for i, j in pairs) / len(pairs)
+    to_truth = sum(math.dist(row.tolist(), y.tolist()) for row in x) / n
     return {
-        "cfm_loss": sum(float((x[i] - y) @ (x[j] - y)) for i, j in pairs) / len(pairs),
+        "cfm_loss": cfm_loss,
+        "energy_score": to_truth - apart / 2,
+        "excess_over_spread": cfm_loss - spread,
         "cosine_alignment": 2 * float((x @ y).mean()),
         "dot_diversity": diversity(x),
         "alignment": 2 * float(cosine.mean()),
