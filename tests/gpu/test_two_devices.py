@@ -3,12 +3,10 @@
 import pytest
 import torch
 
+from tests.support.accelerator import needs_two_accelerators
 from tests.support.distributed_runs import make_trainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two accelerators"),
-]
+pytestmark = [pytest.mark.gpu, needs_two_accelerators]
 
 
 def test_auto_places_the_feature_network_on_the_second_device(tmp_path):
