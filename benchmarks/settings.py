@@ -6,7 +6,7 @@ import copy
 import datetime
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,12 @@ class ModelSize:
     dtype: torch.dtype
     shape: dict[str, Any]
 
+    def in_dtype(self, dtype: torch.dtype | None) -> ModelSize:
+        """The same shape with weights of another dtype; None: as it is."""
+        return self if dtype is None else replace(self, dtype=dtype)
+
     def build(self, **shape: Any) -> LlamaForCausalLM:
-        """The model in training mode; `shape` overrides."""
+        """The model in training mode, on torch's default device; `shape` overrides."""
         config = LlamaConfig(
             max_position_embeddings=16384,
             bos_token_id=None,

@@ -38,10 +38,13 @@ def graphs() -> int:
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """Step after step; the figures as they are written to JSON."""
     device = torch.device(given.device)
-    size = MODELS[given.model]
+    dtype = None if given.dtype is None else getattr(torch, given.dtype)
+    size = MODELS[given.model].in_dtype(dtype)
     settings = {"pad_to_multiple_of": given.pad_to_multiple_of} | dict(map(setting, given.set))
+    with device:
+        model = size.build()
     ours = OurStep(
-        size.build(),
+        model,
         PRESETS["paper"],
         use_cpu=device.type == "cpu",
         documents=given.documents,
@@ -99,6 +102,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--device",
         choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="Default: the model's own."
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="A field of EBFTConfig."

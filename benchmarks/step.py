@@ -100,15 +100,19 @@ class OurStep:
             ),
         )
         self.trainer.remove_callback(PrinterCallback)
-        # Trainer does both when a run starts.
+        # Trainer does all of this when a run starts.
         self.trainer.current_gradient_accumulation_steps = 1
         if settings.get("gradient_checkpointing"):
             bare_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-        hold_gradients(self.trainer.model)
-        # Forward passes with gradient, some of which are made during the backward pass.
+        # Autocast and torch_compile.
+        self.prepared: nn.Module = self.trainer.accelerator.prepare(self.trainer.model)
+        self.trainer.model_wrapped = self.prepared
+        hold_gradients(self.policy)
+        # Forward passes with gradient, some of which are made during the backward pass. On the
+        # outermost module: hooks inside would be compiled.
         self._forward_seconds = self._forward_start = 0.0
-        self.trainer.model.register_forward_pre_hook(self._before_forward)
-        self.trainer.model.register_forward_hook(self._after_forward)
+        self.prepared.register_forward_pre_hook(self._before_forward)
+        self.prepared.register_forward_hook(self._after_forward)
 
     def _before_forward(self, *_: Any) -> None:
         self._forward_start = now(self.trainer.args.device)
@@ -120,7 +124,7 @@ class OurStep:
 
     @property
     def policy(self) -> nn.Module:
-        """The model that is trained, on its device."""
+        """The model that is trained, on its device, as it was given."""
         return self.trainer.model
 
     @property
@@ -134,7 +138,7 @@ class OurStep:
         self.policy.zero_grad(set_to_none=False)
         self._forward_seconds = 0.0
         start = now(self.trainer.args.device)
-        loss = self.trainer.training_step(self.policy, dict(inputs))
+        loss = self.trainer.training_step(self.prepared, dict(inputs))
         total = now(self.trainer.args.device) - start
         # The trainer's stopwatch reaches the log, averaged over the steps since the last one.
         self.trainer.log({"loss": float(loss)})
@@ -183,7 +187,7 @@ def compare(ours: OurStep, theirs: TheirStep, inputs: Mapping[str, Tensor]) -> D
             different things would be compared.
     """
     with torch.no_grad():
-        _, outputs = ours.trainer.compute_loss(ours.policy, dict(inputs), return_outputs=True)
+        _, outputs = ours.trainer.compute_loss(ours.prepared, dict(inputs), return_outputs=True)
         naive = theirs.naive
         log_probs = rewards = 0.0
         for row, document in enumerate(read_documents(inputs, naive.settings)):
@@ -256,6 +260,7 @@ class Options:
         documents: B, documents of a step.
         ce_coef: weight of the cross-entropy.
         device: "cpu" or "cuda".
+        dtype: of the weights and of the matrix product; None: the model size's own.
         with_naive: measure the naive step too.
         naive_rows: rows that it computes at once; None: by an estimate of its memory.
         naive_attention: its attention implementation; "eager" is the released code's.
@@ -266,6 +271,7 @@ class Options:
     documents: int = 1
     ce_coef: float = 0.0
     device: str = "cpu"
+    dtype: torch.dtype | None = None
     with_naive: bool = True
     naive_rows: int | None = None
     naive_attention: str = "eager"
@@ -276,14 +282,15 @@ class Options:
 def measure(preset: Preset, model_size: str, options: Options) -> dict[str, Any]:
     """Measure one preset; the figures as they are written to JSON."""
     device = torch.device(options.device)
-    size = MODELS[model_size]
-    base = size.build(**(options.shape or {}))
+    size = MODELS[model_size].in_dtype(options.dtype)
+    with device:  # a large model takes long to draw on a CPU
+        base = size.build(**(options.shape or {}))
     vocabulary = base.config.vocab_size
     rows_at_once = options.naive_rows or naive_rows_at_once(
         preset, base, device, options.naive_attention
     )
     model = with_adapters(base, preset.lora_rank)
-    reference = copy_of(model).to(device) if options.with_naive else None
+    reference = copy_of(model) if options.with_naive else None
 
     ours = OurStep(
         model,
@@ -446,6 +453,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="cuda" if torch.cuda.is_available() else "cpu",
     )
     parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="Default: the model's own."
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -469,6 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
             documents=given.documents,
             ce_coef=given.ce_coef,
             device=given.device,
+            dtype=None if given.dtype is None else getattr(torch, given.dtype),
             with_naive=not given.skip_naive,
             naive_rows=given.naive_rows,
             naive_attention=given.naive_attention,

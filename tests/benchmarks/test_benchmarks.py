@@ -457,6 +457,41 @@ def test_step_without_the_naive_one_and_with_adapters(monkeypatch: pytest.Monkey
     assert adapted["backward"] < whole["backward"]
 
 
+def test_step_prepares_the_model_as_trainer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, and in autocast; earlier the settings were taken and nothing came of them."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # Trainer sets it for good
+    preset, tiny = settings.PRESETS["tiny"], settings.MODELS["tiny"]
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "bf16": True}
+    ours = step.OurStep(tiny.build(), preset, use_cpu=True, documents=1, settings=compiled)
+    assert ours.prepared is not ours.policy or any(
+        module._compiled_call_impl is not None for module in ours.policy.modules()
+    )
+    inputs = settings.random_documents(1, preset.document, 64, torch.device("cpu"))
+    with torch.no_grad():
+        found = ours.policy(**inputs).logits
+    model = tiny.build()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs).logits.float()
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, model(**inputs).logits)
+
+
+def test_step_in_another_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--dtype` is that of the weights and of the matrix product that they are held against."""
+    products = []
+
+    def product(device: torch.device, dtype: torch.dtype) -> limit.MatrixProduct:
+        products.append(dtype)
+        return SMALL_PRODUCT(device, dtype)
+
+    monkeypatch.setattr(step, "MatrixProduct", product)
+    given = step.Options(with_naive=False, dtype=torch.bfloat16)
+    preset = dataclasses.replace(settings.PRESETS["tiny"], repeats=1)
+    figures = step.measure(preset, "tiny", given)
+    assert products == [torch.bfloat16]
+    assert figures["settings"]["dtype"] == "bfloat16"
+
+
 def test_step_refuses_to_time_two_different_things(tmp_path: Path) -> None:
     """A naive policy with another weight has other log-probabilities."""
     preset, cpu = settings.PRESETS["tiny"], torch.device("cpu")
