@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 FeatureNormalization = Literal["per_layer", "joint"]
 FEATURE_NORMALIZATIONS: tuple[FeatureNormalization, ...] = get_args(FeatureNormalization)
@@ -473,11 +473,71 @@ class EBFTSettings(StridedArguments, FeatureMatchingArguments):
         self.validate()
 
 
+# The released configurations of the paper train whole models at this rate.
+LEARNING_RATE = 1e-6
+# Ten times that. For LoRA the best rate was found to be about ten times that of training all
+# weights, in supervised fine-tuning and in reinforcement learning alike (J. Schulman and Thinking
+# Machines Lab, "LoRA Without Regret", 2025, https://thinkingmachines.ai/blog/lora/).
+ADAPTER_LEARNING_RATE = 1e-5
+
+
 @dataclass
-class EBFTConfig(EBFTSettings, TrainingArguments):
+class OptimizerDefaults:
+    """How a run is optimized by somebody who sets nothing: as the paper's released configurations.
+
+    These are fields of `TrainingArguments` with other defaults, except that `learning_rate` is
+    None until a trainer is built, which knows what is trained. Those configurations also average
+    the weights (`ema_decay=0.9`): that stays an option.
+    """
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate. Default: 1e-6 where whole models are trained (the paper's "
+            "released configurations), 1e-5 for adapters (LoRA takes about ten times the rate). "
+            "Small models and short runs need far more."
+        },
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant_with_warmup",
+        metadata={"help": "Course of the learning rate (the paper: constant after a warm-up)."},
+    )
+    warmup_steps: float = field(
+        default=0.03,
+        metadata={
+            "help": "Steps in which the learning rate grows from 0; below 1 a share of all steps "
+            "(the paper: 0.03)."
+        },
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta (paper: 0.95)."})
+
+    # The rate that a trainer filled in, None before. No field: it is neither set nor reported.
+    _filled_in = None
+
+    def fill_in_learning_rate(self, *, adapters: bool) -> float | None:
+        """Set an unset `learning_rate` by what is trained; a trainer calls it.
+
+        A rate that an earlier trainer has filled in counts as unset.
+
+        Returns:
+            The rate if it was filled in, else None.
+        """
+        if self.learning_rate is not None and self.learning_rate != self._filled_in:
+            return None
+        self.learning_rate = ADAPTER_LEARNING_RATE if adapters else LEARNING_RATE
+        self._filled_in = self.learning_rate
+        return self.learning_rate
+
+
+@dataclass
+class EBFTConfig(OptimizerDefaults, EBFTSettings, TrainingArguments):  # type: ignore[misc]
     """`transformers.TrainingArguments` plus the settings of strided EBFT.
 
-    No default of `TrainingArguments` is changed.
+    > [!NOTE]
+    > Different from `TrainingArguments`, after the paper's released configurations:
+    > `learning_rate` (5e-5 there) is 1e-6, or 1e-5 for adapters; `lr_scheduler_type` (`"linear"`)
+    > is `"constant_with_warmup"` with `warmup_steps` (0) 0.03, a share of the steps; `adam_beta2`
+    > (0.999) is 0.95. A plain `TrainingArguments` given to the trainer stays as it is.
     """
 
     def __post_init__(self) -> None:

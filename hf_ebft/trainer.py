@@ -36,7 +36,7 @@ from hf_ebft.training.ema import EMACallback
 from hf_ebft.training.evaluation import EvaluationMixin
 from hf_ebft.training.metrics import sum_over_processes
 from hf_ebft.training.outputs import EBFTOutput, Scores
-from hf_ebft.training.preparation import check_arguments, with_adapters
+from hf_ebft.training.preparation import check_arguments, fill_in_learning_rate, with_adapters
 from hf_ebft.training.random_streams import RolloutStreams, corpus_rows
 from hf_ebft.training.same_features import SameFeaturesCallback
 from hf_ebft.training.search import SearchMixin
@@ -98,6 +98,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # for releases without loss_is_scaled_for_ga
+        fill_in_learning_rate(self.args, self.model)
         self._prepare_networks(self.model)
         # Other processes may not hold the policy's weights yet.
         if self.ebft.verify_packing and self.accelerator.is_main_process:

@@ -85,6 +85,7 @@ _TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,  # a share of the steps
+    "adam_beta2": 0.999,
     "report_to": [],
     "save_strategy": "no",
     "disable_tqdm": True,

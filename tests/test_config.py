@@ -232,12 +232,29 @@ def test_it_can_be_logged_by_tensorboard(tmp_path: Path) -> None:
     assert all(isinstance(value, (bool, int, float, str)) for value in sanitized.values())
 
 
-def test_no_default_of_training_arguments_is_changed() -> None:
-    """A script whose TrainingArguments become an EBFTConfig keeps its optimizer and schedule."""
+#: Defaults that differ from those of `TrainingArguments`: theirs, and ours.
+OTHER_DEFAULTS = {
+    "learning_rate": (5e-5, None),
+    "lr_scheduler_type": ("linear", "constant_with_warmup"),
+    "warmup_steps": (0, 0.03),
+    "adam_beta2": (0.999, 0.95),
+}
+
+
+def test_no_other_default_of_training_arguments_is_changed() -> None:
     plain = TrainingArguments(output_dir="unused", use_cpu=True).to_dict()
     ours = EBFTConfig(output_dir="unused", use_cpu=True).to_dict()
-    assert {name: ours[name] for name in plain} == plain
+    changed = {name: (plain[name], ours[name]) for name in plain if plain[name] != ours[name]}
+    assert changed == OTHER_DEFAULTS
     assert ours.keys() - plain.keys() == OWN_FIELDS.keys()
+
+
+def test_a_configuration_from_training_arguments_keeps_their_optimizer() -> None:
+    plain = TrainingArguments(output_dir="unused", use_cpu=True)
+    ours = EBFTConfig(**plain.to_dict())
+    assert {name: getattr(ours, name) for name in OTHER_DEFAULTS} == {
+        name: theirs for name, (theirs, _) in OTHER_DEFAULTS.items()
+    }
 
 
 def test_defaults_are_those_of_the_paper() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from hf_ebft.config import FeatureMatchingArguments, StridedArguments
+from hf_ebft.config import FeatureMatchingArguments, OptimizerDefaults, StridedArguments
 from hf_ebft.structured.config import EBFTGRPOConfig
 from hf_ebft.structured.vllm.settings import VLLMServerArguments
 
@@ -27,14 +27,20 @@ INTRODUCTION = """\
 
 `EBFTConfig` is `transformers.TrainingArguments` plus the settings of the first two tables.
 `EBFTGRPOConfig`, for prompts with ground truths, is TRL's `GRPOConfig` plus those of the second,
-third and fourth. All can be given on the command line (`--stride 8`) and in YAML (`stride: 8`).
+third and fourth. The last table lists what both parents have, with another default here. All
+can be given on the command line (`--stride 8`) and in YAML (`stride: 8`).
 An unknown name is an error, and so is a value that a mode cannot honour.
 
 `python -m tools.settings_table` writes this page from the code; a test holds it against that.
 """
-STRIDED, MATCHING, SERVER = (
+STRIDED, MATCHING, SERVER, OPTIMIZER = (
     {field.name: field for field in dataclasses.fields(group)}
-    for group in (StridedArguments, FeatureMatchingArguments, VLLMServerArguments)
+    for group in (
+        StridedArguments,
+        FeatureMatchingArguments,
+        VLLMServerArguments,
+        OptimizerDefaults,
+    )
 )
 STRUCTURED = {
     field.name: field
@@ -59,6 +65,11 @@ SECTIONS: dict[str, tuple[str, dict[str, dataclasses.Field[Any]]]] = {
     "Structured mode: a vLLM server over HTTP": (
         "How to run one: [vllm.md](vllm.md).",
         SERVER,
+    ),
+    "Both modes: defaults of the optimizer": (
+        "Those of the paper's released configurations, for people who set nothing. `EBFTTrainer` "
+        "leaves a plain `TrainingArguments` as it is.",
+        OPTIMIZER,
     ),
 }
 

@@ -78,6 +78,8 @@ EBFT_STRUCTURED = ("adaptive_max_tokens", "gt_length_multiplier")
 OTHER_DEFAULTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "use_whitening": (False, ("strided", "structured")),
     "adaptive_max_tokens": (True, ("structured",)),
+    "lr_scheduler_type": ("cosine", ("strided", "structured")),
+    "adam_beta2": (0.999, ("strided", "structured")),
 }
 #: Keys of `trl` that `trl.GRPOConfig` and ours have by the same name.
 TRL_SAME = (

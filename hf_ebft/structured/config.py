@@ -8,7 +8,12 @@ from typing import Any, cast
 
 from trl import GRPOConfig  # type: ignore[attr-defined]  # re-exported lazily
 
-from hf_ebft.config import EMBED_METHODS, EmbedMethod, FeatureMatchingArguments
+from hf_ebft.config import (
+    EMBED_METHODS,
+    EmbedMethod,
+    FeatureMatchingArguments,
+    OptimizerDefaults,
+)
 from hf_ebft.structured.vllm.settings import VLLMServerArguments
 
 
@@ -140,13 +145,18 @@ DECIDED_BY_TOKENIZER = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass
-class EBFTGRPOConfig(VLLMServerArguments, StructuredSettings, GRPOConfig):
+class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a trainer is built
+    OptimizerDefaults, VLLMServerArguments, StructuredSettings, GRPOConfig
+):
     """`trl.GRPOConfig` plus the settings of EBFT on prompts with ground-truth completions.
 
     > [!NOTE]
     > Different from `GRPOConfig`: `scale_rewards` defaults to `"none"`. Feature matching hands TRL
     > finished advantages; dividing them by the standard deviation of their group would be another
     > estimator, which exists by its own name: `advantage_estimator="group_norm"`.
+    > After the paper's released configurations, `learning_rate` is 1e-6, or 1e-5 for adapters
+    > (GRPO: 1e-6 for both), `lr_scheduler_type` is `"constant_with_warmup"` (`"linear"`) with
+    > `warmup_steps` 0.03 (0), a share of the steps, and `adam_beta2` is 0.95 (0.999).
     """
 
     scale_rewards: str = field(

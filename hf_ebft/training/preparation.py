@@ -13,7 +13,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_ebft.config import EBFTConfig, EBFTSettings
+from hf_ebft.config import EBFTConfig, EBFTSettings, OptimizerDefaults
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -67,6 +67,26 @@ def with_adapters(model: nn.Module | None, peft_config: PeftConfig | None) -> nn
             "drop one."
         )
     return get_peft_model(cast(PreTrainedModel, model), peft_config)
+
+
+def fill_in_learning_rate(args: TrainingArguments, model: nn.Module) -> None:
+    """Give a configuration of ours the learning rate that fits the model, if it has none.
+
+    Args:
+        args: of the run.
+        model: the policy, with its adapters if it has some.
+    """
+    if not isinstance(args, OptimizerDefaults):
+        return
+    # PEFT's wrapper has it, and so have models to which transformers itself added adapters.
+    adapters = hasattr(model, "peft_config")
+    rate = args.fill_in_learning_rate(adapters=adapters)
+    if rate is not None and args.process_index == 0:
+        logger.info(
+            "learning_rate is not set: %g, for %s.",
+            rate,
+            "adapters" if adapters else "training all weights",
+        )
 
 
 def refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]) -> None:

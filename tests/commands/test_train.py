@@ -84,6 +84,7 @@ def options(model: str, data: str, output: Path, **changed: Any) -> dict[str, An
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 4,
         "learning_rate": 1e-2,
+        "warmup_steps": 0,  # one step of a warm-up would change nothing
         "verify_packing": False,
         "report_rows": 4,
         "report_draws": 1,

@@ -10,7 +10,7 @@ from hf_ebft.structured import EBFTGRPOConfig
 from tests.support.tiny_structured import config
 
 
-def test_defaults_are_trls_but_for_scaled_rewards(tmp_path):
+def test_defaults_are_trls_but_for_scaled_rewards_and_the_optimizer(tmp_path):
     from trl import GRPOConfig
 
     cpu = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
@@ -18,7 +18,11 @@ def test_defaults_are_trls_but_for_scaled_rewards(tmp_path):
     differing = {
         name for name, value in vars(theirs).items() if vars(ours)[name] != value
     } - {"distributed_state"}  # fmt: skip
-    assert differing == {"scale_rewards"}
+    optimizer = {"learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta2"}
+    assert differing == {"scale_rewards"} | optimizer
+    assert ours.learning_rate is None  # 1e-6 or 1e-5, as soon as the model is known
+    assert ours.lr_scheduler_type == "constant_with_warmup"
+    assert (ours.warmup_steps, ours.adam_beta2) == (0.03, 0.95)
     assert ours.scale_rewards == "none"
     assert ours.embed_method == "last_token"
     assert ours.feature_layers == [0.25, 0.5, 0.75]

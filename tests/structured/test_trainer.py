@@ -430,6 +430,13 @@ def test_evaluation_takes_a_group_size_of_its_own(tmp_path):
     assert shapes == [(2, 2, 1), (1, 2, 1)]
 
 
+def test_an_unset_learning_rate_follows_what_is_trained(tmp_path):
+    lora = {"peft_config": LoraConfig(r=2, target_modules="all-linear")}
+    assert make(tmp_path, learning_rate=None).args.learning_rate == 1e-6
+    assert make(tmp_path, learning_rate=None, trainer=lora).args.learning_rate == 1e-5
+    assert make(tmp_path, learning_rate=3e-4, trainer=lora).args.learning_rate == 3e-4
+
+
 def test_resuming_repeats_the_uninterrupted_run(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ce_coef": 0.1}
     whole = make(tmp_path, **settings)

@@ -66,6 +66,9 @@ def make_trainer(
         "logging_steps": 1,
         "save_strategy": "no",
         "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "adam_beta2": 0.999,
         # Adam would make a whole step out of a gradient that is all but rounding.
         "adam_epsilon": 1e-3,
         "ce_coef": 0.1,

@@ -72,6 +72,9 @@ def trl_settings(folder: Path) -> dict[str, Any]:
         "max_completion_length": 6,
         "max_steps": 2,
         "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "adam_beta2": 0.999,
         "seed": 3,
     }
 
