@@ -28,7 +28,7 @@ VLLM_STAMP := $(VLLM_VENV)/.hf_ebft-installed
 LAUNCH := $(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) examples/run_ebft.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help install demo test test-slow docs bench vllm-env test-vllm lint style clean
+.PHONY: help install demo test test-slow docs package bench vllm-env test-vllm lint style clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ docs: $(STAMP) ## run the tutorial and build the documentation site into build/s
 	mkdir -p build
 	cd docs && PYTHONPATH=.. ../$(BIN)/jupyter-execute tutorial.ipynb --output=../build/tutorial.ipynb
 	$(BIN)/python -m tools.docs_site --notebook build/tutorial.ipynb
+
+package: $(STAMP) ## build wheel and sdist, check them, run the demo from the installed wheel
+	$(BIN)/python -m tools.check_package
 
 bench: $(STAMP) ## time and memory of a step, against the naive order of work and the limit
 	$(BIN)/python benchmarks/step.py --preset $(PRESET) --model $(MODEL) --json bench-$(PRESET)-$(MODEL).json $(BENCH_ARGS)

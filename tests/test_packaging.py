@@ -82,7 +82,8 @@ def test_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "hf_ebft", source / "hf_ebft", ignore=ignore)
     shutil.copytree(ROOT / "tests", source / "tests", ignore=ignore)
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+    shutil.copytree(ROOT / "examples", source / "examples", ignore=ignore)
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps"]
@@ -97,6 +98,10 @@ def test_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> None:
         for path in (source / "hf_ebft").rglob("*")
         if path.is_file() and path.suffix in (".py", ".typed", ".jinja")
     }
+    demo = Path("hf_ebft/commands/demo_files")  # where demo_files.py looks
+    model = source / "examples" / "tiny_model"
+    expected |= {demo / "tiny_model" / path.name for path in model.iterdir()}
+    expected.add(demo / "demo.yaml")
     info = f"hf_ebft-{hf_ebft.__version__}.dist-info"
     assert {path for path in packed if path.parts[0] != info} == expected
     assert Path(info, "licenses", "LICENSE") in packed

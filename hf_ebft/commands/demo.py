@@ -8,10 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transformers.integrations.integration_utils import is_tensorboard_available
+
 from hf_ebft.commands import train
-from hf_ebft.commands.runs.options import DEMO_CONFIG
+from hf_ebft.commands.runs.demo_files import DEMO_CONFIG, DEMO_MODEL, require_demo_files
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as `examples/configs/demo.yaml` says; options on the command line win."""
-    train.main([f"--config={DEMO_CONFIG}", *argv])
+    """Train as the demo's YAML says, into `outputs/demo`; options on the command line win.
+
+    Raises:
+        FileNotFoundError: the demo's files are not installed.
+    """
+    require_demo_files()
+    options = [f"--config={DEMO_CONFIG}", f"--model_name_or_path={DEMO_MODEL}"]
+    if not is_tensorboard_available():
+        print("There is no TensorBoard here, so no curves are written for it; to have them: "
+              "pip install 'hf_ebft[examples]'.")  # fmt: skip
+        options.append("--report_to=none")
+    train.main([*options, *argv])

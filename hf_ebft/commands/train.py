@@ -29,6 +29,7 @@ from transformers import HfArgumentParser, set_seed
 from hf_ebft.commands.runs import strided
 from hf_ebft.commands.runs.console import show_library_log
 from hf_ebft.commands.runs.data import load_split
+from hf_ebft.commands.runs.demo_files import require_demo_files
 from hf_ebft.commands.runs.ending import resume_from
 from hf_ebft.commands.runs.options import GROUND_TRUTHS, STDLIB, DataArguments, Mode
 from hf_ebft.commands.runs.parsing import check, early_options, parse_arguments, print_help
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse, load, measure, train, save, measure, report."""
     if print_help(argv):
         return
+    if not argv:
+        require_demo_files()
     show_library_log()
     mode, why, train = choose_mode(argv)
     # Said before the options are read: an option of the other mode is then no surprise.

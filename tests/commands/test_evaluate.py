@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from hf_ebft.commands import evaluate
-from hf_ebft.commands.runs.options import EXAMPLES
+from hf_ebft.commands.runs.demo_files import DEMO_MODEL
 
 
 def test_two_models_are_measured_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = EXAMPLES / "tiny_model"
+    tiny = DEMO_MODEL
     options = ["--rows", "3", "--lengths", "2", "4", "--sequence_len", "48", "--stride", "16"]
     options += ["--n_samples", "2", "--device", "cpu", "--output_dir", str(tmp_path / "out")]
     evaluate.main(["--models", f"a={tiny}", f"b={tiny}", *options])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
+from hf_ebft.commands.runs.demo_files import DEMO_MODEL
 from hf_ebft.data import TRANSFORMS
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
-DEMO_CONFIG = EXAMPLES / "configs" / "demo.yaml"
 # Prefixes of data sets that come with Python.
 STDLIB = "stdlib:"
 STDLIB_FUNCTIONS = "stdlib-functions:"
@@ -129,7 +127,7 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model_name_or_path: str = field(
-        default=str(EXAMPLES / "tiny_model"),
+        default=str(DEMO_MODEL),
         metadata={"help": "Model to train: a hub name or a folder. Default: the small one here."},
     )
     model_revision: str | None = field(

@@ -10,9 +10,9 @@ from typing import Any, NoReturn, get_args
 from transformers import HfArgumentParser
 
 from hf_ebft import EBFTConfig
+from hf_ebft.commands.runs.demo_files import DEMO_CONFIG
 from hf_ebft.commands.runs.help import all_options, first_options
 from hf_ebft.commands.runs.options import (
-    DEMO_CONFIG,
     DataArguments,
     LoraArguments,
     Mode,

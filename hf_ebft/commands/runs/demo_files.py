@@ -1,0 +1,29 @@
+"""Where the demo's model and configuration are: in the wheel, or in a clone's `examples/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGED = Path(__file__).parents[1] / "demo_files"
+_EXAMPLES = Path(__file__).parents[3] / "examples"
+
+_IS_PACKAGED = _PACKAGED.is_dir()
+#: A Llama of 1.9 million parameters with its tokenizer (7.7 MB).
+DEMO_MODEL = (_PACKAGED if _IS_PACKAGED else _EXAMPLES) / "tiny_model"
+DEMO_CONFIG = _PACKAGED / "demo.yaml" if _IS_PACKAGED else _EXAMPLES / "configs" / "demo.yaml"
+
+
+def require_demo_files() -> None:
+    """Refuse a demo, or a run on its model, that would fail further on.
+
+    Raises:
+        FileNotFoundError: with where the files were looked for, and what to do.
+    """
+    missing = [path for path in (DEMO_MODEL / "config.json", DEMO_CONFIG) if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"This installation of hf_ebft came without the demo: there is no {missing[0]}. "
+            "Install the wheel again (pip install --force-reinstall --no-deps hf_ebft) or work in "
+            "a clone of the repository; for a run of your own, give --model_name_or_path and "
+            "--dataset_name_or_path."
+        )
