@@ -24,9 +24,8 @@ DIST = ROOT / "dist"
 def main() -> None:
     """Build, check, install, run; the first failure ends it."""
     shutil.rmtree(DIST, ignore_errors=True)
-    run(
-        sys.executable, "-m", "build", "--quiet", "--no-isolation", "--outdir", str(DIST), str(ROOT)
-    )
+    build = ("build", "--quiet", "--no-isolation", "--outdir", str(DIST))
+    run(sys.executable, "-m", *build, str(ROOT))
     files = sorted(map(str, DIST.iterdir()))
     run(sys.executable, "-m", "twine", "check", "--strict", *files)
     (wheel,) = DIST.glob("*.whl")

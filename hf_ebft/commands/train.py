@@ -65,6 +65,11 @@ def main(argv: Sequence[str]) -> None:
 
 def stand_ins(argv: Sequence[str]) -> list[str]:
     """What to say, loudly, where no data or no model was named and something stands in for it."""
+    if not argv:
+        return [
+            "NO OPTIONS WERE GIVEN: this is the demo (hf-ebft demo), a small model on text that "
+            "Python carries. hf-ebft train --help names the options of a run of your own."
+        ]
     _, config, _ = early_options(argv)
     named = {*config, *(text[2:].partition("=")[0].replace("-", "_") for text in argv)}
     lines = []

@@ -25,7 +25,7 @@ def test_two_models_are_measured_and_written(
 
 
 def test_controls_are_measured_beside_the_models(tmp_path: Path) -> None:
-    tiny = EXAMPLES / "tiny_model"
+    tiny = DEMO_MODEL
     options = ["--rows", "3", "--lengths", "2", "--sequence_len", "48", "--stride", "16"]
     options += ["--n_samples", "2", "--device", "cpu", "--output_dir", str(tmp_path)]
     options += ["--tempered", "0.5", "--second_feature_layers", "1.0"]
@@ -38,6 +38,6 @@ def test_controls_are_measured_beside_the_models(tmp_path: Path) -> None:
 
 
 def test_the_same_layers_are_no_second_network(tmp_path: Path) -> None:
-    options = ["--models", str(EXAMPLES / "tiny_model"), "--second_feature_layers", "0.25", "0.5"]
+    options = ["--models", str(DEMO_MODEL), "--second_feature_layers", "0.25", "0.5"]
     with pytest.raises(ValueError, match=r"would show the same again: choose others, 1\.0"):
         evaluate.main([*options, "0.75", "--device", "cpu", "--output_dir", str(tmp_path)])

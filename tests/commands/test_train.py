@@ -463,6 +463,8 @@ def test_what_stands_in_for_data_and_model_is_said(tmp_path: Path) -> None:
     file = config_file(tmp_path, "model_name_or_path: m\n")
     assert [line.startswith(no_data) for line in stand_ins([file])] == [True]
     assert stand_ins([file, "--dataset-name-or-path", "d.txt"]) == []
+    (said_of_nothing,) = stand_ins([])
+    assert said_of_nothing.startswith("NO OPTIONS WERE GIVEN: this is the demo")
 
 
 def test_no_options_mean_the_demo() -> None:

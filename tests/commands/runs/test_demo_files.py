@@ -18,9 +18,7 @@ def test_an_installation_without_them_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_files, "DEMO_MODEL", tmp_path / "tiny_model")
-    with pytest.raises(
-        FileNotFoundError, match=r"no .*tiny_model/config.json. .*--force-reinstall"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"tiny_model/config.json. .*--force-reinstall"):
         demo.main([])
     with pytest.raises(FileNotFoundError, match="came without the demo"):
         train.main([])
