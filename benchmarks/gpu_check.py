@@ -1,0 +1,201 @@
+"""All that one short use of a GPU can tell, in one call of at most nine minutes.
+
+    PYTHONPATH=. python3 benchmarks/gpu_check.py --out results     # in the root of the repository
+    PYTHONPATH=. python3 benchmarks/gpu_check.py --out out --dry-run        # tiny, on a CPU
+
+Nothing needs to be installed but torch, transformers, accelerate and peft: no data set, no network,
+not this package. Parts run in order of value, each in a process of its own that has a time limit.
+What a part finds is on disk as soon as it is found, so that neither a crash nor a limit loses it; a
+part that no longer fits the budget is left out and says so. The table comes last, for whoever sees
+only the end of the output. Under `--out`: `results.json`, `log.txt`, `junit.xml`.
+
+`gpu_parts.py` measures, `gpu_table.py` prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_table import junit, table
+
+ROOT = Path(__file__).resolve().parents[1]
+# Less than this is not enough to import torch and to begin.
+LEAST_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process.
+
+    Attributes:
+        name: of the function `part_NAME` in gpu_parts.py, or "tests".
+        limit: seconds that it may take.
+        what: is found out.
+    """
+
+    name: str
+    limit: float
+    what: str
+
+
+# In order of value. The limits add up to more than the budget: most parts stay below theirs.
+PARTS = (
+    Part("environment", 45, "versions, matrix product, copies, cost of a launch"),
+    Part("tests", 110, "pytest -m gpu"),
+    Part("steps", 120, "steps of a 1 B shape: 1, 4 and 8 documents, checkpointing, launches"),
+    Part("flex", 90, "the same with flex_attention"),
+    Part("compiled", 90, "the same with torch_compile"),
+    Part("naive", 60, "the order of work of the paper's released code"),
+    Part("run", 60, "a whole run of the trainer on text that lies on the machine"),
+    Part("steady", 60, "200 steps of varying lengths: memory, shapes, compilations"),
+    Part("recompiles", 90, "the same with torch_compile"),
+)
+BUDGET = 530.0
+
+
+def plan(asked: Sequence[str] | None) -> list[Part]:
+    """The parts to run, in their order.
+
+    Raises:
+        ValueError: a name that no part has.
+    """
+    names = [part.name for part in PARTS]
+    unknown = sorted(set(asked or ()) - set(names))
+    if unknown:
+        raise ValueError(f"--parts {','.join(unknown)}: there are only {', '.join(names)}.")
+    return [part for part in PARTS if not asked or part.name in asked]
+
+
+def limit_of(part: Part, left: float) -> float | None:
+    """Seconds that a part gets of what is left of the budget; None: too little to begin."""
+    return None if left < LEAST_SECONDS else min(part.limit, left)
+
+
+def command_of(part: Part, out: Path, dry_run: bool) -> list[str] | None:
+    """What to run; None where the machine lacks it."""
+    if part.name != "tests":
+        script = str(ROOT / "benchmarks" / "gpu_parts.py")
+        command = [sys.executable, script, part.name, str(file_of(part, out))]
+        return [*command, "--dry-run"] if dry_run else command
+    if importlib.util.find_spec("pytest") is None:
+        return None
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "--tb=short"]
+    # Whatever release of pytest is there, and nothing written into the tree.
+    command += ["-p", "no:cacheprovider", "-o", "minversion=7.0"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "2" if dry_run else "6"]
+    return [*command, f"--junitxml={out / 'junit.xml'}"]
+
+
+def file_of(part: Part, out: Path) -> Path:
+    """Where a part leaves what it has found so far."""
+    return out / f"part-{part.name}.json"
+
+
+def environment_of(dry_run: bool) -> dict[str, str]:
+    """Of every part: the tree on the path, no network, caches outside of the tree."""
+    scratch = Path(tempfile.gettempdir())
+    changes = {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+    }
+    if dry_run:
+        changes |= {"HF_EBFT_GPU_TESTS_ON_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | changes
+
+
+def run_part(part: Part, limit: float, out: Path, log: Any, dry_run: bool) -> dict[str, Any]:
+    """Run a part until it ends or its time is over; what it found, and how it ended."""
+    command = command_of(part, out, dry_run)
+    if command is None:
+        return {"status": "left out: pytest is not installed", "seconds": 0.0}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment_of(dry_run),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        code = process.wait(timeout=limit)
+        status = "ok" if code == 0 else f"exit status {code}"
+    except subprocess.TimeoutExpired:
+        # The whole session: compilers and pytest's workers are children of the part.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        status = f"stopped at its limit of {limit:.0f} s"
+    found: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
+    if part.name == "tests":
+        return found | {"tests": junit(out / "junit.xml")}
+    path = file_of(part, out)
+    if path.exists():
+        found |= json.loads(path.read_text())
+        path.unlink()
+    return found
+
+
+def check(parts: Sequence[Part], out: Path, *, budget: float, dry_run: bool) -> dict[str, Any]:
+    """Run the parts; the results so far are in `results.json` after each of them."""
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    results: dict[str, Any] = {"date": date, "dry_run": dry_run, "parts": {}}
+    with (out / "log.txt").open("w") as log:
+        for part in parts:
+            spent = time.monotonic() - start
+            limit = limit_of(part, budget - spent)
+            print(f"--- {part.name}, at {spent:.0f} s: {part.what}", flush=True)
+            log.write(f"\n===== {part.name}\n")
+            log.flush()
+            if limit is None:
+                found = {"status": f"left out: {budget - spent:.0f} s left", "seconds": 0.0}
+            else:
+                found = run_part(part, limit, out, log, dry_run)
+            results["parts"][part.name] = found
+            results["seconds"] = round(time.monotonic() - start, 1)
+            text = json.dumps(results, indent=1, default=str) + "\n"
+            (out / "results.json").write_text(text)
+            print(f"    {found['status']}, {found['seconds']} s", flush=True)
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run, write, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out = Path(os.environ.get("OUT", "gpu-check"))
+    parser.add_argument("--out", type=Path, default=out, help="default: $OUT, or gpu-check")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all parts")
+    parser.add_argument("--parts", help="names, with commas; default: all")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU")
+    given = parser.parse_args(arguments)
+    try:
+        parts = plan(given.parts.split(",") if given.parts else None)
+    except ValueError as error:
+        parser.error(str(error))
+    results = check(parts, given.out.resolve(), budget=given.budget, dry_run=given.dry_run)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
