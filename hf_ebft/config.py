@@ -308,9 +308,10 @@ class StridedArguments:
         default="auto",
         metadata={
             "help": "Attention implementation for the packed row. 'split' computes only what is "
-            "visible and needs no mask. 'auto' uses it instead of sdpa where the model's code "
-            "calls the configured attention function; otherwise it uses sdpa or eager. A model "
-            "that was loaded with eager attention keeps it."
+            "visible and needs no mask; 'flex_attention' does so in one kernel on a GPU. 'auto': "
+            "on CUDA 'flex_attention' where model and machine can, else 'sdpa'; elsewhere 'split' "
+            "where the model's code calls the configured attention function, else 'sdpa' or "
+            "'eager'. A model that was loaded with eager attention keeps it."
         },
     )
     verify_packing: bool = field(

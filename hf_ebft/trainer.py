@@ -30,8 +30,6 @@ from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import forward_inputs, vocabulary_size
 from hf_ebft.packed.sampling import Rollouts, SamplingRecord, sample_with_record
 from hf_ebft.packed.verification import verify_packing
-from hf_ebft.rows.anchors import find_blocks_for
-from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.training.ema import EMACallback
 from hf_ebft.training.evaluation import EvaluationMixin
 from hf_ebft.training.metrics import sum_over_processes
@@ -172,20 +170,13 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             `tokens` (B, n, K, G), K the largest number of blocks in the batch (at least 1), and
             `exists` (B, K).
         """
-        settings = self.ebft
-        documents = self.document_reader.read(inputs)
-        blocks = find_blocks_for(
-            settings,
-            documents,
-            pad_to_multiple_of=max(1, settings.pad_to_multiple_of // settings.stride),
-        )
-        layout = PackedLayout(
-            documents, blocks, settings.n_samples_per_prompt, settings.generate_max_len
-        )
+        settings, layout = self.ebft, self.read_layout(inputs)
         targets = None
         if self._keeps_record:
             targets = self._training_pass.targets_in_sampling(model, layout)
-        generator = self.random_streams.next(documents.input_ids.device, self.state.global_step)
+        generator = self.random_streams.next(
+            layout.documents.input_ids.device, self.state.global_step
+        )
         with self._gathered_for_sampling(model):
             rollouts, record = sample_with_record(
                 model,
@@ -279,14 +270,18 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
     # ---- Preparation --------------------------------------------------------------------------
 
     def _prepare_networks(self, policy: nn.Module) -> None:
-        attention: str = self.ebft.packed_attention
-        if self.args.torch_compile and attention == "auto":
-            attention = "dense"  # TorchDynamo cannot carry the plan of split attention
-        self._forward = PackedForward.for_model(policy, attention, trains=True)
+        compiles = bool(self.args.torch_compile)
+        self._forward = PackedForward.for_model(
+            policy,
+            self.ebft.packed_attention,
+            device_type=self.accelerator.device.type,
+            trains=True,
+            compiles=compiles,
+        )
         self._vocabulary_size = vocabulary_size(policy)
         self._model_inputs = forward_inputs(policy)
         self.feature_network = build_feature_network(
-            policy, self._given_feature_network, self.ebft, self.accelerator
+            policy, self._given_feature_network, self.ebft, self.accelerator, compiles=compiles
         )
         self._fingerprint = fingerprint_of(self.feature_network)
         self._corpus_whitening = None  # measured when first needed

@@ -21,6 +21,7 @@ from hf_ebft.feature_network.placement import Facts, Placement, choose_placement
 from hf_ebft.feature_network.shared_base import why_not_shareable
 from hf_ebft.packed.fsdp import copy_from_main_process, free_memory, full_bytes, is_sharded, shard
 from hf_ebft.packed.model_parts import bare_model, vocabulary_size
+from hf_ebft.packed.supported import attention_of
 from hf_ebft.packed.verification import verify_packing
 
 logger = logging.getLogger(__name__)
@@ -31,22 +32,31 @@ RAM_EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def build_feature_network(
-    policy: nn.Module, given: nn.Module | None, settings: EBFTSettings, accelerator: Accelerator
+    policy: nn.Module,
+    given: nn.Module | None,
+    settings: EBFTSettings,
+    accelerator: Accelerator,
+    *,
+    compiles: bool = False,
 ) -> FeatureNetwork:
     """The feature network that the settings ask for, for packed rows, placed and frozen.
 
-    Arguments, errors and what processes must do: see `build_placed_network`.
+    `compiles` says whether TorchDynamo compiles its layers. Other arguments, errors and what
+    processes must do: see `build_placed_network`.
     """
 
-    def make(model: nn.Module, *, shared: bool) -> FeatureNetwork:
+    def make(model: nn.Module, *, shared: bool, device: torch.device) -> FeatureNetwork:
         return FeatureNetwork(
             model,
             feature_layers=settings.feature_layers,
             embed_method=settings.embed_method,
             normalization=settings.feature_normalization,
-            packed_attention=settings.packed_attention,
+            # One model has one attention: the one that the policy got.
+            packed_attention=attention_of(model) if shared else settings.packed_attention,
             chunk_size=settings.training_chunk_size,
             shared=shared,
+            device_type=device.type,
+            compiles=compiles,
         )
 
     network = build_placed_network(policy, given, settings, accelerator, make)
@@ -73,7 +83,8 @@ def build_placed_network(
             copy.
         settings: the trainer's.
         accelerator: the trainer's.
-        make: `make(model, shared=...)` freezes a model into a network.
+        make: `make(model, shared=..., device=...)` freezes a model, which will compute on that
+            device, into a network.
 
     Raises:
         ValueError: two networks asked for, another vocabulary, or a placement that is not possible.
@@ -84,9 +95,11 @@ def build_placed_network(
     if accelerator.is_main_process:
         logger.info(placement.describe(facts))
     if placement.kind == "shared":
-        return make(policy, shared=True)
+        return make(policy, shared=True, device=accelerator.device)
     network = make(
-        own if own is not None else _copy_of(policy, settings, accelerator), shared=False
+        own if own is not None else _copy_of(policy, settings, accelerator),
+        shared=False,
+        device=placement.device,
     )
     _place(network, placement, settings)
     return network

@@ -168,6 +168,7 @@ class FeatureNetwork(FrozenNetwork):
         packed_attention: attention implementation for the packed row.
         chunk_size: rollout tokens whose activations exist at once, see
             `hf_ebft.rows.chunks.block_chunks`.
+        device_type, compiles: see `PackedForward.for_model`.
 
     Raises:
         ValueError: the network cannot be exact on packed rows.
@@ -183,8 +184,12 @@ class FeatureNetwork(FrozenNetwork):
         packed_attention: str = "auto",
         chunk_size: int | None = None,
         shared: bool = False,
+        device_type: str | None = None,
+        compiles: bool = False,
     ) -> None:
-        self.forward = PackedForward.for_model(model, packed_attention)
+        self.forward = PackedForward.for_model(
+            model, packed_attention, device_type=device_type, compiles=compiles
+        )
         super().__init__(
             model, feature_layers=feature_layers, normalization=normalization, shared=shared
         )

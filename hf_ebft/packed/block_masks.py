@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+MaskByPair = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # Queries and keys of a tile: what flex_attention's kernels are written for.
 TILE = 128
 # Block masks that are kept, about as many as a step of the paper's setting has passes.
@@ -34,6 +35,7 @@ class VisibleKeys:
         low, high: (B, Q) int64, document columns `low <= column < high`.
         own: (B, Q, O) bool, which of its own tokens it sees.
         own_place: (Q, O) int64, where these stand among the keys.
+        has_own: (Q,) bool, the queries of rollouts.
         n_keys: C.
     """
 
@@ -41,6 +43,7 @@ class VisibleKeys:
     high: np.ndarray
     own: np.ndarray
     own_place: np.ndarray
+    has_own: np.ndarray
     n_keys: int
 
     def tiles(self) -> tuple[np.ndarray, np.ndarray]:
@@ -65,27 +68,51 @@ class VisibleKeys:
         return np.asarray((by_tile > 0).any(axis=1)), np.asarray((by_tile == TILE).all(axis=1))
 
 
-def block_mask(
-    visible: VisibleKeys,
-    mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    device: torch.device,
-) -> BlockMask:
-    """The block mask of these queries and keys.
-
-    Args:
-        visible: who sees whom.
-        mask_mod: the same by pair, for tiles that are neither empty nor full.
-        device: of the mask.
-    """
+def block_mask(visible: VisibleKeys, device: torch.device) -> BlockMask:
+    """The block mask of these queries and keys, on a device."""
     some, full = visible.tiles()
     partly, wholly = (_listed(tiles) for tiles in (some & ~full, full))
     return BlockMask.from_kv_blocks(
         *partly,
         *wholly,
         BLOCK_SIZE=TILE,
-        mask_mod=mask_mod,
+        mask_mod=mask_by_pair(visible, device),
         seq_lengths=(visible.low.shape[1], visible.n_keys),
     ).to(device)
+
+
+def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
+    """Who sees whom by the indices of rows, heads, queries and keys.
+
+    What a kernel evaluates in tiles that are neither empty nor full: a few comparisons of small
+    integers, in place of all that decides visibility. Every mask runs the same code on tensors of
+    its own, so that what was compiled for one serves another.
+    """
+    own_low = visible.own.argmax(axis=-1) if visible.own.shape[-1] > 0 else visible.low * 0
+    own_high = own_low + visible.own.sum(axis=-1)
+    # A rollout is known by the place of its first own key; documents have none.
+    owner = np.full(visible.low.shape[1], -2)
+    key_owner, key_step = np.full(visible.n_keys, -1), np.zeros(visible.n_keys)
+    if visible.own.shape[-1] > 0:
+        owner = np.where(visible.has_own, visible.own_place[:, 0], owner)
+        places = visible.own_place[visible.has_own]
+        key_owner[places] = places[:, :1]
+        key_step[places] = np.arange(places.shape[1])
+    numbers = (visible.low, visible.high, own_low, own_high, owner, key_owner, key_step)
+    low, high, own_from, own_to, of_query, of_key, step = (
+        torch.from_numpy(number.astype(np.int32)).to(device) for number in numbers
+    )
+
+    def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        of_document = (low[row, query] <= key) & (key < high[row, query])
+        of_rollout = (
+            (of_query[query] == of_key[key])
+            & (own_from[row, query] <= step[key])
+            & (step[key] < own_to[row, query])
+        )
+        return of_document | of_rollout
+
+    return mask_mod
 
 
 def _listed(tiles: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.heads import Head, ToLogits
 from hf_ebft.packed.masks import MaskRecipe
@@ -52,15 +53,23 @@ class PackedForward:
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, packed_attention: str = "auto", *, trains: bool = False
+        cls,
+        model: nn.Module,
+        packed_attention: str = "auto",
+        *,
+        device_type: str | None = None,
+        trains: bool = False,
+        compiles: bool = False,
     ) -> PackedForward:
         """Check the model, set its attention and read its recipe.
 
         Args:
             model: the bare or PEFT model.
             packed_attention: see `StridedArguments`.
-            trains: also find out whether training mode draws noise for a whole pass, by one short
-                pass.
+            device_type: of the device on which the model will compute; default: where it is.
+            trains: it is trained; also find out whether training mode draws noise for a whole
+                pass, by one short pass.
+            compiles: TorchDynamo compiles its layers.
 
         Raises:
             ValueError: the model cannot be exact on packed rows (see
@@ -68,7 +77,9 @@ class PackedForward:
         """
         limits = check_supported(model)
         base = bare_model(model)
-        set_packed_attention(model, packed_attention)
+        set_packed_attention(
+            model, packed_attention, device_type=device_type, trains=trains, compiles=compiles
+        )
         return cls(
             recipe=MaskRecipe.for_model(base),
             limits=limits,
@@ -183,7 +194,7 @@ class PackedForward:
         Keys and values of every layer must be all that the model's cache holds; and block masks
         are compiled by shape.
         """
-        if self.recipe.implementation == "flex_attention":
+        if self.recipe.implementation == FLEX:
             return False
         config = self.config.get_text_config(decoder=True)
         # Text alone does not reach these layers, and leaves their part of the cache empty.

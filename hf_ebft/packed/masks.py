@@ -1,9 +1,10 @@
 """The attention masks of a packed row, in the form that a model's attention takes.
 
 One definition of visibility becomes a plan (split attention), a boolean mask (sdpa), an additive
-mask (eager) or a block mask (flex_attention). A model's configuration and code say how far its
-layers see. Sliding windows and chunks are measured in position ids and never in places of the row:
-neighbours in the row are not neighbours in the text.
+mask (eager) or, for passes over documents and rollouts together, a block mask (flex_attention). A
+model's configuration and code say how far its layers see. Sliding windows and chunks are measured
+in position ids and never in places of the row: neighbours in the row are not neighbours in the
+text.
 
 Dimension letters: B rows of the batch, Q queries and C keys of a pass, S document tokens, K blocks,
 n samples, T tokens fed of every rollout, O own keys of a rollout.
@@ -20,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_ebft.packed.block_masks import BlockMaskCache, VisibleKeys, block_mask
+from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.model_code import mask_functions
 from hf_ebft.packed.split_attention import (
     AttentionPlan,
@@ -47,7 +49,7 @@ FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attenti
 MASKABLE_LAYERS = frozenset({FULL, SLIDING, CHUNKED})
 # Our own implementation, under the name by which transformers' models find it.
 SPLIT = "ebft_split"
-PACKABLE_IMPLEMENTATIONS = (SPLIT, "sdpa", "eager", "flex_attention")
+PACKABLE_IMPLEMENTATIONS = (SPLIT, "sdpa", "eager", FLEX)
 
 Mask = Tensor | BlockMask
 Masks = Mask | dict[str, Mask]
@@ -115,21 +117,20 @@ class MaskRecipe:
         if self not in part.masks:
             if self.implementation == SPLIT:
                 part.masks[self] = self._as_argument(lambda kind: self._packed_mask(kind, part))
-            elif self.implementation == "flex_attention":
-                part.masks[self] = self._as_argument(lambda kind: self._packed_tiles(kind, part))
+            elif self.implementation == FLEX and part.has_documents and len(part.steps) > 0:
+                part.masks[self] = self._as_argument(lambda kind: self.block_mask(kind, part))
             else:
                 part.masks[self] = self.build(part.queries, part.keys)
         return part.masks[self]
 
     def prepare(self, part: PackedPart) -> None:
         """Make the masks of a pass ahead of it, unless they are large."""
-        if self.implementation in (SPLIT, "flex_attention"):
+        if self.implementation == SPLIT:
             self.masks_for(part)
 
     def build(self, queries: Coordinates, keys: Coordinates) -> Masks:
         """Masks of any `queries` (B, Q) over any `keys` (B, C), as a model's forward takes them."""
-        make = self._block_mask if self.implementation == "flex_attention" else self._dense_mask
-        return self._as_argument(lambda kind: make(kind, queries, keys))
+        return self._as_argument(lambda kind: self._dense_mask(kind, queries, keys))
 
     def _as_argument(self, make: Callable[[str], Mask]) -> Masks:
         masks = {kind: make(kind) for kind in self.layer_types}
@@ -246,8 +247,8 @@ class MaskRecipe:
             hidden = hidden | too_early[:, None, :, None]
         return hidden
 
-    def _packed_tiles(self, kind: str, part: PackedPart) -> BlockMask:
-        """The same visibility as a block mask."""
+    def block_mask(self, kind: str, part: PackedPart) -> BlockMask:
+        """The same visibility as a block mask, kept for the next batch whose numbers are equal."""
         host, device = part.layout.on_host, part.queries.slot.device
         numbers = (
             host.documents.document,
@@ -261,12 +262,7 @@ class MaskRecipe:
             (host.n_samples, host.length, tuple(host.blocks.exists.shape)),
             tuple(number.numpy().tobytes() for number in numbers),
         )
-        return _BLOCK_MASKS.get(
-            key,
-            lambda: block_mask(
-                self.visible_keys(kind, part), self._mask_mod(kind, part.queries, part.keys), device
-            ),
-        )
+        return _BLOCK_MASKS.get(key, lambda: block_mask(self.visible_keys(kind, part), device))
 
     def visible_keys(self, kind: str, part: PackedPart) -> VisibleKeys:
         """The same visibility, query by query, in the host's memory."""
@@ -300,7 +296,9 @@ class MaskRecipe:
             stride = (1, n_rollouts) if part.step_major else (n_own, 1)
             places = host.document_width + index[0] * stride[0] + index[1] * stride[1]
             place = np.concatenate([place, places.repeat(len(part.steps), axis=0)])
-        return VisibleKeys(low, high, own, place, part.n_keys)
+        n_documents = host.document_width if part.has_documents else 0
+        has_own = np.arange(low.shape[1]) >= n_documents
+        return VisibleKeys(low, high, own, place, has_own, part.n_keys)
 
     def _dense_mask(self, kind: str, queries: Coordinates, keys: Coordinates) -> Tensor:
         """(B, 1, Q, C): additive for eager, else boolean."""
@@ -314,25 +312,6 @@ class MaskRecipe:
         # Eager attention adds the mask to its scores, in the model's own dtype.
         lowest = torch.finfo(self.dtype).min
         return torch.zeros_like(allowed, dtype=self.dtype).masked_fill_(~allowed, lowest)
-
-    def _block_mask(self, kind: str, queries: Coordinates, keys: Coordinates) -> BlockMask:
-        rows, n_queries = queries.slot.shape
-        mask_mod = self._mask_mod(kind, queries, keys)
-        return create_block_mask(
-            mask_mod, rows, None, n_queries, keys.slot.shape[1], device=queries.slot.device
-        )
-
-    def _mask_mod(
-        self, kind: str, queries: Coordinates, keys: Coordinates
-    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Who sees whom by the indices of rows, heads, queries and keys."""
-
-        def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return self.allowed(
-                kind, queries.map(lambda f: f[row, query]), keys.map(lambda f: f[row, key])
-            )
-
-        return mask_mod
 
 
 _BLOCK_MASKS = BlockMaskCache()

@@ -6,6 +6,7 @@ rows, the limit is returned and checked against each batch.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 from dataclasses import dataclass
@@ -14,6 +15,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_ebft.packed.attention_choice import (
+    NAMED,
+    AttentionChoice,
+    AttentionFacts,
+    choose_attention,
+)
+from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.masks import MASKABLE_LAYERS, SPLIT
 from hf_ebft.packed.model_code import mask_functions, why_not_split
 from hf_ebft.packed.model_parts import active_adapter_configs, bare_model
@@ -264,14 +272,22 @@ def sequence_limit(model: nn.Module) -> tuple[int, str] | None:
     return _row_limits(config, type(base).__name__).document
 
 
-def set_packed_attention(model: nn.Module, choice: str) -> str:
+def set_packed_attention(
+    model: nn.Module,
+    choice: str,
+    *,
+    device_type: str | None = None,
+    trains: bool = False,
+    compiles: bool = False,
+) -> str:
     """Give the model an attention implementation that can express the packed mask.
 
     Args:
         model: the policy or feature network, bare or wrapped by PEFT.
-        choice: "split", "sdpa", "eager", "flex_attention"; "dense": the model's own where that is
-            sdpa or eager, else sdpa, else eager; "auto": the same with split in place of sdpa where
-            the model can.
+        choice: "auto", "split", "sdpa", "eager" or "flex_attention", see `choose_attention`.
+        device_type: of the device on which the model will compute; default: where its weights are.
+        trains: whether it is trained.
+        compiles: whether TorchDynamo compiles its layers.
 
     Returns:
         The implementation in use, by transformers' name.
@@ -280,39 +296,97 @@ def set_packed_attention(model: nn.Module, choice: str) -> str:
         ValueError: the model has no implementation that takes the mask, or not the chosen one.
     """
     base = bare_model(model)
-    config = base.config.get_text_config(decoder=True)
-    before = config._attn_implementation or "eager"
-    chooses = choice in ("auto", "dense")
-    wanted = ["sdpa", "eager"] if chooses else [SPLIT if choice == "split" else choice]
-    if before == SPLIT and choice == "auto":
-        wanted = [SPLIT]
-    elif before in wanted:
-        wanted = [before]
+    facts = gather_facts(base, device_type=device_type, trains=trains, compiles=compiles)
+    chosen, before = choose_attention(choice, facts), facts.before
     reasons: list[str] = []
-    taken = next((name for name in wanted if _takes(base, name, reasons)), None)
+    taken = next((name for name in chosen.candidates if _takes(base, name, reasons)), None)
     if taken is None:
         raise ValueError(
             f"{type(base).__name__} runs with attn_implementation={before!r} and cannot be "
-            f"switched to one of {', '.join(wanted)}, which takes the packed mask "
+            f"switched to one of {', '.join(chosen.candidates)}, which takes the packed mask "
             f"({'; '.join(reasons)}). Load it with attn_implementation='sdpa' or 'eager'."
         )
-    if choice == "auto" and taken == "sdpa" and _takes(base, SPLIT, []):
-        taken = SPLIT
-    if choice == "auto" and taken != SPLIT and (reason := why_not_split(base)):
+    if choice == "auto":
+        _log_choice(type(base).__name__, facts, chosen, taken, why_not_split(base))
+    return taken
+
+
+def attention_of(model: nn.Module) -> str:
+    """The attention that a model has now, by the name that `packed_attention` has for it."""
+    name = bare_model(model).config.get_text_config(decoder=True)._attn_implementation or "eager"
+    return next((choice for choice, own in NAMED.items() if own == name), name)
+
+
+def gather_facts(
+    base: PreTrainedModel, *, device_type: str | None, trains: bool, compiles: bool
+) -> AttentionFacts:
+    """What decides how a model attends on packed rows; see `set_packed_attention`."""
+    config = base.config.get_text_config(decoder=True)
+    weights = next(base.parameters()).device.type
+    parts = [part for part in base.modules() if isinstance(part, PreTrainedModel)]
+    dropout = [
+        value
+        for name, value in vars(config).items()
+        if isinstance(value, float) and "att" in name and "drop" in name
+    ]
+    # Layers may differ, so the modules are asked and not the configuration.
+    widths = [
+        width
+        for module in base.modules()
+        for name in ("head_dim", "qk_head_dim", "v_head_dim")
+        if isinstance(width := vars(module).get(name), int)
+    ]
+    if not widths and (heads := getattr(config, "num_attention_heads", 0)):
+        widths = [config.hidden_size // heads]
+    return AttentionFacts(
+        device=device_type or ("cpu" if weights == "meta" else weights),
+        before=config._attn_implementation or "eager",
+        supports_sdpa=bool(base._supports_sdpa),
+        takes_flex=bool(base._supports_flex_attn)
+        and any(part._can_set_attn_implementation() for part in parts)
+        # Such models cut the mask to the tokens whose logits are kept, which a block mask cannot
+        # be.
+        and not getattr(config, "num_kv_shared_layers", 0),
+        head_dim=min(widths, default=0),
+        dropout=max(dropout, default=0.0) if trains else 0.0,
+        trains=trains,
+        has_triton=importlib.util.find_spec("triton") is not None,
+        compiles=compiles,
+    )
+
+
+def _log_choice(
+    name: str, facts: AttentionFacts, chosen: AttentionChoice, taken: str, unsplit: str | None
+) -> None:
+    """Say what "auto" came to, and why."""
+    if taken == FLEX:
+        logger.info(
+            "Attention of %s over packed rows: flex_attention, compiled for each shape of the "
+            "rows, since it computes on %s.",
+            name,
+            facts.device,
+        )
+    elif chosen.reason is not None:
+        logger.warning(
+            "Attention of %s over packed rows: %s with a mask of the whole row, since %s.",
+            name,
+            taken,
+            chosen.reason,
+        )
+    elif SPLIT in chosen.candidates and unsplit is not None:
         logger.warning(
             "Attention of %s cannot be split, since %s: it gets a mask of the whole packed row, "
             "which takes more memory and time.",
-            type(base).__name__,
-            reason,
+            name,
+            unsplit,
         )
-    if chooses and before not in ("sdpa", SPLIT, taken):
+    if facts.before not in ("sdpa", SPLIT, FLEX, taken):
         logger.warning(
             "Attention of %s switched from %s to %s, which can express the packed mask.",
-            type(base).__name__,
-            before,
+            name,
+            facts.before,
             taken,
         )
-    return taken
 
 
 def _takes(base: PreTrainedModel, implementation: str, reasons: list[str]) -> bool:

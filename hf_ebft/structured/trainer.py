@@ -402,7 +402,7 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
     def _build_network(self, given: nn.Module | None) -> SequenceFeatureNetwork:
         args = self.args
 
-        def make(model: nn.Module, *, shared: bool) -> SequenceFeatureNetwork:
+        def make(model: nn.Module, *, shared: bool, device: object) -> SequenceFeatureNetwork:
             if not shared:
                 restore_forward(model)
             return SequenceFeatureNetwork(

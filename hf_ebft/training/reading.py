@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import nn
 from transformers import Trainer
 
 from hf_ebft.config import EBFTSettings
 from hf_ebft.packed.model_parts import end_of_text_id
+from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.rows.documents import EBFT_COLUMNS, DocumentReader
+from hf_ebft.rows.layout import PackedLayout
 
 
 class ReadingMixin(Trainer):
@@ -33,6 +36,22 @@ class ReadingMixin(Trainer):
             vocabulary_size=self._vocabulary_size,
             pad_to_multiple_of=self.ebft.pad_to_multiple_of,
             model_inputs=self._model_inputs,
+        )
+
+    def read_layout(self, inputs: Mapping[str, Any]) -> PackedLayout:
+        """Where the documents of a batch and their rollouts lie in the packed row.
+
+        Args:
+            inputs: the batch, on the policy's device.
+        """
+        settings, documents = self.ebft, self.document_reader.read(inputs)
+        blocks = find_blocks_for(
+            settings,
+            documents,
+            pad_to_multiple_of=max(1, settings.pad_to_multiple_of // settings.stride),
+        )
+        return PackedLayout(
+            documents, blocks, settings.n_samples_per_prompt, settings.generate_max_len
         )
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import hf_ebft.packed.block_masks
+from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.masks import CHUNKED, FULL, SLIDING, SPLIT, MaskRecipe
 from hf_ebft.packed.split_attention import split_attention
 from hf_ebft.rows.layout import PackedLayout, PackedPart
@@ -28,7 +29,7 @@ CASES = {
 }
 
 
-def recipe(implementation: str = "flex_attention") -> MaskRecipe:
+def recipe(implementation: str = FLEX) -> MaskRecipe:
     return MaskRecipe(
         implementation, KINDS, by_layer_type=True, window=WINDOW, chunk=5, dtype=torch.float32
     )
@@ -89,7 +90,7 @@ def test_block_mask_is_the_boolean_one(name: str, kind: str) -> None:
     wholly_seen = 0
     for part in parts(CASES[name].layout()).values():
         dense = recipe("sdpa").build(part.queries, part.keys)[kind][:, 0]
-        mask = recipe().masks_for(part)[kind]
+        mask = recipe().block_mask(kind, part)
         some, full = tiles_of(dense, 128)
         assert torch.equal(mask.to_dense()[:, 0].bool(), some)
         assert torch.equal(listed(mask.full_kv_num_blocks, mask.full_kv_indices), full)
@@ -117,7 +118,7 @@ def test_flex_attention_equals_split_attention(fed: str, name: str, kind: str) -
         torch.randn(rows, heads, length, 16, generator=generator)
         for heads, length in ((4, n_queries), (2, part.n_keys), (2, part.n_keys))
     )
-    mask = recipe().masks_for(part)[kind]
+    mask = recipe().block_mask(kind, part)
     found = flex_attention(query, key, value, block_mask=mask, scale=0.3, enable_gqa=True)
     expected = split_attention(query, key, value, recipe(SPLIT).plan(kind, part), 0.3)
     exists = part.queries.document >= 0
@@ -133,7 +134,7 @@ def test_equal_layouts_share_a_mask_and_others_do_not() -> None:
     def mask(case: Case, step: int | None = None) -> object:
         layout = case.layout()
         part = layout.row_part if step is None else layout.step_part(step)
-        return recipe().masks_for(part)[SLIDING]
+        return recipe().block_mask(SLIDING, part)
 
     other_tokens = ragged_batch(33, 21, 5, seed=2)
     assert mask(case) is mask(case) is mask(replace(case, batch=other_tokens))

@@ -8,8 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
+from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.packed.supported import gather_facts
 from tests.support.architectures import (
     LAYERS,
     LIMIT,
@@ -70,6 +73,17 @@ def test_lengths_between_document_and_row(model_type: str, attention: str) -> No
     if verdict is None:
         pytest.skip(f"{model_type} has no {attention} attention")
     assert verdict.outcome in ("exact", "limited"), verdict
+
+
+@pytest.mark.parametrize("model_type", ACCEPTED)
+def test_flex_attention_is_exact_where_it_is_taken(model_type: str) -> None:
+    """Traced as on a GPU, computed unfused."""
+    model = tiny_model(model_type, limit=AMPLE)
+    facts = gather_facts(bare_model(model), device_type="cpu", trains=False, compiles=False)
+    if facts.why_not_flex is not None:
+        pytest.skip(f"{model_type}: {facts.why_not_flex}")
+    torch._dynamo.reset()
+    assert judge(model, CASE, "flex_attention").outcome == "exact"
 
 
 @pytest.mark.parametrize("model_type", ACCEPTED)

@@ -9,9 +9,9 @@ import shutil
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoModelForCausalLM
 
+from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.masks import CHUNKED, FULL, SLIDING, MaskRecipe, _log_dense_mask
 from hf_ebft.packed.model_code import mask_functions
@@ -24,8 +24,6 @@ CASES = {
     "ragged": Case(ragged_batch(33, 21, 5), stride=6),
     "left padded": Case(ragged_batch(26, 19, left=True), stride=2, n_samples=3),
     "packed documents": Case(packed_documents([15, 9, 4], [20]), stride=4, context_length=1),
-    # Several blocks of 128, the unit in which a BlockMask skips.
-    "long": Case(ragged_batch(190, 60), stride=8, generate_max_len=6, n_samples=4),
 }
 
 
@@ -81,41 +79,7 @@ def test_additive_mask_is_the_boolean_one_in_the_model_s_dtype(dtype: torch.dtyp
         assert (additive[kind][~boolean[kind]] == torch.finfo(dtype).min).all()
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_block_mask_is_the_boolean_one(name: str, kind: str) -> None:
-    coordinates = CASES[name].layout().coordinates
-    dense = recipe("sdpa").build(coordinates, coordinates)[kind][:, 0]
-    mask = recipe("flex_attention").build(coordinates, coordinates)[kind]
-    assert isinstance(mask, BlockMask)
-    torch.testing.assert_close(evaluated(mask, *dense.shape), dense)
-    # Blocks that it skips hold nothing, blocks that it takes whole hold everything.
-    kept = _per_block(mask.kv_num_blocks, mask.kv_indices)
-    whole = _per_block(mask.full_kv_num_blocks, mask.full_kv_indices)
-    size = mask.BLOCK_SIZE[0]
-    for row, q, k in torch.cartesian_prod(*(torch.arange(n) for n in kept.shape)).tolist():
-        inside = dense[row, q * size : (q + 1) * size, k * size : (k + 1) * size]
-        assert bool(inside.any()) <= bool(kept[row, q, k] or whole[row, q, k])
-        assert bool(whole[row, q, k]) <= bool(inside.all())
-
-
-def evaluated(mask: BlockMask, rows: int, queries: int, keys: int) -> Tensor:
-    """(B, Q, C) bool: what the mask says of every pair."""
-    row, query, key = (
-        torch.arange(rows)[:, None, None],
-        torch.arange(queries)[None, :, None],
-        torch.arange(keys)[None, None, :],
-    )
-    return mask.mask_mod(row, torch.tensor(0), query, key)
-
-
-def _per_block(counts: Tensor, indices: Tensor) -> Tensor:
-    """(B, query blocks, key blocks) bool from a BlockMask's lists of key blocks."""
-    listed = torch.arange(indices.shape[-1]) < counts[:, 0, :, None]
-    return torch.zeros_like(listed).scatter(-1, indices[:, 0].long(), listed)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", FLEX])
 def test_mask_of_a_decoding_step_is_the_rows_and_columns_of_the_whole(implementation: str) -> None:
     layout = CASES["ragged"].layout()
     whole = layout.coordinates
@@ -124,9 +88,7 @@ def test_mask_of_a_decoding_step_is_the_rows_and_columns_of_the_whole(implementa
     for kind in KINDS:
         full = recipe("sdpa").build(whole, whole)[kind]
         step = recipe(implementation).build(whole.select(fed), whole.select(cached))[kind]
-        if isinstance(step, BlockMask):
-            step = evaluated(step, len(full), len(fed), len(cached))[:, None]
-        elif implementation == "eager":
+        if implementation == "eager":
             step = step == 0
         torch.testing.assert_close(step, full[:, :, fed][..., cached])
 
@@ -263,7 +225,7 @@ def test_compiled_flex_attention_equals_the_dense_mask(model_type: str) -> None:
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         torch._dynamo.reset()
         flex = PackedForward.for_model(model, "flex_attention")
-        assert flex.recipe.implementation == "flex_attention"
+        assert flex.recipe.implementation == FLEX
         with torch.no_grad():
             found = row_log_probs(model, flex, rollouts)
         torch.testing.assert_close(found[exists], expected[exists], atol=1e-5, rtol=0)

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.packed.deferred import TrainingPass
+from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.masks import CHUNKED, FULL, SLIDING, SPLIT, MaskRecipe
@@ -221,7 +222,7 @@ def test_features_do_not_wait(setting: Setting, chunk_size: int) -> None:
     assert not events
 
 
-@pytest.mark.parametrize("implementation", [SPLIT, "sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("implementation", [SPLIT, "sdpa", "eager", FLEX])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_masks_are_made_without_waiting(case: Case, implementation: str) -> None:
     layout = case.layout()

@@ -302,9 +302,6 @@ def test_a_model_with_split_attention_is_still_an_ordinary_model() -> None:
         ("split", "eager", SPLIT),
         ("auto", "eager", "eager"),
         ("auto", SPLIT, SPLIT),
-        ("dense", "sdpa", "sdpa"),
-        ("dense", SPLIT, "sdpa"),
-        ("dense", "eager", "eager"),
         ("sdpa", SPLIT, "sdpa"),
     ],
 )

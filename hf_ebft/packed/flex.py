@@ -1,0 +1,179 @@
+"""flex_attention over a packed row, as an attention function that transformers' models can take.
+
+transformers has one, too. This one is compiled once for each shape and never with dynamic shapes,
+which torch would try at the second shape and then give up on; and whatever is no pass over a packed
+row (plain rows, decoding steps) takes sdpa, which needs no compilation.
+
+Dimension letters: B rows of the batch, H heads of keys and values, r query heads to each of them,
+Q queries and C keys of a pass, E and F widths of a head (keys, values).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hf_ebft.packed.block_masks import TILE
+
+# The name by which transformers' models find it.
+FLEX = "ebft_flex"
+# Shapes, times gradient or none, times kinds of layers, that a callable is compiled for before
+# torch gives up and computes scores unfused, which takes all memory there is.
+COMPILED_AT_MOST = 64
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A function compiled anew for each shape, and never with dynamic shapes.
+
+    Args:
+        function: what to compile.
+        options: of `torch.compile`.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = COMPILED_AT_MOST
+    else:  # torch below 2.13
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, COMPILED_AT_MOST)
+    return torch.compile(function, dynamic=False, **options)
+
+
+@cache
+def _compiled_flex_attention(device_type: str) -> Callable[..., Any]:
+    """One for the process: networks of one shape share what was compiled.
+
+    On a CPU flex_attention is there to be compared with: it is traced as for a GPU, and computed
+    unfused.
+    """
+    return compiled(flex_attention, backend="aot_eager" if device_type == "cpu" else "inductor")
+
+
+@cache
+def _bounded(softcap: float) -> Callable[..., Tensor]:
+    """The scores' bound, `softcap * tanh(score / softcap)`, as flex_attention takes it."""
+
+    def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+def flex_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention through a block mask by flex_attention; through any other mask without it.
+
+    Args:
+        module: the layer's attention.
+        query: (B, H * r, Q, E).
+        key, value: (B, H, C, E), (B, H, C, F).
+        attention_mask: a block mask; or boolean (B, 1, Q, C); or None for a causal row.
+        dropout: on the weights, which flex_attention does not know.
+        scaling: multiplies the scores; default 1 / sqrt(E).
+        softcap: bound on the scores.
+        s_aux: (H * r,) sinks: a score of each head that takes its share of the softmax and has no
+            value.
+        kwargs: for sdpa.
+
+    Returns:
+        (B, Q, H * r, F), and None in place of weights.
+
+    Raises:
+        ValueError: dropout or a bias by position, through a block mask.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not isinstance(attention_mask, BlockMask):
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, **kwargs
+            )
+        return _attention(
+            module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux
+        )
+    unknown = [name for name in ("position_bias",) if kwargs.get(name) is not None]
+    if dropout > 0.0:
+        unknown.append("dropout")
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} uses {' and '.join(unknown)} in its attention, which "
+            "flex_attention does not know. Set packed_attention='sdpa'."
+        )
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": True, "block_mask": attention_mask}
+    if softcap is not None:
+        options["score_mod"] = _bounded(softcap)
+    if query.shape[2] < TILE and query.device.type != "cpu":
+        # Few queries would go to a kernel for decoding, which knows fewer shapes and types.
+        options["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
+    if s_aux is not None:
+        options["return_aux"] = AuxRequest(lse=True)
+    # Inside of a compiled layer it is compiled with the layer.
+    attend: Callable[..., Any] = flex_attention
+    if not torch.compiler.is_compiling():
+        attend = _compiled_flex_attention(query.device.type)
+    found = attend(query, key, value, **options)
+    if s_aux is not None:
+        output, aux = found
+        # What the sink takes: exp(lse) / (exp(lse) + exp(sink)) is left to the keys.
+        kept = torch.sigmoid(aux.lse - s_aux.float()[None, :, None])
+        found = (output * kept[..., None]).to(output.dtype)
+    return found.transpose(1, 2).contiguous(), None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, None]:
+    """Attention with a bound on the scores or with sinks, which sdpa lacks, scores written out.
+
+    Arguments and result: see `flex_attention_forward`.
+    """
+    batch, heads, n_queries, width = query.shape
+    n_keys = key.shape[2]
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    scores = (grouped @ key.transpose(2, 3)).view(batch, heads, n_queries, n_keys).float()
+    scores = scores * (width**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and n_queries > 1:
+        seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device)
+        mask = seen.tril(n_keys - n_queries)
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.float()[None, :, None, None].expand(batch, heads, n_queries, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(dim=-1)[..., :n_keys].to(value.dtype)
+    weights = nn.functional.dropout(weights, dropout, training=module.training)
+    by_group = weights.reshape(batch, key.shape[1], -1, n_keys) @ value
+    return by_group.view(batch, heads, n_queries, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(FLEX, flex_attention_forward)
+AttentionMaskInterface.register(FLEX, sdpa_mask)
