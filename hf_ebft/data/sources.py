@@ -1,11 +1,10 @@
-"""Raw text from where people keep it: text files, folders of them, JSON lines, parquet, the hub.
+"""Raw text from where people keep it: text files, folders of them, tables, the hub.
 
 Text files are read here; everything else through the `datasets` library, imported when needed.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_ebft.data.encodings import COMPRESSED, not_utf8, open_bytes, suffix_of
 from hf_ebft.data.unicode import fault_of, require_unicode
 
 logger = logging.getLogger(__name__)
@@ -22,9 +22,22 @@ TEXT_COLUMNS = ("text", "content", "code")
 PAIR_COLUMNS = ("prompt", "completion")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 # Suffix of a data file -> name of the loader in `datasets`.
-TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# What makes a folder a data set. Folders of source code often hold a .json or a .md as well.
-FOLDER_TABLE_SUFFIXES = (".jsonl", ".parquet")
+TABLE_SUFFIXES = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".ndjson")
+# All of these, and all of the text files, may be compressed: `.csv.gz`.
+LISTED_SUFFIXES = ", ".join((*TEXT_SUFFIXES, *TABLE_SUFFIXES)) + f" (also with {COMPRESSED})"
+# What makes a folder a data set. Folders of source code often hold a .json or a .md as well; a .csv
+# makes one only where there is no such code.
+FOLDER_TABLE_SUFFIXES = (*JSON_LINES, ".parquet")
+FOLDER_SUFFIXES = (*FOLDER_TABLE_SUFFIXES, *SEPARATORS)
 # The one split of what has no splits of its own; also the name that `datasets` gives it.
 ONLY_SPLIT = "train"
 
@@ -122,9 +135,9 @@ def load_text_dataset(
 
     Args:
         name_or_path: a `.txt`, `.md` or `.py` file (one document); a folder of such files, at
-            any depth (a document each, sorted by path); a `.jsonl`, `.json` or `.parquet`
-            file; a folder of `.jsonl` or `.parquet` files, or one that `Dataset.save_to_disk`
-            wrote; or a dataset's name on the hub.
+            any depth (a document each, sorted by path); a `.csv`, `.tsv`, `.jsonl`, `.ndjson`,
+            `.json` or `.parquet` file; a folder of tables, or one that `Dataset.save_to_disk`
+            wrote; or a dataset's name on the hub. Files may be compressed (`.csv.gz`).
         split: which split; `datasets` also takes slices such as `train[:10%]`. Text files have
             only `train`.
         config_name: configuration of a hub dataset that has several.
@@ -253,13 +266,13 @@ def hold_out(data: RawDataset, fraction: float) -> tuple[RawDataset, RawDataset]
 def _text_files(path: Path) -> list[Path]:
     """The text files at `path`, sorted; none if it is something else."""
     if path.is_file():
-        return [path] if path.suffix in TEXT_SUFFIXES else []
+        return [path] if suffix_of(path) in TEXT_SUFFIXES else []
     if not path.is_dir() or _is_saved_dataset(path):
         return []
-    text_files = [file for file in _files(path) if file.suffix in TEXT_SUFFIXES]
+    text_files = [file for file in _files(path) if suffix_of(file) in TEXT_SUFFIXES]
     if not _tables(path):
         return text_files
-    documents = [file for file in text_files if file.suffix != ".md"]  # no README
+    documents = _documents(text_files)
     if documents:
         raise ValueError(
             f"The folder {path} holds text files ({documents[0].name}, ...) and tables "
@@ -278,7 +291,16 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _tables(folder: Path) -> list[Path]:
-    return [file for file in _files(folder) if file.suffix in FOLDER_TABLE_SUFFIXES]
+    """The tables that make a folder a data set, if there are any."""
+    files = _files(folder)
+    beside_code = _documents([file for file in files if suffix_of(file) in TEXT_SUFFIXES])
+    wanted = FOLDER_TABLE_SUFFIXES if beside_code else FOLDER_SUFFIXES
+    return [file for file in files if suffix_of(file) in wanted]
+
+
+def _documents(text_files: Sequence[Path]) -> list[Path]:
+    """Text files that are more than a README."""
+    return [file for file in text_files if suffix_of(file) != ".md"]
 
 
 def _is_saved_dataset(folder: Path) -> bool:
@@ -288,64 +310,60 @@ def _is_saved_dataset(folder: Path) -> bool:
 def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
     records, undecodable, blank = [], [], []
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8-sig")  # without the mark that editors may write
-        except UnicodeDecodeError:
-            undecodable.append(file)
+        fault = not_utf8(file)
+        if fault is not None:
+            undecodable.append((file, fault))
             continue
+        with open_bytes(file) as stream:
+            text = stream.read().decode("utf-8-sig")  # without the mark that editors may write
+        # As Python reads text files.
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
         if text.strip():
             records.append({TEXT_COLUMNS[0]: text})
         else:
             blank.append(file)
     if undecodable and not records:
-        raise ValueError(f"No file of {name} is UTF-8 text; convert the encoding first.")
+        raise ValueError(undecodable[0][1])
     if not records:
         raise ValueError(f"{blank[0]} is empty: there is no text in it.")
-    for left_out, why in ((undecodable, "not UTF-8 text"), (blank, "empty")):
-        if left_out:
-            logger.warning(
-                "%d of %d files of %s are %s and were left out, %s first.",
-                len(left_out),
-                len(files),
-                name,
-                why,
-                left_out[0],
-            )
+    if undecodable:
+        logger.warning(
+            "%d of %d files of %s are not UTF-8 text and were left out. The first: %s",
+            len(undecodable),
+            len(files),
+            name,
+            undecodable[0][1],
+        )
+    if blank:
+        logger.warning(
+            "%d of %d files of %s are empty and were left out, %s first.",
+            len(blank),
+            len(files),
+            name,
+            blank[0],
+        )
     return records
 
 
 def _load_table(name_or_path: str, path: Path, split: str, config_name: str | None) -> Any:
     """A `datasets.Dataset` from a data file, a folder or the hub."""
-    looks_local = name_or_path.startswith((".", "/", "~")) or path.suffix in (
-        *TEXT_SUFFIXES,
-        *TABLE_SUFFIXES,
-    )
-    if not path.exists() and looks_local:
-        raise ValueError(f"There is no file or folder {name_or_path}.")
-    if path.is_file() and path.suffix not in TABLE_SUFFIXES:
-        raise ValueError(
-            f"{name_or_path} ends in {path.suffix!r}, which is not read; use one of "
-            f"{', '.join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))}, or a dataset's name on the hub."
-        )
-    if path.is_dir() and not _is_saved_dataset(path) and not _tables(path):
-        raise ValueError(
-            f"The folder {name_or_path} holds no file that is read from folders; these are: "
-            f"{', '.join((*TEXT_SUFFIXES, *FOLDER_TABLE_SUFFIXES))}."
-        )
-    if path.is_file() and _is_blank(path):
-        raise ValueError(f"{name_or_path} is empty.")
+    _refuse_unreadable(name_or_path, path)
     datasets = _import_datasets(name_or_path)
     try:
         if path.is_file():
             return datasets.load_dataset(
-                TABLE_SUFFIXES[path.suffix], data_files={ONLY_SPLIT: str(path)}, split=split
+                TABLE_SUFFIXES[suffix_of(path)],
+                data_files={ONLY_SPLIT: str(path)},
+                split=split,
+                **_csv_options([path], datasets),
             )
         if path.is_dir() and _is_saved_dataset(path):
             saved = datasets.load_from_disk(str(path))
             return saved[split] if isinstance(saved, dict) else saved
-        return datasets.load_dataset(
-            str(path) if path.is_dir() else name_or_path, config_name, split=split
-        )
+        if path.is_dir():
+            options = _csv_options(_tables(path), datasets)
+            return datasets.load_dataset(str(path), config_name, split=split, **options)
+        return datasets.load_dataset(name_or_path, config_name, split=split)
     except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{name_or_path} could not be loaded with split={split!r} and configuration "
@@ -353,28 +371,106 @@ def _load_table(name_or_path: str, path: Path, split: str, config_name: str | No
         ) from error
 
 
+def _refuse_unreadable(name_or_path: str, path: Path) -> None:
+    """Raise for files and folders that are not there, of no known kind, empty, or not UTF-8.
+
+    Raises:
+        ValueError: with what to name instead.
+    """
+    suffix = suffix_of(path)
+    looks_local = name_or_path.startswith((".", "/", "~")) or suffix in (
+        *TEXT_SUFFIXES,
+        *TABLE_SUFFIXES,
+    )
+    if not path.exists() and looks_local:
+        raise ValueError(f"There is no file or folder {name_or_path}.")
+    if path.is_file() and suffix not in TABLE_SUFFIXES:
+        raise ValueError(
+            f"{name_or_path} ends in {path.suffix!r}, which is not read; use one of "
+            f"{LISTED_SUFFIXES}, or a dataset's name on the hub."
+        )
+    if path.is_dir() and not _is_saved_dataset(path) and not _tables(path):
+        raise ValueError(
+            f"The folder {name_or_path} holds no file that is read from folders; these are: "
+            f"{', '.join((*TEXT_SUFFIXES, *FOLDER_SUFFIXES))}."
+        )
+    if path.is_file() and _is_blank(path):
+        raise ValueError(f"{name_or_path} is empty.")
+    tables = [path] if path.is_file() else []
+    if path.is_dir() and not _is_saved_dataset(path):
+        tables = _tables(path)
+    for table in tables:
+        fault = None if suffix_of(table) == ".parquet" else not_utf8(table)
+        if fault is not None:
+            raise ValueError(fault)
+
+
+def _csv_options(tables: Sequence[Path], datasets: Any) -> dict[str, Any]:
+    """How tables of text are read, so that every cell stays the text that it is.
+
+    pandas would make a number of `4` and a missing value of `NA` or `null`.
+
+    Raises:
+        ValueError: two of the files have other columns or another separator.
+    """
+    suffixes = {suffix_of(table) for table in tables}
+    if not suffixes & SEPARATORS.keys():
+        return {}
+    if len(suffixes) > 1:
+        raise ValueError(
+            f"its files are of several kinds ({', '.join(sorted(suffixes))}); put each kind into a "
+            "folder of its own."
+        )
+    separator = SEPARATORS[suffixes.pop()]
+    columns = _header(tables[0], separator)
+    for table in tables[1:]:
+        if (found := _header(table, separator)) != columns:
+            raise ValueError(
+                f"{table.name} has the columns {', '.join(found)}, {tables[0].name} has "
+                f"{', '.join(columns)}; give all files the same ones, or name one file."
+            )
+    features = datasets.Features({column: datasets.Value("string") for column in columns})
+    return {
+        "sep": separator,
+        "features": features,
+        "keep_default_na": False,
+        "encoding": "utf-8-sig",
+    }
+
+
+def _header(table: Path, separator: str) -> list[str]:
+    """The names in the first line of a .csv or .tsv, as pandas reads them."""
+    import pandas
+
+    with open_bytes(table) as stream:
+        return list(pandas.read_csv(stream, sep=separator, nrows=0, encoding="utf-8-sig").columns)
+
+
 def _is_blank(path: Path) -> bool:
     """Whether a file holds nothing but some space, or an empty list."""
-    return path.stat().st_size < 1024 and path.read_bytes().strip() in (b"", b"[]")
+    with open_bytes(path) as stream:
+        start = stream.read(1024)
+    return len(start) < 1024 and start.removeprefix(b"\xef\xbb\xbf").strip() in (b"", b"[]")
 
 
 def _json_fault(path: Path) -> str | None:
     """The first line of a file of JSON lines that cannot be read, and why; None if all can."""
-    if path.suffix != ".jsonl" or not path.is_file():
+    if suffix_of(path) not in JSON_LINES or not path.is_file():
         return None
-    # Bytes: a text would also be split at characters that JSON may hold as they are (U+2028).
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode())
-        except ValueError as error:
-            return f"line {number} is no JSON ({error})"
-        # Surrogates are found in the text that they are escaped in, however deep they lie.
-        fault = fault_of(json.dumps(record, ensure_ascii=False))
-        if fault is not None:
-            return f"line {number} {fault}"
+    with open_bytes(path) as stream:
+        # Bytes: a text would also be split at characters that JSON may hold as they are (U+2028).
+        for number, line in enumerate(stream, start=1):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+            except ValueError as error:
+                return f"line {number} is no JSON ({error})"
+            # Surrogates are found in the text that they are escaped in, however deep they lie.
+            fault = fault_of(json.dumps(record, ensure_ascii=False))
+            if fault is not None:
+                return f"line {number} {fault}"
     return None
 
 

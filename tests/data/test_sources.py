@@ -86,7 +86,7 @@ def test_files_that_are_no_utf8_are_left_out_with_a_warning(
         data = load_text_dataset(str(tmp_path))
     assert list(data.texts()) == ["good"]
     assert "1 of 2 files" in caplog.text and "bad.txt" in caplog.text
-    with pytest.raises(ValueError, match=r"No file of .*bad\.txt is UTF-8 text"):
+    with pytest.raises(ValueError, match=r"bad\.txt is not UTF-8 text: byte 0xFF at offset 0"):
         load_text_dataset(str(tmp_path / "bad.txt"))
 
 

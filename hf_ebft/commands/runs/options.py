@@ -40,7 +40,8 @@ class DataArguments:
     dataset_name_or_path: str = field(
         default=STDLIB + "topics",
         metadata={
-            "help": "A .txt, .md or .py file, a folder of them, a .jsonl, .json or .parquet file, "
+            "help": "A .txt, .md or .py file, a folder of them, a .csv, .tsv, .jsonl, .ndjson, "
+            ".json or .parquet file (or such a file with .gz), a folder of them, "
             "a dataset's name on the hub, 'stdlib:' and a domain of hf_ebft.data.stdlib_text "
             "(text that comes with Python), or 'stdlib-functions:' and such a domain (its "
             "functions: heads with bodies)."

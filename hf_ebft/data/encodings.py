@@ -1,0 +1,74 @@
+"""Bytes of files, compressed or not, and what is wrong where they are no UTF-8."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import shlex
+from pathlib import Path
+from typing import BinaryIO, cast
+
+COMPRESSED = ".gz"
+_CHUNK = 1 << 20
+# Of other encodings, as editors write them at the start of a file.
+_MARKS = ((codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
+
+
+def suffix_of(path: Path) -> str:
+    """What kind of file it is: `.csv` of `data.csv`, `data.csv.gz` and `DATA.CSV`."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix == COMPRESSED else suffix
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """The file's bytes, uncompressed."""
+    if path.suffix.lower() == COMPRESSED:
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+def not_utf8(path: Path) -> str | None:
+    """What is wrong with a file that is no UTF-8, in a sentence; None if it is.
+
+    The sentence names the file, the byte and its place, and how to convert the file.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read, newlines = 0, 0
+    try:
+        with open_bytes(path) as stream:
+            while True:
+                chunk = stream.read(_CHUNK)
+                pending = decoder.getstate()[0]  # bytes of a character that the chunks cut apart
+                try:
+                    decoder.decode(chunk, final=not chunk)
+                except UnicodeDecodeError as error:
+                    line = 1 + newlines + (pending + chunk)[: error.start].count(b"\n")
+                    bad = (pending + chunk)[error.start]
+                    return _sentence(path, bad, read - len(pending) + error.start, line)
+                if not chunk:
+                    return None
+                read += len(chunk)
+                newlines += chunk.count(b"\n")
+    except (gzip.BadGzipFile, EOFError) as error:
+        return f"{path} ends in {COMPRESSED} and cannot be uncompressed: {error}."
+
+
+def _sentence(path: Path, byte: int, offset: int, line: int) -> str:
+    with open_bytes(path) as stream:
+        start = stream.read(2)
+    utf16 = next((name for mark, name in _MARKS if start == mark), None)
+    encoding = utf16 or "LATIN1"
+    plain = path.with_suffix("") if path.suffix.lower() == COMPRESSED else path
+    target = plain.with_name(f"{plain.stem}.utf8{plain.suffix}")
+    named, written = shlex.quote(str(path)), shlex.quote(str(target))
+    convert = f"iconv -f {encoding} -t UTF-8"
+    command = f"gunzip -c {named} | {convert}" if plain != path else f"{convert} {named}"
+    seems = (
+        f"it begins as {utf16} does"
+        if utf16
+        else f"in Latin-1 it would be {bytes([byte]).decode('latin-1')!r}"
+    )
+    return (
+        f"{path} is not UTF-8 text: byte 0x{byte:02X} at offset {offset} (line {line}) is part of "
+        f"no character; {seems}. Convert it first: {command} > {written}"
+    )
