@@ -144,7 +144,7 @@ def continuations(
     model: Any, tokenizer: Any, cuts: Sequence[Cut], *, new_tokens: int, samples: int, seed: int
 ) -> tuple[list[str], list[list[str]]]:
     """What the model writes after each cut: greedily, and `samples` times at temperature 1."""
-    ids = torch.tensor([cut.context for cut in cuts])
+    ids = torch.tensor([cut.context for cut in cuts], device=model.device)
     options: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids),
         "max_new_tokens": new_tokens,
