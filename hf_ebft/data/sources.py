@@ -5,6 +5,8 @@ Text files are read here; everything else through the `datasets` library, import
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import os
@@ -439,11 +441,19 @@ def _csv_options(tables: Sequence[Path], datasets: Any) -> dict[str, Any]:
 
 
 def _header(table: Path, separator: str) -> list[str]:
-    """The names in the first line of a .csv or .tsv, as pandas reads them."""
-    import pandas
+    """The names in the first line of a .csv or .tsv; one without a name is called as by pandas.
 
+    Raises:
+        ValueError: two columns have one name.
+    """
     with open_bytes(table) as stream:
-        return list(pandas.read_csv(stream, sep=separator, nrows=0, encoding="utf-8-sig").columns)
+        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        names = next((row for row in csv.reader(lines, delimiter=separator) if row), [])
+    names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"the first line of {table.name} has {twice[0]!r} twice; rename one.")
+    return names
 
 
 def _is_blank(path: Path) -> bool:

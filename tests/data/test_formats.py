@@ -110,6 +110,19 @@ def test_a_table_of_a_header_alone_is_empty(tmp_path: Path) -> None:
         load_text_dataset(str(tmp_path / "a.csv"))
 
 
+def test_an_index_without_a_name_is_a_column_like_others(tmp_path: Path) -> None:
+    """As pandas writes one by default."""
+    (tmp_path / "a.csv").write_text(",text\n0,one\n")
+    assert load_table(str(tmp_path / "a.csv")).columns == ("Unnamed: 0", "text")
+    assert list(load_text_dataset(str(tmp_path / "a.csv")).texts()) == ["one"]
+
+
+def test_a_name_that_two_columns_have_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,text\none,two\n")
+    with pytest.raises(ValueError, match=r"first line of a\.csv has 'text' twice"):
+        load_text_dataset(str(tmp_path / "a.csv"))
+
+
 def test_a_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("n,text\n1,one\n2,two,three\n")
     with pytest.raises(ValueError, match="Expected 2 fields in line 3, saw 3"):
