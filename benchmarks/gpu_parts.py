@@ -48,6 +48,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from hf_ebft import EBFTConfig, EBFTTrainer
 from hf_ebft.data import tokenize_and_cut
 from hf_ebft.data.stdlib_text import load
+from hf_ebft.packed.log_probs import packed_log_probs
+from hf_ebft.packed.model_parts import bare_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = "torch triton transformers accelerate peft numpy pytest pytest-xdist datasets trl"
@@ -188,21 +190,22 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-SDPA, FLEX = {"packed_attention": "sdpa"}, {"packed_attention": "flex_attention"}
+SDPA, SPLIT = {"packed_attention": "sdpa"}, {"packed_attention": "split"}
 CHECKPOINTING = {"gradient_checkpointing": True}
+# `auto` is flex_attention on CUDA, and split attention on a CPU.
 STEPS = (
     Variant("auto, 1 document", 1),
     Variant("auto, 4 documents", 4),
+    Variant("auto, 8 documents, checkpointing", 8, CHECKPOINTING),
+    Variant("auto, 8 documents", 8),
+    Variant("auto, 4 documents, with ce", 4, {"ce_coef": 0.03}),
+)
+ATTENTION_STEPS = (
     Variant("sdpa, 1 document", 1, SDPA),
     Variant("sdpa, 4 documents", 4, SDPA),
-    Variant("auto, 8 documents", 8),
-    Variant("auto, 8 documents, checkpointing", 8, CHECKPOINTING),
     Variant("sdpa, 8 documents, checkpointing", 8, SDPA | CHECKPOINTING),
-)
-FLEX_STEPS = (
-    Variant("flex, 1 document", 1, FLEX),
-    Variant("flex, 4 documents", 4, FLEX),
-    Variant("flex, 8 documents, checkpointing", 8, FLEX | CHECKPOINTING),
+    Variant("split, 1 document", 1, SPLIT),
+    Variant("split, 4 documents", 4, SPLIT),
 )
 COMPILED: dict[str, Any] = {"torch_compile": True}
 COMPILED_STEPS = (
@@ -213,19 +216,16 @@ COMPILED_STEPS = (
 
 
 def part_steps(record: Record) -> None:
-    """Steps as they are without any compilation asked for; how many kernels one launches."""
+    """Steps as they are by default, the graphs that they made, the kernels that one launches."""
     measure_variants(record, STEPS)
-    for variant in (STEPS[0], STEPS[2]):
+    for variant in (STEPS[0], ATTENTION_STEPS[0]):
         with record.trying(variant.name, "launches"):
             record.note(variant.name, launches(record, variant), "launches")
 
 
-def part_flex(record: Record) -> None:
-    """Steps with flex_attention, and how many graphs they made."""
-    if record.dry_run:
-        record.note("left_out", "flex_attention has no backward pass on a CPU")
-        return
-    measure_variants(record, FLEX_STEPS)
+def part_attention(record: Record) -> None:
+    """Steps with the kinds of attention that need no compilation."""
+    measure_variants(record, ATTENTION_STEPS)
 
 
 def part_compiled(record: Record) -> None:
@@ -351,6 +351,57 @@ def free(device: torch.device) -> None:
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+# ---- Numerics -----------------------------------------------------------------------------------
+
+
+def part_numerics(record: Record) -> None:
+    """Log-probabilities of training against those of sampling, and features of equal rollouts.
+
+    Rounding may part them; a bias may not. In every group sample 1 is made to repeat sample 0.
+    """
+    for variant in (STEPS[0], ATTENTION_STEPS[0]):
+        with record.trying(variant.name):
+            record.note(variant.name, numerics_of(record, variant))
+        free(record.device)
+
+
+@torch.no_grad()
+def numerics_of(record: Record, variant: Variant) -> dict[str, Any]:
+    """The figures of one kind of attention."""
+    ours = our_step(record, variant)
+    trainer, settings = ours.trainer, ours.trainer.ebft
+    rollouts, sampled = trainer._sample_with_record(ours.prepared, batch(record, variant))
+    assert sampled is not None
+    scored = packed_log_probs(
+        ours.prepared,
+        trainer._forward,
+        rollouts,
+        temperature=settings.temperature,
+        with_document=False,
+        chunk_size=settings.log_prob_chunk_size,
+    )
+    gap = scored.rollout - sampled.log_probs
+    tokens = rollouts.tokens.clone()
+    tokens[:, 1] = tokens[:, 0]
+    scores = trainer.score_rollouts(rollouts.with_tokens(tokens))
+    # Of n - 1 others one is equal: whitened, the product of the two is a half.
+    diversity = scores.rewards.diversity[:, :2]
+    return {
+        "attention": bare_model(ours.policy).config._attn_implementation,
+        "log_probs": {
+            "mean_difference": float(gap.mean()),
+            "mean_absolute_difference": float(gap.abs().mean()),
+            "largest_difference": float(gap.abs().max()),
+        },
+        "diversity_of_equal_pairs": {
+            "expected": 1 / (settings.n_samples_per_prompt - 1),
+            "mean": float(diversity.mean()),
+            "least": float(diversity.min()),
+            "most": float(diversity.max()),
+        },
+    }
 
 
 # ---- Naive --------------------------------------------------------------------------------------
@@ -489,8 +540,9 @@ def steady_figures(record: Record, settings: Sequence[str]) -> dict[str, Any]:
 PARTS: dict[str, Callable[[Record], None]] = {
     "environment": part_environment,
     "steps": part_steps,
-    "flex": part_flex,
+    "attention": part_attention,
     "compiled": part_compiled,
+    "numerics": part_numerics,
     "naive": part_naive,
     "run": part_run,
     "steady": part_steady,

@@ -36,6 +36,7 @@ def test_a_part_gets_its_limit_or_what_is_left() -> None:
     part = gpu_check.Part("steps", 100, "")
     assert gpu_check.limit_of(part, 300) == 100
     assert gpu_check.limit_of(part, 40) == 40
+    assert gpu_check.limit_of(part, 300, dry_run=True) == 300
     assert gpu_check.limit_of(part, 5) is None
 
 
@@ -156,10 +157,22 @@ def test_a_step_is_measured_and_counted(tmp_path: Path) -> None:
     assert record.size.dtype == settings.torch.bfloat16
 
 
+def test_numerics_see_agreement_and_its_absence(tmp_path: Path) -> None:
+    """Sampling and training agree up to rounding, and equal rollouts have equal features."""
+    record = gpu_parts.Record(tmp_path / "part.json", dry_run=True)
+    found = gpu_parts.numerics_of(record, gpu_parts.ATTENTION_STEPS[0])
+    assert found["attention"] == "sdpa"
+    assert 0 < found["log_probs"]["mean_absolute_difference"] < 0.1
+    pairs = found["diversity_of_equal_pairs"]
+    assert pairs["expected"] == 0.5
+    assert pairs["least"] == pytest.approx(0.5, abs=1e-3)
+    assert pairs["most"] == pytest.approx(0.5, abs=1e-3)
+
+
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
     """Every part on the CPU."""
-    script = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--dry-run", "--budget", "900"]
+    script = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--dry-run", "--budget", "1500"]
     done = subprocess.run(
         [*script, "--out", str(tmp_path / "out")],
         env=os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)},
