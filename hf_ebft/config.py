@@ -28,7 +28,7 @@ DEFAULT_TOLERANCE = 1e-5
 # Rounding of a float64 Gram matrix leaves null singular values at up to about sqrt(n) * 1.5e-8 of
 # the largest: a smaller tolerance would invert noise.
 SMALLEST_TOLERANCE = 1e-6
-AdvantageEstimator = Literal["rloo", "group_norm", "reinforce"]
+AdvantageEstimator = Literal["rloo", "group_norm", "reinforce", "fitted"]
 ADVANTAGE_ESTIMATORS: tuple[AdvantageEstimator, ...] = get_args(AdvantageEstimator)
 KLEstimator = Literal["k1", "k2", "k3"]
 KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
@@ -137,7 +137,10 @@ class FeatureMatchingArguments:
     advantage_estimator: AdvantageEstimator = field(
         default="rloo",
         metadata={
-            "help": "'rloo': leave-one-out baseline. 'group_norm': z-score. 'reinforce': none."
+            "help": "'rloo': leave-one-out baseline. 'group_norm': z-score. 'reinforce': none. "
+            "'fitted': without whitening and for the last token's features, baselines and control "
+            "variates by token, from regressions on the feature network's states: the same "
+            "expected gradient as 'reinforce' with less noise (docs/estimators.md)."
         },
     )
     ce_coef: float = field(
@@ -456,6 +459,7 @@ class EBFTSettings(StridedArguments, FeatureMatchingArguments):
         """
         self.validate_strided()
         self.validate_feature_matching(self.n_samples_per_prompt, "n_samples_per_prompt")
+        self._validate_fitted()
         used = {
             name for name in ("rl_coef", "ce_coef", "kl_coef") if largest_weight(self, name) > 0
         }
@@ -468,6 +472,23 @@ class EBFTSettings(StridedArguments, FeatureMatchingArguments):
                 f"rl_coef={largest_weight(self, 'rl_coef')} weighs rewards that are all 0 with "
                 "alignment_coef=0 and diversity_coef=0; raise one of these, or set rl_coef=0 to "
                 "train without rewards."
+            )
+
+    def _validate_fitted(self) -> None:
+        """Refuse what the regressions of `advantage_estimator="fitted"` are not made for."""
+        if self.advantage_estimator != "fitted":
+            return
+        if self.use_whitening:
+            raise ValueError(
+                "advantage_estimator='fitted' predicts features as they are, and "
+                "use_whitening=True rewards whitened ones; set use_whitening=False (then the "
+                "reward is the gradient of the CFM loss), or advantage_estimator='rloo'."
+            )
+        if self.embed_method != "last_token":
+            raise ValueError(
+                "advantage_estimator='fitted' predicts the feature of a rollout's last token, and "
+                f"embed_method={self.embed_method!r} pools others; set embed_method='last_token', "
+                "or advantage_estimator='reinforce'."
             )
 
     def __post_init__(self) -> None:

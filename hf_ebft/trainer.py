@@ -23,7 +23,6 @@ from hf_ebft.objective.advantages import compute_advantages
 from hf_ebft.objective.losses import ebft_objective
 from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
-from hf_ebft.packed.deferred import TrainingPass
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.fsdp import SamplingGather
 from hf_ebft.packed.log_probs import packed_log_probs
@@ -32,6 +31,7 @@ from hf_ebft.packed.sampling import Rollouts, SamplingRecord, sample_with_record
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.training.ema import EMACallback
 from hf_ebft.training.evaluation import EvaluationMixin
+from hf_ebft.training.fitted_baseline import FittedBaseline
 from hf_ebft.training.metrics import sum_over_processes
 from hf_ebft.training.outputs import EBFTOutput, Scores
 from hf_ebft.training.preparation import check_arguments, fill_in_learning_rate, with_adapters
@@ -108,6 +108,9 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         self.add_callback(SameFeaturesCallback(lambda: self._fingerprint))
         if (every := self.ebft.log_pictures_steps) > 0:
             self.add_callback(PicturesCallback(self, every, stride=self.ebft.stride))
+        if self.ebft.advantage_estimator == "fitted":
+            self.fitted = FittedBaseline(self)
+            self.add_callback(self.fitted)
         if self.ebft.ema_decay is not None:
             self.averaging = EMACallback(self, self.ebft.ema_decay)
             self.add_callback(self.averaging)
@@ -147,7 +150,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             self.ebft,
             rollouts.layout,
             log_probs.rollout,
-            scores.advantages,
+            scores.by_token,
             document_log_probs=log_probs.document,
             reference_log_probs=scores.reference_log_probs,
             coefficients=self.coefficients,
@@ -202,16 +205,6 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         finally:
             self._keeps_record, self._record = False, None
 
-    @property
-    def _training_pass(self) -> TrainingPass:
-        return TrainingPass(
-            self._forward,
-            temperature=self.ebft.temperature,
-            with_document=self.coefficients.ce > 0,
-            chunk_size=self.ebft.log_prob_chunk_size,
-            training_chunk_size=self.ebft.training_chunk_size,
-        )
-
     def score_rollouts(self, rollouts: Rollouts) -> Scores:
         """Rewards and advantages of rollouts; override to train on others.
 
@@ -233,8 +226,12 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
                 with_document=False,
                 chunk_size=settings.log_prob_chunk_size,
             )
+        fitted = None if self.random_streams.evaluating else self.fitted
         with torch.no_grad(), self.accelerator.autocast():
-            features = self.feature_network.embed(rollouts, score)
+            if fitted:
+                features = fitted.embed(rollouts, score)
+            else:
+                features = self.feature_network.embed(rollouts, score)
         with torch.no_grad():
             rewards = rewards_from_settings(
                 settings,
@@ -242,7 +239,11 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
                 features.ground_truth,
                 corpus_whitening=self.corpus_whitening(),
             )
-            advantages = compute_advantages(rewards, settings.advantage_estimator)
+            if fitted:
+                by_token = fitted.score(self.model, self._forward, rollouts, features)
+                return Scores(rewards, by_token.mean(-1), features.reference_log_probs, by_token)
+            estimator = "reinforce" if self.fitted else settings.advantage_estimator
+            advantages = compute_advantages(rewards, estimator)
         return Scores(rewards, advantages, features.reference_log_probs)
 
     def corpus_whitening(self) -> CorpusWhitening | None:

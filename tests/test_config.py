@@ -186,7 +186,11 @@ def test_the_options_of_a_choice_are_all_accepted(tmp_path: Path) -> None:
         for option in get_args(hints[name]):
             if isinstance(option, str):
                 moves = name.endswith("_schedule") and option != "constant"
-                beside = {name.replace("_schedule", "_final"): 0.5} if moves else {}
+                beside: dict[str, Any] = {}
+                if moves:
+                    beside[name.replace("_schedule", "_final")] = 0.5
+                if option == "fitted":
+                    beside["use_whitening"] = False
                 assert getattr(config(tmp_path, **{name: option}, **beside), name) == option
 
 

@@ -26,11 +26,16 @@ from hf_ebft.objective.duplicates import first_equal_rollouts, with_equal_featur
 from hf_ebft.objective.features import normalize_layers, pool, token_positions
 from hf_ebft.packed.forward import PackedForward, evaluation_mode, states_in
 from hf_ebft.packed.fsdp import is_sharded
-from hf_ebft.packed.model_parts import backbone, decoder_layers
+from hf_ebft.packed.model_parts import backbone, decoder_layers, vocabulary_size
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.packed.targets import TokenLogProbs
+from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.chunks import block_chunks
+from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout, PackedPart
+
+# Tokens that are embedded at once, each as a document of its own.
+TABLE_ROWS = 1024
 
 
 class _TopLayerReached(Exception):
@@ -45,11 +50,14 @@ class FeaturePass:
         generated: (B, n, K, D) float32 embeddings of the rollouts.
         ground_truth: (B, K, D) float32 embeddings of the windows; zero for blocks not there.
         reference_log_probs: (B, n, K, G) float32 of the rollout tokens, or None.
+        states: (B, n, K, G, r) float32, features of the token before each rollout token in a given
+            basis, or None.
     """
 
     generated: Tensor
     ground_truth: Tensor
     reference_log_probs: Tensor | None
+    states: Tensor | None = None
 
 
 class FrozenNetwork:
@@ -246,18 +254,63 @@ class FeatureNetwork(FrozenNetwork):
             )
         return self._embed(rollouts, tuple(lengths), None)
 
+    def embed_with_states(
+        self,
+        rollouts: Rollouts,
+        basis: Tensor,
+        score: Callable[..., TokenLogProbs] | None = None,
+    ) -> FeaturePass:
+        """`embed` by the last token, and what the network knew before every rollout token.
+
+        Args:
+            rollouts, score: see `embed`.
+            basis: (F, r), on the network's device, in which the states are wanted.
+
+        Raises:
+            ValueError: as `embed`.
+        """
+        length, (width, rank) = rollouts.layout.length, basis.shape
+        pooling = _WithStates(length, basis)
+        found = self._embed(rollouts, (length,), score, pooling)[length]
+        generated, own = found.generated.split([width, length * rank], dim=-1)
+        ground_truth, before = found.ground_truth.split([width, length * rank], dim=-1)
+        first = before[:, None, :, None, :rank].expand(*generated.shape[:3], 1, rank)
+        states = torch.cat([first, own.unflatten(-1, (length, rank))[..., :-1, :]], dim=-2)
+        return FeaturePass(generated, ground_truth, found.reference_log_probs, states)
+
+    def token_features(self, size: int) -> Tensor:
+        """(size, F) float32: features of the tokens 0, 1, ... each on its own, without a context.
+
+        Zero for ids that the network does not know.
+        """
+        known = min(size, vocabulary_size(self.model))
+        ids = torch.arange(known, device=self.device)[:, None]
+        rows = []
+        for some in ids.split(TABLE_ROWS):
+            documents = Documents.from_inputs({"input_ids": some})
+            blocks = find_blocks(documents, stride=1, context_length=1, generate_max_len=1)
+            layout = PackedLayout(documents, blocks, n_samples=1, length=1)
+            alone = Rollouts(some.new_zeros(layout.rollout_shape), blocks.exists, layout)
+            first = torch.zeros_like(some)[..., None]
+            pooling = _Pooling("last_token", (1,))
+            with self._reading():
+                features, _ = self._pass(alone, layout.document_part, first, pooling, None)
+            rows.append(features[:, 0, 0])
+        return torch.cat([*rows, rows[0].new_zeros(size - known, rows[0].shape[1])])
+
     def _embed(
         self,
         rollouts: Rollouts,
         lengths: tuple[int, ...],
         score: Callable[..., TokenLogProbs] | None,
+        pooling: _Pooling | None = None,
     ) -> dict[int, FeaturePass]:
         self.forward.limits.check(rollouts.layout)
         device = self.device
         policy_device = rollouts.layout.documents.input_ids.device
         exists = rollouts.exists
         moved = Rollouts(rollouts.tokens.to(device), exists.to(device), rollouts.layout.to(device))
-        pooling = _Pooling(self.embed_method, lengths)
+        pooling = pooling or _Pooling(self.embed_method, lengths)
         chunks = self._chunks(moved.layout)
         with self._reading():
             if len(chunks) == 1:
@@ -410,3 +463,29 @@ class _Pooling:
         """(..., T, F) features of the kept tokens -> (..., J, D), one embedding for each length."""
         pooled = [pool(features[..., kept, :], self.embed_method) for kept in self.indices]
         return torch.stack(pooled, dim=-2)
+
+
+class _WithStates(_Pooling):
+    """The last token's feature, followed by all tokens' in a basis: J = 1, D = F + G * r.
+
+    Windows have the state at the end of their prefix in place of their tokens'.
+
+    Args:
+        length: G.
+        basis: (F, r).
+    """
+
+    def __init__(self, length: int, basis: Tensor) -> None:
+        super().__init__("last_token", (length,))
+        self.basis = basis
+        self.positions = [*range(length), length - 1]
+
+    def window_places(self, layout: PackedLayout) -> Tensor:
+        """(B, K, G + 1): G times the end of the prefix, then the window's last token."""
+        ends = layout.predictor[:, 0, :, :1].expand(-1, -1, layout.length)
+        return torch.cat([ends, layout.window[..., -1:]], dim=-1)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """(..., G + 1, F) -> (..., 1, F + G * r)."""
+        in_basis = (features[..., :-1, :] @ self.basis).flatten(-2)
+        return torch.cat([features[..., -1, :], in_basis], dim=-1)[..., None, :]

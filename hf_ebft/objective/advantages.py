@@ -32,6 +32,8 @@ def compute_advantages(rewards: Rewards, estimator: AdvantageEstimator = "rloo")
       scale depends on the group.
     - `reinforce`: reward_j itself.
 
+    (`fitted` has advantages by token and needs more than rewards: `hf_ebft.objective.fitted`.)
+
     Args:
         rewards: with fields (B, n, K).
         estimator: one of `ADVANTAGE_ESTIMATORS`.
@@ -52,6 +54,11 @@ def compute_advantages(rewards: Rewards, estimator: AdvantageEstimator = "rloo")
         n_rollouts = rewards.reward.shape[1]
         variance_B1K = centred_BnK.square().sum(dim=1, keepdim=True) / (n_rollouts - 1)
         return centred_BnK / (variance_B1K.sqrt() + GROUP_NORM_EPSILON)
+    if estimator == "fitted":
+        raise ValueError(
+            "advantage_estimator='fitted' needs more than rewards: see "
+            "hf_ebft.objective.fitted.fitted_advantages"
+        )
     raise ValueError(
         f"advantage_estimator={estimator!r} is unknown: "
         f"use one of {', '.join(map(repr, ADVANTAGE_ESTIMATORS))}"

@@ -54,7 +54,7 @@ def ebft_objective(
         settings: `kl_estimator`, and the coefficients where no others are given.
         layout: the batch.
         rollout_log_probs: (B, n, K, G) at the sampling temperature, with gradient.
-        advantages: (B, n, K), constants.
+        advantages: (B, n, K), or by token (B, n, K, G); constants.
         document_log_probs: (B, S) at temperature 1, with gradient; None leaves out L_ce.
         reference_log_probs: (B, n, K, G) of the reference policy; None leaves out L_kl.
         coefficients: those of the optimizer step. Default: of the first step.
@@ -97,9 +97,11 @@ def policy_gradient_loss(log_probs: Tensor, advantages: Tensor, layout: PackedLa
 
     Args:
         log_probs: (B, n, K, G), with gradient.
-        advantages: (B, n, K), constants.
+        advantages: (B, n, K), or by token (B, n, K, G); constants.
     """
-    return per_rollout_token_mean(-advantages.detach()[..., None] * log_probs, layout)
+    weights = advantages.detach()
+    weights = weights if weights.dim() == log_probs.dim() else weights[..., None]
+    return per_rollout_token_mean(-weights * log_probs, layout)
 
 
 def cross_entropy(document_log_probs: Tensor, documents: Documents) -> Tensor:

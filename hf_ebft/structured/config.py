@@ -92,6 +92,11 @@ class StructuredSettings(StructuredArguments, FeatureMatchingArguments):
                 "the initial policy by `beta`, with their own estimator. Set beta and leave these "
                 "unset."
             )
+        if self.advantage_estimator == "fitted":
+            raise ValueError(
+                "advantage_estimator='fitted' gives every token an advantage of its own, and "
+                "structured mode hands TRL one for each completion; use 'rloo' or 'group_norm'."
+            )
         if self.advantage_estimator == "reinforce":
             raise ValueError(
                 "advantage_estimator='reinforce' keeps the reward as it is, but TRL's trainers "

@@ -21,11 +21,18 @@ class Scores:
         advantages: (B, n, K).
         reference_log_probs: (B, n, K, G) of the rollout tokens under phi, at the sampling
             temperature; None without a KL penalty.
+        token_advantages: (B, n, K, G) where every token has its own; `advantages` are their means.
     """
 
     rewards: Rewards
     advantages: Tensor
     reference_log_probs: Tensor | None
+    token_advantages: Tensor | None = None
+
+    @property
+    def by_token(self) -> Tensor:
+        """What the loss takes: (B, n, K, G), or (B, n, K) where all tokens have the same."""
+        return self.advantages if self.token_advantages is None else self.token_advantages
 
 
 @dataclass(frozen=True)

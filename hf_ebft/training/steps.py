@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
 from hf_ebft.objective.schedules import Coefficients, coefficients_at
+from hf_ebft.packed.deferred import TrainingPass
+from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.rows.documents import Documents, split_rows
 from hf_ebft.training.ema import EMACallback
+from hf_ebft.training.fitted_baseline import FittedBaseline
 from hf_ebft.training.metrics import sum_over_processes
 from hf_ebft.training.preparation import refuse_frozen, refuse_no_batch
 from hf_ebft.training.random_streams import RolloutStreams
@@ -29,11 +32,14 @@ class StepsMixin(ReadingMixin):
         step_log: collects metrics.
         random_streams: start afresh with every run.
         averaging: of the weights; None if unused.
+        fitted: baselines that are fitted between steps; None if unused.
     """
 
     step_log: StepLog
     random_streams: RolloutStreams
+    _forward: PackedForward
     averaging: EMACallback | None = None
+    fitted: FittedBaseline | None = None
 
     # Trainer divides the loss by the accumulation steps; see share_of_step.
     loss_is_scaled_for_ga = False
@@ -49,9 +55,10 @@ class StepsMixin(ReadingMixin):
         refuse_no_batch(self.args, self.train_dataset)
         if self.model_init is None:
             refuse_frozen(self.model)
-        if self.averaging is not None:
-            unnamed = resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool)
-            self.averaging.resume_from = None if unnamed else str(resume_from_checkpoint)
+        unnamed = resume_from_checkpoint is None or isinstance(resume_from_checkpoint, bool)
+        for kept in (self.averaging, self.fitted):
+            if kept is not None:
+                kept.resume_from = None if unnamed else str(resume_from_checkpoint)
         self.step_log.restart()
         self.random_streams.restart()
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -66,6 +73,16 @@ class StepsMixin(ReadingMixin):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(float(self.document_reader.read(batch).count) for batch in batches)
         return batches, sum_over_processes(torch.tensor(count, device=device))
+
+    @property
+    def _training_pass(self) -> TrainingPass:
+        return TrainingPass(
+            self._forward,
+            temperature=self.ebft.temperature,
+            with_document=self.coefficients.ce > 0,
+            chunk_size=self.ebft.log_prob_chunk_size,
+            training_chunk_size=self.ebft.training_chunk_size,
+        )
 
     def share_of_step(
         self, documents: Documents, documents_of_step: Tensor | int | None

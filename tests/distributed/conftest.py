@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.distributed_runs import scheduled, trained
+from tests.support.distributed_runs import fitted, scheduled, trained
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +19,5 @@ def single(tmp_path_factory):
         "chunks": plain,
         "chunks_of_adapters": adapters,
         "scheduled": scheduled(folder, per_device_train_batch_size=4),
+        "fitted": fitted(folder, per_device_train_batch_size=4),
     }

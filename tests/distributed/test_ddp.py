@@ -22,7 +22,7 @@ def basics(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "run", ["plain", "adapters", "parts", "chunks", "chunks_of_adapters", "scheduled"]
+    "run", ["plain", "adapters", "parts", "chunks", "chunks_of_adapters", "scheduled", "fitted"]
 )
 def test_processes_agree_and_equal_one_process_with_the_whole_batch(basics, single, run):
     """Guards gradient synchronisation, PEFT included (a loss computed past the wrapped model left
@@ -63,7 +63,7 @@ def test_exception_on_one_process_ends_the_run_with_its_message(tmp_path):
 def test_resume_repeats_the_uninterrupted_run(tmp_path):
     ranks = results(STRIDED_WORKER, "resume", tmp_path, CONFIG)
     for rank in ranks:
-        for run in ("plain", "adapters"):
+        for run in ("plain", "adapters", "fitted"):
             whole, resumed = rank[run]["whole"], rank[run]["resumed"]
             assert_same_weights(whole["weights"], resumed["weights"], 0.0)
             for expected, sampled in zip(whole["sampled"][2:], resumed["sampled"], strict=True):

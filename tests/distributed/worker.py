@@ -17,10 +17,12 @@ from accelerate import PartialState
 
 from hf_ebft import EBFTTrainer
 from tests.support.distributed_runs import (
+    FITTED,
     CharacterTokenizer,
     averaged,
     documents,
     evaluated_first,
+    fitted,
     make_trainer,
     resumed,
     scheduled,
@@ -50,6 +52,7 @@ def basics(folder):
         "chunks": trained(folder / "chunks", training_chunk_size=8),
         "chunks_of_adapters": trained(folder / "ca", peft=True, training_chunk_size=8),
         "scheduled": scheduled(folder / "scheduled"),
+        "fitted": fitted(folder / "fitted"),
         "no_blocks": trained(folder / "no_blocks", data=documents((5, 6, 5, 6)), max_steps=1),
         "uneven": summary(uneven),
         "evaluated_first": evaluated_first(folder / "ef"),
@@ -62,6 +65,7 @@ def resume(folder):
     result = {
         "plain": resumed(folder / "plain"),
         "adapters": resumed(folder / "adapters", peft=True),
+        "fitted": resumed(folder / "fitted", **FITTED),
     }
     trainer = make_trainer(folder / "final", max_steps=1)
     trainer.train()

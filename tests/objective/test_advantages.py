@@ -248,12 +248,17 @@ def test_a_single_rollout_has_no_baseline() -> None:
         rloo_baseline(make_rewards(1))
 
 
+def test_an_estimator_by_token_is_not_made_of_rewards() -> None:
+    with pytest.raises(ValueError, match=r"'fitted' needs more than rewards"):
+        compute_advantages(make_rewards(4), "fitted")
+
+
 def test_unknown_estimator() -> None:
     with pytest.raises(ValueError, match=r"'gae' is unknown.*'rloo', 'group_norm', 'reinforce'"):
         compute_advantages(make_rewards(4), "gae")
 
 
-@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
+@pytest.mark.parametrize("estimator", [e for e in ADVANTAGE_ESTIMATORS if e != "fitted"])
 def test_no_blocks(estimator: str) -> None:
     rewards = feature_matching_rewards(torch.zeros(2, 4, 0, 8), torch.zeros(2, 0, 8))
     assert compute_advantages(rewards, estimator).shape == (2, 4, 0)

@@ -39,8 +39,10 @@ from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel
 from hf_ebft.config import AdvantageEstimator, EmbedMethod
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.advantages import compute_advantages
+from hf_ebft.objective.fitted import TokenKnowledge, fitted_advantages
 from hf_ebft.objective.losses import policy_gradient_loss
 from hf_ebft.objective.rewards import Rewards, feature_matching_rewards
+from hf_ebft.packed.expectations import expected_over_tokens
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.sampling import Rollouts
@@ -270,7 +272,9 @@ def expected_gradient(
     backward pass with every advantage times M times the probability of its sample gives it.
     """
     log_probs = library_log_probs(world, joint.rollouts, score_temperature or world.temperature)
-    weighted = len(joint.choice) * joint.probability[:, None] * advantages
+    probability = joint.probability[:, None]
+    probability = probability if advantages.dim() == 3 else probability[..., None]
+    weighted = len(joint.choice) * probability * advantages
     return flat_gradient(policy_gradient_loss(log_probs, weighted, joint.rollouts.layout), world)
 
 
@@ -347,6 +351,79 @@ def test_enumeration_covers_every_sample(world: World) -> None:
             joint.probability[rows].sum(dim=0)[: len(ends)],
             torch.ones(len(ends), dtype=torch.float64),
         )
+
+
+# ---- Regressions of tokens: whatever they say, the mean stays ------------------------------------
+
+
+def token_knowledge(world: World, rollouts: Rollouts, *, temperature: float) -> TokenKnowledge:
+    """States and tokens in a random basis of three directions."""
+    network = feature_network(world)
+    generator = torch.Generator().manual_seed(5)
+    table = network.token_features(VOCABULARY)
+    basis = torch.randn(table.shape[1], 3, generator=generator)
+    states = network.embed_with_states(rollouts, basis).states
+    assert states is not None
+    expected = expected_over_tokens(
+        world.policy,
+        PackedForward.for_model(world.policy),
+        rollouts,
+        table @ basis,
+        temperature=temperature,
+        top_p=1.0,
+        chunk_size=1000,
+    )
+    return TokenKnowledge(states, (table @ basis)[rollouts.tokens], expected)
+
+
+def advantages_by_token(
+    world: World, joint: Enumeration, knowledge: TokenKnowledge | None = None
+) -> Tensor:
+    """With coefficients that were fitted to nothing, and are as large as the features."""
+    embedded = feature_network(world).embed(joint.rollouts)
+    width = embedded.generated.shape[-1]
+    coefficients = 0.3 * torch.randn(LENGTH, 7, width, generator=torch.Generator().manual_seed(6))
+    return fitted_advantages(
+        embedded.generated,
+        embedded.ground_truth,
+        knowledge or token_knowledge(world, joint.rollouts, temperature=world.temperature),
+        coefficients,
+        alignment_coef=world.alignment_coef,
+        diversity_coef=world.diversity_coef,
+    )
+
+
+LAST_TOKEN_SETTINGS = {name: s for name, s in SETTINGS.items() if name != "concat"}
+
+
+@pytest.mark.parametrize("settings", LAST_TOKEN_SETTINGS.values(), ids=LAST_TOKEN_SETTINGS.keys())
+@pytest.mark.parametrize("n", [2, 3])
+def test_any_regression_of_tokens_leaves_the_expected_gradient(
+    world: World, n: int, settings: dict[str, Any]
+) -> None:
+    world = replace(world, **settings)
+    joint = enumerate_joint_samples(world, n)
+    advantages = advantages_by_token(world, joint)
+    plain = compute_advantages(library_rewards(world, joint.rollouts), "reinforce")
+    assert float((advantages - plain[..., None]).std()) > 0.3  # they do say something
+    expected = flat_gradient(objective(world), world)
+    result = LENGTH * expected_gradient(world, joint, advantages)
+    assert relative_error(result, expected) < TOLERANCE
+
+
+def test_expectations_of_another_policy_are_noticed(world: World) -> None:
+    joint = enumerate_joint_samples(world, 2)
+    wrong = token_knowledge(world, joint.rollouts, temperature=0.6)
+    result = LENGTH * expected_gradient(world, joint, advantages_by_token(world, joint, wrong))
+    assert relative_error(result, flat_gradient(objective(world), world)) > 0.03
+
+
+def test_a_baseline_that_knows_its_own_token_is_noticed(world: World) -> None:
+    joint = enumerate_joint_samples(world, 2)
+    right = token_knowledge(world, joint.rollouts, temperature=1.0)
+    wrong = replace(right, states=right.tokens)
+    result = LENGTH * expected_gradient(world, joint, advantages_by_token(world, joint, wrong))
+    assert relative_error(result, flat_gradient(objective(world), world)) > 0.03
 
 
 # ---- What would be wrong -------------------------------------------------------------------------

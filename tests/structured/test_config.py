@@ -39,6 +39,7 @@ def test_defaults_are_trls_but_for_scaled_rewards_and_the_optimizer(tmp_path):
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
         ({"remove_unused_columns": True}, "would drop the ground truth"),
         ({"advantage_estimator": "reinforce"}, "use 'rloo' or 'group_norm'"),
+        ({"advantage_estimator": "fitted"}, "gives every token an advantage of its own"),
         ({"kl_coef": 0.1}, "`beta`"),
         ({"kl_estimator": "k1"}, "`beta`"),
         ({"adaptive_max_tokens": "yes"}, "must be True or False"),

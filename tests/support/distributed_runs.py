@@ -179,6 +179,15 @@ def scheduled(folder, **settings):
     return trained(folder, **settings)
 
 
+# Advantages by token; whitened features are not what its regressions predict.
+FITTED = {"advantage_estimator": "fitted", "use_whitening": False}
+
+
+def fitted(folder, **settings):
+    """A run whose baselines are fitted between its steps."""
+    return trained(folder, **FITTED, **settings)
+
+
 def full_averages(trainer):
     """The averaged weights, whole, by name."""
     with trainer.averaging.applied():

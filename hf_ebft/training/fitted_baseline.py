@@ -1,0 +1,285 @@
+"""`advantage_estimator="fitted"`: regressions on the feature network's states, kept over a run.
+
+They are fitted between optimizer steps, to rollouts of the steps before, so that what they say of a
+rollout does not depend on it. All processes fit the same, and checkpoints hold what is needed to go
+on with the same.
+
+Dimension letters: B rows of the batch, n rollouts per block, K blocks, G tokens of a rollout, V
+vocabulary, D width of a feature, r of what the regressions read, F = 2 r + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_ebft.feature_network.network import FeatureNetwork, FeaturePass
+from hf_ebft.objective.fitted import Moments, TokenKnowledge, fitted_advantages
+from hf_ebft.packed.expectations import expected_over_tokens
+from hf_ebft.packed.forward import PackedForward
+from hf_ebft.packed.model_parts import vocabulary_size
+from hf_ebft.packed.sampling import Rollouts
+from hf_ebft.packed.targets import TokenLogProbs
+from hf_ebft.training.ema import checkpoint_folder
+from hf_ebft.training.metrics import sum_over_processes
+
+FILE = "fitted_baseline.safetensors"
+# Dimensions that the regressions read of states and of tokens: of 576, these keep 98 % of what all
+# of them explain (docs/estimators.md).
+RANK = 256
+# Weight of a step's rollouts after another step: the policy moves, about 100 steps count.
+DECAY = 0.99
+# Strengths of the penalty to choose from by token, in rollouts, and the one to begin with.
+STRENGTHS = (30.0, 300.0, 3000.0, 30000.0)
+FIRST_STRENGTH = 3
+# New regressions after a quarter more steps, or after this many.
+GROWTH, MOST_STEPS = 1.25, 25
+
+
+class FittedBaseline(TrainerCallback):
+    """Advantages of every token, and the regressions behind them.
+
+    Args:
+        trainer: an `EBFTTrainer`; gives the settings, phi and the policy.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.resume_from: str | None = None
+        self._restart()
+
+    def _restart(self) -> None:
+        self._steps = self._fitted_at = 0
+        self._basis: Tensor | None = None
+        self._table: Tensor | None = None
+        self._old: Moments | None = None
+        self._new: Moments | None = None
+        self._errors: Tensor | None = None
+        self.coefficients: Tensor | None = None
+
+    @property
+    def basis(self) -> Tensor:
+        """(D, r), orthonormal: the directions in which single tokens differ most."""
+        if self._basis is None:
+            self._basis = _from_main_process(self._principal_directions())
+        return self._basis
+
+    def _principal_directions(self) -> Tensor:
+        features = self._trainer.feature_network.token_features(
+            vocabulary_size(self._trainer.model)
+        )
+        centred = features - features.mean(dim=0)
+        wide = centred.cpu() if centred.device.type == "mps" else centred
+        _, vectors = torch.linalg.eigh(wide.double().T @ wide.double())  # ascending
+        return vectors[:, -RANK:].flip(1).float().to(features.device)
+
+    def _token_vectors(self, device: torch.device) -> Tensor:
+        """(V, r): features of single tokens in the basis."""
+        if self._table is None:
+            self._table = (
+                self._trainer.feature_network.token_features(vocabulary_size(self._trainer.model))
+                @ self.basis
+            )
+        if self._table.device != device:
+            self._table = self._table.to(device)
+        return self._table
+
+    def _token_features(self) -> Tensor:
+        size = vocabulary_size(self._trainer.model)
+        features: Tensor = self._trainer.feature_network.token_features(size)
+        return features
+
+    def embed(self, rollouts: Rollouts, score: Callable[..., TokenLogProbs] | None) -> FeaturePass:
+        """Features of rollouts and states in `basis`; see `FeatureNetwork.embed`."""
+        network: FeatureNetwork = self._trainer.feature_network
+        return network.embed_with_states(rollouts, self.basis, score)
+
+    def score(
+        self, model: nn.Module, forward: PackedForward, rollouts: Rollouts, features: FeaturePass
+    ) -> Tensor:
+        """Advantages (B, n, K, G), and rollouts kept for the next regressions.
+
+        Args:
+            model: the policy.
+            forward: how it runs packed rows.
+            rollouts: the batch and its sampled tokens.
+            features: of the rollouts, with states in `basis`.
+        """
+        assert features.states is not None, "embedded without a basis"
+        knowledge = self.knowledge(model, forward, rollouts, features.states)
+        self.learn(features.generated, knowledge, rollouts.exists)
+        return self.advantages(features, knowledge)
+
+    def knowledge(
+        self, model: nn.Module, forward: PackedForward, rollouts: Rollouts, states: Tensor
+    ) -> TokenKnowledge:
+        """What the regressions read of rollouts; arguments as of `score`."""
+        settings, table = self._trainer.ebft, self._token_vectors(rollouts.tokens.device)
+        with self._trainer.accelerator.autocast():
+            expected = expected_over_tokens(
+                model,
+                forward,
+                rollouts,
+                table,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                chunk_size=settings.log_prob_chunk_size,
+            )
+        return TokenKnowledge(states.float(), table[rollouts.tokens], expected)
+
+    def advantages(self, features: FeaturePass, knowledge: TokenKnowledge) -> Tensor:
+        """(B, n, K, G), from regressions that were fitted to earlier steps."""
+        return fitted_advantages(
+            features.generated,
+            features.ground_truth,
+            knowledge,
+            self.coefficients,
+            alignment_coef=self._trainer.ebft.alignment_coef,
+            diversity_coef=self._trainer.ebft.diversity_coef,
+        )
+
+    def learn(self, features: Tensor, knowledge: TokenKnowledge, exists: Tensor) -> None:
+        """Keep rollouts for the next regressions.
+
+        Args:
+            features: (B, n, K, D).
+            knowledge: of the same rollouts.
+            exists: (B, K), which blocks there are.
+        """
+        there = exists[:, None].expand(features.shape[:3])
+        regressors = knowledge.regressors(knowledge.tokens)[there]
+        if self._new is None:
+            _, length, width = regressors.shape
+            self._new = Moments.zeros(length, width, features.shape[-1], features.device)
+        self._new.add(regressors, features[there])
+
+    def fit(self) -> None:
+        """New regressions from everything learned so far: a collective call."""
+        if self._new is None:
+            return
+        new = self._reduced()
+        if self._errors is None:
+            shape = (len(STRENGTHS), len(new.gram))
+            self._errors = torch.zeros(shape, dtype=torch.float64, device=new.gram.device)
+        if self._old is None:
+            self._old = new
+            chosen = torch.full_like(self._errors[0], FIRST_STRENGTH, dtype=torch.long)
+        else:
+            # Each strength is judged on rollouts that its regressions have not seen.
+            weight = DECAY ** (self._steps - self._fitted_at)
+            trials = [self._old.solve(torch.full_like(self._errors[0], s)) for s in STRENGTHS]
+            found = torch.stack([new.error(trial) for trial in trials])
+            self._errors = weight * self._errors + found.double()
+            chosen = self._errors.argmin(dim=0)
+            self._old = self._old.plus(new, decay=weight)
+        strengths = torch.tensor(STRENGTHS, device=chosen.device)[chosen]
+        self.coefficients = _from_main_process(self._old.solve(strengths))
+        self._new = None
+        self._fitted_at = self._steps
+
+    def _reduced(self) -> Moments:
+        """What was learned since the last regressions, on all processes."""
+        assert self._new is not None
+        return Moments(*(sum_over_processes(part) for part in self._new.parts))
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Fit again every now and then, in all processes at the same steps."""
+        self._steps += 1
+        longest = self._fitted_at + MOST_STEPS
+        if self._steps >= min(max(self._fitted_at + 1, int(GROWTH * self._fitted_at)), longest):
+            self.fit()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Start afresh, or from the checkpoint that training resumes from.
+
+        Raises:
+            ValueError: a checkpoint that was saved without regressions.
+        """
+        self._restart()
+        if state.global_step > 0:
+            folder = self.resume_from or checkpoint_folder(args, state)
+            self._load(Path(folder, FILE), args.device)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Save regressions, and what the next ones are to be made of, into the checkpoint."""
+        if args.save_only_model:
+            return
+        tensors: dict[str, Tensor] = {"steps": torch.tensor([self._steps, self._fitted_at])}
+        if self._new is not None:
+            new = self._reduced()
+            tensors |= _named("new", new)
+            # All processes' together: the main one goes on with them, the others with nothing.
+            keeps = args.process_index == 0
+            self._new = new if keeps else Moments(*(torch.zeros_like(part) for part in new.parts))
+        if self._old is not None:
+            tensors |= _named("old", self._old)
+        kept = {"basis": self._basis, "errors": self._errors, "coefficients": self.coefficients}
+        tensors |= {name: value for name, value in kept.items() if value is not None}
+        if args.should_save:
+            folder = checkpoint_folder(args, state)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in tensors.items()}, folder / FILE)
+
+    def _load(self, path: Path, device: torch.device) -> None:
+        if not path.is_file():
+            raise ValueError(
+                "Training resumes with advantage_estimator='fitted', but there are no regressions "
+                f"at {path}: the checkpoint was saved with another estimator or with "
+                "save_only_model, or lies elsewhere. Name its path in "
+                "train(resume_from_checkpoint=...), or start a new run."
+            )
+        tensors = load_file(path)
+        self._steps, self._fitted_at = tensors["steps"].tolist()
+        on_device = {name: value.to(device) for name, value in tensors.items()}
+        self._old = _moments("old", on_device)
+        # The sum over processes must count these once.
+        main = torch.distributed.get_rank() == 0 if torch.distributed.is_initialized() else True
+        self._new = _moments("new", on_device)
+        if self._new is not None and not main:
+            self._new = Moments(*(torch.zeros_like(part) for part in self._new.parts))
+        self._errors = on_device.get("errors")
+        self.coefficients = on_device.get("coefficients")
+        basis = tensors.get("basis")
+        self._basis = None if basis is None else basis.to(self._trainer.feature_network.device)
+
+
+def _named(name: str, moments: Moments) -> dict[str, Tensor]:
+    parts = zip(("gram", "cross", "count"), moments.parts, strict=True)
+    return {f"{name}.{part}": value for part, value in parts}
+
+
+def _moments(name: str, tensors: dict[str, Tensor]) -> Moments | None:
+    if f"{name}.gram" not in tensors:
+        return None
+    return Moments(*(tensors[f"{name}.{part}"] for part in ("gram", "cross", "count")))
+
+
+def _from_main_process(tensor: Tensor) -> Tensor:
+    """The main process's, on every process: to the bit, which a solver on another one may miss."""
+    found: Tensor = broadcast(tensor.contiguous(), from_process=0)
+    return found
