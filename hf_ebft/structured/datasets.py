@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hf_ebft.data.special_tokens import added_bos
 from hf_ebft.structured.columns import WITHHELD_COLUMN, ground_truth_column
@@ -70,7 +70,8 @@ def prepare_dataset(
         column = ground_truth_column(columns, args.ground_truth_column)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    _refuse_columns(columns, name)
+    refuse_columns(columns, name)
+    _refuse_rows_without(dataset, column, name)
     wanted = wanted or (GROUND_TRUTH if column == WITHHELD_COLUMN else column)
     if column == wanted:
         return column, dataset
@@ -81,6 +82,29 @@ def prepare_dataset(
             "taken; remove one of the two columns."
         )
     return wanted, dataset.rename_column(column, wanted)
+
+
+def _refuse_rows_without(dataset: Any, column: str, name: str) -> None:
+    """Raise for rows without a prompt or a ground truth, before one of them is drawn.
+
+    Rows of a stream are not known yet.
+    """
+    if not isinstance(dataset, Sized):
+        return
+    for wanted in ("prompt", column):
+        missing = [
+            number
+            for number, value in enumerate(cast(Any, dataset)[wanted])
+            if not isinstance(value, (str, list)) or value == []
+        ]
+        if missing:
+            first = cast(Any, dataset)[missing[0]][wanted]
+            listed = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(
+                f"{name}: {len(missing)} of {len(dataset)} rows have no text and no messages in "
+                f"{wanted!r}: {listed} (row {missing[0]} has {first!r}). Fill them in, or take "
+                f"them out: dataset.filter(lambda row: row[{wanted!r}])."
+            )
 
 
 def prepare_evaluation(dataset: Any, args: EBFTGRPOConfig, column: str) -> Any:
@@ -214,7 +238,12 @@ def _columns(dataset: Any, name: str) -> list[str]:
     return list(first)
 
 
-def _refuse_columns(columns: Sequence[str], name: str) -> None:
+def refuse_columns(columns: Sequence[str], name: str) -> None:
+    """Refuse columns that stand for something elsewhere and would have no effect here.
+
+    Raises:
+        ValueError: the first of them, with the reason.
+    """
     for column in columns:
         if column in REFUSED_COLUMNS:
             raise ValueError(

@@ -182,7 +182,7 @@ def test_options_of_the_other_mode_are_refused(tmp_path: Path) -> None:
     [
         ({"text": "a"}, "has no column 'prompt', only 'text'"),
         ({"prompt": "a", "solution": "b"}, r"None of the columns \['prompt', 'solution'\]"),
-        ({"prompt": "a", "ground_truth": " "}, "Row 0: column 'ground_truth' holds ' '"),
+        ({"prompt": "a", "ground_truth": " "}, "4 of 4 rows have no prompt or no ground truth"),
     ],
 )
 def test_data_without_ground_truths_is_refused(

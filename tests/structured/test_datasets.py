@@ -67,6 +67,29 @@ def test_data_that_holds_no_rows_is_refused(tmp_path, data, message):
         build(tmp_path, data)
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("ground_truth", None), ("prompt", None)], ids=["truth", "prompt"]
+)
+def test_rows_without_one_of_the_two_are_found_before_training(tmp_path, column, value):
+    """They raised when they were drawn, which may be after hours."""
+    data = rows(9).to_list()
+    data[3][column] = data[8][column] = value
+    message = rf"train_dataset: 2 of 9 rows have no text .*'{column}': 3, 8 \(row 3 has None\)"
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, data)
+    with pytest.raises(ValueError, match="eval_dataset: 2 of 9 rows"):
+        build(tmp_path, rows(), evaluation=data)
+    kept = Dataset.from_list(data).filter(lambda row: row[column])
+    assert len(build(tmp_path, kept).train_dataset) == 7
+
+
+def test_empty_lists_of_messages_are_found_too(tmp_path):
+    chat = [{"role": "user", "content": "a"}]
+    data = [{"prompt": chat, "ground_truth": "b"}] * 4 + [{"prompt": [], "ground_truth": "b"}]
+    with pytest.raises(ValueError, match=r"1 of 5 rows .*'prompt': 4 \(row 4 has \[\]\)"):
+        build(tmp_path, data)
+
+
 def test_empty_evaluation_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"eval_dataset\['b'\] is empty"):
         build(tmp_path, rows(), evaluation={"a": rows(2), "b": []})
@@ -144,7 +167,10 @@ def test_tokenizer_with_bos_leaves_other_prompts_alone(tmp_path, kind):
 
 def test_missing_prompt_is_named_with_a_tokenizer_that_adds_bos(tmp_path):
     data = [{"prompt": prompt, "ground_truth": "a"} for prompt in ("b", None)]
-    trainer = build(tmp_path, data, tokens=with_bos())
+    with pytest.raises(ValueError, match=r"1 of 2 rows .*'prompt': 1 \(row 1 has None\)"):
+        build(tmp_path, data, tokens=with_bos())
+    stream = Dataset.from_list(data).to_iterable_dataset()  # whose rows are seen when drawn
+    trainer = build(tmp_path, stream, tokens=with_bos())
     with pytest.raises(ValueError, match="prompt with the ground truth 'a' is a NoneType"):
         trainer.train()
 
@@ -156,8 +182,9 @@ def test_empty_prompt_is_named_before_anything_is_sampled(tmp_path):
         trainer.train()
     chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": "a"}]] * 8})
     chats = chats.add_column("ground_truth", ["b"] * 8).to_list()
+    stream = Dataset.from_list([row | {"prompt": []} for row in chats]).to_iterable_dataset()
     with pytest.raises(ValueError, match="is an empty list"):
-        build(tmp_path, [row | {"prompt": []} for row in chats]).train()
+        build(tmp_path, stream).train()
 
 
 def test_lone_surrogate_in_a_stream_is_named(tmp_path):

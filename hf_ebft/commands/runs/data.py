@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from hf_ebft.data import (
     stdlib_text,
     transform_rows,
 )
+from hf_ebft.data.sources import TEXT_COLUMNS
 
+logger = logging.getLogger(__name__)
+
+# Chats as TRL and ShareGPT call them.
+CHAT_COLUMNS = ("messages", "conversations")
 # The data must not depend on --seed, or runs with different seeds could not be compared.
 DATA_SEED = 0
 
@@ -78,20 +84,44 @@ def load_split(name: str, split: str, data: DataArguments) -> Table:
 
 
 def transformed(table: Table, data: DataArguments) -> Table:
-    """The prompts and ground truths that the transform makes, or the table as it is."""
+    """The prompts and ground truths that the transform makes, or the table as it is.
+
+    Chats, which are neither text nor prompts yet, are made prompts with their last replies.
+    """
     settings = json.loads(data.transform_args or "{}")
-    if data.transform is None:
+    name = data.transform
+    if name is None:
         if settings:
             raise ValueError(f"transform_args={data.transform_args} needs a transform; name one.")
-        return table
-    if data.transform not in TRANSFORMS:
-        raise ValueError(
-            f"transform={data.transform!r} is unknown; choose one of {', '.join(TRANSFORMS)}."
+        chats = chat_column(table.columns) if data.text_column is None else None
+        if chats is None:
+            return table
+        if "tools" in table.columns:
+            raise ValueError(
+                f"{table.name} has chats in {chats!r} and their tools in 'tools', which would not "
+                "reach the prompt. Render both to 'prompt' and 'completion' texts, or take the "
+                "column out."
+            )
+        name, settings = "chat", {"messages_column": chats}
+        logger.info(
+            "%s: chats in %r. The last reply of each is its ground truth; for others: --transform "
+            'chat --transform_args \'{"turn": "first"}\'.',
+            table.name,
+            chats,
         )
+    if name not in TRANSFORMS:
+        raise ValueError(f"transform={name!r} is unknown; choose one of {', '.join(TRANSFORMS)}.")
     try:
         records = transform_rows(
-            table.records, TRANSFORMS[data.transform], bad_rows=data.bad_rows, **settings
+            table.records, TRANSFORMS[name], bad_rows=data.bad_rows, **settings
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{table.name}, transform {data.transform}: {error}") from error
+        raise ValueError(f"{table.name}, transform {name}: {error}") from error
     return Table(records, tuple(records[0]), table.name)
+
+
+def chat_column(columns: Sequence[str]) -> str | None:
+    """The column with chats, of a data set that has neither prompts nor text."""
+    if "prompt" in columns or any(name in columns for name in TEXT_COLUMNS):
+        return None
+    return next((name for name in CHAT_COLUMNS if name in columns), None)

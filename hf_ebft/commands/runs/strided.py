@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,19 +124,44 @@ def raw_text(table: Table, data: DataArguments, tokenizer: Any) -> RawDataset:
 
     Ground truths of structured mode are completions here, and chats are laid out as text.
     """
-    truths = [name for name in GROUND_TRUTHS if name in table.columns]
+    truths = [name for name in (COMPLETION, *GROUND_TRUTHS) if name in table.columns]
     if data.text_column is not None or "prompt" not in table.columns or not truths:
         return table.text(data.text_column)
-    if COMPLETION in table.columns:
-        truths = [COMPLETION]
+    if "tools" in table.columns:
+        raise ValueError(
+            f"{table.name} has a column 'tools', which would not reach the prompt. Render them "
+            "into the prompt, or take the column out."
+        )
     pairs = [
         {
-            "prompt": render_prompt(record["prompt"], tokenizer, f"The prompt of row {number}"),
-            COMPLETION: record[truths[0]],
+            "prompt": render_prompt(record["prompt"] or "", tokenizer, f"The prompt of row {n}"),
+            COMPLETION: reply_of(record[truths[0]], f"{table.name}, row {n}, {truths[0]!r},"),
         }
-        for number, record in enumerate(table.records)
+        for n, record in enumerate(table.records)
     ]
     return RawDataset(pairs, ("prompt", COMPLETION), table.name)
+
+
+def reply_of(completion: Any, where: str) -> Any:
+    """The text of a completion that is one message of the assistant, as TRL's data has it.
+
+    Raises:
+        ValueError: several messages, or one of somebody else.
+    """
+    if not isinstance(completion, list):
+        return completion
+    replies = [
+        message["content"]
+        for message in completion
+        if isinstance(message, Mapping) and message.get("role") == "assistant"
+    ]
+    if len(completion) != 1 or len(replies) != 1:
+        raise ValueError(
+            f"{where} holds {len(completion)} messages, {len(replies)} of them by the assistant; "
+            "strided mode takes one reply a row. Use --mode structured for a rest of a chat, or "
+            "give the whole chat in 'messages' (--transform chat)."
+        )
+    return replies[0]
 
 
 def tokenize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from hf_ebft.commands.runs.options import (
     ModelArguments,
     ReportArguments,
 )
-from hf_ebft.data import BadRowError, RawDataset, Table, transform_rows
+from hf_ebft.data import RawDataset, Table
 from hf_ebft.evaluation import PairedDifference, format_table, paired_bootstrap
 from hf_ebft.structured import EBFTGRPOConfig, EBFTGRPOTrainer, VLLMRollouts
 from hf_ebft.structured.columns import ground_truth_column
+from hf_ebft.structured.datasets import refuse_columns
 from hf_ebft.structured.multi_turn import MultiTurnRollouts, generate_on_server
 from hf_ebft.watching.console import use_compact_progress
+
+logger = logging.getLogger(__name__)
 
 GROUND_TRUTH = "ground_truth"
 # Says whether the thinking of reasoning models is embedded; the transforms make it.
@@ -137,28 +141,53 @@ def read_prompts(table: Table, data: DataArguments, args: EBFTGRPOConfig) -> Raw
         truth = ground_truth_column(table.columns, args.ground_truth_column)
     except ValueError as error:
         raise ValueError(f"{table.name}: {error}") from error
+    refuse_columns(table.columns, table.name)  # or they would be taken out, and not be missed
     kept = [name for name in ("prompt", truth, EMBED_THINKING) if name in table.columns]
     records = table.take(tuple(kept)).records
     if not isinstance(records, datasets.Dataset):
         records = datasets.Dataset.from_list(records)
     if truth != GROUND_TRUTH:
         records = records.rename_column(truth, GROUND_TRUTH)
-    records = transform_rows(records, not_blank, bad_rows=data.bad_rows)
+    records = without_blanks(records, table.name, skip=data.bad_rows == "skip")
     args.ground_truth_column = None  # it has the usual name now
     return RawDataset(records, tuple(records.column_names), table.name)
 
 
-def not_blank(row: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """The row as it is.
+def without_blanks(records: datasets.Dataset, name: str, *, skip: bool) -> datasets.Dataset:
+    """The rows that have a prompt and a ground truth.
+
+    Args:
+        records: all of them.
+        name: of the data set, for messages.
+        skip: leave the others out, with a warning that counts them.
 
     Raises:
-        BadRowError: no prompt or no ground truth.
+        ValueError: there are others, and they are not to be left out, or there are no rows but
+            these.
     """
-    for name in ("prompt", GROUND_TRUTH):
-        value = row[name]
-        if not (value.strip() if isinstance(value, str) else value):
-            raise BadRowError(f"Row {index}: column {name!r} holds {value!r}.")
-    return dict(row)
+    columns = ("prompt", GROUND_TRUTH)
+    blank = {
+        number: column
+        for column in reversed(columns)
+        for number, value in enumerate(records[column])
+        if not (value.strip() if isinstance(value, str) else value)
+    }
+    if not blank:
+        return records
+    rows = sorted(blank)
+    listed = ", ".join(f"{number} ({blank[number]!r})" for number in rows[:5])
+    counted = (
+        f"{name}: {len(rows)} of {len(records)} rows have no prompt or no ground truth: "
+        f"{listed}{', ...' if len(rows) > 5 else ''}"
+    )
+    if not skip or len(rows) == len(records):
+        raise ValueError(
+            f"{counted}. Fill them in, or leave such rows out by --bad_rows skip."
+            if len(rows) < len(records)
+            else f"{counted}. There is nothing to learn from."
+        )
+    logger.warning("%s. They are left out.", counted)
+    return records.select([number for number in range(len(records)) if number not in blank])
 
 
 def rollouts_for(prompts: datasets.Dataset, args: EBFTGRPOConfig) -> Callable[..., Any] | None:
