@@ -50,6 +50,7 @@ from hf_ebft.structured.vllm.trainer import StalenessCorrection
 from hf_ebft.training.before_training import BeforeTrainingMixin
 from hf_ebft.training.metrics import MetricAccumulator, Ratio
 from hf_ebft.training.preparation import fill_in_learning_rate, refuse_unsupported_parallelism
+from hf_ebft.training.quantized import keep_gradients
 from hf_ebft.training.same_features import SameFeaturesCallback
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
                 rollout_func=rollout_func,
                 **kwargs,
             )
+        keep_gradients(self.model)
         fill_in_learning_rate(args, self.model)
         self.train_dataset = with_one_bos(self.train_dataset, self.processing_class)
         self.eval_dataset = with_one_bos(self.eval_dataset, self.processing_class)

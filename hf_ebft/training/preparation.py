@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_ebft.config import EBFTConfig, EBFTSettings, OptimizerDefaults
+from hf_ebft.training.quantized import keep_gradients
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -52,7 +53,9 @@ def check_arguments(
 
 
 def with_adapters(model: nn.Module | None, peft_config: PeftConfig | None) -> nn.Module | None:
-    """The model wrapped by PEFT if a configuration is given."""
+    """The model wrapped by PEFT if a configuration is given; 4-bit weights keep their gradients."""
+    if model is not None:
+        keep_gradients(model)
     if peft_config is None:
         return model
     from peft import PeftModel, get_peft_model
