@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_ebft.conversion.axolotl_keys import (
+    ADAPTERS,
     EBFT_SAME,
     EBFT_STRIDED,
     EBFT_STRUCTURED,
@@ -125,7 +126,7 @@ def _leave_unused_lora(result: Conversion) -> None:
     if result.options.get("use_peft"):
         return
     for key, option in list(result.carried.items()):
-        if option.startswith("lora_"):
+        if option.startswith("lora_") or option in ADAPTERS.values():
             result.options.pop(option, None)
             del result.carried[key]
             result.leave(key, "without adapter: lora all weights are trained")
@@ -154,8 +155,10 @@ def _top(result: Conversion, key: str, value: Any, config: Mapping[str, Any], mo
         result.leave(key, f"{SAME[key]} is said by another key already")
     elif key in SAME:
         result.carry(key, SAME[key], value)
-    elif key in NO_PLACE and value is False:
+    elif (key in NO_PLACE or key in ADAPTERS) and value is False:
         result.leave(key, "false is the default")
+    elif key in ADAPTERS:
+        result.carry(key, ADAPTERS[key], value)
     elif key in NO_PLACE:
         result.leave(key, NO_PLACE[key])
     elif key == "sequence_len":
@@ -168,10 +171,10 @@ def _top(result: Conversion, key: str, value: Any, config: Mapping[str, Any], mo
     elif key == "val_set_size":
         _val_set_size(result, value)
     elif key == "adapter":
-        if value == "lora":
+        if value in ("lora", "qlora"):
             result.carry(key, "use_peft", True)
         else:
-            result.leave(key, f"{value} is not supported from the command line, lora is")
+            result.leave(key, f"{value} is not supported from the command line, lora and qlora are")
     elif key == "lora_target_linear":
         if value:
             result.carry(key, "lora_target_modules", ["all-linear"])

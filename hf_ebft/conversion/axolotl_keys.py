@@ -51,6 +51,15 @@ SAME: dict[str, str] = {
     "dataloader_drop_last": "dataloader_drop_last",
     "ddp_timeout": "ddp_timeout",
 }
+#: Keys of adapters -> options; false is the default of all.
+ADAPTERS: dict[str, str] = {
+    "load_in_8bit": "load_in_8bit",
+    "load_in_4bit": "load_in_4bit",
+    "lora_modules_to_save": "lora_modules_to_save",
+    "lora_target_parameters": "lora_target_parameters",
+    "peft_use_rslora": "use_rslora",
+    "peft_use_dora": "use_dora",
+}
 #: Keys of `ebft` that both modes have.
 EBFT_SAME = (
     "feature_layers",
@@ -204,6 +213,4 @@ NO_PLACE: dict[str, str] = {
     "sample_packing": "packing is `pack: true`, for strided mode on text",
     "dataset_prepared_path": "datasets caches what it has prepared by itself",
     "wandb_entity": "set the environment variable WANDB_ENTITY",
-    "load_in_8bit": "quantized policies are loaded in a script, not from the command line",
-    "load_in_4bit": "quantized policies are loaded in a script, not from the command line",
 }

@@ -264,6 +264,17 @@ def test_two_processes_under_accelerate_launch(
     assert len(tags(output)["train/ebft/cfm_loss"]) == 2
 
 
+@pytest.mark.parametrize("card_samples", [0, 1])
+def test_the_card_quotes_text_only_where_it_may(
+    tmp_path: Path, model_folder: str, text_file: str, card_samples: int
+) -> None:
+    output = tmp_path / "out"
+    run = options(model_folder, text_file, output, report_rows=0, max_steps=1)
+    main(argv(run | {"card_samples": card_samples}))
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^truth    ", card, flags=re.MULTILINE)) == card_samples
+
+
 class FullDisk(OSError):
     """No space left."""
 
@@ -484,6 +495,7 @@ def test_no_options_mean_the_demo() -> None:
         (["--use_peft", "--gguf_file=a.gguf"], "a.gguf.* add lora_merge"),
         (["--report_rows=-1"], "report_rows=-1 must be at least 0"),
         (["--report_sample_len=0"], "report_sample_len=0 must be at least 1"),
+        (["--card_samples=-1"], "card_samples=-1 must be at least 0"),
     ],
 )
 def test_combinations_that_fail_late_are_refused_early(arguments: list[str], message: str) -> None:

@@ -87,6 +87,15 @@ def test_what_is_written_can_be_run(path: Path, tmp_path: Path) -> None:
         assert values["num_generations"] == 4 and values["epsilon"] == 0.2
 
 
+def test_qlora_is_carried_over() -> None:
+    config = {"adapter": "qlora", "load_in_4bit": True, "load_in_8bit": False, "lora_r": 8}
+    config |= {"peft_use_rslora": True, "peft_use_dora": True, "lora_modules_to_save": ["lm_head"]}
+    options = convert_axolotl({"rl": "ebft", **config}).options
+    expected = {"use_peft": True, "load_in_4bit": True, "lora_r": 8, "use_rslora": True}
+    expected |= {"use_dora": True, "lora_modules_to_save": ["lm_head"]}
+    assert expected.items() <= options.items() and "load_in_8bit" not in options
+
+
 def test_a_structured_run() -> None:
     conversion = convert_axolotl(load("llama-1b-ebft-opencode"))
     options = conversion.options
@@ -168,7 +177,8 @@ def test_adapters_over_files() -> None:
         ({"datasets": [{"path": "a"}, {"path": "b"}]}, "datasets[1]", "one data set is read"),
         ({"datasets": [{"path": "a", "shards": 3}]}, "datasets[0].shards", "no such option"),
         ({"datasets": []}, "datasets", "no list of data sets"),
-        ({"adapter": "qlora"}, "adapter", "qlora is not supported"),
+        ({"adapter": "llama-adapter"}, "adapter", "llama-adapter is not supported"),
+        ({"load_in_4bit": True}, "load_in_4bit", "without adapter: lora"),
         ({"lora_target_linear": False}, "lora_target_linear", "lora_target_modules"),
         ({"val_set_size": 500}, "val_set_size", "share of at most 0.5"),
         ({"warmup_steps": 1, "warmup_ratio": 0.1}, "warmup_ratio", "said by another key"),

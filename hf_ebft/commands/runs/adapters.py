@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import importlib.util
+import logging
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers import BitsAndBytesConfig, TrainingArguments
 
 from hf_ebft.commands.runs.options import LoraArguments
 
@@ -14,20 +20,106 @@ from hf_ebft.commands.runs.options import LoraArguments
 NAME = re.compile(r"[\w.-]+")
 
 
+def check_adapters(lora: LoraArguments) -> None:
+    """Refuse options of adapters that would fail late, or that nothing would read.
+
+    Raises:
+        ValueError: naming the option, and what to write instead.
+    """
+    if lora.lora_merge and not lora.use_peft:
+        raise ValueError("lora_merge=True has nothing to merge; add use_peft, or drop lora_merge.")
+    if lora.quantizes and not lora.use_peft:
+        raise ValueError(
+            "Weights in 4 or 8 bits cannot be trained, only adapters on them: add use_peft, or "
+            "drop load_in_4bit and load_in_8bit to train all weights."
+        )
+    if lora.load_in_4bit and lora.load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit are both set; keep one of the two.")
+    if lora.quantizes and lora.lora_merge:
+        raise ValueError(
+            "lora_merge=True would round the adapters to the few bits of the weights. Drop it, "
+            "load the saved adapters onto the model in full precision, and merge there."
+        )
+    defaults = LoraArguments()
+    for field in dataclasses.fields(lora):
+        name, value = field.name, getattr(lora, field.name)
+        if value == getattr(defaults, name):
+            continue
+        if not lora.use_peft:
+            raise ValueError(
+                f"{name}={value!r} would have no effect without adapters: add use_peft, or drop "
+                f"{name} to train all weights."
+            )
+        if "bnb" in name and not lora.load_in_4bit:
+            raise ValueError(
+                f"{name}={value!r} would have no effect without load_in_4bit: add that, or drop "
+                f"{name}."
+            )
+
+
 def lora_config(lora: LoraArguments, model: Any) -> LoraConfig | None:
     """What PEFT is to wrap the model with, if anything.
 
     Raises:
-        ValueError: a name or a regular expression that matches no module of the model.
+        ValueError: a name or a regular expression that matches nothing of the model.
     """
     if not lora.use_peft:
         return None
+    for name in lora.lora_modules_to_save or []:
+        _require_match("lora_modules_to_save", name, [name for name, _ in model.named_modules()])
+    for name in lora.lora_target_parameters or []:
+        parameters = [name for name, _ in model.named_parameters()]
+        _require_match("lora_target_parameters", name, parameters)
+    modules = lora.lora_target_modules
+    if modules == ["none"] and not lora.lora_target_parameters:
+        raise ValueError(
+            "lora_target_modules=none leaves nothing to adapt; name lora_target_parameters, or "
+            "modules."
+        )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules=target_modules(lora.lora_target_modules, model),
+        target_modules=[] if modules == ["none"] else target_modules(modules, model),
+        target_parameters=lora.lora_target_parameters,
+        modules_to_save=lora.lora_modules_to_save,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+
+
+def quantization(lora: LoraArguments, args: TrainingArguments, dtype: torch.dtype) -> Any:
+    """How bitsandbytes is to load the model, as `from_pretrained` takes it.
+
+    Args:
+        lora: with `load_in_4bit` or `load_in_8bit`.
+        args: bf16 or fp16 of the training.
+        dtype: of the weights that stay as they are.
+
+    Returns:
+        A `BitsAndBytesConfig`. Products of 4-bit weights are computed in the precision of the
+        training: the type of `bf16` or `fp16` where one is set, else `dtype`.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            "load_in_4bit and load_in_8bit need bitsandbytes: pip install 'hf_ebft[quantization]'."
+        )
+    if lora.load_in_8bit:
+        # It says at every product that int8 is computed in float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=(
+            torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
+        ),
+        bnb_4bit_quant_type=lora.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=lora.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=lora.bnb_4bit_quant_storage,
     )
 
 
@@ -55,6 +147,17 @@ def target_modules(modules: list[str], model: Any) -> str | list[str]:
         if not any(f".{name}".endswith(f".{wanted}") for name in full_names):
             raise ValueError(_matches_nothing(wanted, "name", model))
     return modules
+
+
+def _require_match(option: str, wanted: str, full_names: Iterable[str]) -> None:
+    """Raise if a name is neither one of the full names nor the end of one."""
+    names = list(full_names)
+    if any(f".{name}".endswith(f".{wanted}") for name in names):
+        return
+    ends = sorted({name.rpartition(".")[2] for name in names if name})
+    near = difflib.get_close_matches(wanted.rpartition(".")[2], ends, n=3)
+    hint = f" Near it are {', '.join(near)}." if near else f" There are {', '.join(ends)}."
+    raise ValueError(f"{option}: {wanted!r} matches nothing of the model.{hint}")
 
 
 def _matches_nothing(wanted: str, kind: str, model: Any) -> str:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import transformers
+from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from hf_ebft.commands.runs.adapters import quantization
 from hf_ebft.commands.runs.console import say
-from hf_ebft.commands.runs.options import ModelArguments
+from hf_ebft.commands.runs.options import LoraArguments, ModelArguments
 
 
 def load_tokenizer(names: ModelArguments, args: TrainingArguments) -> Any:
@@ -43,15 +45,36 @@ def load_tokenizer(names: ModelArguments, args: TrainingArguments) -> Any:
     return tokenizer
 
 
-def load_model(names: ModelArguments, n_tokens: int) -> Any:
-    """The model to train; it must know all the tokenizer's tokens."""
+def load_model(
+    names: ModelArguments,
+    n_tokens: int,
+    lora: LoraArguments | None = None,
+    args: TrainingArguments | None = None,
+) -> Any:
+    """The model to train, prepared for adapters where it is quantized.
+
+    Args:
+        names: which model, and how its weights are stored.
+        n_tokens: of the tokenizer; the model must know them all.
+        lora: says whether the model is quantized. Default: it is not.
+        args: precision and device of the training; needed for a quantized model.
+
+    Raises:
+        ValueError: the tokenizer has tokens that the model does not embed.
+        ImportError: the model is to be quantized, and bitsandbytes is not installed.
+    """
     options = loading_options(names)
     if names.attn_implementation is not None:
         options["attn_implementation"] = names.attn_implementation
     if names.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Packed weights, the default of releases that know this class, cannot be trained.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    dtype = "auto" if names.dtype == "auto" else getattr(torch, names.dtype)
+    dtype: Any = "auto" if names.dtype == "auto" else getattr(torch, names.dtype)
+    quantizes = lora is not None and lora.quantizes
+    if quantizes:
+        assert lora is not None and args is not None
+        options["quantization_config"] = quantization(lora, args, dtype)
+        options["device_map"] = {"": args.device}  # quantized weights cannot be moved later
     model: Any = AutoModelForCausalLM.from_pretrained(
         names.model_name_or_path, dtype=dtype, **options
     )
@@ -61,6 +84,10 @@ def load_model(names: ModelArguments, n_tokens: int) -> Any:
             f"The tokenizer has {n_tokens} tokens, {names.model_name_or_path} embeds {embedded}; "
             "use the model's own tokenizer, or resize the model's embeddings and save it first."
         )
+    if quantizes:
+        # Freezes the weights and keeps norms and head in float32. The trainer switches gradient
+        # checkpointing on by itself, where it is asked for.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
 
 

@@ -165,7 +165,11 @@ class StructuredModelArguments(ModelArguments):
 
 @dataclass
 class LoraArguments:
-    """Adapters instead of full fine-tuning."""
+    """Adapters instead of full fine-tuning, by the names of TRL's `ModelConfig`.
+
+    Differences from TRL: `lora_target_modules` is all linear layers where nothing is set, and
+    `lora_dropout` is 0, since rollouts are sampled without dropout.
+    """
 
     _argument_group_name = "LoRA"
 
@@ -183,13 +187,70 @@ class LoraArguments:
         default_factory=lambda: ["all-linear"],
         metadata={
             "help": "Names of the modules that get adapters, one regular expression for their full "
-            "names, or 'all-linear'."
+            "names, 'all-linear', or 'none' (with lora_target_parameters)."
+        },
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of parameters that get adapters though they are no linear layer: the "
+            "experts of many mixture models, such as mlp.experts.down_proj."
+        },
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules trained whole and saved with the adapters, such as lm_head. The "
+            "feature network is then a copy, which takes the memory of the model again."
+        },
+    )
+    use_rslora: bool = field(
+        default=False,
+        metadata={
+            "help": "Scale adapters by lora_alpha / sqrt(lora_r): rsLoRA, for high ranks "
+            "(https://arxiv.org/abs/2312.03732)."
+        },
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata={
+            "help": "Adapt direction and magnitude of weights apart: DoRA, slower than LoRA and "
+            "often better at low ranks (https://arxiv.org/abs/2402.09353)."
         },
     )
     lora_merge: bool = field(
         default=False,
         metadata={"help": "Save the whole model with the adapters merged in, not the adapters."},
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Load the model in 4 bits: QLoRA (https://arxiv.org/abs/2305.14314), with "
+            "use_peft. Needs bitsandbytes (the extra 'quantization')."
+        },
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Load the model in 8 bits, with use_peft; likewise."}
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(
+        default="nf4", metadata={"help": "load_in_4bit: the 16 values; nf4 suits weights."}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False,
+        metadata={"help": "load_in_4bit: quantize the scales, too; saves 0.4 bits a weight."},
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "load_in_4bit: type of the tensors that hold the bits (default uint8). FSDP "
+            "shards them where it is that of the other weights, such as bfloat16."
+        },
+    )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the model is loaded in few bits."""
+        return self.load_in_4bit or self.load_in_8bit
 
 
 @dataclass
@@ -219,3 +280,11 @@ class ReportArguments:
         default=3, metadata={"help": "How many rollouts to print before and after."}
     )
     report_sample_len: int = field(default=24, metadata={"help": "Tokens of these."})
+    card_samples: int = field(
+        default=2,
+        metadata={
+            "help": "Rollouts that the model card quotes, each beside the training text that it "
+            "continues. Where that text is private, set 0, and report_samples to 0 as well: "
+            "samples.jsonl in output_dir quotes held-out text, and push_to_hub uploads both."
+        },
+    )

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, get_args
 from transformers import HfArgumentParser
 
 from hf_ebft import EBFTConfig
+from hf_ebft.commands.runs.adapters import check_adapters
 from hf_ebft.commands.runs.demo_files import DEMO_CONFIG
 from hf_ebft.commands.runs.help import all_options, first_options
 from hf_ebft.commands.runs.options import (
@@ -22,6 +23,8 @@ from hf_ebft.commands.runs.options import (
 )
 from hf_ebft.commands.yaml_files import read_mapping
 from hf_ebft.conversion.checking import as_arguments
+
+LEAST = {"report_rows": 0, "report_samples": 0, "report_sample_len": 1, "card_samples": 0}
 
 
 class OptionParser(HfArgumentParser):
@@ -69,7 +72,9 @@ class Parser(OptionParser):
         known = {action.dest for action in self._actions}
         for name in names:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=3)
+                begun = sorted(option for option in known if name and option.startswith(name))
+                near = [*begun, *difflib.get_close_matches(name, known, n=3)]
+                near = list(dict.fromkeys(near))[:3]
                 hint = f"; did you mean {' or '.join(near)}?" if near else "."
                 other = get_args(Mode)[self.mode == "strided"]
                 self.error(
@@ -145,21 +150,18 @@ def parse_arguments(
 
 def check(names: ModelArguments, lora: LoraArguments, report: ReportArguments) -> None:
     """Refuse combinations that would only fail, or be ignored, after training."""
-    if lora.lora_merge and not lora.use_peft:
-        raise ValueError("lora_merge=True has nothing to merge; add use_peft, or drop lora_merge.")
-    for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
-        value = getattr(lora, name)
-        if not lora.use_peft and value != getattr(LoraArguments(), name):
-            raise ValueError(
-                f"{name}={value!r} would have no effect without adapters: add use_peft, or drop "
-                f"{name} to train all weights."
-            )
+    check_adapters(lora)
+    if lora.quantizes and names.gguf_file:
+        raise ValueError(
+            f"gguf_file={names.gguf_file} is quantized in a way of its own and is loaded as full "
+            "weights; drop load_in_4bit and load_in_8bit, or name the original model."
+        )
     if lora.use_peft and names.gguf_file and not lora.lora_merge:
         raise ValueError(
             f"Adapters of a model from a GGUF file ({names.gguf_file}) cannot be loaded by "
             "AutoModelForCausalLM, which would look for the model without gguf_file; add "
             "lora_merge."
         )
-    for name, least in (("report_rows", 0), ("report_samples", 0), ("report_sample_len", 1)):
+    for name, least in LEAST.items():
         if getattr(report, name) < least:
             raise ValueError(f"{name}={getattr(report, name)} must be at least {least}.")

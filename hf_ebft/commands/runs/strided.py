@@ -66,7 +66,7 @@ def run(
         train_rows, eval_rows = load_rows(
             data, tokenizer, args, wants_eval=report.report_rows > 0 or args.do_eval, train=train
         )
-    model = load_model(names, len(tokenizer))
+    model = load_model(names, len(tokenizer), lora, args)
     trainer = EBFTTrainer(
         model=model,
         args=args,
@@ -75,6 +75,7 @@ def run(
         processing_class=tokenizer,
         peft_config=lora_config(lora, model),
     )
+    trainer.card_samples = report.card_samples
     use_compact_progress(trainer)
 
     comparison = Comparison(trainer, tokenizer, eval_rows, report)

@@ -48,6 +48,7 @@ STRIDED_ONLY = (
     "report_draws",
     "report_samples",
     "report_sample_len",
+    "card_samples",
 )
 METRICS = ("cfm_loss", "alignment", "diversity")
 
@@ -75,7 +76,7 @@ def run(
         prompts, held_out = load_prompts(
             data, args, wants_eval=report.report_rows > 0 or args.do_eval, train=train
         )
-    model = load_model(names, len(tokenizer))
+    model = load_model(names, len(tokenizer), lora, args)
     trainer = EBFTGRPOTrainer(
         model=model,
         args=args,
