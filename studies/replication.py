@@ -37,6 +37,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class Scale:
     )
     vocabulary: int = 8192
     tokenizer_text: int = 20_000_000
-    general_text: int = 250_000_000
+    general_text: int = 200_000_000
     domain_text: int = 40_000_000
     general_row: int = 512
     row: int = 256
@@ -214,6 +215,7 @@ class Study:
         scale: all sizes.
         device: where it runs.
         budget: seconds of this call.
+        attention: `packed_attention` of EBFT and of the measurements.
     """
 
     out: Path
@@ -221,6 +223,7 @@ class Study:
     scale: Scale
     device: torch.device
     budget: float
+    attention: Any = "auto"
     begun: float = field(default_factory=time.monotonic)
 
     def stage(
@@ -299,10 +302,13 @@ def run(study: Study) -> None:
     study.stage("plateau", seconds, lambda: reach_plateau(study), work / "plateau")
     start = study.stage("start", 40, lambda: measure_start(study))
     seconds = scale.arm_seconds + 2 * start["measuring_seconds"] + 20
+    compiling = 0 if study.device.type == "cpu" else 30
     found: dict[Arm, dict[str, Any]] = {}
     for arms in (swept_arms, lambda: repeated_arms(found)):
         for arm in arms()[: scale.arms]:
-            found[arm] = study.stage(arm.name, seconds, lambda arm=arm: run_arm(study, arm))  # type: ignore[misc]
+            more = compiling if arm.method == "ebft" else 0
+            make = partial(run_arm, study, arm)
+            found[arm] = study.stage(arm.name, seconds + more, make)
 
 
 def make_text(study: Study) -> dict[str, Any]:
@@ -433,6 +439,7 @@ def run_arm(study: Study, arm: Arm) -> dict[str, Any]:
             "use_whitening": False,
             "advantage_estimator": "reinforce",
             "verify_packing": False,
+            "packed_attention": study.attention,
         }
     training = train(
         model,
@@ -482,6 +489,7 @@ def evaluate(study: Study, model: Any, split: Split, *, tempered: float = 1.0) -
         n_samples_per_prompt=4,
         temperature=1.0,
         use_whitening=False,
+        packed_attention=study.attention,
     )
     phi, second = (network(study.model(name), settings) for name in ("plateau", "pretrained"))
     measured = measure_model(
@@ -523,6 +531,7 @@ def network(model: nn.Module, settings: EBFTSettings) -> FeatureNetwork:
         feature_layers=settings.feature_layers,
         embed_method=settings.embed_method,
         normalization=settings.feature_normalization,
+        packed_attention=settings.packed_attention,
     )
 
 
@@ -602,6 +611,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=default, help="folder of the JSON files")
     parser.add_argument("--work", type=Path, help="rows and models; default: outputs/replication")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of this call")
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        help="packed_attention: auto, or sdpa where what it takes on this GPU fails",
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU")
     given = parser.parse_args(arguments)
     if not given.dry_run and not torch.cuda.is_available():
@@ -616,6 +630,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scale=DRY if given.dry_run else Scale(),
         device=torch.device("cpu" if given.dry_run else "cuda"),
         budget=given.budget,
+        attention=given.attention,
     )
     try:
         run(study)
