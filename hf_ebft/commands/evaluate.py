@@ -281,7 +281,7 @@ def load_rows(args: EvaluationArguments, tokenizer: Any) -> TokenizedRows:
     name = args.dataset_name_or_path
     split = args.split or ("report" if name.startswith(STDLIB) else "train")
     data = DataArguments(
-        dataset_name_or_path=name,
+        dataset_name_or_path=[name],
         dataset_config_name=args.dataset_config_name,
         text_column=args.text_column,
         sequence_len=args.sequence_len,

@@ -75,7 +75,7 @@ def stand_ins(argv: Sequence[str]) -> list[str]:
     lines = []
     if "dataset_name_or_path" not in named:
         lines.append(
-            f"NO DATA WAS NAMED: training on {DataArguments.dataset_name_or_path}, prose that "
+            f"NO DATA WAS NAMED: training on {DataArguments().shown_name}, prose that "
             "Python carries, which shows that everything works. For text of your own: "
             "--dataset_name_or_path."
         )
@@ -101,11 +101,12 @@ def choose_mode(argv: Sequence[str]) -> tuple[Mode, str, Table | None]:
     (data, _) = parser.parse_args_into_dataclasses(
         [*as_arguments(from_file), *argv], return_remaining_strings=True, look_for_args_file=False
     )
-    if data.dataset_name_or_path.startswith(STDLIB):
-        return "strided", f"{data.dataset_name_or_path} is text", None
+    first = data.dataset_name_or_path[0]
+    if first.startswith(STDLIB):
+        return "strided", f"{first} is text", None
     if data.text_column is not None:
         return "strided", f"the text is in the column {data.text_column!r}", None
-    train = load_split(data.dataset_name_or_path, data.train_split, data)
+    train = load_split(first, data.train_split, data)
     return *mode_of(train), train
 
 

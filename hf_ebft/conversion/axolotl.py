@@ -197,7 +197,9 @@ def _datasets(result: Conversion, entries: Any, mode: str) -> None:
         result.leave("datasets", "it holds no list of data sets with a path")
         return
     for number in range(1, len(entries)):
-        result.leave(f"datasets[{number}]", "one data set is read; join them into one first")
+        result.leave(
+            f"datasets[{number}]", "one data set is carried over; dataset_name_or_path takes more"
+        )
     names = {"path": "dataset_name_or_path", "name": "dataset_config_name"}
     names |= {"split": "train_split", "train_on_split": "train_split"}
     for key, value in entries[0].items():

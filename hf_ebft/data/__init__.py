@@ -1,6 +1,7 @@
 """Raw text, prompts with ground truths, tokenized rows and batches."""
 
 from hf_ebft.data.collator import EBFTDataCollator
+from hf_ebft.data.mixing import mix
 from hf_ebft.data.sources import RawDataset, Table, hold_out, load_table, load_text_dataset
 from hf_ebft.data.special_tokens import encode_text
 from hf_ebft.data.thinking import answer_start, join_thinking, split_thinking
@@ -42,6 +43,7 @@ __all__ = [
     "join_thinking",
     "load_table",
     "load_text_dataset",
+    "mix",
     "prompt_completion",
     "question_answer",
     "raw_text",

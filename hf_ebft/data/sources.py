@@ -350,7 +350,7 @@ def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
 def _load_table(name_or_path: str, path: Path, split: str, config_name: str | None) -> Any:
     """A `datasets.Dataset` from a data file, a folder or the hub."""
     _refuse_unreadable(name_or_path, path)
-    datasets = _import_datasets(name_or_path)
+    datasets = import_datasets(name_or_path)
     try:
         if path.is_file():
             return datasets.load_dataset(
@@ -484,7 +484,15 @@ def _json_fault(path: Path) -> str | None:
     return None
 
 
-def _import_datasets(name: str) -> Any:
+def import_datasets(name: str) -> Any:
+    """The library `datasets`.
+
+    Args:
+        name: what it is needed for.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import datasets
     except ImportError as error:

@@ -174,7 +174,11 @@ def test_adapters_over_files() -> None:
             "datasets[0].type",
             "it is for strided mode",
         ),
-        ({"datasets": [{"path": "a"}, {"path": "b"}]}, "datasets[1]", "one data set is read"),
+        (
+            {"datasets": [{"path": "a"}, {"path": "b"}]},
+            "datasets[1]",
+            "one data set is carried over",
+        ),
         ({"datasets": [{"path": "a", "shards": 3}]}, "datasets[0].shards", "no such option"),
         ({"datasets": []}, "datasets", "no list of data sets"),
         ({"adapter": "llama-adapter"}, "adapter", "llama-adapter is not supported"),

@@ -16,6 +16,7 @@ from hf_ebft.data import (
     Table,
     hold_out,
     load_table,
+    mix,
     stdlib_functions,
     stdlib_text,
     transform_rows,
@@ -36,29 +37,59 @@ def load_text(
     read: Callable[[Table], RawDataset],
     opened: Table | None,
 ) -> tuple[RawDataset, RawDataset | None]:
-    """Raw training text and, if it is wanted, held-out text; `read` takes it from the columns."""
-    train = read(opened or load_split(data.dataset_name_or_path, data.train_split, data))
+    """Raw training text and, if it is wanted, held-out text.
+
+    Args:
+        data: which. Several data sets are mixed, those to train on and those held out alike.
+        wants_eval: whether held-out text is wanted.
+        read: takes the text from the columns of a table.
+        opened: the first data set's, if it is open already.
+    """
+    elsewhere = data.eval_dataset_name_or_path
+    parts, held_out = [], []
+    for number, name in enumerate(data.dataset_name_or_path):
+        table = opened if number == 0 and opened else load_split(name, data.train_split, data)
+        part = read(table)
+        if wants_eval and elsewhere is None:
+            part, rest = without_held_out(name, part, data, read)
+            held_out.append(rest)
+        parts.append(part)
+    train = mix(parts, data.dataset_weights, DATA_SEED)
     if not wants_eval:
         return train, None
-    eval_name = data.eval_dataset_name_or_path or data.dataset_name_or_path
-    eval_split = data.eval_split
-    if eval_split is None and eval_name.startswith((STDLIB, STDLIB_FUNCTIONS)):
-        eval_split = "report"
-    if eval_split is None and data.eval_dataset_name_or_path is not None:
-        eval_split = "train"
-    if eval_split is not None:
-        if (eval_name, eval_split) == (data.dataset_name_or_path, data.train_split):
-            raise ValueError(
-                f"eval_split={eval_split!r} of {eval_name} is what is trained on; name another "
-                "split."
-            )
-        return train, read(load_split(eval_name, eval_split, data))
+    if elsewhere is None:
+        return train, mix(held_out, data.dataset_weights, DATA_SEED)
+    split = data.eval_split or ("report" if is_stdlib(elsewhere) else "train")
+    _refuse_trained_on(elsewhere, split, data)
+    return train, read(load_split(elsewhere, split, data))
+
+
+def without_held_out(
+    name: str, part: RawDataset, data: DataArguments, read: Callable[[Table], RawDataset]
+) -> tuple[RawDataset, RawDataset]:
+    """What to train on of one data set, and what is held out: another split, or a share of it."""
+    split = data.eval_split or ("report" if is_stdlib(name) else None)
+    if split is not None:
+        _refuse_trained_on(name, split, data)
+        return part, read(load_split(name, split, data))
     if data.eval_fraction == 0:
         raise ValueError(
             "There is no held-out text to measure on; set eval_split, eval_dataset_name_or_path or "
             "eval_fraction, or report_rows=0 and eval_strategy='no'."
         )
-    return hold_out(train, data.eval_fraction)
+    return hold_out(part, data.eval_fraction)
+
+
+def is_stdlib(name: str) -> bool:
+    """Whether a data set comes with Python, and so has a split `report`."""
+    return name.startswith((STDLIB, STDLIB_FUNCTIONS))
+
+
+def _refuse_trained_on(name: str, split: str, data: DataArguments) -> None:
+    if name in data.dataset_name_or_path and split == data.train_split:
+        raise ValueError(
+            f"eval_split={split!r} of {name} is what is trained on; name another split."
+        )
 
 
 def shuffled(text: RawDataset) -> RawDataset:

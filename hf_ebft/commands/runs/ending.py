@@ -126,8 +126,10 @@ def save(trainer: Trainer, lora: LoraArguments) -> None:
 def write_card(trainer: Trainer, data: DataArguments) -> None:
     """The model card, with the name of the data."""
     if isinstance(trainer, EBFTTrainer):
-        name = data.dataset_name_or_path
-        trainer.create_model_card(dataset=Path(name).name if Path(name).exists() else name)
+        names = [
+            Path(name).name if Path(name).exists() else name for name in data.dataset_name_or_path
+        ]
+        trainer.create_model_card(dataset=names if len(names) > 1 else names[0])
 
 
 def end(trainer: Trainer) -> None:

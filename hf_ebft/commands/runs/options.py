@@ -7,6 +7,7 @@ from typing import Literal
 
 from hf_ebft.commands.runs.demo_files import DEMO_MODEL
 from hf_ebft.data import TRANSFORMS
+from hf_ebft.data.mixing import check_weights
 
 # Prefixes of data sets that come with Python.
 STDLIB = "stdlib:"
@@ -37,14 +38,22 @@ class DataArguments:
             "else 'strided'."
         },
     )
-    dataset_name_or_path: str = field(
-        default=STDLIB + "topics",
+    dataset_name_or_path: list[str] = field(
+        default_factory=lambda: [STDLIB + "topics"],
         metadata={
             "help": "A .txt, .md or .py file, a folder of them, a .csv, .tsv, .jsonl, .ndjson, "
             ".json or .parquet file (or such a file with .gz), a folder of them, "
             "a dataset's name on the hub, 'stdlib:' and a domain of hf_ebft.data.stdlib_text "
             "(text that comes with Python), or 'stdlib-functions:' and such a domain (its "
-            "functions: heads with bodies)."
+            "functions: heads with bodies). Several are joined; the other options of data hold "
+            "for each."
+        },
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Several data sets: the share of each, such as 0.7 0.3. Rows are drawn by "
+            "these until one data set has none left. Default: all rows of all."
         },
     )
     transform: str | None = field(
@@ -119,6 +128,16 @@ class DataArguments:
         default=None,
         metadata={"help": "Hold out at most so many rows, of as many documents as possible."},
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_name_or_path, str):
+            self.dataset_name_or_path = [self.dataset_name_or_path]
+        check_weights(self.dataset_weights, len(self.dataset_name_or_path))
+
+    @property
+    def shown_name(self) -> str:
+        """What is trained on, for a sentence."""
+        return " + ".join(self.dataset_name_or_path)
 
 
 @dataclass

@@ -15,7 +15,7 @@ pytest.importorskip("trl")
 import datasets
 
 from hf_ebft.commands.runs import strided, structured
-from hf_ebft.commands.runs.data import load_split
+from hf_ebft.commands.runs.data import load_split, load_text
 from hf_ebft.commands.runs.parsing import parse_arguments
 from hf_ebft.commands.train import choose_mode
 from hf_ebft.data import Table
@@ -184,3 +184,60 @@ def test_columns_that_the_trainer_refuses_are_not_dropped_before_it_sees_them(
 def test_columns_that_mean_nothing_to_training_are_left_behind(tmp_path: Path) -> None:
     path = write(tmp_path, [{"prompt": "p", "answer": "a", "id": 3, "source": "web"}] * 4)
     assert prompts(path)[0] == {"prompt": "p", "ground_truth": "a"}
+
+
+# ---- Several data sets ------------------------------------------------------------------------
+
+
+def two_sets(folder: Path) -> list[str]:
+    """A .csv with 40 texts and lines of JSON with 20, under other names."""
+    rows = "".join(f"{n},from the table {n}\n" for n in range(40))
+    (folder / "a.csv").write_text("id,text\n" + rows)
+    lines = [json.dumps({"content": f"from the lines {n}"}) + "\n" for n in range(20)]
+    (folder / "b.jsonl").write_text("".join(lines))
+    return [str(folder / "a.csv"), str(folder / "b.jsonl")]
+
+
+def texts_of(options: list[str]) -> tuple[list[str], list[str]]:
+    data, *_ = parse_arguments([*options, "--use_cpu"])
+    train, held_out = load_text(
+        data, True, lambda table: strided.raw_text(table, data, tokenizer()), None
+    )
+    assert held_out is not None
+    return list(train.texts()), list(held_out.texts())
+
+
+def test_several_data_sets_are_joined_and_held_out_of_each(tmp_path: Path) -> None:
+    options = ["--dataset_name_or_path", *two_sets(tmp_path), "--eval_fraction=0.1"]
+    train, held_out = texts_of(options)
+    assert len(train) == 54 and len(held_out) == 6
+    assert sorted(train + held_out) == sorted(
+        [f"from the table {n}" for n in range(40)] + [f"from the lines {n}" for n in range(20)]
+    )
+    assert sum("table" in text for text in held_out) == 4
+
+
+def test_weights_from_the_command_line_and_from_a_file(tmp_path: Path) -> None:
+    sets = two_sets(tmp_path)
+    options = ["--dataset_name_or_path", *sets, "--dataset_weights", "1", "3"]
+    train, held_out = texts_of(options)
+    # The lines run out first: 19 are left to train on, and about a third as many of the table.
+    assert sum("lines" in text for text in train) == 19
+    assert sum("table" in text for text in train) < 16
+    assert not set(train) & set(held_out)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"dataset_name_or_path: [{', '.join(sets)}]\ndataset_weights: [1, 3]\n")
+    assert texts_of([f"--config={file}"]) == (train, held_out)
+
+
+def test_held_out_text_of_another_set_is_not_mixed(tmp_path: Path) -> None:
+    sets = two_sets(tmp_path)
+    (tmp_path / "held.txt").write_text("held out")
+    options = ["--dataset_name_or_path", *sets, f"--eval_dataset_name_or_path={tmp_path}/held.txt"]
+    train, held_out = texts_of(options)
+    assert (len(train), held_out) == (60, ["held out"])
+
+
+def test_weights_without_several_sets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 for 1 data set"):
+        parse_arguments([f"--dataset_name_or_path={two_sets(tmp_path)[0]}", "--dataset_weights=1"])
