@@ -157,18 +157,26 @@ class Arm:
         rate: the highest learning rate.
         seed: of the order of the rows, and of the rollouts.
         ce_coef: weight of the cross-entropy in EBFT.
+        estimator: of EBFT's gradient, see docs/estimators.md.
     """
 
     method: str
     rate: float
     seed: int = 1
     ce_coef: float = 0.0
+    estimator: str = "fitted"
 
     @property
     def name(self) -> str:
         """Of the file."""
-        mixed = f"-ce{self.ce_coef:g}" if self.ce_coef else ""
-        return f"arm-{self.method}{mixed}-{self.rate:g}-seed{self.seed}"
+        changes = f"-ce{self.ce_coef:g}" if self.ce_coef else ""
+        changes += "" if self.estimator == "fitted" else f"-{self.estimator}"
+        return f"arm-{self.method}{changes}-{self.rate:g}-seed{self.seed}"
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether it takes part in the choice of its method's rate."""
+        return not self.ce_coef and self.estimator == "fitted"
 
 
 RATES = (3e-5, 1e-4, 1e-5)
@@ -177,14 +185,15 @@ RATES = (3e-5, 1e-4, 1e-5)
 def swept_arms() -> list[Arm]:
     """One arm of each kind first, then the other rates."""
     first = [Arm("sft", RATES[0]), Arm("ebft", RATES[0]), Arm("ebft", RATES[0], ce_coef=0.1)]
-    return first + [Arm(method, rate) for rate in RATES[1:] for method in ("ebft", "sft")]
+    others = [Arm(method, rate) for rate in RATES[1:] for method in ("ebft", "sft")]
+    return [*first, *others, Arm("ebft", RATES[0], estimator="reinforce")]
 
 
 def repeated_arms(found: Mapping[Arm, Mapping[str, Any]]) -> list[Arm]:
     """More seeds at the rate of each method that is best on `tune`; none before all are there."""
     arms = []
     for method, figure in (("sft", "cross_entropy"), ("ebft", "cfm_loss@8")):
-        swept = [arm for arm in swept_arms() if arm.method == method and not arm.ce_coef]
+        swept = [arm for arm in swept_arms() if arm.method == method and arm.is_swept]
         if any(arm not in found for arm in swept):
             return []
         best = min(swept, key=lambda arm: mean_of(found[arm]["tune"], figure))
@@ -435,9 +444,9 @@ def run_arm(study: Study, arm: Arm) -> dict[str, Any]:
             "generate_max_len": 8,
             "n_samples_per_prompt": 4,
             "temperature": 1.0,
-            # The gradient of the CFM loss itself, and the estimator with less noise for it.
+            # The gradient of the CFM loss itself.
             "use_whitening": False,
-            "advantage_estimator": "reinforce",
+            "advantage_estimator": arm.estimator,
             "verify_packing": False,
             "packed_attention": study.attention,
         }

@@ -64,9 +64,10 @@ def trained(folder: Path, device: str, **settings: Any) -> EBFTTrainer:
         {"packed_attention": "eager", "gradient_checkpointing": True, "ema_decay": 0.9},
         {"training_chunk_size": 12, "rollout_batch_size": 1, "embed_method": "mean_pooling"},
         {"whitening_space": "corpus", "pad_to_multiple_of": 8, "advantage_estimator": "group_norm"},
+        {"max_steps": 2, "use_whitening": False, "advantage_estimator": "fitted"},
         {"verify_packing": True, "whitening_space": "sample", "ce_coef": 0.0},
     ],
-    ids=["default", "sdpa", "eager", "chunks", "corpus", "verified"],
+    ids=["default", "sdpa", "eager", "chunks", "corpus", "fitted", "verified"],
 )
 def test_two_devices_train_as_one(
     tmp_path: Path, devices: PretendedDevices, settings: dict[str, Any]
