@@ -39,6 +39,14 @@ CRITERIA = {
     "sft_tokens": "cross_entropy",
     "ebft": "cfm_loss@8",
 }
+#: The same from the warm start, in order of importance.
+WARM_CRITERIA = {
+    "sft_steps": "cross_entropy",
+    "sft_time": "cross_entropy",
+    "ebft": "cfm_loss@8",
+    "ebft_ce_0.1": "cfm_loss@8",
+    "sft_tokens": "cross_entropy",
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,9 @@ class Setup:
         evaluation: held-out measurement, the same for every run.
         parsing: source files cut off at random tokens, continued by the model; None: not done.
         with_ablations: whether EBFT's settings are varied, too.
+        time_factor: core-seconds of a step of EBFT over those of SFT; None: no equal time.
+        controls: temperatures at which the untrained model is measured, too.
+        second_model: folder of a second feature network, which gave no reward.
     """
 
     name: str
@@ -78,6 +89,9 @@ class Setup:
     gguf_file: str | None = None
     lora_rank: int = 0
     with_ablations: bool = False
+    time_factor: float | None = None
+    controls: tuple[float, ...] = ()
+    second_model: str | None = None
 
 
 _TRAINING: dict[str, Any] = {
@@ -148,7 +162,25 @@ SMOLLM2 = Setup(
     lengths=(8, 32),
     evaluation=_EVALUATION | {"rows": 16, "stride": 48},
 )
-SETUPS = {setup.name: setup for setup in (TINY, SMOLLM2)}
+#: A model that SFT has brought to its plateau on all files of its domain (`warm_start.py`).
+WARM = Setup(
+    name="warm",
+    model="studies/warm_start",
+    domain="encodings",
+    rates=(1e-5, 3e-5, 1e-4, 3e-4),
+    steps=8,
+    tokens_factor=4.75,
+    time_factor=7.0,
+    training=_TRAINING | {"per_device_train_batch_size": 32},
+    ebft=_EBFT | {"advantage_estimator": "reinforce", "logging_steps": 1},
+    lengths=(8, 16, 32, 64),
+    evaluation=_EVALUATION,
+    controls=(0.9, 0.8),
+    second_model="examples/tiny_model",
+)
+SETUPS = {setup.name: setup for setup in (TINY, SMOLLM2, WARM)}
+#: Those whose matrix begins with the sweep of `CRITERIA`.
+FROM_UNTRAINED = (TINY, SMOLLM2)
 
 
 @dataclass(frozen=True)
@@ -234,6 +266,50 @@ def whitened_sweep_runs(setup: Setup) -> list[Run]:
     """Per-group whitening at every rate: is it only the rate that does not suit it?"""
     rates = setup.rates if setup.with_ablations else ()
     return [_run(setup, "whitening_feature", "tune", SWEEP_SEED, rate) for rate in rates]
+
+
+def reinforce_sweep_runs(setup: Setup) -> list[Run]:
+    """EBFT without a baseline at every rate.
+
+    Declared later, when it was known that `rloo` has more noise than `reinforce` where nothing is
+    whitened: the main arm was not the best of EBFT. Its rate is chosen as EBFT's was; where that is
+    EBFT's rate, the runs of the ablation are those with every seed.
+    """
+    rates = setup.rates if setup.with_ablations else ()
+    return [_run(setup, "reinforce", "tune", SWEEP_SEED, rate) for rate in rates]
+
+
+def warm_runs(setup: Setup, *, trains_ebft: bool) -> list[Run]:
+    """From the warm start: controls, then SFT's sweep, then EBFT's where the stop rule lets it.
+
+    Seeds follow at the chosen rates (`warm_main_runs`), in the order of the arms.
+    """
+    found = base_runs(setup)
+    found += [
+        Run(f"tempered_{t:g}", "base", "report", changes={"tempered": t}, setup=setup.name)
+        for t in setup.controls
+    ]
+    arms = [arm for arm in WARM_CRITERIA if trains_ebft or not arm.startswith("ebft")]
+    return found + [
+        _warm_run(setup, arm, "tune", SWEEP_SEED, rate) for arm in arms for rate in setup.rates
+    ]
+
+
+def warm_main_runs(setup: Setup, rates: dict[str, float]) -> list[Run]:
+    """Every swept arm at the rate chosen for it, with every seed."""
+    return [
+        _warm_run(setup, arm, "report", seed, rate) for arm, rate in rates.items() for seed in SEEDS
+    ]
+
+
+def _warm_run(
+    setup: Setup, arm: str, split: Literal["tune", "report"], seed: int, rate: float
+) -> Run:
+    factors = {"sft_tokens": setup.tokens_factor, "sft_time": setup.time_factor or 1.0}
+    method: Method = "sft" if arm.startswith("sft") else "ebft"
+    changes = {"ebft_ce_0.1": {"ce_coef": 0.1}}.get(arm, {})
+    steps = int(setup.steps * factors.get(arm, 1.0))
+    return Run(arm, method, split, seed, rate, steps, changes, setup.name)
 
 
 def _run(setup: Setup, arm: str, split: Literal["tune", "report"], seed: int, rate: float) -> Run:

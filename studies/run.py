@@ -21,7 +21,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -58,6 +58,8 @@ from hf_ebft.training.outputs import EBFTOutput, Scores
 # Rows that are measured together, as documents of one packed row: faster, and the same figures.
 PACKED = 4
 DIGITS = 5
+SCORES = ("cfm_loss", "energy_score", "excess_over_spread", "cosine_alignment", "dot_diversity")
+MEASURED = (*SCORES, *(f"second_{name}" for name in SCORES), "entropy", "duplicates")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup = matrix.SETUPS[options.setup]
     out = options.out or ROOT / "studies" / "results" / setup.name
     out.mkdir(parents=True, exist_ok=True)
+    if setup is matrix.WARM:
+        run_warm(setup, out)
+        return
     with ProcessPoolExecutor(
         options.jobs, mp_context=multiprocessing.get_context("spawn")
     ) as workers:
@@ -85,17 +90,36 @@ def main(argv: Sequence[str] | None = None) -> None:
                 *matrix.main_runs(setup, rates),
                 *matrix.ablation_runs(setup, rates["ebft"]),
                 *matrix.whitened_sweep_runs(setup),
+                *matrix.reinforce_sweep_runs(setup),
             ]
         )
         if setup.with_ablations:
             workers.submit(run_probe, setup, out).result()
 
 
+def run_warm(setup: Setup, out: Path) -> None:
+    """From the warm start, one run after the other; EBFT only where the stop rule lets it."""
+    trains_ebft = bool(read(out, "stop_rule")["trains_ebft"]["reinforce"])
+    runs = matrix.warm_runs(setup, trains_ebft=trains_ebft)
+    for run in runs:
+        run_once(run, out)
+    rates = best_rates(runs, matrix.WARM_CRITERIA, out)
+    for run in matrix.warm_main_runs(setup, rates):
+        run_once(run, out)
+
+
 def chosen_rates(setup: Setup, out: Path) -> dict[str, float]:
     """Method -> the rate whose run has the least of the method's criterion."""
+    return best_rates(matrix.sweep_runs(setup), matrix.CRITERIA, out)
+
+
+def best_rates(sweep: Sequence[Run], criteria: Mapping[str, str], out: Path) -> dict[str, float]:
+    """Arm -> the rate whose run on `tune` has the least of the arm's criterion."""
     rates = {}
-    for arm, criterion in matrix.CRITERIA.items():
-        runs = [run for run in matrix.sweep_runs(setup) if run.arm == arm]
+    for arm, criterion in criteria.items():
+        runs = [run for run in sweep if run.arm == arm and run.learning_rate is not None]
+        if not runs:
+            continue
         figure = {
             run.learning_rate: mean_of(read(out, run.name)["evaluation"], criterion) for run in runs
         }
@@ -139,7 +163,8 @@ def run_once(run: Run, out: Path) -> None:
     if run.method != "base":
         trainer, result["training"] = train(setup, run, model)
     trained = time.process_time()
-    result["evaluation"] = evaluate(setup, model, run.split)
+    tempered = run.changes.get("tempered", 1.0)
+    result["evaluation"] = evaluate(setup, model, run.split, tempered)
     if isinstance(trainer, EBFTTrainer) and trainer.averaging is not None:
         with trainer.averaging.applied():
             result["evaluation_ema"] = evaluate(setup, model, run.split)
@@ -322,6 +347,18 @@ def feature_network(name: str) -> FeatureNetwork:
     )
 
 
+@cache
+def second_network(folder: str) -> FeatureNetwork:
+    """A network that gave no reward, read like phi."""
+    settings = evaluation_settings(matrix.TINY)
+    return FeatureNetwork(
+        AutoModelForCausalLM.from_pretrained(ROOT / folder, dtype=torch.float32),
+        feature_layers=settings.feature_layers,
+        embed_method=settings.embed_method,
+        normalization=settings.feature_normalization,
+    )
+
+
 def evaluation_settings(setup: Setup) -> EBFTSettings:
     """Nothing is whitened here, whatever training did."""
     names = ("stride", "context_length", "n_samples_per_prompt", "temperature")
@@ -343,8 +380,8 @@ def packed(rows: TokenizedRows) -> list[dict[str, Tensor]]:
     ]
 
 
-def evaluate(setup: Setup, model: Any, split: str) -> dict[str, Any]:
-    """Every figure, as means by file.
+def evaluate(setup: Setup, model: Any, split: str, tempered: float = 1.0) -> dict[str, Any]:
+    """Every figure, as means by file; `tempered`: what all logits are divided by.
 
     Returns:
         `by_file`: figure -> (F,) means, with `@8` and so on for figures of rollouts;
@@ -359,6 +396,8 @@ def evaluate(setup: Setup, model: Any, split: str) -> dict[str, Any]:
         evaluation_settings(setup),
         lengths=setup.lengths,
         seed=setup.evaluation["seed"],
+        second_network=None if setup.second_model is None else second_network(setup.second_model),
+        tempered=tempered,
     )
     files = sorted({source for (source,) in rows.sources})
     file_of = np.array([files.index(source) for (source,) in rows.sources])
@@ -368,7 +407,7 @@ def evaluate(setup: Setup, model: Any, split: str) -> dict[str, Any]:
     sums = by_file(measured.text["cross_entropy"] * tokens, file_of)
     found["cross_entropy"] = sums / by_file(tokens, file_of)
     for length, figures in measured.rollouts.items():
-        for name in ("cfm_loss", "cosine_alignment", "dot_diversity", "entropy", "duplicates"):
+        for name in (name for name in MEASURED if name in figures):
             means = by_file(np.nan_to_num(figures[name]), file_of) / by_file(room, file_of)
             found[f"{name}@{length}"] = means
     weights = {"tokens": by_file(tokens, file_of), "rows": by_file(room, file_of)}

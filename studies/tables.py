@@ -32,6 +32,12 @@ FIGURES = {
     "cfm_loss@16": "CFM loss, 16 tokens ↓",
     "cfm_loss@32": "CFM loss, 32 tokens ↓",
     "cfm_loss@64": "CFM loss, 64 tokens ↓",
+    "energy_score@8": "energy score, 8 tokens ↓",
+    "energy_score@64": "energy score, 64 tokens ↓",
+    "excess_over_spread@8": "excess over own spread, 8 tokens (0 is right)",
+    "excess_over_spread@64": "excess over own spread, 64 tokens (0 is right)",
+    "second_cfm_loss@8": "CFM loss, 8 tokens, second network ↓",
+    "second_energy_score@8": "energy score, 8 tokens, second network ↓",
     "cosine_alignment@8": "alignment, 8 tokens ↑",
     "cosine_alignment@64": "alignment, 64 tokens ↑",
     "dot_diversity@8": "diversity, 8 tokens",
@@ -44,6 +50,8 @@ FIGURES = {
 LABELS = {
     "sft_steps": "SFT, equal steps",
     "sft_tokens": "SFT, equal tokens",
+    "sft_time": "SFT, equal time",
+    "ebft_ce_0.1": "EBFT, `ce_coef` 0.1",
     "ebft": "EBFT",
     "ebft_ema": "EBFT, averaged weights (0.9)",
     "whitening_feature": "whitening by group (feature)",
@@ -80,7 +88,8 @@ def with_tables(text: str, results: Mapping[str, Results]) -> str:
 
     def table(found: re.Match[str]) -> str:
         setup, _, name = found[2].rpartition("_")
-        return f"{found[1]}{TABLES[name](results[setup or matrix.TINY.name])}\n{found[3]}"
+        tables = WARM_TABLES if setup == matrix.WARM.name else TABLES
+        return f"{found[1]}{tables[name](results[setup or matrix.TINY.name])}\n{found[3]}"
 
     return BLOCK.sub(table, text)
 
@@ -100,8 +109,11 @@ class Results:
         self.setup, self.folder = setup, root / setup.name
         folder = self.folder
         names = sorted(path.stem for path in folder.glob("*.json"))
-        self.runs = {name: read(folder, name) for name in names if not name.startswith("probe")}
+        self.runs = {
+            name: read(folder, name) for name in names if name.startswith(("tune-", "report-"))
+        }
         self.probe = read(folder, "probe-rewards") if "probe-rewards" in names else None
+        self.stop_rule = read(folder, "stop_rule") if "stop_rule" in names else None
 
     def of(self, arm: str, split: str = "report") -> list[dict[str, Any]]:
         """The runs of an arm, by seed and rate."""
@@ -203,6 +215,7 @@ def runs_table(results: Results) -> str:
         declared["whitening, `report`"] = whitening
         declared["other factors, `report`"] = [r for r in ablations if r not in whitening]
         declared["sweep of whitening by group, `tune`"] = matrix.whitened_sweep_runs(setup)
+        declared["sweep of `reinforce`, `tune`"] = matrix.reinforce_sweep_runs(setup)
     rows = [
         [label, str(len(runs)), str(sum(run.name in results.runs for run in runs)), missing]
         for label, runs in declared.items()
@@ -226,7 +239,7 @@ def sweep_table(results: Results) -> str:
     base = results.base("tune")
     figures = ("cross_entropy", "cfm_loss@8", "entropy@8")
     rows = [["untrained", "-", *(number(mean_of(base, figure)) for figure in figures)]]
-    for arm in (*matrix.CRITERIA, "whitening_feature"):
+    for arm in (*matrix.CRITERIA, "whitening_feature", "reinforce"):
         runs = results.of(arm, "tune")
         criterion = matrix.CRITERIA.get(arm, "cfm_loss@8")
         best = min((mean_of(r["evaluation"], criterion) for r in runs), default=None)
@@ -373,6 +386,95 @@ def factors_table(results: Results) -> str:
     return table(["less EBFT", "seeds", *(FIGURES[figure] for figure in figures)], rows)
 
 
+def correction_table(results: Results) -> str:
+    """EBFT with and without a baseline, from the untrained model and beside SFT."""
+    base = results.base()
+    sft = results.evaluations("sft_steps")
+    rows = []
+    for figure, label in results.figures().items():
+        cells = []
+        for arm in ("ebft", "reinforce"):
+            after = results.evaluations(arm)
+            seeds = sorted(after.keys() & sft.keys())
+            runs = [after[s] for s in seeds]
+            cells.append(change([base], runs, figure))
+            cells.append(change([sft[s] for s in seeds], runs, figure))
+        rows.append([label, *cells])
+    arms = ("EBFT (`rloo`)", "EBFT (`reinforce`)")
+    head = [f"{arm} less {other}" for arm in arms for other in ("untrained", "SFT, equal steps")]
+    return table(["", *head], rows)
+
+
+# ---- From the warm start --------------------------------------------------------------------
+
+
+def rule_table(results: Results) -> str:
+    """Noise scales at the warm start, and the products that the stop rule is about."""
+    rule = results.stop_rule
+    if rule is None:
+        return "Not run."
+    labels = {"rloo": "EBFT, `rloo`", "reinforce": "EBFT, `reinforce`"}
+    labels["cross_entropy"] = "cross-entropy"
+    rows = []
+    for name, label in labels.items():
+        cosine = rule["cosines"][name]
+        product = [1e4 * cosine[key] for key in ("product", "product_low", "product_high")]
+        rows.append(
+            [
+                label,
+                documents(rule["scales"][f"train/{name}"]),
+                documents(rule["scales"][f"tune/{name}"]),
+                "{:+.1f} [{:+.1f}, {:+.1f}]".format(*product),
+            ]
+        )
+    head = ["gradient", "noise scale, training text", "noise scale, held-out text"]
+    return table([*head, "product with the held-out CFM gradient, 1e-4"], rows)
+
+
+def documents(scale: dict[str, Any]) -> str:
+    """A noise scale in documents, with its interval; None stands for infinity."""
+    value, low, high = (
+        "∞" if scale[key] is None else f"{max(scale[key], 0):,.0f}"
+        for key in ("documents", "low", "high")
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def controls_table(results: Results) -> str:
+    """The warm start, and what sharpening alone makes of it."""
+    base = results.base()
+    arms = [f"tempered_{t:g}" for t in results.setup.controls]
+    rows = [
+        [
+            label,
+            number(mean_of(base, figure)),
+            *(change([base], list(results.evaluations(arm).values()), figure) for arm in arms),
+        ]
+        for figure, label in results.figures().items()
+    ]
+    temperatures = [f"temperature {t:g}, less it" for t in results.setup.controls]
+    return table(["", "warm start", *temperatures], rows)
+
+
+def warm_sweep_table(results: Results) -> str:
+    """Every swept method that was run, on `tune`."""
+    figures = ("cross_entropy", "cfm_loss@8", "energy_score@8", "entropy@8")
+    base = results.base("tune")
+    rows = [["warm start", "-", "-", *(number(mean_of(base, figure)) for figure in figures)]]
+    for arm in matrix.WARM_CRITERIA:
+        for result in results.of(arm, "tune"):
+            cells = [number(mean_of(result["evaluation"], figure)) for figure in figures]
+            seconds = f"{result['cpu_seconds']['training']:.0f}"
+            rows.append([LABELS[arm], f"{result['run']['learning_rate']:g}", seconds, *cells])
+    head = ["method", "learning rate", "core-seconds"]
+    return table([*head, *(FIGURES[figure] for figure in figures)], rows)
+
+
+WARM_TABLES: dict[str, Callable[[Results], str]] = {
+    "rule": rule_table,
+    "controls": controls_table,
+    "rates": warm_sweep_table,
+}
 TABLES: dict[str, Callable[[Results], str]] = {
     "runs": runs_table,
     "sweep": sweep_table,
@@ -383,6 +485,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "log": log_table,
     "probe": probe_table,
     "factors": factors_table,
+    "correction": correction_table,
 }
 
 

@@ -22,7 +22,8 @@ RESULTS = ROOT / "studies" / "results"
 PAGE = ROOT / "docs" / "study.md"
 
 
-SETUPS = list(matrix.SETUPS.values())
+SETUPS = list(matrix.FROM_UNTRAINED)
+WARM = matrix.WARM
 
 
 def all_runs(setup: matrix.Setup, rates: dict[str, float]) -> list[matrix.Run]:
@@ -32,6 +33,7 @@ def all_runs(setup: matrix.Setup, rates: dict[str, float]) -> list[matrix.Run]:
         *matrix.main_runs(setup, rates),
         *matrix.ablation_runs(setup, rates["ebft"]),
         *matrix.whitened_sweep_runs(setup),
+        *matrix.reinforce_sweep_runs(setup),
     ]
 
 
@@ -187,6 +189,28 @@ def test_results_are_those_of_the_matrix(setup: matrix.Setup) -> None:
     assert sum(path.stat().st_size for path in RESULTS.rglob("*.json")) < 1_000_000
 
 
+def test_the_stop_rule_decides_what_is_run_from_the_warm_start() -> None:
+    """EBFT is swept where the product with the held-out CFM gradient is above zero, else not."""
+    found, folder = results(WARM), RESULTS / WARM.name
+    rule = run.read(folder, "stop_rule")
+    for name, allowed in rule["trains_ebft"].items():
+        assert allowed == (rule["cosines"][name]["product_low"] > 0)
+    allowed = rule["trains_ebft"]["reinforce"]
+    sweep = matrix.warm_runs(WARM, trains_ebft=allowed)
+    rates = run.best_rates(
+        [one for one in sweep if one.name in found.runs], matrix.WARM_CRITERIA, folder
+    )
+    declared = {one.name for one in [*sweep, *matrix.warm_main_runs(WARM, rates)]}
+    assert found.runs.keys() <= declared
+    assert any(one.method == "ebft" for one in sweep) == allowed
+    assert run.read(folder, "warm_start")["is_plateau"]
+
+
+def test_noise_scales_are_shown_with_their_intervals() -> None:
+    assert tables.documents({"documents": 1234.4, "low": 99.6, "high": None}) == "1,234 [100, ∞]"
+    assert tables.documents({"documents": None, "low": -3.0, "high": None}) == "∞ [0, ∞]"
+
+
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
 def test_methods_saw_the_same_rows(setup: matrix.Setup) -> None:
     found = results(setup)
@@ -204,7 +228,7 @@ def test_methods_saw_the_same_rows(setup: matrix.Setup) -> None:
 def test_page_holds_the_tables_of_the_results() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert tables.TABLES.keys() <= {name for _, name in _blocks(page)}
-    assert tables.with_tables(page, {s.name: results(s) for s in SETUPS}) == page
+    assert tables.with_tables(page, {name: results(s) for name, s in matrix.SETUPS.items()}) == page
 
 
 def _blocks(page: str) -> list[tuple[Any, str]]:
