@@ -56,15 +56,15 @@ def embed_continuations(
 
 
 def mean_group_metrics(groups: Iterable[tuple[Tensor, Tensor]], **options: Any) -> dict[str, float]:
-    """CFM loss and its terms, means over groups of any sizes.
+    """CFM loss, its terms and the energy score, means over groups of any sizes.
 
     Args:
         groups: features of n rollouts (n, D), and of their ground truth (D,), for each prefix.
         **options: of `feature_matching_rewards`; not whitened unless they say so.
 
     Returns:
-        `cfm_loss`, `alignment`, `diversity`, `reward`, and `reward_best`, the mean of the
-        best reward of each group.
+        `cfm_loss`, `energy_score`, `alignment`, `diversity`, `reward`, and `reward_best`, the
+        mean of the best reward of each group.
 
     Raises:
         ValueError: no groups.
@@ -76,6 +76,7 @@ def mean_group_metrics(groups: Iterable[tuple[Tensor, Tensor]], **options: Any) 
         found.append(
             {
                 "cfm_loss": float(rewards.cfm_loss.mean()),
+                "energy_score": float(rewards.energy_score.mean()),
                 "alignment": float(rewards.alignment.mean()),
                 "diversity": float(rewards.diversity.mean()),
                 "reward": float(rewards.reward.mean()),

@@ -29,7 +29,7 @@ RISE_OF_CROSS_ENTROPY, STEEP_RISE_OF_CROSS_ENTROPY = 0.2, 1.0
 # Nats per token at the sampling temperature, and share of what it was.
 HARDLY_ANY_ENTROPY, SMALL_SHARE_OF_ENTROPY = 0.1, 0.4
 FALL_OF_ALIGNMENT = 0.05
-RISE_OF_CFM_LOSS = 0.02
+RISE_OF_CFM_LOSS = RISE_OF_ENERGY_SCORE = 0.02
 GROWTH_OF_GRADIENT = 10.0
 LARGE_KL = 1.0  # nats per token
 MOST_OF_THE_TIME = 0.7
@@ -240,6 +240,25 @@ def rising_cfm_loss(run: Run) -> Finding | None:
     )
 
 
+def only_sharper(run: Run) -> Finding | None:
+    """The proper score of the features becomes worse while the CFM loss does not."""
+    change, cfm_loss = _ends(run, "ebft/energy_score"), _ends(run, "ebft/cfm_loss")
+    if change is None or cfm_loss is None or not _trains_on_rewards(run):
+        return None
+    if change.difference < RISE_OF_ENERGY_SCORE or not change.beyond_noise:
+        return None
+    if cfm_loss.difference >= RISE_OF_CFM_LOSS:
+        return None  # rising_cfm_loss speaks
+    return Finding(
+        "warning",
+        "The policy only becomes sharper",
+        f"The energy score went from {change.first:.3g} to {change.last:.3g}, the CFM loss from "
+        f"{cfm_loss.first:.3g} to {cfm_loss.last:.3g}.",
+        "Rollouts lose variety that the truth has: raise ce_coef or diversity_coef, lower "
+        "learning_rate, or set use_whitening=false.",
+    )
+
+
 def growing_gradient(run: Run) -> Finding | None:
     """The gradient's norm grows by orders of magnitude."""
     change = _ends(run, "grad_norm")
@@ -328,6 +347,7 @@ RULES: tuple[Rule, ...] = (
     collapsed_entropy,
     falling_alignment,
     rising_cfm_loss,
+    only_sharper,
     growing_gradient,
     large_kl,
     rollouts_take_the_time,

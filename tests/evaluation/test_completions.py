@@ -156,6 +156,8 @@ def test_cfm_module_equals_the_rewards(load: Any) -> None:
     found = load("cfm").compute(predictions=x.tolist(), references=y.tolist())
     assert found["cfm_loss"] == pytest.approx(float(expected.cfm_loss.mean()), rel=1e-5)
     assert found["alignment"] == pytest.approx(float(expected.alignment.mean()), rel=1e-5)
+    energy_score = float(expected.energy_score.mean())
+    assert found["energy_score"] == pytest.approx(energy_score, rel=1e-5)
     assert found["reward_best"] == pytest.approx(float(expected.reward.amax(1).mean()), rel=1e-5)
     white = load("cfm").compute(
         predictions=x.tolist(), references=y.tolist(), use_whitening=True, whitening_space="sample"

@@ -40,6 +40,7 @@ def healthy(seed: int = 0) -> dict[str, list[float]]:
         "loss": ramp(-0.02, -0.02, 0.02, seed),
         "grad_norm": ramp(0.16, 0.17, 0.01, seed),
         "ebft/cfm_loss": ramp(0.72, 0.58, 0.02, seed),
+        "ebft/energy_score": ramp(0.58, 0.5, 0.02, seed),
         "ebft/alignment": ramp(0.55, 0.8, 0.04, seed),
         "ebft/diversity": ramp(0.53, 0.75, 0.02, seed),
         "ebft/mean_reward": ramp(0.02, 0.05, 0.02, seed),
@@ -193,6 +194,10 @@ def test_trends_in_the_wrong_direction() -> None:
     assert only(rules.rising_cfm_loss, run_of({"ebft/cfm_loss": ramp(0.7, 0.8, 0.02)}))
     assert rules.falling_alignment(run_of({"ebft/alignment": ramp(0.8, 0.77, 0.001)})) is None
     assert rules.rising_cfm_loss(run_of({"ebft/cfm_loss": ramp(0.7, 0.71, 0.001)})) is None
+    spread = {"ebft/energy_score": ramp(0.5, 0.6, 0.01), "ebft/cfm_loss": ramp(0.7, 0.65, 0.01)}
+    assert only(rules.only_sharper, run_of(spread)).title == "The policy only becomes sharper"
+    assert rules.only_sharper(run_of(spread | {"ebft/energy_score": ramp(0.5, 0.45, 0.01)})) is None
+    assert rules.only_sharper(run_of(spread | {"ebft/cfm_loss": ramp(0.7, 0.8, 0.01)})) is None
     lost = run_of({"ebft/alignment": ramp(0.8, 0.7, 1.0)})
     assert rules.falling_alignment(lost) is None, "not in noise as large as this"
 

@@ -31,8 +31,8 @@ Args:
     alignment_coef, diversity_coef: of the reward.
 
 Returns:
-    cfm_loss, alignment, diversity, reward: means over prefixes. reward_best: mean of the best
-    reward of each prefix."""
+    cfm_loss, energy_score, alignment, diversity, reward: means over prefixes. reward_best: mean
+    of the best reward of each prefix."""
 
 
 class CFM(evaluate.Metric):

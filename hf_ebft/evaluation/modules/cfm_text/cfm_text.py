@@ -31,8 +31,8 @@ Args:
     use_whitening, whitening_space, alignment_coef, diversity_coef: see the module `cfm`.
 
 Returns:
-    cfm_loss, alignment, diversity, reward: means over prefixes. reward_best: mean of the best
-    reward of each prefix."""
+    cfm_loss, energy_score, alignment, diversity, reward: means over prefixes. reward_best: mean
+    of the best reward of each prefix."""
 
 FEATURE_OPTIONS = ("feature_layers", "embed_method", "normalization")
 
