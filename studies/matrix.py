@@ -312,11 +312,21 @@ def _warm_run(
     return Run(arm, method, split, seed, rate, steps, changes, setup.name)
 
 
+#: Declared later still: the estimator with the least noise, as it is.
+FITTED: dict[str, dict[str, Any]] = {"fitted": {"advantage_estimator": "fitted"}}
+
+
+def fitted_runs(setup: Setup, rate: float) -> list[Run]:
+    """EBFT with baselines by token, with every seed at the rate of EBFT."""
+    arms = FITTED if setup.with_ablations else {}
+    return [_run(setup, arm, "report", seed, rate) for arm in arms for seed in SEEDS]
+
+
 def _run(setup: Setup, arm: str, split: Literal["tune", "report"], seed: int, rate: float) -> Run:
     if arm in ("sft_steps", "sft_tokens"):
         steps = setup.steps if arm == "sft_steps" else int(setup.steps * setup.tokens_factor)
         return Run(arm, "sft", split, seed, rate, steps, setup=setup.name)
     # Averaging the weights changes nothing about the training, so it is measured beside it.
     averaged = {"ema_decay": 0.9} if split == "report" and setup.with_ablations else {}
-    changes = (WHITENING | OTHER_FACTORS | {"ebft": averaged})[arm]
+    changes = (WHITENING | OTHER_FACTORS | FITTED | {"ebft": averaged})[arm]
     return Run(arm, "ebft", split, seed, rate, setup.steps, changes, setup.name)

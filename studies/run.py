@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 *matrix.ablation_runs(setup, rates["ebft"]),
                 *matrix.whitened_sweep_runs(setup),
                 *matrix.reinforce_sweep_runs(setup),
+                *matrix.fitted_runs(setup, rates["ebft"]),
             ]
         )
         if setup.with_ablations:

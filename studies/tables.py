@@ -64,6 +64,7 @@ LABELS = {
     "mean_pooling": "`mean_pooling`",
     "reinforce": "`reinforce`",
     "group_norm": "`group_norm`",
+    "fitted": "`fitted`",
     "naive_baseline": "naive leave-one-out",
     "kl_0.1": "`kl_coef` 0.1",
 }
@@ -215,6 +216,7 @@ def runs_table(results: Results) -> str:
         declared["whitening, `report`"] = whitening
         declared["other factors, `report`"] = [r for r in ablations if r not in whitening]
         declared["sweep of whitening by group, `tune`"] = matrix.whitened_sweep_runs(setup)
+        declared["`fitted`, `report`"] = matrix.fitted_runs(setup, rates["ebft"])
         declared["sweep of `reinforce`, `tune`"] = matrix.reinforce_sweep_runs(setup)
     rows = [
         [label, str(len(runs)), str(sum(run.name in results.runs for run in runs)), missing]
@@ -390,18 +392,22 @@ def correction_table(results: Results) -> str:
     """EBFT with and without a baseline, from the untrained model and beside SFT."""
     base = results.base()
     sft = results.evaluations("sft_steps")
+    arms = {"ebft": "EBFT (`rloo`)", "reinforce": "EBFT (`reinforce`)", "fitted": "EBFT (`fitted`)"}
+    arms = {arm: label for arm, label in arms.items() if results.evaluations(arm)}
     rows = []
     for figure, label in results.figures().items():
         cells = []
-        for arm in ("ebft", "reinforce"):
+        for arm in arms:
             after = results.evaluations(arm)
             seeds = sorted(after.keys() & sft.keys())
             runs = [after[s] for s in seeds]
             cells.append(change([base], runs, figure))
             cells.append(change([sft[s] for s in seeds], runs, figure))
         rows.append([label, *cells])
-    arms = ("EBFT (`rloo`)", "EBFT (`reinforce`)")
-    head = [f"{arm} less {other}" for arm in arms for other in ("untrained", "SFT, equal steps")]
+    labels = arms.values()
+    head = [
+        f"{label} less {other}" for label in labels for other in ("untrained", "SFT, equal steps")
+    ]
     return table(["", *head], rows)
 
 

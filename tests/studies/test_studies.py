@@ -34,6 +34,7 @@ def all_runs(setup: matrix.Setup, rates: dict[str, float]) -> list[matrix.Run]:
         *matrix.ablation_runs(setup, rates["ebft"]),
         *matrix.whitened_sweep_runs(setup),
         *matrix.reinforce_sweep_runs(setup),
+        *matrix.fitted_runs(setup, rates["ebft"]),
     ]
 
 
