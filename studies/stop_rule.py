@@ -33,7 +33,7 @@ from matrix import ROOT
 from run import load_model, load_rows, versions, write
 from torch import Tensor
 
-from hf_ebft.config import EBFTSettings
+from hf_ebft.config import AdvantageEstimator, EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.advantages import compute_advantages
@@ -45,7 +45,7 @@ from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.training.measuring import Measurer
 
 DOCUMENTS = 96
-ESTIMATORS = ("rloo", "reinforce")
+ESTIMATORS: tuple[AdvantageEstimator, ...] = ("rloo", "reinforce")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
