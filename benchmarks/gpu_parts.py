@@ -508,7 +508,7 @@ def part_run(record: Record) -> None:
 
 def part_steady(record: Record) -> None:
     """Do memory, shapes or compilations grow over steps of varying lengths?"""
-    record.note("default", steady_figures(record, []))
+    record.note("default", steady_figures(record, [], seconds=40))
 
 
 def part_recompiles(record: Record) -> None:
@@ -516,15 +516,14 @@ def part_recompiles(record: Record) -> None:
     settings = ["torch_compile=true"]
     if record.dry_run:
         settings.append("torch_compile_backend=eager")
-    # What is found if the part is stopped before its end.
-    record.note("torch_compile", "did not end")
-    record.note("torch_compile", steady_figures(record, settings))
+    record.note("torch_compile", steady_figures(record, settings, seconds=60))
     record.note("counters", dict(counters["stats"]))
 
 
-def steady_figures(record: Record, settings: Sequence[str]) -> dict[str, Any]:
-    """The summary of `steady.py`."""
+def steady_figures(record: Record, settings: Sequence[str], seconds: float) -> dict[str, Any]:
+    """The summary of `steady.py`, over as many steps as fit."""
     arguments = ["--steps", "2" if record.dry_run else "200", "--device", record.device.type]
+    arguments += ["--seconds", str(seconds)]
     if record.dry_run:
         arguments += ["--model", "tiny", "--shortest", "40", "--longest", "64", "--threads", "1"]
     else:
@@ -534,7 +533,8 @@ def steady_figures(record: Record, settings: Sequence[str]) -> dict[str, Any]:
     start = time.perf_counter()
     found = steady.run(steady.parse(arguments))
     names = ("growth_of_peak", "peak_of_halves", "shapes", "graphs_of_halves")
-    return {name: found[name] for name in names} | {"seconds": time.perf_counter() - start}
+    more = {"steps": len(found["steps"]), "seconds": time.perf_counter() - start}
+    return {name: found[name] for name in names} | more
 
 
 PARTS: dict[str, Callable[[Record], None]] = {

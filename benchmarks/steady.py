@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     shapes, record = set(), []
     compiled_before = graphs()  # torch counts from the start of the process
+    start = time.monotonic()
     for step in range(1, given.steps + 1):
         lengths = torch.randint(
             given.shortest, given.longest + 1, (given.documents,), generator=generator
@@ -72,7 +74,10 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
                 f"{found['graphs']} graphs",
                 flush=True,
             )
-    half = given.steps // 2
+        if given.seconds is not None and time.monotonic() - start > given.seconds and step > 1:
+            print(f"Stopped after {step} of {given.steps} steps: {given.seconds:g} s are over.")
+            break
+    half = len(record) // 2
     most = [max(entry["bytes"] for entry in part) for part in (record[:half], record[half:])]
     return {
         "growth_of_peak": most[1] / most[0] - 1.0,
@@ -91,6 +96,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seconds", type=float, help="Stop earlier, after so many.")
     parser.add_argument("--model", choices=MODELS, default="3m")
     parser.add_argument("--documents", type=int, default=2, help="Documents of a step.")
     parser.add_argument("--shortest", type=int, default=64, help="Tokens of a document, at least.")

@@ -616,3 +616,7 @@ def test_steady_counts_shapes_and_memory(
     assert padded["shapes"] <= 2 < 6 == len(padded["steps"])
     assert padded["steps"][-1]["bytes"] > 0 and padded["graphs_of_halves"] == [0, 0]
     assert "of peak memory from the first half" in capsys.readouterr().out
+    # Two steps, the fewest that have halves, whatever they take.
+    steady.main([*arguments, "--seconds", "0"])
+    assert len(json.loads(path.read_text())["steps"]) == 2
+    assert "Stopped after 2 of 6 steps" in capsys.readouterr().out
