@@ -41,7 +41,9 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(given.device)
     dtype = None if given.dtype is None else getattr(torch, given.dtype)
     size = MODELS[given.model].in_dtype(dtype)
-    settings = {"pad_to_multiple_of": given.pad_to_multiple_of} | dict(map(setting, given.set))
+    settings = dict(map(setting, given.set))
+    if given.pad_to_multiple_of is not None:
+        settings["pad_to_multiple_of"] = given.pad_to_multiple_of
     with device:
         model = size.build()
     ours = OurStep(
@@ -101,7 +103,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=2, help="Documents of a step.")
     parser.add_argument("--shortest", type=int, default=64, help="Tokens of a document, at least.")
     parser.add_argument("--longest", type=int, default=512, help="And at most.")
-    parser.add_argument("--pad-to-multiple-of", type=int, default=1)
+    parser.add_argument("--pad-to-multiple-of", type=int, help="Default: the trainer's own.")
     parser.add_argument("--json", type=Path, help="Write the figures here.")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads.")
     parser.add_argument(

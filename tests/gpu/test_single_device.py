@@ -14,7 +14,13 @@ from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
 from tests.support.accelerator import DEVICE, ON_CPU, needs_accelerator
-from tests.support.distributed_runs import VOCABULARY, make_trainer, small_llama
+from tests.support.distributed_runs import (
+    VOCABULARY,
+    assert_same_weights,
+    full_weights,
+    make_trainer,
+    small_llama,
+)
 
 pytestmark = [pytest.mark.gpu, needs_accelerator]
 # flex_attention compiles for heads of 16 or more.
@@ -141,12 +147,52 @@ def test_whitening_agrees_with_the_cpu():
         torch.testing.assert_close(left, right.cpu(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["auto", "split"])
+def test_batches_of_one_shape_are_sampled_alike(attention):
+    """Whatever is kept from one batch for the next of its shapes, as captured decoding steps are,
+    a batch draws the tokens that it would draw as the first one."""
+    model = small_llama(head_dim=HEAD_DIM).to(DEVICE)
+
+    def tokens(forward, seed):
+        rollouts = sample_rollouts(
+            model,
+            forward,
+            batch(DEVICE).layout,
+            temperature=0.6,
+            top_p=1.0,
+            chunk_size=64,
+            generator=make_generator(DEVICE, seed),
+        )
+        return rollouts.tokens.transpose(1, 2)[rollouts.exists]
+
+    known = PackedForward.for_model(model, attention)
+    found = [tokens(known, seed) for seed in range(4)]
+    expected = [tokens(PackedForward.for_model(model, attention), seed) for seed in range(4)]
+    # But where rounding moves a threshold.
+    assert all((a == b).float().mean() > 0.98 for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[2], found[3])
+
+
+def trained(tmp_path, **settings):
+    """A run of four steps, with heads for which flex_attention compiles."""
+    small_llama(head_dim=HEAD_DIM).save_pretrained(tmp_path / "model")
+    trainer = make_trainer(tmp_path, use_cpu=ON_CPU, pretrained=tmp_path / "model", **settings)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"bf16": True, "peft": True}])
 def test_training_runs(tmp_path, settings):
-    trainer = make_trainer(tmp_path, use_cpu=ON_CPU, **settings)
-    trainer.train()
+    trainer = trained(tmp_path, **settings)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 4
+
+
+@pytest.mark.skipif(ON_CPU, reason="takes minutes to compile")
+def test_compiled_training_agrees(tmp_path):
+    """torch_compile and none, from the same weights on the same rollouts."""
+    expected, found = (trained(tmp_path, torch_compile=compiles) for compiles in (False, True))
+    assert_same_weights(full_weights(found.model), full_weights(expected.model), 2e-3)
 
 
 def test_feature_network_on_the_cpu_gives_the_same_embeddings(tmp_path):
