@@ -26,10 +26,10 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_ebft.commands.runs import strided
 from hf_ebft.commands.runs.data import load_split
 from hf_ebft.commands.runs.options import STDLIB, DataArguments
 from hf_ebft.commands.runs.parsing import OptionParser
+from hf_ebft.commands.runs.text import raw_text, tokenize
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data import TokenizedRows
 from hf_ebft.evaluation import ModelMeasurements, compare_models, measure_model
@@ -287,9 +287,9 @@ def load_rows(args: EvaluationArguments, tokenizer: Any) -> TokenizedRows:
         sequence_len=args.sequence_len,
         keep_short=True,
     )
-    raw = strided.raw_text(load_split(name, split, data), data, tokenizer)
+    raw = raw_text(load_split(name, split, data), data, tokenizer)
     settings: Any = evaluation_settings(args)
-    rows = strided.tokenize(raw, tokenizer, data, settings)
+    rows = tokenize(raw, tokenizer, data, settings)
     print(f"Held-out text, {raw.name}: {rows.counts}", flush=True)
     return rows.spread(args.rows, DATA_SEED)
 

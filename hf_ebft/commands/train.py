@@ -33,6 +33,7 @@ from hf_ebft.commands.runs.demo_files import require_demo_files
 from hf_ebft.commands.runs.ending import resume_from
 from hf_ebft.commands.runs.options import GROUND_TRUTHS, STDLIB, DataArguments, Mode
 from hf_ebft.commands.runs.parsing import check, early_options, parse_arguments, print_help
+from hf_ebft.commands.runs.text import COMPLETION
 from hf_ebft.conversion.checking import as_arguments
 from hf_ebft.data import Table
 from hf_ebft.data.sources import TEXT_COLUMNS
@@ -104,6 +105,8 @@ def choose_mode(argv: Sequence[str]) -> tuple[Mode, str, Table | None]:
     first = data.dataset_name_or_path[0]
     if first.startswith(STDLIB):
         return "strided", f"{first} is text", None
+    if data.streaming:
+        return "strided", "a stream is read by strided mode", None
     if data.text_column is not None:
         return "strided", f"the text is in the column {data.text_column!r}", None
     train = load_split(first, data.train_split, data)
@@ -125,7 +128,7 @@ def mode_of(table: Table) -> tuple[Mode, str]:
                 f"{texts[0]!r} for strided mode; say which by --mode."
             )
         return "structured", f"the columns are 'prompt' and {truths[0]!r}"
-    if {"prompt", strided.COMPLETION} <= set(table.columns):
+    if {"prompt", COMPLETION} <= set(table.columns):
         return "strided", (
             "the columns are 'prompt' and 'completion', blocks lie in the completion; for whole "
             "completions by TRL: --mode structured"

@@ -2,7 +2,14 @@
 
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.data.mixing import mix
-from hf_ebft.data.sources import RawDataset, Table, hold_out, load_table, load_text_dataset
+from hf_ebft.data.sources import (
+    RawDataset,
+    Table,
+    hold_out,
+    load_table,
+    load_text_dataset,
+    open_stream,
+)
 from hf_ebft.data.special_tokens import encode_text
 from hf_ebft.data.thinking import answer_start, join_thinking, split_thinking
 from hf_ebft.data.tokenization import (
@@ -19,6 +26,7 @@ from hf_ebft.data.transforms import (
     TRANSFORMS,
     TRANSLATION_PROMPT,
     BadRowError,
+    NoRowsError,
     chat,
     question_answer,
     reasoning,
@@ -32,6 +40,7 @@ __all__ = [
     "TRANSLATION_PROMPT",
     "BadRowError",
     "EBFTDataCollator",
+    "NoRowsError",
     "RawDataset",
     "Table",
     "TokenizationCounts",
@@ -44,6 +53,7 @@ __all__ = [
     "load_table",
     "load_text_dataset",
     "mix",
+    "open_stream",
     "prompt_completion",
     "question_answer",
     "raw_text",

@@ -196,6 +196,47 @@ def load_table(
     return Table(records, columns, name_or_path)
 
 
+def open_stream(
+    name_or_path: str,
+    split: str = ONLY_SPLIT,
+    *,
+    config_name: str | None = None,
+    column: str | None = None,
+) -> Table:
+    """Rows that are read one after the other when they are wanted, from the hub or a table.
+
+    Args:
+        name_or_path: as for `load_text_dataset`, but no text file and no saved data set.
+        split: which one; a stream has no slices.
+        config_name: configuration of a hub dataset that has several.
+        column: a column that has to be there.
+
+    Returns:
+        A table whose `records` are a `datasets.IterableDataset`.
+
+    Raises:
+        ValueError: no such data, split or column; nothing in it; or data that is no stream.
+        ImportError: `datasets` is not installed.
+    """
+    path = Path(name_or_path).expanduser()
+    if _text_files(path) or (path.is_dir() and _is_saved_dataset(path)):
+        raise ValueError(
+            f"{name_or_path} is read as a whole, so it cannot be streamed; leave streaming out."
+        )
+    if "[" in split:
+        raise ValueError(
+            f"split={split!r} is a slice, and a stream has no end to count from; name a whole "
+            "split, and say by max_steps how much of it is read."
+        )
+    records = _load_table(name_or_path, path, split, config_name, streaming=True)
+    first = next(iter(records), None)
+    if first is None:
+        raise ValueError(f"{name_or_path} (split {split!r}) is empty: there is nothing to stream.")
+    if column is not None and column not in first:
+        raise ValueError(_no_column(name_or_path, column, list(first)))
+    return Table(records, tuple(first), name_or_path)
+
+
 def _no_column(name: str, column: str, available: Sequence[str]) -> str:
     return f"{name} has no column {column!r}; it has {', '.join(map(repr, available))}."
 
@@ -347,8 +388,10 @@ def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
     return records
 
 
-def _load_table(name_or_path: str, path: Path, split: str, config_name: str | None) -> Any:
-    """A `datasets.Dataset` from a data file, a folder or the hub."""
+def _load_table(
+    name_or_path: str, path: Path, split: str, config_name: str | None, *, streaming: bool = False
+) -> Any:
+    """A `datasets.Dataset`, or `IterableDataset`, from a data file, a folder or the hub."""
     _refuse_unreadable(name_or_path, path)
     datasets = import_datasets(name_or_path)
     try:
@@ -357,15 +400,16 @@ def _load_table(name_or_path: str, path: Path, split: str, config_name: str | No
                 TABLE_SUFFIXES[suffix_of(path)],
                 data_files={ONLY_SPLIT: str(path)},
                 split=split,
+                streaming=streaming,
                 **_csv_options([path], datasets),
             )
         if path.is_dir() and _is_saved_dataset(path):
             saved = datasets.load_from_disk(str(path))
             return saved[split] if isinstance(saved, dict) else saved
         if path.is_dir():
-            options = _csv_options(_tables(path), datasets)
+            options = {"streaming": streaming, **_csv_options(_tables(path), datasets)}
             return datasets.load_dataset(str(path), config_name, split=split, **options)
-        return datasets.load_dataset(name_or_path, config_name, split=split)
+        return datasets.load_dataset(name_or_path, config_name, split=split, streaming=streaming)
     except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{name_or_path} could not be loaded with split={split!r} and configuration "

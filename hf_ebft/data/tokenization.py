@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_ebft.data.special_tokens import Endings, added_bos, endings_of, without_bos
-from hf_ebft.data.transforms import BadRowError
+from hf_ebft.data.transforms import BadRowError, NoRowsError
 from hf_ebft.data.unicode import fault_of, require_unicode
 from hf_ebft.rows.documents import DOCUMENT_COLUMNS, IGNORE_INDEX
 
@@ -530,7 +530,7 @@ def _finish(
 
 def _refuse_none(rows: TokenizedRows) -> TokenizedRows:
     if len(rows) == 0:
-        raise ValueError(
+        raise NoRowsError(
             f"No row of text is left ({rows.counts}). Give longer texts, lower context_length, "
             "generate_max_len or min_completion_prefix, raise sequence_len where prompts fill it, "
             "or keep short pieces for cross-entropy."

@@ -66,6 +66,10 @@ class BadRowError(ValueError):
     """A row that cannot be used, while others of the same data set may be."""
 
 
+class NoRowsError(ValueError):
+    """Of some rows none could be used, while others of the same data set may be."""
+
+
 def question_answer(
     row: Mapping[str, Any],
     index: int | None = None,
@@ -344,7 +348,7 @@ def transform_rows(
     if bad_rows == "skip":
         good, reason = _good_rows(rows, transform, settings)
         if not good:
-            raise ValueError(f"None of {total} rows could be used. {reason}")
+            raise NoRowsError(f"None of {total} rows could be used. {reason}")
         if len(good) < total:
             logger.warning("%d of %d rows were left out. %s", total - len(good), total, reason)
             kept = rows.select(good) if is_dataset else [rows[number] for number in good]

@@ -56,6 +56,13 @@ class DataArguments:
             "these until one data set has none left. Default: all rows of all."
         },
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the data set while it is trained on, without downloading it first. Needs "
+            "max_steps."
+        },
+    )
     transform: str | None = field(
         default=None,
         metadata={

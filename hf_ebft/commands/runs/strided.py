@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_ebft import EBFTConfig, EBFTTrainer
+from hf_ebft.commands.runs import streaming
 from hf_ebft.commands.runs.adapters import lora_config
 from hf_ebft.commands.runs.console import say
 from hf_ebft.commands.runs.data import DATA_SEED, load_text, shuffled
 from hf_ebft.commands.runs.ending import finish, refuse_lone_row
 from hf_ebft.commands.runs.model import load_model, load_tokenizer
 from hf_ebft.commands.runs.options import (
-    GROUND_TRUTHS,
     DataArguments,
     LoraArguments,
     ModelArguments,
     ReportArguments,
 )
-from hf_ebft.data import (
-    RawDataset,
-    Table,
-    TokenizedRows,
-    render_prompt,
-    tokenize_and_cut,
-    tokenize_prompt_completion,
-)
+from hf_ebft.commands.runs.text import raw_text, tokenize
+from hf_ebft.data import Table, TokenizedRows
 from hf_ebft.evaluation import (
     Continuation,
     DocumentMeasurements,
@@ -40,7 +33,6 @@ from hf_ebft.evaluation import (
 )
 from hf_ebft.watching.console import use_compact_progress
 
-COMPLETION = "completion"
 # With fewer documents than this behind the measured rows, rows are resampled instead.
 FEWEST_DOCUMENTS = 8
 
@@ -94,7 +86,7 @@ def load_rows(
     *,
     wants_eval: bool,
     train: Table | None = None,
-) -> tuple[TokenizedRows, TokenizedRows | None]:
+) -> tuple[Any, TokenizedRows | None]:
     """Rows to train on and, if they are wanted, held-out ones.
 
     Args:
@@ -103,7 +95,12 @@ def load_rows(
         args: lengths of blocks.
         wants_eval: whether held-out rows are wanted.
         train: the training data, if it has been opened already.
+
+    Returns:
+        Rows to train on (a stream of them with `data.streaming`), and held-out rows.
     """
+    if data.streaming:
+        return streaming.load_rows(data, tokenizer, args, wants_eval=wants_eval)
     text, held_out = load_text(
         data, wants_eval, lambda table: raw_text(table, data, tokenizer), train
     )
@@ -118,85 +115,6 @@ def load_rows(
     if data.max_eval_rows is not None:
         eval_rows = eval_rows.spread(data.max_eval_rows, DATA_SEED)
     return train_rows, eval_rows
-
-
-def raw_text(table: Table, data: DataArguments, tokenizer: Any) -> RawDataset:
-    """What strided mode reads of a table: its text, or its prompts with completions.
-
-    Ground truths of structured mode are completions here, and chats are laid out as text.
-    """
-    truths = [name for name in (COMPLETION, *GROUND_TRUTHS) if name in table.columns]
-    if data.text_column is not None or "prompt" not in table.columns or not truths:
-        return table.text(data.text_column)
-    if "tools" in table.columns:
-        raise ValueError(
-            f"{table.name} has a column 'tools', which would not reach the prompt. Render them "
-            "into the prompt, or take the column out."
-        )
-    pairs = [
-        {
-            "prompt": render_prompt(record["prompt"] or "", tokenizer, f"The prompt of row {n}"),
-            COMPLETION: reply_of(record[truths[0]], f"{table.name}, row {n}, {truths[0]!r},"),
-        }
-        for n, record in enumerate(table.records)
-    ]
-    return RawDataset(pairs, ("prompt", COMPLETION), table.name)
-
-
-def reply_of(completion: Any, where: str) -> Any:
-    """The text of a completion that is one message of the assistant, as TRL's data has it.
-
-    Raises:
-        ValueError: several messages, or one of somebody else.
-    """
-    if not isinstance(completion, list):
-        return completion
-    replies = [
-        message["content"]
-        for message in completion
-        if isinstance(message, Mapping) and message.get("role") == "assistant"
-    ]
-    if len(completion) != 1 or len(replies) != 1:
-        raise ValueError(
-            f"{where} holds {len(completion)} messages, {len(replies)} of them by the assistant; "
-            "strided mode takes one reply a row. Use --mode structured for a rest of a chat, or "
-            "give the whole chat in 'messages' (--transform chat)."
-        )
-    return replies[0]
-
-
-def tokenize(
-    raw: RawDataset,
-    tokenizer: Any,
-    data: DataArguments,
-    args: EBFTConfig,
-    *,
-    pack: bool = False,
-    most: int | None = None,
-) -> TokenizedRows:
-    """Rows of at most `sequence_len` tokens, with labels if there are prompts."""
-    min_length = args.context_length + args.generate_max_len
-    if raw.has_prompts:
-        if pack:
-            raise ValueError("pack=True is for text, not for prompts with completions; drop it.")
-        return tokenize_prompt_completion(
-            raw.pairs(),
-            tokenizer,
-            sequence_len=data.sequence_len,
-            min_length=min_length,
-            min_completion=args.min_completion_prefix + args.generate_max_len,
-            keep_short=data.keep_short,
-            max_rows=most,
-        )
-    return tokenize_and_cut(
-        raw.texts(),
-        tokenizer,
-        sequence_len=data.sequence_len,
-        min_length=min_length,
-        pack=pack,
-        keep_short=data.keep_short,
-        max_rows=most,
-    )
 
 
 # ---- Results ----------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ GROUND_TRUTH = "ground_truth"
 EMBED_THINKING = "embed_thinking"
 # Options of the groups in options.py that only strided mode reads.
 STRIDED_ONLY = (
+    "streaming",
     "sequence_len",
     "pack",
     "keep_short",

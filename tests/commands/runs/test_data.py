@@ -14,7 +14,7 @@ pytest.importorskip("trl")
 
 import datasets
 
-from hf_ebft.commands.runs import strided, structured
+from hf_ebft.commands.runs import structured, text
 from hf_ebft.commands.runs.data import load_split, load_text
 from hf_ebft.commands.runs.parsing import parse_arguments
 from hf_ebft.commands.train import choose_mode
@@ -53,7 +53,7 @@ def opened(path: str, *options: str, mode: str = "strided") -> tuple[Table, Any,
 def pairs(path: str, *options: str) -> list[tuple[str, str]]:
     """What strided mode reads."""
     table, data, _ = opened(path, *options)
-    return list(strided.raw_text(table, data, tokenizer()).pairs())
+    return list(text.raw_text(table, data, tokenizer()).pairs())
 
 
 def prompts(path: str, *options: str) -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ def test_other_replies_are_taken_by_the_transform(tmp_path: Path) -> None:
 def test_text_beside_chats_is_text(tmp_path: Path) -> None:
     path = write(tmp_path, [{"messages": chat, "text": "plain"} for chat in CHATS])
     table, data, _ = opened(path)
-    assert list(strided.raw_text(table, data, tokenizer()).texts()) == ["plain"] * 4
+    assert list(text.raw_text(table, data, tokenizer()).texts()) == ["plain"] * 4
 
 
 def test_tools_of_chats_are_not_dropped(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def two_sets(folder: Path) -> list[str]:
 def texts_of(options: list[str]) -> tuple[list[str], list[str]]:
     data, *_ = parse_arguments([*options, "--use_cpu"])
     train, held_out = load_text(
-        data, True, lambda table: strided.raw_text(table, data, tokenizer()), None
+        data, True, lambda table: text.raw_text(table, data, tokenizer()), None
     )
     assert held_out is not None
     return list(train.texts()), list(held_out.texts())
