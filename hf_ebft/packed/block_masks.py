@@ -68,15 +68,30 @@ class VisibleKeys:
         return np.asarray((by_tile > 0).any(axis=1)), np.asarray((by_tile == TILE).all(axis=1))
 
 
-def block_mask(visible: VisibleKeys, device: torch.device) -> BlockMask:
-    """The block mask of these queries and keys, on a device."""
+def block_mask(
+    visible: VisibleKeys,
+    device: torch.device,
+    *,
+    at_least: VisibleKeys | None = None,
+    mask_mod: MaskByPair | None = None,
+) -> BlockMask:
+    """The block mask of these queries and keys, on a device.
+
+    Args:
+        visible: who sees whom; where that changes while the mask is in use, at most.
+        device: of the mask.
+        at_least: who sees whom at any time, where that changes.
+        mask_mod: who sees whom by pair, where that changes.
+    """
     some, full = visible.tiles()
+    if at_least is not None:
+        full = at_least.tiles()[1]
     partly, wholly = (_listed(tiles) for tiles in (some & ~full, full))
     return BlockMask.from_kv_blocks(
         *partly,
         *wholly,
         BLOCK_SIZE=TILE,
-        mask_mod=mask_by_pair(visible, device),
+        mask_mod=mask_mod or mask_by_pair(visible, device),
         seq_lengths=(visible.low.shape[1], visible.n_keys),
     ).to(device)
 

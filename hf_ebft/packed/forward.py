@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -50,6 +50,8 @@ class PackedForward:
     takes_logits_to_keep: bool
     head: Head | None
     noise_per_pass: bool = False
+    # What users of this find out about the model from batch to batch.
+    known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def for_model(
@@ -191,11 +193,13 @@ class PackedForward:
     def can_continue_from_cache(self) -> bool:
         """Whether the row may be fed in parts of many sizes, later ones against a cache.
 
-        Keys and values of every layer must be all that the model's cache holds; and block masks
-        are compiled by shape.
+        Not with block masks, which are compiled by shape.
         """
-        if self.recipe.implementation == FLEX:
-            return False
+        return self.recipe.implementation != FLEX and self.has_plain_cache
+
+    @cached_property
+    def has_plain_cache(self) -> bool:
+        """Whether keys and values of every layer are all that the model's cache holds."""
         config = self.config.get_text_config(decoder=True)
         # Text alone does not reach these layers, and leaves their part of the cache empty.
         if getattr(config, "cross_attention_layers", None):

@@ -47,14 +47,19 @@ class Head:
 
     @contextmanager
     def replaced_by(
-        self, model: nn.Module, compute: Callable[[Tensor, ToLogits], list[Tensor]]
+        self,
+        model: nn.Module,
+        compute: Callable[[Tensor, ToLogits], list[Tensor]],
+        *,
+        traceable: bool = False,
     ) -> Iterator[list[Tensor]]:
         """Let the model compute something else in place of logits.
 
         Args:
             model: as it is called, wrapped or not.
             compute: gets the hidden states (B, Q, H) that the model hands to its head, and what
-                makes logits of any of them; called once.
+                makes logits of any of them; called once for each call of the model.
+            traceable: whether TorchDynamo may follow the model into `compute`.
 
         Yields:
             A list, which holds what `compute` returned once the model's forward has run. The
@@ -76,7 +81,7 @@ class Head:
             return hidden.new_zeros(*hidden.shape[:-1], 1) + anchor
 
         # Compiled models leave their graph here: what is computed changes with every call.
-        head.forward = torch.compiler.disable(instead)
+        head.forward = instead if traceable else torch.compiler.disable(instead)
         try:
             yield results
         finally:

@@ -6,7 +6,6 @@ vocabulary, Q tokens of a row that are continued, N rows of logits.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from hf_ebft.packed.decoding import decode
+from hf_ebft.packed.drawing import Sampler, uniform_numbers
 from hf_ebft.packed.forward import PackedForward, evaluation_mode, states_in
 from hf_ebft.packed.heads import ToLogits
 from hf_ebft.packed.targets import KeptPlaces, Targets, TokenLogProbs
@@ -186,11 +187,15 @@ def sample_with_record(
         ValueError: a document or the packed row is too long for the model.
     """
     forward.limits.check(layout)
-    sampler = _Sampler(temperature, top_p, chunk_size, generator)
+    sampler = Sampler(temperature, top_p, chunk_size)
+    rows, n_samples, n_blocks, length = layout.rollout_shape
+    uniform = uniform_numbers((length, rows, n_blocks * n_samples), generator)
     with evaluation_mode(model):
         cache = forward.new_cache()
-        first, document_pass = _first_tokens(model, forward, layout, sampler, cache, targets)
-        tokens, log_probs = _decode(model, forward, layout, sampler, cache, first)
+        first, document_pass = _first_tokens(
+            model, forward, layout, sampler, cache, targets, uniform[0]
+        )
+        tokens, log_probs = decode(model, forward, layout, sampler, cache, first, uniform[1:])
     _refuse_not_finite(log_probs)
     rollouts = Rollouts(tokens, layout.blocks.exists, layout)
     record = SamplingRecord(
@@ -204,32 +209,14 @@ def sample_with_record(
     return rollouts, record
 
 
-@dataclass(frozen=True)
-class _Sampler:
-    """How tokens are drawn; see `sample_with_record`."""
-
-    temperature: float
-    top_p: float
-    chunk_size: int
-    generator: torch.Generator
-
-    def __call__(self, states: Tensor, to_logits: ToLogits, each: int = 1) -> list[Tensor]:
-        """(B, Q, X) -> (B, Q * each): tokens drawn for each state, and their log-probabilities."""
-        tokens, log_probs = [], []
-        for chunk in states.flatten(0, 1).split(self.chunk_size):
-            probabilities = token_probabilities(to_logits(chunk), self.temperature)
-            tokens.append(draw(nucleus(probabilities, self.top_p), self.generator, each))
-            log_probs.append(probabilities.gather(1, tokens[-1]).log())
-        return [torch.cat(parts).view(states.shape[0], -1) for parts in (tokens, log_probs)]
-
-
 def _first_tokens(
     model: nn.Module,
     forward: PackedForward,
     layout: PackedLayout,
-    sampler: _Sampler,
+    sampler: Sampler,
     cache: DynamicCache,
     targets: Targets | None,
+    uniform: Tensor,
 ) -> tuple[list[Tensor], DocumentPass | None]:
     """The pass over the documents, which fills the cache.
 
@@ -237,6 +224,7 @@ def _first_tokens(
         Tokens (B, K * n) and their log-probabilities, and the pass itself if there are targets.
     """
     _, n_samples, n_blocks, _ = layout.rollout_shape
+    uniform = uniform.unflatten(1, (n_blocks, n_samples))
     part, text = layout.document_part, layout.documents.input_ids
     if targets is None:
         kept = KeptPlaces.for_layout(layout, whole_document=False, part=part)
@@ -248,7 +236,7 @@ def _first_tokens(
     def first_tokens(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
         with torch.no_grad():
             last = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
-            found = sampler(last, to_logits, each=n_samples)
+            found = sampler(last, to_logits, uniform)
         if targets is not None:
             tokens = found[0].view(-1, n_blocks, n_samples, 1).transpose(1, 2)
             found += targets.score(tokens, states, to_logits)
@@ -263,37 +251,6 @@ def _first_tokens(
         return found[:2], DocumentPass(targets.join(found[2:]), states_in(cache))
 
 
-def _decode(
-    model: nn.Module,
-    forward: PackedForward,
-    layout: PackedLayout,
-    sampler: _Sampler,
-    cache: DynamicCache,
-    first: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """The G - 1 steps that follow the first tokens.
-
-    The host waits for the device in none of them.
-
-    Returns:
-        All tokens (B, n, K, G) and their log-probabilities.
-    """
-    _, n_samples, n_blocks, length = layout.rollout_shape
-    every_rollout = torch.arange(n_blocks * n_samples, device=sampler.generator.device)
-    parts = [layout.step_part(step) for step in range(length - 1)]
-    for part in parts:
-        forward.recipe.prepare(part)
-    steps = [first]
-    for part in parts:
-        text = steps[-1][0]
-        steps.append(forward.through_head(model, text, part, every_rollout, sampler, cache=cache))
-    tokens, log_probs = (
-        layout.from_row(torch.stack(of_steps, dim=2).flatten(1)).contiguous()
-        for of_steps in zip(*steps, strict=True)
-    )
-    return tokens, log_probs
-
-
 def _refuse_not_finite(log_probs: Tensor) -> None:
     # Once, after the last step: a look at every step would make the host wait for the device.
     if bool(torch.isnan(log_probs).any()):
@@ -302,68 +259,3 @@ def _refuse_not_finite(log_probs: Tensor) -> None:
             "probably diverged: lower learning_rate, raise warmup_steps or set max_grad_norm; with "
             "fp16, train in bf16."
         )
-
-
-def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Softmax at a temperature.
-
-    Args:
-        logits: (..., V) in any floating dtype.
-
-    Returns:
-        (..., V) float32, summing to 1.
-    """
-    return torch.softmax(logits.float() / temperature, dim=-1)
-
-
-def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The smallest set of most likely tokens whose probability reaches `top_p`, and no others.
-
-    Args:
-        probabilities: (..., V) float32, summing to 1.
-
-    Returns:
-        (..., V) float32, summing to 1.
-    """
-    if top_p >= 1.0:
-        return probabilities
-    descending, order = probabilities.sort(dim=-1, descending=True)
-    # Of the likelier tokens alone: cumsum - descending would let rounding keep one token too many.
-    mass_before = nn.functional.pad(descending.cumsum(dim=-1)[..., :-1], (1, 0))
-    kept = torch.where(mass_before < top_p, descending, 0.0)
-    kept = kept / kept.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter(-1, order, kept)
-
-
-def draw(probabilities: Tensor, generator: torch.Generator, each: int = 1) -> Tensor:
-    """Tokens drawn from each distribution: (N, V) -> (N, each) int64.
-
-    The token at which the cumulated probability first passes a uniform number: one random number
-    per token, where `torch.multinomial` takes one per entry of the vocabulary. The vocabulary is
-    summed in parts, and only the part that holds the token is cumulated. Sums are in double
-    precision, so that rare tokens at the end of a large vocabulary keep their share.
-
-    A distribution that holds NaN gives some token of the vocabulary.
-    """
-    rows, vocabulary = probabilities.shape
-    width = math.isqrt(vocabulary)
-    parts = nn.functional.pad(probabilities, (0, -vocabulary % width)).view(rows, -1, width)
-    up_to_part = parts.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    total = up_to_part[:, -1:]
-    uniform = torch.rand(
-        (rows, each), generator=generator, dtype=torch.float64, device=probabilities.device
-    )
-    threshold = torch.minimum(uniform * total, _just_below(total))
-    # Among NaN, which no threshold is below, the search goes to the end and beyond.
-    part = torch.searchsorted(up_to_part, threshold, right=True).clamp(max=parts.shape[1] - 1)
-    before_part = nn.functional.pad(up_to_part, (1, 0)).gather(1, part)
-    inside = parts.gather(1, part[..., None].expand(-1, -1, width))
-    inside = inside.cumsum(dim=-1, dtype=torch.float64)
-    left = torch.minimum((threshold - before_part)[..., None], _just_below(inside[..., -1:]))
-    token = part * width + torch.searchsorted(inside, left, right=True)[..., 0]
-    return token.clamp(max=vocabulary - 1)
-
-
-def _just_below(total: Tensor) -> Tensor:
-    """The next smaller number: rounding must not take a threshold to a total that none passes."""
-    return total.nextafter(torch.zeros_like(total))

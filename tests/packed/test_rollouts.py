@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel
 
+from hf_ebft.packed.drawing import draw, uniform_numbers
 from hf_ebft.packed.forward import PackedForward
-from hf_ebft.packed.sampling import Rollouts, draw, make_generator, sample_rollouts
+from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
@@ -239,7 +240,8 @@ def test_any_seed_makes_a_generator(seed: int) -> None:
 @pytest.mark.parametrize("each", [1, 3])
 def test_draw_takes_tokens_of_each_distribution(each: int) -> None:
     certain = torch.tensor([2, 0, 1, 1, 1, 2])
-    tokens = draw(nn.functional.one_hot(certain, 3).float(), make_generator(CPU, 0), each)
+    uniform = uniform_numbers((6, each), make_generator(CPU, 0))
+    tokens = draw(nn.functional.one_hot(certain, 3).float(), uniform)
     assert tokens.dtype == torch.int64
     assert torch.equal(tokens, certain[:, None].expand(-1, each))
 
@@ -253,13 +255,11 @@ def test_draw_never_takes_a_token_without_probability(
         torch, "rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64)
     )
     probabilities = torch.tensor([[0.0, 0.3, 0.7, 0.0], [0.0, 1e-30, 1.0, 0.0]])
-    found = draw(probabilities, make_generator(CPU, 0))[:, 0].tolist()
+    found = draw(probabilities, uniform_numbers((2, 1), make_generator(CPU, 0)))[:, 0].tolist()
     assert found == ([1, 1] if uniform == 0.0 else [2, 2])
 
 
-def test_draw_keeps_the_share_of_rare_tokens_late_in_a_large_vocabulary(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_draw_keeps_the_share_of_rare_tokens_late_in_a_large_vocabulary() -> None:
     """Sums in single precision would round 1e-9 away next to 1."""
     probabilities = torch.full((1, 50_000), 1e-9)
     probabilities[0, 0] = 1.0
@@ -267,10 +267,7 @@ def test_draw_keeps_the_share_of_rare_tokens_late_in_a_large_vocabulary(
     total = 1.0 + 49_999 * rare
     for token in (1, 777, 49_999):
         uniform = (1.0 + (token - 0.5) * rare) / total
-        monkeypatch.setattr(
-            torch, "rand", lambda shape, u=uniform, **_: torch.full(shape, u, dtype=torch.float64)
-        )
-        assert int(draw(probabilities, make_generator(CPU, 0))) == token
+        assert int(draw(probabilities, torch.tensor([[uniform]], dtype=torch.float64))) == token
 
 
 @pytest.mark.parametrize("vocabulary", [3, 10, 4096])
@@ -279,7 +276,7 @@ def test_draw_stays_in_the_vocabulary_where_probabilities_are_not_finite(vocabul
     for first in (0, vocabulary - 1):
         probabilities = torch.full((2, vocabulary), 1 / vocabulary)
         probabilities[1, first:] = torch.nan
-        tokens = draw(probabilities, make_generator(CPU, 0), 5)
+        tokens = draw(probabilities, uniform_numbers((2, 5), make_generator(CPU, 0)))
         assert int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary
 
 

@@ -16,14 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedModel
 
+from hf_ebft.packed.drawing import nucleus, token_probabilities
 from hf_ebft.packed.forward import PackedForward
-from hf_ebft.packed.sampling import (
-    Rollouts,
-    make_generator,
-    nucleus,
-    sample_rollouts,
-    token_probabilities,
-)
+from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout

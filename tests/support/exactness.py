@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-import hf_ebft.packed.sampling
+import hf_ebft.packed.drawing
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.packed.deferred import TrainingPass, can_defer
 from hf_ebft.packed.forward import PackedForward
@@ -137,17 +137,17 @@ def lora_model(architecture: str) -> nn.Module:
 def recorded_distributions() -> Iterator[list[Tensor]]:
     """The distributions (B * K * n, V) that the sampler draws from, one tensor per step."""
     steps: list[Tensor] = []
-    original = hf_ebft.packed.sampling.draw
+    original = hf_ebft.packed.drawing.draw
 
-    def recording(probabilities: Tensor, generator: torch.Generator, each: int = 1) -> Tensor:
-        steps.append(probabilities.repeat_interleave(each, dim=0))
-        return original(probabilities, generator, each)
+    def recording(probabilities: Tensor, uniform: Tensor) -> Tensor:
+        steps.append(probabilities.repeat_interleave(uniform.shape[1], dim=0))
+        return original(probabilities, uniform)
 
-    hf_ebft.packed.sampling.draw = recording
+    hf_ebft.packed.drawing.draw = recording
     try:
         yield steps
     finally:
-        hf_ebft.packed.sampling.draw = original
+        hf_ebft.packed.drawing.draw = original
 
 
 def sample(

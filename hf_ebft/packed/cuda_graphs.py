@@ -1,0 +1,157 @@
+"""Decoding steps captured as CUDA graphs, and replayed for batches of the same shapes.
+
+A step launches some hundreds of small kernels, and on a GPU launching them takes longer than
+running them. A graph launches them at once. It is bound to the places of its tensors, so a batch is
+copied into the tensors of the one that was captured.
+
+Capturing has not run on a GPU yet. Whatever it raises, decoding goes on without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Graphs that are kept. Each holds the keys and values of a batch and the memory of a step.
+KEPT = 4
+# Shapes that are remembered until they come again.
+REMEMBERED = 256
+
+Replay = Callable[[], None]
+
+
+class Step(Protocol):
+    """A decoder whose step is a function of tensors at fixed places."""
+
+    tokens: Tensor
+    log_probs: Tensor
+
+    @property
+    def state(self) -> list[Tensor]:
+        """The tensors that a step reads and writes."""
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What a captured step is bound to, beside its tensors."""
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a graph could hold the step."""
+
+    def own_documents(self) -> None:
+        """Copy what belongs to others."""
+
+    def take_inputs_of(self, other: Any) -> None:
+        """Put another batch into this one's places."""
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Set up for calls of `step`."""
+
+    def step(self) -> None:
+        """Compute one step."""
+
+
+def capture(step: Callable[[], None]) -> Replay:
+    """Capture what a function launches as a CUDA graph.
+
+    It runs once before, on a stream of its own, so that nothing is set up during the capture.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Threads that load data may use the device meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+@dataclass
+class StepGraphs:
+    """Captured steps, by what they are bound to.
+
+    Attributes:
+        capture: makes a graph of a function, returns what replays it.
+        works: False once a capture has failed.
+    """
+
+    capture: Callable[[Callable[[], None]], Replay] = capture
+    works: bool = True
+    _captured: OrderedDict[Any, tuple[Step, Replay]] = field(default_factory=OrderedDict)
+    _seen: OrderedDict[Any, None] = field(default_factory=OrderedDict)
+
+    def run(self, decoder: Step, n_steps: int) -> tuple[Tensor, Tensor]:
+        """Decode a batch.
+
+        Args:
+            decoder: holds the batch.
+            n_steps: how often to compute a step.
+
+        Returns:
+            Tokens and log-probabilities of all steps, (G, B, m) each.
+        """
+        if self.works and decoder.can_be_captured:
+            found = self._replayed(decoder, n_steps)
+            if found is not None:
+                return found
+        with decoder.ready():
+            for _ in range(n_steps):
+                decoder.step()
+        return decoder.tokens, decoder.log_probs
+
+    def _replayed(self, decoder: Step, n_steps: int) -> tuple[Tensor, Tensor] | None:
+        """`run` by a graph; None where there is none, as for shapes that come the first time."""
+        key = decoder.identity
+        if key not in self._captured:
+            if key not in self._seen:
+                _remember(self._seen, key, None, REMEMBERED)
+                return None
+            if not self._capture(key, decoder):
+                return None
+        self._captured.move_to_end(key)
+        captured, replay = self._captured[key]
+        if captured is not decoder:
+            captured.take_inputs_of(decoder)
+        for _ in range(n_steps):
+            replay()
+        return captured.tokens.clone(), captured.log_probs.clone()
+
+    def _capture(self, key: Any, decoder: Step) -> bool:
+        """Capture a decoder's step, and put its batch back."""
+        before = [tensor.clone() for tensor in decoder.state]
+        try:
+            decoder.own_documents()
+            with decoder.ready():
+                replay = self.capture(decoder.step)
+        # Whatever a model's code, a driver or a library raises.
+        except Exception as error:
+            logger.warning(
+                "Decoding steps cannot be captured as a CUDA graph (%s: %s): they run one operator "
+                "at a time, which takes more time.",
+                type(error).__name__,
+                error,
+            )
+            self.works = False
+        else:
+            _remember(self._captured, key, (decoder, replay), KEPT)
+        for tensor, value in zip(decoder.state, before, strict=True):
+            tensor.copy_(value)
+        return self.works
+
+
+def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    if len(kept) > most:
+        kept.popitem(last=False)

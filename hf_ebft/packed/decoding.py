@@ -1,0 +1,360 @@
+"""Decoding steps: what follows the pass over the documents in sampling.
+
+Where a model allows it, every step is one and the same function of tensors at fixed places
+(`StaticDecoder`): tokens, their log-probabilities, random numbers drawn beforehand, keys and values
+with a slot for every step, and the number of the step. On CUDA such a step is captured as a graph
+once its shapes come a second time. Other models are decoded against a cache that grows.
+
+Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, m = K * n rollouts
+of a row, G rollout length.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.parallel import DistributedDataParallel
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_ebft.packed.cuda_graphs import StepGraphs
+from hf_ebft.packed.drawing import Sampler
+from hf_ebft.packed.flex import FLEX
+from hf_ebft.packed.forward import PackedForward, states_in
+from hf_ebft.packed.fsdp import is_sharded
+from hf_ebft.packed.heads import ToLogits
+from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.packed.static_cache import CannotDecodeStatically, StaticCache, decoding_against
+from hf_ebft.packed.step_views import StepViews
+from hf_ebft.rows.anchors import Blocks
+from hf_ebft.rows.layout import PackedLayout
+
+# Of document columns and rollouts, where shapes come in few sizes: the tiles of flex_attention.
+MULTIPLE = 128
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Decoding:
+    """What is known of how a policy decodes, from batch to batch.
+
+    Attributes:
+        grows: why keys and values have to grow; None where they need not, or it is not known yet.
+        works: whether a step against fixed places has run.
+        static: whether shapes come in few sizes, see `StaticDecoder`; None: where the device is
+            not a CPU.
+        graphs: captured steps.
+    """
+
+    grows: str | None = None
+    works: bool = False
+    static: bool | None = None
+    graphs: StepGraphs = field(default_factory=StepGraphs)
+
+
+def decode(
+    model: nn.Module,
+    forward: PackedForward,
+    layout: PackedLayout,
+    sampler: Sampler,
+    cache: DynamicCache,
+    first: list[Tensor],
+    uniform: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The G - 1 steps that follow the first tokens.
+
+    The host waits for the device in none of them.
+
+    Args:
+        model: the wrapped policy, in evaluation mode.
+        forward: how it runs packed rows.
+        layout: the batch.
+        sampler: how tokens are drawn.
+        cache: keys and values of the documents.
+        first: tokens and their log-probabilities, (B, m) each.
+        uniform: (G - 1, B, m) float64, see `hf_ebft.packed.drawing.draw`.
+
+    Returns:
+        All tokens (B, n, K, G) and their log-probabilities.
+    """
+    if len(uniform) == 0:
+        return _in_order(layout, [part[None] for part in first])
+    decoding: Decoding = forward.known.setdefault("decoding", Decoding())
+    if not decoding.works and decoding.grows is None:
+        decoding.grows = why_cache_grows(model, forward)
+        if decoding.grows is not None:
+            _log_growing(model, decoding.grows)
+    if decoding.grows is None:
+        try:
+            static = decoding.static
+            if static is None:
+                static = uniform.device.type != "cpu"
+            decoder = StaticDecoder(
+                model, forward, layout, sampler, cache, first, uniform, static=static
+            )
+            found = decoding.graphs.run(decoder, len(uniform))
+            decoding.works = True
+            return _in_order(layout, [part[..., : uniform.shape[2]] for part in found])
+        except torch.OutOfMemoryError:
+            raise
+        # Whatever foreign code raises about a cache that is not its own kind.
+        except Exception as error:
+            if decoding.works:
+                raise
+            decoding.grows = (
+                str(error)
+                if isinstance(error, CannotDecodeStatically)
+                else f"a step against it raised {type(error).__name__}: {error}"
+            )
+            _log_growing(model, decoding.grows)
+    return _decode_growing(model, forward, layout, sampler, cache, first, uniform)
+
+
+def why_cache_grows(model: nn.Module, forward: PackedForward) -> str | None:
+    """Why a model cannot be decoded against fixed places, as far as can be told beforehand."""
+    if not forward.has_plain_cache:
+        return "its cache holds more than keys and values of every layer"
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if not any(part._can_set_attn_implementation() for part in parts):
+        return "its code does not leave attention to the chosen function"
+    inside = parts[0]
+    if not (inside._supports_sdpa or inside._supports_flex_attn):
+        return "its attention may do more than it leaves to the chosen function"
+    return None
+
+
+def _log_growing(model: nn.Module, reason: str) -> None:
+    inside = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    logger.warning(
+        "%s is decoded against keys and values that grow with every step, since %s: that takes "
+        "more time, and no CUDA graph.",
+        type(inside).__name__,
+        reason,
+    )
+
+
+def _in_order(layout: PackedLayout, by_step: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(G, B, m) -> (B, n, K, G), twice."""
+    tokens, log_probs = (
+        layout.from_row(part.permute(1, 2, 0).flatten(1)).contiguous() for part in by_step
+    )
+    return tokens, log_probs
+
+
+def _decode_growing(
+    model: nn.Module,
+    forward: PackedForward,
+    layout: PackedLayout,
+    sampler: Sampler,
+    cache: DynamicCache,
+    first: list[Tensor],
+    uniform: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`decode` against the cache as transformers has it."""
+    _, n_samples, n_blocks, length = layout.rollout_shape
+    every_rollout = torch.arange(n_blocks * n_samples, device=uniform.device)
+    parts = [layout.step_part(step) for step in range(length - 1)]
+    for part in parts:
+        forward.recipe.prepare(part)
+    steps = [first]
+    for part, numbers in zip(parts, uniform, strict=True):
+
+        def draw(
+            states: Tensor, to_logits: ToLogits, numbers: Tensor = numbers[..., None]
+        ) -> list[Tensor]:
+            return sampler(states, to_logits, numbers)
+
+        text = steps[-1][0]
+        steps.append(forward.through_head(model, text, part, every_rollout, draw, cache=cache))
+    return _in_order(layout, [torch.stack(of_steps) for of_steps in zip(*steps, strict=True)])
+
+
+class StaticDecoder:
+    """A decoding step as a function of tensors at fixed places.
+
+    Args:
+        model, forward, layout, sampler, cache, first, uniform: see `decode`.
+        static: whether documents and rollouts are filled up to multiples of `MULTIPLE`, and nothing
+            but the values of tensors depends on where blocks and documents lie. Then few graphs
+            serve batches of all lengths.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: PackedForward,
+        layout: PackedLayout,
+        sampler: Sampler,
+        cache: DynamicCache,
+        first: list[Tensor],
+        uniform: Tensor,
+        *,
+        static: bool,
+    ) -> None:
+        self.documents = states_in(cache)
+        width = layout.document_width
+        if static:
+            layout, missing = _filled_up(layout)
+            first = [pad(part, (0, missing)) for part in first]
+            uniform = pad(uniform, (0, missing))
+            to_fill = -width % MULTIPLE
+            width += to_fill
+            self.documents = [pad(states, (0, 0, 0, to_fill)) for states in self.documents]
+        self.model = _callable_part(model)
+        self.forward, self.sampler = forward, sampler
+        self.n_steps = len(uniform)
+        device = uniform.device
+        self.uniform = uniform
+        self.tokens, self.log_probs = (
+            torch.cat([part[None], part.new_zeros(self.n_steps, *part.shape)]) for part in first
+        )
+        self.step_index = torch.zeros(1, dtype=torch.long, device=device)
+        self.positions = _positions(layout, self.n_steps)
+        self.views = StepViews(forward.recipe, layout, self.n_steps, width=width, static=static)
+        self._cache: StaticCache | None = None
+
+    @property
+    def state(self) -> list[Tensor]:
+        """The tensors that a step writes, keys and values of slots not yet fed left out."""
+        return [self.tokens, self.log_probs, self.step_index]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that a batch brings with it, its keys and values too."""
+        own = [*self.state, self.uniform, self.positions]
+        return [*own, *self.views.inputs, *self.documents]
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What a captured step is bound to, beside the places of `inputs`.
+
+        Shapes, the settings of drawing, the weights' places and what adapters are switched to.
+        """
+        device = self.uniform.device
+        shapes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.inputs)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else None
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        places = tuple(weight.data_ptr() for weight in weights)
+        static = (id(self.model), self.sampler, device, dtype, self.views.shape)
+        return (*static, shapes, places, _adapter_settings(self.model))
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a CUDA graph could hold the step."""
+        on_cuda = self.uniform.device.type == "cuda"
+        return on_cuda and self.n_steps > 1 and not is_sharded(self.model)
+
+    def own_documents(self) -> None:
+        """Take copies of the documents' keys and values, which belong to the pass over them."""
+        self.documents = [states.detach().clone() for states in self.documents]
+
+    def take_inputs_of(self, other: StaticDecoder) -> None:
+        """Put another batch of the same shapes into this one's places."""
+        for own, new in zip(self.inputs, other.inputs, strict=True):
+            own.copy_(new)
+
+    @contextmanager
+    def ready(self, *, traceable: bool = False) -> Iterator[None]:
+        """Set the model up for calls of `step`.
+
+        Args:
+            traceable: whether TorchDynamo is to follow the step through the model's head.
+        """
+        if self._cache is None:
+            self._cache = StaticCache(
+                self.documents,
+                self.tokens.shape[2],
+                self.n_steps,
+                self.step_index,
+                self.views.by_kind,
+                changes_scores=self.forward.recipe.implementation in ("eager", FLEX),
+            )
+        with ExitStack() as stack:
+            stack.enter_context(decoding_against(self.forward.config, self._cache))
+            if self.forward.head is not None:
+                stack.enter_context(
+                    self.forward.head.replaced_by(self.model, self._draw, traceable=traceable)
+                )
+            if self.uniform.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+                # A graph must cast the weights itself: a copy made outside would be gone later.
+                dtype = torch.get_autocast_dtype("cuda")
+                stack.enter_context(torch.autocast("cuda", dtype, cache_enabled=False))
+            yield
+
+    def step(self) -> None:
+        """Feed every rollout's newest token, draw the next, and go on to the next step."""
+        assert self._cache is not None
+        self.views.move_to(self.step_index)
+        masks: Any = self._cache.masks
+        if not self.forward.recipe.by_layer_type:
+            (masks,) = masks.values()
+        output = self.model(
+            input_ids=self.tokens.index_select(0, self.step_index)[0],
+            position_ids=self.positions.index_select(0, self.step_index)[0],
+            attention_mask=masks,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        if self.forward.head is None:
+            self._draw(output.logits, lambda rows: rows)
+        self.step_index.add_(1)
+
+    def _draw(self, states: Tensor, to_logits: ToLogits) -> list[Tensor]:
+        numbers = self.uniform.index_select(0, self.step_index)[0]
+        tokens, log_probs = self.sampler(states, to_logits, numbers[..., None])
+        following = self.step_index + 1
+        self.tokens.index_copy_(0, following, tokens[None])
+        self.log_probs.index_copy_(0, following, log_probs[None])
+        return []
+
+
+def _filled_up(layout: PackedLayout) -> tuple[PackedLayout, int]:
+    """Blocks that do not exist added, and how many rollouts these have."""
+    n_samples, blocks = layout.n_samples, layout.blocks
+    granularity = MULTIPLE // math.gcd(MULTIPLE, n_samples)
+    missing = -blocks.exists.shape[1] % granularity
+    filled = Blocks(
+        pad(blocks.column, (0, missing)),
+        pad(blocks.position, (0, missing)),
+        pad(blocks.document, (0, missing), value=-1),
+        pad(blocks.exists, (0, missing)),
+    )
+    return PackedLayout(layout.documents, filled, n_samples, layout.length), missing * n_samples
+
+
+def _callable_part(model: nn.Module) -> nn.Module:
+    """The policy without DDP, which would broadcast its buffers before every step."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _positions(layout: PackedLayout, n_steps: int) -> Tensor:
+    """(G - 1, B, m) position ids of the tokens that the steps feed."""
+    blocks = layout.blocks
+    steps = torch.arange(n_steps, device=blocks.position.device)[:, None, None]
+    by_block = (blocks.position + steps) * blocks.exists
+    return by_block.repeat_interleave(layout.n_samples, dim=2)
+
+
+def _adapter_settings(model: nn.Module) -> tuple[Any, ...]:
+    """How the adapters of a PEFT model stand: which are active, merged, and how much they weigh."""
+    if bare_model(model) is model:
+        return ()
+    layers: list[Any] = [part for part in model.modules() if hasattr(part, "merged_adapters")]
+    return tuple(
+        (
+            tuple(module.active_adapters),
+            module.disable_adapters,
+            tuple(module.merged_adapters),
+            tuple(sorted(getattr(module, "scaling", {}).items())),
+        )
+        for module in layers
+    )

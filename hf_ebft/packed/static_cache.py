@@ -1,0 +1,210 @@
+"""Keys and values of a decoding step at fixed places, and how a model's attention finds them.
+
+The documents' keys and values are those of the pass over them, as they are. Those of the rollouts
+have a slot for every step, and a step writes its own by index. So nothing is copied from step to
+step, and nothing changes its shape or place.
+
+A transformers model passes what its cache returns on to its attention function. There, ours
+recognises the tensors and the mask by identity. A model that changes either on the way cannot be
+decoded so, and says it with its first step.
+
+Dimension letters: B rows of the batch, S document tokens, m rollouts of a row, H heads of keys and
+values, E and F widths of a head, O slots for own keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import sdpa_mask
+
+from hf_ebft.packed.step_attention import KNOWN_CHANGES, StepView, step_attention
+
+# The attention of decoding steps, under the name by which transformers' models find it.
+DECODING = "ebft_decoding"
+
+
+class CannotDecodeStatically(RuntimeError):
+    """A model does something with its keys, values or masks that a static cache cannot serve."""
+
+
+class StaticLayer(CacheLayerMixin):
+    """The keys and values of one layer.
+
+    Args:
+        document: keys (B, H, S, E) and values (B, H, S, F).
+        n_rollouts: m.
+        n_slots: O.
+        step: (1,) int64, the slot that the next token's keys and values go to.
+    """
+
+    is_compileable = True
+
+    def __init__(
+        self, document: tuple[Tensor, Tensor], n_rollouts: int, n_slots: int, step: Tensor
+    ) -> None:
+        super().__init__()
+        self.document, self.step = document, step
+        rows, heads, self.document_width, _ = document[0].shape
+        self.keys, self.values = (
+            part.new_zeros(rows, n_rollouts, heads, n_slots, part.shape[3]) for part in document
+        )
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the memory is there."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Put keys and values (B, H, m, E or F) into the step's slot.
+
+        Returns:
+            All slots, (B, m, H, O, E or F).
+        """
+        assert self.keys is not None and self.values is not None
+        for slots, states in ((self.keys, key_states), (self.values, value_states)):
+            slots.index_copy_(3, self.step, states.transpose(1, 2)[..., None, :].to(slots.dtype))
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Of a mask that the model would make itself; it is given one."""
+        return self.document_width + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Where a model without position ids would go on; it is given them."""
+        return self.document_width
+
+    def get_max_length(self) -> int:
+        """No limit that a model should look at."""
+        return -1
+
+
+class StaticCache(Cache):
+    """Keys and values of all layers, and what the queries of a step see of them.
+
+    Args:
+        documents: keys and values of every layer, (B, H, S, E or F) each.
+        n_rollouts: m.
+        n_slots: O, steps that feed a token.
+        step: (1,) int64, see `StaticLayer`.
+        views: by kind of layer.
+        changes_scores: whether soft caps and sinks count. sdpa, in training, would leave them out.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Tensor],
+        n_rollouts: int,
+        n_slots: int,
+        step: Tensor,
+        views: dict[str, StepView],
+        *,
+        changes_scores: bool,
+    ) -> None:
+        pairs = zip(documents[::2], documents[1::2], strict=True)
+        super().__init__([StaticLayer(pair, n_rollouts, n_slots, step) for pair in pairs])
+        rows, device = documents[0].shape[0], documents[0].device
+        # No mask: a name that the model hands on to its attention function.
+        self.masks = {
+            kind: torch.ones(rows, 1, n_rollouts, 1, dtype=torch.bool, device=device)
+            for kind in views
+        }
+        self.views, self.changes_scores = views, changes_scores
+
+    def layer_of(self, key: Tensor, value: Tensor) -> StaticLayer:
+        """The layer that returned these; layers may share keys and values with earlier ones."""
+        for layer in self.layers:
+            if isinstance(layer, StaticLayer) and layer.keys is key and layer.values is value:
+                return layer
+        raise CannotDecodeStatically("it changes the keys or values that its cache returns")
+
+    def view_of(self, mask: Tensor | None) -> StepView:
+        """What a layer sees that got this mask."""
+        for kind, own in self.masks.items():
+            if own is mask:
+                return self.views[kind]
+        raise CannotDecodeStatically("it changes the attention mask that it is given")
+
+
+_current: StaticCache | None = None
+
+
+@contextmanager
+def decoding_against(config: Any, cache: StaticCache) -> Iterator[None]:
+    """Let a model's attention be that of a decoding step against a cache.
+
+    Args:
+        config: of the model.
+        cache: to be given to the model's calls.
+    """
+    global _current
+    configs = {id(part): part for part in (config, config.get_text_config(decoder=True))}
+    before = [(part, part._attn_implementation) for part in configs.values()]
+    try:
+        _current = cache
+        for part in configs.values():
+            part._attn_implementation_internal = DECODING
+        yield
+    finally:
+        _current = None
+        for part, implementation in before:
+            part._attn_implementation_internal = implementation
+
+
+def _decoding_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`step_attention`, as a transformers attention function.
+
+    Args:
+        query: (B, query heads, m, E).
+        key, value: what the cache returned.
+        attention_mask: what the cache holds for this kind of layer.
+    """
+    cache = _current
+    assert cache is not None
+    layer, view = cache.layer_of(key, value), cache.view_of(attention_mask)
+    known = KNOWN_CHANGES if cache.changes_scores else ()
+    for name in ("position_bias", *KNOWN_CHANGES):
+        if kwargs.get(name) is not None and name not in known:
+            raise CannotDecodeStatically(f"its attention uses {name}")
+    if kwargs.get("dropout"):
+        raise CannotDecodeStatically("its attention drops something in evaluation mode")
+    document, own = layer.document, (key, value)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, document, own = query.to(dtype), _to(document, dtype), _to(own, dtype)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(device, enabled=False):
+        output = step_attention(
+            query,
+            document,
+            own,
+            view,
+            scaling,
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        )
+    return output, None
+
+
+def _to(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return pair[0].to(dtype), pair[1].to(dtype)
+
+
+AttentionInterface.register(DECODING, _decoding_attention_forward)
+AttentionMaskInterface.register(DECODING, sdpa_mask)

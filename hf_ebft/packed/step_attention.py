@@ -1,0 +1,269 @@
+"""Attention of one decoding step: the documents' part and the rollouts' own, put together.
+
+In a decoding step every rollout has one query. It sees a stretch of document columns, which all
+rollouts of a row share, and at most G keys of its own. Attention to either part is computed alone,
+with the logarithm of the sum of its exponentials; these weigh the two results (as in FlashAttention
+and its relatives when keys are split). Nothing depends on the step but the values of tensors, so
+that one CUDA graph serves all steps.
+
+Dimension letters: B rows of the batch, S document tokens, m rollouts of a row (block after block,
+the samples of a block together), H heads of keys and values, A query heads, E and F widths of a
+head (keys, values), O slots for own keys, C keys of any kind, Q queries of any kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from hf_ebft.packed.flex import compiled
+
+# Added to scores that nobody may see: finite, so that a query that sees nothing has a finite
+# result, which gets no weight beside a part that it does see.
+HIDDEN = -1e30
+# What of an attention function's arguments changes the scores and is known here.
+KNOWN_CHANGES = ("softcap", "s_aux")
+
+
+@dataclass(frozen=True)
+class DocumentTile:
+    """Rollouts whose document part is computed together.
+
+    Attributes:
+        rollouts: which of the m.
+        columns: the document columns that any of them sees, in any step.
+        bias: (B, 1, rollouts, columns) float32, 0 or `HIDDEN`.
+    """
+
+    rollouts: slice
+    columns: slice
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What the queries of a decoding step see, in layers of one kind.
+
+    Attributes:
+        tiles: they cover every rollout once; empty where a block mask takes their place.
+        own_bias: (B * m or 1, 1, 1, O) float32, 0 or `HIDDEN`.
+        block_mask: of the documents, for flex_attention.
+        fused: whether to use PyTorch's fused attention for CPUs, see `fused_attention_works`.
+    """
+
+    tiles: tuple[DocumentTile, ...]
+    own_bias: Tensor
+    block_mask: BlockMask | None = None
+    fused: bool = False
+
+
+def step_attention(
+    query: Tensor,
+    document: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    view: StepView,
+    scaling: float,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of every rollout's newest token.
+
+    Args:
+        query: (B, A, m, E).
+        document: keys (B, H, S, E) and values (B, H, S, F).
+        own: keys (B, m, H, O, E) and values (B, m, H, O, F); slots that are not filled yet hold
+            anything finite.
+        view: who sees what.
+        scaling: multiplies the scores.
+        softcap: bounds the scores, `softcap * tanh(scores / softcap)`.
+        sinks: (A,) scores of a key of each head that everybody sees and whose value is 0.
+
+    Returns:
+        (B, m, A, F) in the query's dtype.
+    """
+    if view.block_mask is not None:
+        output, lse = _by_blocks(query, *document, view.block_mask, scaling, softcap)
+        finish = _in_few_kernels(_with_own, query.device.type)
+    else:
+        output, lse = _by_tiles(query, *document, view, scaling, softcap)
+        finish = _with_own
+    biased = (view.own_bias, view.fused)
+    return finish(query, *own, *biased, output, lse, scaling, softcap, sinks)
+
+
+def _by_tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    view: StepView,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The documents' part, (B, m, A, F), and its log-sum-exp, (B, m, A)."""
+    parts = [
+        _attend(
+            query[:, :, tile.rollouts],
+            key[:, :, tile.columns],
+            value[:, :, tile.columns],
+            tile.bias,
+            view.fused,
+            scaling,
+            softcap,
+        )
+        for tile in view.tiles
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    outputs, lses = zip(*parts, strict=True)
+    return torch.cat(outputs, dim=1), torch.cat(lses, dim=1)
+
+
+def _by_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The same by flex_attention."""
+    attend = _in_few_kernels(flex_attention, query.device.type)
+    output, aux = attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else partial(_capped_score, softcap),
+        block_mask=block_mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    return output.transpose(1, 2), aux.lse.transpose(1, 2)
+
+
+def _capped_score(softcap: float, score: Tensor, *_: Tensor) -> Tensor:
+    return softcap * torch.tanh(score / softcap)
+
+
+@cache
+def _in_few_kernels(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The function in one or two kernels; on a CPU, where that takes minutes, as it is."""
+    return function if device == "cpu" else compiled(function)
+
+
+def _with_own(
+    query: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    own_bias: Tensor,
+    fused: bool,
+    output: Tensor,
+    lse: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The documents' part, joined by the rollouts' own."""
+    rows, heads, rollouts, _ = query.shape
+    alone = query.transpose(1, 2).reshape(rows * rollouts, heads, 1, -1)
+    keys, values = own_keys.flatten(0, 1), own_values.flatten(0, 1)
+    own_output, own_lse = _attend(alone, keys, values, own_bias, fused, scaling, softcap)
+    own_output, own_lse = own_output.view(output.shape), own_lse.view(lse.shape)
+    weight = torch.sigmoid(lse - own_lse)[..., None]
+    if query.dtype == torch.float32:
+        joined = torch.lerp(own_output, output, weight)
+    else:
+        joined = torch.lerp(own_output.float(), output.float(), weight)
+    if sinks is not None:
+        total = torch.logaddexp(lse, own_lse)
+        joined = joined * torch.sigmoid(total - sinks.float())[..., None]
+    return joined.to(query.dtype)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    fused: bool,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention with its log-sum-exp.
+
+    Args:
+        query: (B, A, Q, E).
+        key, value: (B, H, C, E) and (B, H, C, F).
+        bias: (B or 1, 1, Q or 1, C) float32, added to the scores.
+        fused: see `StepView`.
+
+    Returns:
+        (B, Q, A, F) in the query's dtype and (B, Q, A) float32.
+    """
+    if fused and softcap is None and query.shape[-1] == value.shape[-1]:
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], -1)
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=bias, scale=scaling
+        )
+        return output.transpose(1, 2), lse.transpose(1, 2)
+    return attend_plainly(query, key, value, bias, scaling, softcap)
+
+
+def attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`_attend` in plain operators, for every device; scores and softmax in float32.
+
+    Heads that share keys and values share a product.
+    """
+    shared = (key.shape[1], query.shape[1] // key.shape[1])
+    rows = query.unflatten(1, shared).flatten(2, 3)
+    scores = torch.matmul(rows, key.transpose(2, 3)).float() * scaling
+    scores = scores.unflatten(2, (shared[1], -1))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias[:, :, None]
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse[..., None]).to(value.dtype)
+    output = torch.matmul(weights.flatten(2, 3), value).unflatten(2, (shared[1], -1))
+    return output.flatten(1, 2).transpose(1, 2), lse.flatten(1, 2).transpose(1, 2)
+
+
+@cache
+def fused_attention_works() -> bool:
+    """Whether PyTorch's fused attention for CPUs says its log-sum-exp and shares keys of heads.
+
+    The operator is not part of PyTorch's public interface, so that it is tried and not trusted.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, tokens, 8, generator=generator)
+        for heads, tokens in ((4, 3), (2, 5), (2, 5))
+    )
+    bias = torch.zeros(2, 1, 3, 5)
+    bias[:, :, 0, 2:], bias[:, :, 2] = HIDDEN, HIDDEN
+    try:
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=bias.expand(-1, 4, -1, -1), scale=0.3
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    found = output.transpose(1, 2), lse.transpose(1, 2)
+    expected = attend_plainly(query, key, value, bias, 0.3)
+    # The last query sees nothing: any finite output will do.
+    return bool(found[0].isfinite().all()) and all(
+        torch.allclose(ours[:, :2], theirs[:, :2], rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(found, expected, strict=True)
+    )

@@ -1,0 +1,367 @@
+"""Decoding against preallocated keys and values equals decoding against a cache that grows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_ebft.packed.cuda_graphs import KEPT, StepGraphs
+from hf_ebft.packed.decoding import Decoding, StaticDecoder
+from hf_ebft.packed.deferred import TrainingPass
+from hf_ebft.packed.forward import PackedForward, evaluation_mode
+from hf_ebft.packed.sampling import SamplingRecord, make_generator, sample_with_record
+from hf_ebft.packed.static_cache import StaticCache
+from hf_ebft.rows.layout import PackedLayout
+from tests.support.architectures import tiny_model
+from tests.support.decoding import decoder_for
+from tests.support.exactness import Case, lora_model, packed_documents, ragged_batch
+
+CPU = torch.device("cpu")
+ARCHITECTURES = (
+    "gemma2",  # soft caps
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "gpt_oss",  # attention sinks
+    "llama",
+    "llama4_text",  # chunks
+    "mistral",
+    "opt",
+    "phi",
+    "qwen2",
+    "qwen3_moe",
+)
+CASES = {
+    # One document has no block at all; the window of 7 is shorter than prefix and rollout.
+    "ragged": Case(ragged_batch(33, 21, 5), stride=6, generate_max_len=9),
+    "packed documents": Case(
+        packed_documents([15, 9, 4], [20]), stride=4, context_length=1, n_samples=3
+    ),
+    # More than one tile of rollouts.
+    # Documents and rollouts of several of flex_attention's tiles.
+    "long": Case(ragged_batch(300, 280), stride=5, n_samples=4, generate_max_len=4),
+    "many samples": Case(ragged_batch(40, 31), stride=5, n_samples=70, generate_max_len=3),
+}
+
+
+def grown(forward: PackedForward) -> PackedForward:
+    """The same, told to let the cache grow."""
+    other = replace(forward)
+    other.known["decoding"] = Decoding(grows="the test says so")
+    return other
+
+
+def sampled(
+    model: nn.Module, forward: PackedForward, layout: PackedLayout, **settings: Any
+) -> SamplingRecord:
+    options = {"temperature": 0.9, "top_p": 1.0, "chunk_size": 50} | settings
+    return sample_with_record(model, forward, layout, generator=make_generator(CPU, 3), **options)[
+        1
+    ]
+
+
+def assert_equal_rollouts(found: SamplingRecord, expected: SamplingRecord) -> None:
+    """Token for token, where there are blocks."""
+    exists = expected.rollouts.exists[:, None, :, None]
+    assert torch.equal(found.rollouts.tokens * exists, expected.rollouts.tokens * exists)
+    difference = (found.log_probs - expected.log_probs) * exists
+    assert float(difference.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_static_decoding_equals_a_growing_cache(architecture: str, case: Case) -> None:
+    model = tiny_model(architecture, limit=4096)
+    forward = PackedForward.for_model(model)
+    found = sampled(model, forward, case.layout())
+    assert forward.known["decoding"].works
+    assert_equal_rollouts(found, sampled(model, grown(forward), case.layout()))
+
+
+@pytest.mark.parametrize("attention", ["split", "sdpa", "eager"])
+@pytest.mark.parametrize("settings", [{"top_p": 0.7}, {"chunk_size": 3}, {"temperature": 1.0}])
+def test_it_does_for_every_attention_and_way_of_drawing(
+    attention: str, settings: dict[str, float]
+) -> None:
+    model = tiny_model("gemma3_text")
+    forward, layout = PackedForward.for_model(model, attention), CASES["ragged"].layout()
+    found = sampled(model, forward, layout, **settings)
+    assert forward.known["decoding"].works
+    assert_equal_rollouts(found, sampled(model, grown(forward), layout, **settings))
+    assert forward.recipe.implementation.endswith(attention)
+    assert model.config._attn_implementation.endswith(attention)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_it_does_with_adapters(architecture: str) -> None:
+    model = lora_model(architecture)
+    forward, layout = PackedForward.for_model(model), CASES["packed documents"].layout()
+    found = sampled(model, forward, layout)
+    assert forward.known["decoding"].works
+    assert_equal_rollouts(found, sampled(model, grown(forward), layout))
+
+
+def test_rollouts_do_not_depend_on_how_many_rows_of_logits_exist_at_once() -> None:
+    model = tiny_model("llama")
+    forward, layout = PackedForward.for_model(model), CASES["ragged"].layout()
+    whole, single = (sampled(model, forward, layout, chunk_size=size) for size in (10_000, 1))
+    assert torch.equal(whole.rollouts.tokens, single.rollouts.tokens)
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "gemma3n_text", "gptj"])
+def test_other_models_grow_their_cache_and_say_so_once(
+    architecture: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(architecture)
+    forward = PackedForward.for_model(model)
+    with caplog.at_level(logging.WARNING, "hf_ebft.packed.decoding"):
+        for _ in range(2):
+            sampled(model, forward, CASES["ragged"].layout())
+    messages = [record.message for record in caplog.records if "grow" in record.message]
+    assert len(messages) == 1 and type(model).__name__ in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda mask, **states: {"attention_mask": mask.clone()}, "attention mask"),
+        (lambda mask, **states: {"attention_mask": mask, "position_bias": mask}, "position_bias"),
+    ],
+)
+def test_a_model_that_does_more_than_hand_on_is_noticed_in_its_first_step(
+    change: Callable[..., dict[str, Any]], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it did with the mask or the scores would be lost; the rollouts must not be."""
+    import hf_ebft.packed.static_cache as static_cache
+
+    original = static_cache._decoding_attention_forward
+
+    def changed(module: nn.Module, *states: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+        return original(module, *states, **kwargs | change(attention_mask))
+
+    def in_place(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
+    ) -> Any:
+        return changed(module, query, key, value, attention_mask=mask, **kwargs)
+
+    model = tiny_model("llama")
+    forward, layout = PackedForward.for_model(model), CASES["ragged"].layout()
+    expected = sampled(model, grown(forward), layout)
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(static_cache.DECODING, in_place)
+    try:
+        found = sampled(model, forward, layout)
+    finally:
+        AttentionInterface.register(static_cache.DECODING, original)
+    assert reason in str(forward.known["decoding"].grows)
+    assert_equal_rollouts(found, expected)
+    assert model.config._attn_implementation == "ebft_split"
+
+
+# ---- One step -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "llama4_text"])
+def test_a_step_is_a_function_of_its_tensors(architecture: str) -> None:
+    """The same contents give the same results, and no tensor is replaced by another."""
+    model = tiny_model(architecture, limit=4096).eval()
+    forward = PackedForward.for_model(model)
+    decoder = decoder_for(model, forward, CASES["ragged"].layout())
+    with evaluation_mode(model), decoder.ready():
+        decoder.step()
+        assert isinstance(decoder._cache, StaticCache)
+        layers = [part for layer in decoder._cache.layers for part in (layer.keys, layer.values)]
+        places = [tensor.data_ptr() for tensor in (*decoder.inputs, *layers)]
+        before = [tensor.clone() for tensor in (*decoder.inputs, *layers)]
+        decoder.step()
+        after = [tensor.clone() for tensor in (*decoder.inputs, *layers)]
+        for tensor, value in zip((*decoder.inputs, *layers), before, strict=True):
+            tensor.copy_(value)
+        decoder.step()
+    again = [*decoder.inputs, *layers]
+    assert all(torch.equal(one, two) for one, two in zip(after, again, strict=True))
+    assert not torch.equal(before[0], after[0])
+    assert places == [tensor.data_ptr() for tensor in again]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "gpt_oss", "llama4_text"])
+def test_block_masks_show_what_tiles_show(architecture: str, case: Case) -> None:
+    """Windows move from step to step, under one block mask; several tiles of it, too."""
+    model = tiny_model(architecture, limit=4096).eval()
+    forward = PackedForward.for_model(model)
+    found = []
+    for by_blocks in (False, True):
+        decoder = decoder_for(model, forward, case.layout(), by_blocks=by_blocks)
+        with evaluation_mode(model), decoder.ready():
+            for _ in range(decoder.n_steps):
+                decoder.step()
+        exists = case.layout().blocks.exists.repeat_interleave(case.n_samples, dim=1)
+        count = exists.shape[1]
+        found.append((decoder.tokens[..., :count], decoder.log_probs[..., :count], exists))
+    (tokens, log_probs, exists), (expected_tokens, expected, _) = found
+    assert torch.equal(tokens * exists, expected_tokens * exists)
+    assert float(((log_probs - expected) * exists).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("n_batches", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_step_is_one_graph_for_all_lengths_of_a_bucket(n_batches: int) -> None:
+    """No break, and nothing is compiled again for batches of other lengths."""
+    model = tiny_model("llama", limit=4096).eval()
+    forward = PackedForward.for_model(model)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    batches = [
+        Case(ragged_batch(130 + length, 240 - 2 * length), stride=6, n_samples=2)
+        for length in range(0, 50, 50 // n_batches)
+    ]
+    decoders = [
+        decoder_for(model, forward, batch.layout(), seed) for seed, batch in enumerate(batches)
+    ]
+    captured = decoder_for(model, forward, batches[0].layout())
+    torch._dynamo.reset()
+    with evaluation_mode(model), captured.ready(traceable=True):
+        compiled = torch.compile(captured.step, fullgraph=True, backend=backend)
+        for decoder in decoders:
+            found = []
+            for step in (compiled, captured.step):
+                captured.take_inputs_of(decoder)
+                for _ in range(captured.n_steps):
+                    step()
+                found.append(captured.tokens.clone())
+            assert torch.equal(*found)
+    assert len(graphs) == 1
+
+
+# ---- Graphs -------------------------------------------------------------------------------------
+
+
+class FakeCapture:
+    """In the place of `capture`: counts, and replays by running the step again."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        self.captures += 1
+        step()  # as a warm-up does; what it wrote must not be seen later
+        decoder = step.__self__  # type: ignore[attr-defined]
+
+        def replay() -> None:
+            self.replays += 1
+            with evaluation_mode(decoder.model), decoder.ready():
+                step()
+
+        return replay
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCapture:
+    monkeypatch.setattr(StaticDecoder, "can_be_captured", True)
+    return FakeCapture()
+
+
+def captured_by(model: nn.Module, fake: FakeCapture) -> PackedForward:
+    forward = PackedForward.for_model(model)
+    forward.known["decoding"] = Decoding(static=True, graphs=StepGraphs(capture=fake))
+    return forward
+
+
+def lengths(*documents: int) -> PackedLayout:
+    return Case(ragged_batch(*documents, seed=sum(documents)), stride=6, n_samples=2).layout()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_replayed_steps_give_the_same_rollouts(architecture: str, fake: FakeCapture) -> None:
+    """With and without a graph, batch after batch of one bucket."""
+    model = tiny_model(architecture, limit=4096)
+    forward = captured_by(model, fake)
+    plain = PackedForward.for_model(model)
+    plain.known["decoding"] = Decoding(static=True, graphs=StepGraphs(works=False))
+    other_way = grown(plain)
+    kept = []
+    for layout in (lengths(40, 33), lengths(38, 45), lengths(21, 44), lengths(40, 33)):
+        kept.append(sampled(model, forward, layout))
+        assert torch.equal(kept[-1].rollouts.tokens, sampled(model, plain, layout).rollouts.tokens)
+    assert_equal_rollouts(kept[0], sampled(model, other_way, lengths(40, 33)))
+    # From the second on; and earlier results are not written over.
+    assert (fake.captures, fake.replays) == (1, 9)
+    assert torch.equal(kept[0].rollouts.tokens, kept[-1].rollouts.tokens)
+    assert torch.equal(kept[0].log_probs, kept[-1].log_probs)
+
+
+def test_the_pass_over_the_documents_stays_as_it_was(fake: FakeCapture) -> None:
+    """A graph copies keys and values: those of training's own pass must not be written over."""
+    model = tiny_model("llama", limit=4096)
+    forward = captured_by(model, fake)
+    training = TrainingPass(
+        forward, temperature=1.0, with_document=True, chunk_size=50, training_chunk_size=1
+    )
+    records = []
+    for layout in (lengths(40, 33), lengths(38, 45), lengths(40, 33)):
+        targets = training.document_targets(model, layout)
+        records.append(sampled(model, forward, layout, temperature=1.0, targets=targets))
+        if len(records) == 2:
+            assert records[1].document_pass is not None
+            before = [states.clone() for states in records[1].document_pass.states]
+    assert fake.captures == 1
+    after = records[1].document_pass
+    assert after is not None
+    assert all(torch.equal(one, two) for one, two in zip(before, after.states, strict=True))
+
+
+def test_other_shapes_settings_and_weights_get_graphs_of_their_own(fake: FakeCapture) -> None:
+    model = lora_model("llama")
+    forward = captured_by(model, fake)
+
+    def captures(layout: PackedLayout, **settings: Any) -> int:
+        before = fake.captures
+        for _ in range(2):
+            sampled(model, forward, layout, **settings)
+        return fake.captures - before
+
+    assert captures(lengths(40, 33)) == 1
+    assert captures(lengths(40, 33)) == 0
+    assert captures(lengths(40)) == 1
+    assert captures(lengths(40, 33), temperature=0.5) == 1
+    with model.disable_adapter():  # type: ignore[operator]
+        assert captures(lengths(40, 33)) == 1
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    weight.data = weight.data.clone()
+    assert captures(lengths(40, 33)) == 1
+    for temperature in (0.6, 0.7, 0.8):
+        assert captures(lengths(40, 33), temperature=temperature) == 1
+    graphs = forward.known["decoding"].graphs
+    assert len(graphs._captured) == KEPT
+
+
+def test_decoding_goes_on_where_a_capture_fails(
+    fake: FakeCapture, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model = tiny_model("llama", limit=4096)
+    forward = captured_by(model, fake)
+    forward.known["decoding"].graphs.capture = failing
+    with caplog.at_level(logging.WARNING, "hf_ebft.packed.cuda_graphs"):
+        records = [sampled(model, forward, lengths(40, 33)) for _ in range(4)]
+    assert all(
+        torch.equal(record.rollouts.tokens, records[0].rollouts.tokens) for record in records
+    )
+    assert [record.message for record in caplog.records] == [
+        "Decoding steps cannot be captured as a CUDA graph (RuntimeError: operation not permitted "
+        "when stream is capturing): they run one operator at a time, which takes more time."
+    ]
