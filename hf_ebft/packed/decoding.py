@@ -279,6 +279,7 @@ class StaticDecoder:
                 changes_scores=self.forward.recipe.implementation in ("eager", FLEX),
             )
         with ExitStack() as stack:
+            stack.enter_context(_not_compiled(self.model))
             stack.enter_context(decoding_against(self.forward.config, self._cache))
             if self.forward.head is not None:
                 stack.enter_context(
@@ -332,8 +333,29 @@ def _filled_up(layout: PackedLayout) -> tuple[PackedLayout, int]:
 
 
 def _callable_part(model: nn.Module) -> nn.Module:
-    """The policy without DDP, which would broadcast its buffers before every step."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The policy without DDP, which would broadcast its buffers before every step, and as it is
+    when it is not compiled.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return _callable_part(model.module)
+    inside = getattr(model, "_orig_mod", None)
+    return inside if isinstance(inside, nn.Module) else model
+
+
+@contextmanager
+def _not_compiled(model: nn.Module) -> Iterator[None]:
+    """Run modules that were compiled as they are: layers would be compiled one by one again, since
+    each knows its own number where there is a cache.
+    """
+    compiled: list[Any] = [part for part in model.modules() if part._compiled_call_impl is not None]
+    before = [part._compiled_call_impl for part in compiled]
+    for part in compiled:
+        part._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for part, call in zip(compiled, before, strict=True):
+            part._compiled_call_impl = call
 
 
 def _positions(layout: PackedLayout, n_steps: int) -> Tensor:

@@ -244,6 +244,27 @@ def test_a_step_is_one_graph_for_all_lengths_of_a_bucket(n_batches: int) -> None
     assert len(graphs) == 1
 
 
+def test_compiled_layers_are_not_compiled_again_for_steps() -> None:
+    """Each would be, one by one: its own number is part of what it computes with a cache."""
+    model = tiny_model("llama").eval()
+    forward, layout = PackedForward.for_model(model), CASES["ragged"].layout()
+    decoder = decoder_for(model, forward, layout)
+    calls: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph
+
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+    with evaluation_mode(model), decoder.ready():
+        decoder.step()
+    assert not calls
+    with torch.no_grad():
+        model(layout.documents.input_ids, use_cache=False)
+    assert calls
+
+
 # ---- Graphs -------------------------------------------------------------------------------------
 
 
