@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_ebft.packed.drawing import nucleus, token_probabilities
 from hf_ebft.packed.forward import PackedForward, evaluation_mode
 from hf_ebft.packed.heads import ToLogits
-from hf_ebft.packed.sampling import Rollouts, nucleus, token_probabilities
+from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.packed.targets import KeptPlaces
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from hf_ebft.packed.drawing import nucleus
 from hf_ebft.packed.expectations import expected_over_tokens
 from hf_ebft.packed.forward import PackedForward
-from hf_ebft.packed.sampling import Rollouts, nucleus
+from hf_ebft.packed.sampling import Rollouts
 from tests.support.tiny import ragged_layout, tiny_llama
 
 VOCABULARY = 11
