@@ -23,6 +23,7 @@ from hf_ebft.objective.advantages import compute_advantages
 from hf_ebft.objective.losses import ebft_objective
 from hf_ebft.objective.rewards import rewards_from_settings
 from hf_ebft.objective.whitening import CorpusWhitening
+from hf_ebft.packed.compiled_layers import CompileOptions
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.fsdp import SamplingGather
 from hf_ebft.packed.log_probs import packed_log_probs
@@ -271,18 +272,18 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
     # ---- Preparation --------------------------------------------------------------------------
 
     def _prepare_networks(self, policy: nn.Module) -> None:
-        compiles = bool(self.args.torch_compile)
+        compiler = CompileOptions.of(self.args)
         self._forward = PackedForward.for_model(
             policy,
             self.ebft.packed_attention,
             device_type=self.accelerator.device.type,
             trains=True,
-            compiles=compiles,
+            compiler=compiler,
         )
         self._vocabulary_size = vocabulary_size(policy)
         self._model_inputs = forward_inputs(policy)
         self.feature_network = build_feature_network(
-            policy, self._given_feature_network, self.ebft, self.accelerator, compiles=compiles
+            policy, self._given_feature_network, self.ebft, self.accelerator, compiler=compiler
         )
         self._fingerprint = fingerprint_of(self.feature_network)
         self._corpus_whitening = None  # measured when first needed

@@ -19,6 +19,7 @@ from hf_ebft.config import EBFTSettings, FeatureMatchingArguments
 from hf_ebft.feature_network.network import FeatureNetwork, FrozenNetwork
 from hf_ebft.feature_network.placement import Facts, Placement, choose_placement, visible_devices
 from hf_ebft.feature_network.shared_base import why_not_shareable
+from hf_ebft.packed.compiled_layers import CompileOptions
 from hf_ebft.packed.fsdp import copy_from_main_process, free_memory, full_bytes, is_sharded, shard
 from hf_ebft.packed.model_parts import bare_model, vocabulary_size
 from hf_ebft.packed.supported import attention_of
@@ -37,11 +38,11 @@ def build_feature_network(
     settings: EBFTSettings,
     accelerator: Accelerator,
     *,
-    compiles: bool = False,
+    compiler: CompileOptions | None = None,
 ) -> FeatureNetwork:
     """The feature network that the settings ask for, for packed rows, placed and frozen.
 
-    `compiles` says whether TorchDynamo compiles its layers. Other arguments, errors and what
+    `compiler` compiles its layers, if given. Other arguments, errors and what
     processes must do: see `build_placed_network`.
     """
 
@@ -56,7 +57,7 @@ def build_feature_network(
             chunk_size=settings.training_chunk_size,
             shared=shared,
             device_type=device.type,
-            compiles=compiles,
+            compiler=compiler,
         )
 
     network = build_placed_network(policy, given, settings, accelerator, make)

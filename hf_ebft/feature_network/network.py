@@ -24,6 +24,7 @@ from hf_ebft.config import EmbedMethod, FeatureNormalization
 from hf_ebft.feature_network.shared_base import adapters_off
 from hf_ebft.objective.duplicates import first_equal_rollouts, with_equal_features
 from hf_ebft.objective.features import normalize_layers, pool, token_positions
+from hf_ebft.packed.compiled_layers import CompileOptions
 from hf_ebft.packed.forward import PackedForward, evaluation_mode, states_in
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.model_parts import backbone, decoder_layers, vocabulary_size
@@ -176,7 +177,7 @@ class FeatureNetwork(FrozenNetwork):
         packed_attention: attention implementation for the packed row.
         chunk_size: rollout tokens whose activations exist at once, see
             `hf_ebft.rows.chunks.block_chunks`.
-        device_type, compiles: see `PackedForward.for_model`.
+        device_type, compiler: see `PackedForward.for_model`.
 
     Raises:
         ValueError: the network cannot be exact on packed rows.
@@ -193,10 +194,10 @@ class FeatureNetwork(FrozenNetwork):
         chunk_size: int | None = None,
         shared: bool = False,
         device_type: str | None = None,
-        compiles: bool = False,
+        compiler: CompileOptions | None = None,
     ) -> None:
         self.forward = PackedForward.for_model(
-            model, packed_attention, device_type=device_type, compiles=compiles
+            model, packed_attention, device_type=device_type, compiler=compiler
         )
         super().__init__(
             model, feature_layers=feature_layers, normalization=normalization, shared=shared

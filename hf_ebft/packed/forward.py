@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_ebft.packed.compiled_layers import CompileOptions, compile_layers
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.heads import Head, ToLogits
@@ -50,6 +51,7 @@ class PackedForward:
     takes_logits_to_keep: bool
     head: Head | None
     noise_per_pass: bool = False
+    compiler: CompileOptions | None = None
     # What users of this find out about the model from batch to batch.
     known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -61,7 +63,7 @@ class PackedForward:
         *,
         device_type: str | None = None,
         trains: bool = False,
-        compiles: bool = False,
+        compiler: CompileOptions | None = None,
     ) -> PackedForward:
         """Check the model, set its attention and read its recipe.
 
@@ -71,16 +73,22 @@ class PackedForward:
             device_type: of the device on which the model will compute; default: where it is.
             trains: it is trained; also find out whether training mode draws noise for a whole
                 pass, by one short pass.
-            compiles: TorchDynamo compiles its layers.
+            compiler: compiles its layers, in place, and its head; None: nothing does.
 
         Raises:
             ValueError: the model cannot be exact on packed rows (see
                 `hf_ebft.packed.supported`).
         """
         limits = check_supported(model)
+        if compiler is not None:
+            compile_layers(model, compiler)
         base = bare_model(model)
         set_packed_attention(
-            model, packed_attention, device_type=device_type, trains=trains, compiles=compiles
+            model,
+            packed_attention,
+            device_type=device_type,
+            trains=trains,
+            compiles=compiler is not None,
         )
         return cls(
             recipe=MaskRecipe.for_model(base),
@@ -89,6 +97,7 @@ class PackedForward:
             takes_logits_to_keep="logits_to_keep" in inspect.signature(base.forward).parameters,
             head=find_head(model),
             noise_per_pass=trains and has_noise_per_pass(model),
+            compiler=compiler,
         )
 
     def logits(
@@ -153,7 +162,9 @@ class PackedForward:
             # A model that knows logits_to_keep has cut its hidden states already.
             return compute(hidden if self.takes_logits_to_keep else hidden[:, keep], to_logits)
 
-        with self.head.replaced_by(model, kept_only) as results:
+        with self.head.replaced_by(
+            model, kept_only, traceable=self.compiler is not None
+        ) as results:
             nothing = self.logits(model, input_ids, part, keep, cache=cache)
         if not results:
             raise RuntimeError(

@@ -35,7 +35,7 @@ def packed_log_probs(
         cache: keys and values of what the part may look at and does not feed, extended in place.
     """
     part = rollouts.layout.predicting_part if part is None else part
-    targets = Targets(part, temperature, with_document, chunk_size)
+    targets = Targets(part, temperature, with_document, chunk_size, forward.compiler)
     score = partial(targets.score, rollouts.tokens)
     results = forward.through_head(
         model, rollouts.input_ids(part), part, targets.keep, score, cache=cache

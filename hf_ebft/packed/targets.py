@@ -8,15 +8,16 @@ packed row, P places whose states are kept, N rows of logits, t targets of a row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_ebft.packed.compiled_layers import CompileOptions
 from hf_ebft.packed.heads import ToLogits
 from hf_ebft.rows.documents import predicted_targets
 from hf_ebft.rows.layout import PackedLayout, PackedPart
@@ -92,12 +93,14 @@ class Targets:
         temperature: of the sampling.
         with_document: whether the document's tokens are among them.
         chunk_size: rows of logits that exist at once.
+        compiler: compiles what is computed of a chunk; None: nothing does.
     """
 
     part: PackedPart
     temperature: float
     with_document: bool
     chunk_size: int
+    compiler: CompileOptions | None = None
 
     @cached_property
     def kept(self) -> KeptPlaces:
@@ -136,6 +139,7 @@ class Targets:
                 to_logits,
                 temperature=temperature,
                 chunk_size=self.chunk_size,
+                compiler=self.compiler,
             )
             return found.view(targets.shape)
 
@@ -173,6 +177,7 @@ def target_log_probs(
     *,
     temperature: float,
     chunk_size: int,
+    compiler: CompileOptions | None = None,
 ) -> Tensor:
     """Log-probabilities of target tokens, (N, t) float32.
 
@@ -185,13 +190,21 @@ def target_log_probs(
         to_logits: (N, H) -> (N, V).
         temperature: divides the logits.
         chunk_size: rows of a chunk.
+        compiler: compiles what is computed of a chunk, of which the last is then filled up, so that
+            all have one shape.
     """
+    log_probs: Callable[..., Tensor] = _log_probs
+    n_rows = len(index)
+    if compiler is not None:
+        log_probs = _compiled_log_probs(compiler)
+        missing = -n_rows % chunk_size
+        index, targets = (
+            nn.functional.pad(rows, (0,) * (2 * rows.dim() - 1) + (missing,))
+            for rows in (index, targets)
+        )
 
     def chunk_log_probs(states: Tensor, index: Tensor, targets: Tensor) -> Tensor:
-        logits = to_logits(states.index_select(0, index)).float()
-        if temperature != 1.0:
-            logits = logits / temperature
-        return logits.log_softmax(dim=-1).gather(1, targets)
+        return log_probs(states.index_select(0, index), targets, to_logits, temperature)
 
     chunks = list(zip(index.split(chunk_size), targets.split(chunk_size), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
@@ -201,4 +214,18 @@ def target_log_probs(
         found = [
             checkpoint(chunk_log_probs, states, *chunk, use_reentrant=False) for chunk in chunks
         ]
-    return torch.cat(found)
+    return torch.cat(found)[:n_rows]
+
+
+def _log_probs(states: Tensor, targets: Tensor, to_logits: ToLogits, temperature: float) -> Tensor:
+    """(c, t) float32 of the targets of a chunk's states (c, H)."""
+    logits = to_logits(states).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    return logits.log_softmax(dim=-1).gather(1, targets)
+
+
+@cache
+def _compiled_log_probs(compiler: CompileOptions) -> Callable[..., Tensor]:
+    """One for the process."""
+    return compiler.compile(_log_probs)

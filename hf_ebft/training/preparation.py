@@ -102,8 +102,8 @@ def refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]
     if args.torch_compile and isinstance(args, EBFTSettings) and args.packed_attention == "split":
         raise ValueError(
             "torch_compile=True with packed_attention='split': TorchDynamo cannot trace what split "
-            "attention hands through the model. Use packed_attention='auto' (dense masks while "
-            "compiling), or 'flex_attention' on a GPU."
+            "attention hands through the model. Use packed_attention='auto' (flex_attention on "
+            "CUDA, dense masks elsewhere)."
         )
     # TrainingArguments itself switches it off where there is one process.
     if not args.average_tokens_across_devices and args.world_size > 1:

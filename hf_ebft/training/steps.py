@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
@@ -43,6 +44,12 @@ class StepsMixin(ReadingMixin):
 
     # Trainer divides the loss by the accumulation steps; see share_of_step.
     loss_is_scaled_for_ga = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The parent's; accelerate compiles nothing, since layers are compiled one by one."""
+        super().create_accelerator_and_postprocess()
+        if self.args.torch_compile:
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any

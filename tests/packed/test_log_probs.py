@@ -28,6 +28,8 @@ def rollouts_of(layout: PackedLayout) -> Rollouts:
 class FixedLogits:
     """In place of a model: the logits (B, R, V) of a whole row."""
 
+    compiler = None
+
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
 

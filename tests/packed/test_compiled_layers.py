@@ -1,0 +1,246 @@
+"""Layers and the head's chunks compiled: one graph each, once a shape, with the same gradients.
+
+TorchDynamo traces on a CPU as it does on a GPU; the backends here run what was traced as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import LlamaForCausalLM
+
+from hf_ebft import EBFTTrainer
+from hf_ebft.feature_network.network import FeatureNetwork
+from hf_ebft.packed.compiled_layers import (
+    CompiledForward,
+    CompileOptions,
+    compile_layers,
+    layers_as_written,
+)
+from hf_ebft.packed.forward import PackedForward
+from hf_ebft.packed.log_probs import packed_log_probs
+from hf_ebft.packed.model_parts import decoder_layers
+from hf_ebft.packed.sampling import Rollouts
+from hf_ebft.packed.verification import verify_packing
+from hf_ebft.rows.anchors import find_blocks
+from hf_ebft.rows.documents import Documents
+from hf_ebft.rows.layout import PackedLayout
+from tests.support.architectures import tiny_model
+from tests.support.exactness import lora_model, ragged_batch
+from tests.support.tiny import config, texts, tiny_llama
+
+# A break of a graph raises.
+TRACED = CompileOptions("eager", fullgraph=True)
+
+
+@pytest.fixture(autouse=True)
+def gradient_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """See test_flex.py."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def rollouts_of(*lengths: int, seed: int = 0, multiple: int = 8) -> Rollouts:
+    """Random rollouts over documents of these lengths, in a row of a multiple of `multiple`."""
+    documents = Documents.from_inputs(ragged_batch(*lengths), pad_to_multiple_of=multiple)
+    blocks = find_blocks(
+        documents, stride=4, context_length=4, generate_max_len=4, pad_to_multiple_of=multiple
+    )
+    layout = PackedLayout(documents, blocks, 2, 4)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 30, layout.rollout_shape, generator=generator)
+    return Rollouts(tokens, blocks.exists, layout)
+
+
+def log_probs_of(
+    model: nn.Module, forward: PackedForward, rollouts: Rollouts, chunk_size: int
+) -> Tensor:
+    """The sum of all log-probabilities, with gradient."""
+    found = packed_log_probs(
+        model,
+        forward,
+        rollouts,
+        temperature=0.8,
+        with_document=True,
+        chunk_size=chunk_size,
+    )
+    exists = rollouts.exists[:, None, :, None]
+    assert found.document is not None
+    return (found.rollout * exists).sum() + found.document.sum()
+
+
+def gradient(model: nn.Module, forward: PackedForward, rollouts: Rollouts) -> Tensor:
+    model.train()
+    model.zero_grad()
+    log_probs_of(model, forward, rollouts, chunk_size=7).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def policy(kind: str) -> nn.Module:
+    if kind == "lora":
+        return lora_model("llama")
+    model = tiny_model(kind.split()[0], limit=4096)
+    if "checkpointing" in kind:
+        model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in kind.split()})
+        model.enable_input_require_grads()
+    return model
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "sdpa"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "gemma3_text", "lora", "llama checkpointing", "llama reentrant checkpointing"],
+)
+def test_gradients_are_those_of_the_model_as_written(kind: str, attention: str) -> None:
+    model = policy(kind)
+    plain = copy.deepcopy(model)
+    rollouts = rollouts_of(30, 21)
+    expected = gradient(plain, PackedForward.for_model(plain, attention), rollouts)
+    before = graphs()
+    forward = PackedForward.for_model(model, attention, compiler=TRACED)
+    found = gradient(model, forward, rollouts)
+    assert graphs() > before
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attention", "backend"),
+    # flex_attention by itself would be traced in every pass; aot_eager keeps what it traced.
+    [("sdpa", "eager"), pytest.param("flex_attention", "aot_eager", marks=pytest.mark.slow)],
+)
+def test_nothing_is_compiled_again_over_fifty_lengths_of_one_bucket(
+    attention: str, backend: str
+) -> None:
+    """One graph for all layers, three for the chunks of the head: a rollout's first tokens have n
+    targets a state, documents another temperature.
+    """
+    model = tiny_model("llama", limit=4096)
+    compiler = replace(TRACED, backend=backend)
+    forward = PackedForward.for_model(model, attention, compiler=compiler)
+    shapes = set()
+    for step in range(50):
+        rollouts = rollouts_of(17 + step % 16, 5 + step // 2, seed=step, multiple=32)
+        shapes.add((rollouts.layout.document_width, rollouts.tokens.shape))
+        log_probs_of(model, forward, rollouts, chunk_size=64)
+    assert len(shapes) == 1
+    assert graphs() == 4
+    assert not counters["graph_break"]
+
+
+def test_every_layer_shares_one_graph() -> None:
+    for n_layers in (2, 5):
+        torch._dynamo.reset()
+        counters.clear()
+        model = tiny_model("llama", limit=4096, num_hidden_layers=n_layers)
+        forward = PackedForward.for_model(model, "sdpa", compiler=TRACED)
+        gradient(model, forward, rollouts_of(30, 21))
+        assert graphs() == 4
+
+
+def test_the_feature_network_s_hooks_stay_outside() -> None:
+    """Hooks in a graph would be traced anew for every pass."""
+    model = tiny_model("llama", limit=4096)
+    settings: dict[str, Any] = {
+        "feature_layers": (0.25, 0.75),
+        "embed_method": "last_token",
+        "normalization": "per_layer",
+        "packed_attention": "flex_attention",
+    }
+    plain = FeatureNetwork(copy.deepcopy(model), **settings)
+    traced = FeatureNetwork(copy.deepcopy(model), compiler=TRACED, **settings)
+    batches = [rollouts_of(*lengths, multiple=32) for lengths in ((30, 21), (29, 25), (31, 8))]
+    expected = [plain.embed(rollouts).generated for rollouts in batches]
+    before = graphs()
+    for rollouts, embeddings in zip(batches, expected, strict=True):
+        found = traced.embed(rollouts).generated
+        torch.testing.assert_close(found, embeddings, atol=1e-5, rtol=0)
+    assert graphs() == before + 1
+
+
+def test_plain_rows_sampling_and_the_self_test_are_not_compiled() -> None:
+    model = tiny_model("llama", limit=4096)
+    forward = PackedForward.for_model(model, "sdpa", compiler=TRACED)
+    with torch.no_grad():
+        model(**ragged_batch(12))
+        model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, pad_token_id=0)
+        verify_packing(model, forward)
+    assert graphs() == 0
+
+
+def test_a_copy_runs_its_own_layers() -> None:
+    model = tiny_model("llama", limit=4096)
+    compile_layers(model, TRACED)
+    duplicate = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in duplicate.parameters():
+            weight.zero_()
+        assert float(duplicate(**ragged_batch(12)).logits.abs().max()) == 0.0
+    for layer in decoder_layers(duplicate):
+        assert isinstance(layer.forward, CompiledForward) and layer.forward.layer is layer
+
+
+def test_layers_follow_their_class_as_fsdp2_changes_it() -> None:
+    model = tiny_model("llama", limit=4096)
+    compile_layers(model, TRACED)
+    layer = decoder_layers(model)[0]
+
+    class Sharded(type(layer)):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super().forward(*args, **kwargs) + 1
+
+    hidden = torch.randn(1, 3, model.config.hidden_size)
+    positions = model.model.rotary_emb(hidden, torch.arange(3)[None])
+    with torch.no_grad():
+        before = layer(hidden, position_embeddings=positions)
+        layer.__class__ = Sharded
+        torch.testing.assert_close(layer(hidden, position_embeddings=positions), before + 1)
+
+
+def test_a_forward_that_something_has_replaced_is_refused() -> None:
+    model = tiny_model("llama")
+    decoder_layers(model)[1].forward = lambda *_, **__: None
+    with pytest.raises(ValueError, match=r"replaced the forward of LlamaDecoderLayer.*device_map"):
+        compile_layers(model, TRACED)
+
+
+def test_layers_as_written_is_for_its_context_only() -> None:
+    model = tiny_model("llama", limit=4096)
+    forward = PackedForward.for_model(model, "sdpa", compiler=TRACED)
+    with layers_as_written(), layers_as_written():
+        pass
+    gradient(model, forward, rollouts_of(30, 21))
+    assert graphs() == 4
+
+
+def test_a_compiled_run_trains_as_a_plain_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        args = config(tmp_path, max_steps=2, ce_coef=0.1, learning_rate=0.01, **options)
+        trainer = EBFTTrainer(tiny_llama(), args, train_dataset=texts(40, 33, 27, 21))
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        weights.append({name: w.detach().clone() for name, w in trainer.model.named_parameters()})
+        # accelerate has compiled nothing beside the layers.
+        assert isinstance(trainer.model_wrapped, LlamaForCausalLM)
+        assert (graphs() > 0) == bool(options)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=1e-4)
