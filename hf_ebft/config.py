@@ -347,12 +347,14 @@ class StridedArguments:
             "the whole batch at once."
         },
     )
-    pad_to_multiple_of: int = field(
-        default=1,
+    pad_to_multiple_of: int | None = field(
+        default=None,
         metadata={
             "help": "Pad rows to a multiple of this many tokens, and their blocks accordingly, so "
             "that shapes repeat: torch_compile and flex_attention compile less often, and GPU "
-            "memory fragments less. The padding is computed, too."
+            "memory fragments less. The padding is computed, too. Default: on CUDA and with "
+            "torch_compile multiples of 128 tokens and 8 blocks, further apart for long rows; "
+            "else 1."
         },
     )
     log_pictures_steps: int = field(
@@ -404,7 +406,7 @@ class StridedArguments:
             "log_prob_chunk_size",
             "training_chunk_size",
         ):
-            unset = name in ("rollout_batch_size", "training_chunk_size")
+            unset = name in ("rollout_batch_size", "pad_to_multiple_of", "training_chunk_size")
             if not unset or getattr(self, name) is not None:
                 _require_count(self, name)
         prefix = self.min_completion_prefix

@@ -103,7 +103,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         if self.ebft.verify_packing and self.accelerator.is_main_process:
             verify_packing(self.model, self._forward)
         self.random_streams = RolloutStreams(self.args)
-        self.step_log = StepLog(self, self.ebft)
+        self.step_log = StepLog(self, self.ebft, static_shapes=self.static_shapes)
         gather = self.ebft.gather_params_for_sampling
         self._gathered_for_sampling = SamplingGather(gather, self.accelerator)
         self.add_callback(SameFeaturesCallback(lambda: self._fingerprint))

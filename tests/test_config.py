@@ -117,7 +117,7 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "gather_params_for_sampling": ("yes", True),
     "eval_rollouts": NO_FLAG,
     "rollout_batch_size": NO_COUNT[:-1],
-    "pad_to_multiple_of": NO_COUNT,
+    "pad_to_multiple_of": NO_COUNT[:-1],
     "ema_decay": (0.0, 1.0, -0.1, math.nan, math.inf, "1e-2"),
     "log_pictures_steps": (-1, 2.5, "8", True, None),
     "log_prob_chunk_size": NO_COUNT,

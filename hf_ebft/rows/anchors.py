@@ -12,11 +12,13 @@ rollout.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_ebft.config import StridedArguments
+from hf_ebft.rows.buckets import EXACT, Buckets
 from hf_ebft.rows.documents import Documents
 
 
@@ -60,7 +62,7 @@ def find_blocks(
     context_length: int,
     generate_max_len: int,
     min_completion_prefix: int = 0,
-    pad_to_multiple_of: int = 1,
+    counts: Buckets = EXACT,
 ) -> Blocks:
     """Find every block that lies in one document and whose window has no masked label.
 
@@ -70,7 +72,7 @@ def find_blocks(
         context_length: tokens of the shortest prefix.
         generate_max_len: G.
         min_completion_prefix: tokens of a marked completion that precede its first block.
-        pad_to_multiple_of: K is rounded up to a multiple of this.
+        counts: K is rounded up to one of these.
 
     Returns:
         `floor((S - G - a_0) / stride) + 1` blocks for a document of S tokens (none if that is not
@@ -92,7 +94,7 @@ def find_blocks(
     is_anchor = on_lattice & fits & unmasked
 
     count = is_anchor.sum(dim=1)
-    most = -(-max(1, int(count.max())) // pad_to_multiple_of) * pad_to_multiple_of
+    most = counts.round_up(max(1, int(count.max())))
     # A row may have fewer places than blocks that are not there.
     is_anchor = torch.nn.functional.pad(is_anchor, (0, max(0, most - width)))
     # Stable sort brings the anchors of each row to its front, in order.
@@ -149,7 +151,7 @@ def count_replies(documents: Documents, blocks: Blocks, generate_max_len: int) -
     )
 
 
-def find_blocks_for(settings: StridedArguments, documents: Documents, **changes: int) -> Blocks:
+def find_blocks_for(settings: StridedArguments, documents: Documents, **changes: Any) -> Blocks:
     """`find_blocks` with a run's settings.
 
     Args:

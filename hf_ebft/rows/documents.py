@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_ebft.rows.buckets import EXACT, Buckets
+
 # Columns that only EBFT understands: kept by the trainer, never passed to the model.
 PROMPT_LENGTH = "prompt_length"
 DOCUMENT_COLUMNS = ("document_ids", "seq_idx")
@@ -61,7 +63,7 @@ class Documents:
         document_masking: bool | None = None,
         eos_token_id: int | None = None,
         vocabulary_size: int | None = None,
-        pad_to_multiple_of: int = 1,
+        widths: Buckets = EXACT,
     ) -> Documents:
         """Read a batch as collators make it.
 
@@ -75,7 +77,7 @@ class Documents:
             eos_token_id: token that ends a document, used when `document_masking` is True and
                 the batch has no boundaries of its own.
             vocabulary_size: token ids that the model embeds; larger ones are refused if given.
-            pad_to_multiple_of: S is rounded up to a multiple of this.
+            widths: S is rounded up to one of these.
 
         Raises:
             ValueError: missing or malformed `input_ids`, ids that the model does not know,
@@ -92,7 +94,7 @@ class Documents:
         # Stable sort: real tokens first, in their order. Left padding becomes right padding.
         order = torch.argsort((~real).long(), dim=1, stable=True)
         order = order[:, : max(1, int(real.sum(dim=1).max()))]
-        missing = -order.shape[1] % pad_to_multiple_of
+        missing = widths.round_up(order.shape[1]) - order.shape[1]
         input_ids, real, is_target, boundary_column = (
             torch.nn.functional.pad(tensor.gather(1, order), (0, missing))
             for tensor in (input_ids, real, is_target, boundary_column)
@@ -141,7 +143,7 @@ class DocumentReader:
     """How a run reads its batches: the settings of `Documents.from_inputs`, said once.
 
     Attributes:
-        document_masking, eos_token_id, vocabulary_size, pad_to_multiple_of: see there.
+        document_masking, eos_token_id, vocabulary_size, widths: see there.
         model_inputs: names that the model's own forward takes. A batch with one of them that EBFT
             does not read is refused: evaluation would use it and training would not.
     """
@@ -149,7 +151,7 @@ class DocumentReader:
     document_masking: bool | None = None
     eos_token_id: int | None = None
     vocabulary_size: int | None = None
-    pad_to_multiple_of: int = 1
+    widths: Buckets = EXACT
     model_inputs: frozenset[str] = frozenset()
 
     def read(self, inputs: Mapping[str, Any], device: torch.device | None = None) -> Documents:
@@ -178,7 +180,7 @@ class DocumentReader:
             document_masking=self.document_masking,
             eos_token_id=self.eos_token_id,
             vocabulary_size=self.vocabulary_size,
-            pad_to_multiple_of=self.pad_to_multiple_of,
+            widths=self.widths,
         )
 
 

@@ -265,6 +265,14 @@ METRICS = (
         meaning="Per micro-batch.",
         mode="strided",
     ),
+    Metric(
+        "ebft/row_shapes",
+        "shapes of packed rows",
+        meaning="Different shapes so far. On CUDA and with `torch_compile` each is compiled by "
+        "itself.",
+        advice="If it keeps growing there, set `pad_to_multiple_of` higher.",
+        mode="strided",
+    ),
 )
 METRIC_BY_NAME = {metric.name: metric for metric in METRICS}
 #: Seconds of a micro-batch, by phase.

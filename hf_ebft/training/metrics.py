@@ -49,6 +49,7 @@ NAMES = (
     "seconds_rollout",
     "seconds_features",
     "seconds_training",
+    "row_shapes",
 )
 
 

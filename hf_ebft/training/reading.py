@@ -9,8 +9,10 @@ from torch import nn
 from transformers import Trainer
 
 from hf_ebft.config import EBFTSettings
+from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.model_parts import end_of_text_id
 from hf_ebft.rows.anchors import find_blocks_for
+from hf_ebft.rows.buckets import Buckets, buckets_for
 from hf_ebft.rows.documents import EBFT_COLUMNS, DocumentReader
 from hf_ebft.rows.layout import PackedLayout
 
@@ -26,6 +28,20 @@ class ReadingMixin(Trainer):
     ebft: EBFTSettings
     _vocabulary_size: int
     _model_inputs: frozenset[str]
+    _forward: PackedForward
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether each shape of the packed rows is compiled by itself, or captured in a graph."""
+        return self.accelerator.device.type == "cuda" or self._forward.compiler is not None
+
+    @property
+    def _buckets(self) -> tuple[Buckets, Buckets]:
+        """Of a row's tokens and of its blocks."""
+        settings = self.ebft
+        return buckets_for(
+            settings.pad_to_multiple_of, settings.stride, static_shapes=self.static_shapes
+        )
 
     @property
     def document_reader(self) -> DocumentReader:
@@ -34,7 +50,7 @@ class ReadingMixin(Trainer):
             document_masking=self.ebft.document_masking,
             eos_token_id=end_of_text_id(self.model, self.processing_class),
             vocabulary_size=self._vocabulary_size,
-            pad_to_multiple_of=self.ebft.pad_to_multiple_of,
+            widths=self._buckets[0],
             model_inputs=self._model_inputs,
         )
 
@@ -45,11 +61,7 @@ class ReadingMixin(Trainer):
             inputs: the batch, on the policy's device.
         """
         settings, documents = self.ebft, self.document_reader.read(inputs)
-        blocks = find_blocks_for(
-            settings,
-            documents,
-            pad_to_multiple_of=max(1, settings.pad_to_multiple_of // settings.stride),
-        )
+        blocks = find_blocks_for(settings, documents, counts=self._buckets[1])
         return PackedLayout(
             documents, blocks, settings.n_samples_per_prompt, settings.generate_max_len
         )

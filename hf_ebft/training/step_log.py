@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from transformers import Trainer
 
 from hf_ebft.config import EBFTSettings
+from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.training.metrics import (
     MetricAccumulator,
     Ratio,
@@ -21,6 +22,9 @@ from hf_ebft.training.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
+# Shapes of packed rows that a run may meet without a word.
+MOST_SHAPES = 16
+
 
 class StepLog:
     """Records the steps of one trainer.
@@ -28,14 +32,20 @@ class StepLog:
     Args:
         trainer: its device holds the sums, and its callbacks are told of every micro-batch.
         settings: for the warning.
+        static_shapes: whether each shape of the rows is compiled by itself.
     """
 
-    def __init__(self, trainer: Trainer, settings: EBFTSettings) -> None:
+    def __init__(
+        self, trainer: Trainer, settings: EBFTSettings, *, static_shapes: bool = False
+    ) -> None:
+        self._static_shapes = static_shapes
         self._trainer = trainer
         self._settings = settings
         self._metrics = MetricAccumulator(trainer.args.device)
         self._stopwatch = Stopwatch(trainer.args.device)
         self._warned_of_no_blocks = False
+        self._shapes: set[tuple[int, ...]] = set()
+        self._warned_of_shapes = False
 
     def restart(self) -> None:
         """A new run begins: nothing recorded so far counts."""
@@ -57,6 +67,7 @@ class StepLog:
             block_metrics(outputs.rewards, outputs.advantages, layout)
             | rollout_metrics(outputs.rollouts.tokens, layout)
             | token_metrics(outputs.log_probs, outputs.rl_loss, outputs.ce_loss, outputs.kl, layout)
+            | self._shape_metrics(layout)
             | {name: Ratio(value, 1.0) for name, value in outputs.coefficients.moving().items()}
         )
         self._warn_of_no_blocks(outputs)
@@ -76,6 +87,23 @@ class StepLog:
     def take(self) -> dict[str, float]:
         """`ebft/...` means since the last call, over all processes: a collective call."""
         return self._metrics.take(sum_over_processes)
+
+    def _shape_metrics(self, layout: PackedLayout) -> dict[str, Ratio]:
+        """How many shapes rows have had in this process; a warning where they are too many."""
+        self._shapes.add((*layout.rollout_shape, layout.document_width))
+        too_many = self._static_shapes and len(self._shapes) > MOST_SHAPES
+        if too_many and not self._warned_of_shapes:
+            self._warned_of_shapes = True
+            logger.warning(
+                "Packed rows have had %d shapes (rows, samples, blocks, tokens of a rollout, width "
+                "of the documents), the last one %s. Each is compiled by itself, which takes "
+                "seconds to minutes. Set pad_to_multiple_of to a large part of the longest "
+                "document, cut documents to one length, and set dataloader_drop_last=True. "
+                "Their number is logged as ebft/row_shapes.",
+                len(self._shapes),
+                (*layout.rollout_shape, layout.document_width),
+            )
+        return {"row_shapes": Ratio(float(len(self._shapes)), 1.0)}
 
     def _warn_of_no_blocks(self, outputs: EBFTOutput) -> None:
         rollouts = outputs.rollouts

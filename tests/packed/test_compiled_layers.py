@@ -32,6 +32,7 @@ from hf_ebft.packed.model_parts import decoder_layers
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.rows.anchors import find_blocks
+from hf_ebft.rows.buckets import Buckets
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
 from tests.support.architectures import tiny_model
@@ -58,9 +59,9 @@ def graphs() -> int:
 
 def rollouts_of(*lengths: int, seed: int = 0, multiple: int = 8) -> Rollouts:
     """Random rollouts over documents of these lengths, in a row of a multiple of `multiple`."""
-    documents = Documents.from_inputs(ragged_batch(*lengths), pad_to_multiple_of=multiple)
+    documents = Documents.from_inputs(ragged_batch(*lengths), widths=Buckets(multiple))
     blocks = find_blocks(
-        documents, stride=4, context_length=4, generate_max_len=4, pad_to_multiple_of=multiple
+        documents, stride=4, context_length=4, generate_max_len=4, counts=Buckets(multiple)
     )
     layout = PackedLayout(documents, blocks, 2, 4)
     generator = torch.Generator().manual_seed(seed)

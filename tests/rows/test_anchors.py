@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_ebft.rows.anchors import Blocks, count_replies, find_blocks
+from hf_ebft.rows.buckets import Buckets
 from hf_ebft.rows.documents import IGNORE_INDEX, Documents
 
 PAD = 99
@@ -345,9 +346,9 @@ def test_padded_blocks_are_the_same_blocks_and_some_that_are_not_there(multiple:
     batch = {"input_ids": ids, "attention_mask": mask.long()}
     settings = {"stride": 3, "context_length": 4, "generate_max_len": 2}
     plain = find_blocks(Documents.from_inputs(batch), **settings)
-    padded_documents = Documents.from_inputs(batch, pad_to_multiple_of=16)
+    padded_documents = Documents.from_inputs(batch, widths=Buckets(16))
     assert padded_documents.input_ids.shape == (2, 32)
-    padded = find_blocks(padded_documents, **settings, pad_to_multiple_of=multiple)
+    padded = find_blocks(padded_documents, **settings, counts=Buckets(multiple))
     count = plain.exists.shape[1]
     assert padded.exists.shape[1] % multiple == 0
     assert 0 <= padded.exists.shape[1] - count < multiple

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from hf_ebft import EBFTTrainer
 from hf_ebft.training.outputs import EBFTOutput
+from hf_ebft.training.step_log import StepLog
 from tests.support.tiny import batch_of, config, texts, tiny_llama
 
 
@@ -60,3 +61,34 @@ def test_a_restart_forgets(tmp_path: Path) -> None:
     trainer.step_log.restart()
     trainer.step_log.end_batch()
     assert trainer.step_log.take() == {}
+
+
+def test_shapes_of_rows_are_counted_and_too_many_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_ebft.training.step_log.MOST_SHAPES", 2)
+    trainer, _ = make(tmp_path)
+    found = []
+    for static in (False, True):
+        trainer.step_log = StepLog(trainer, trainer.ebft, static_shapes=static)
+        for length in (20, 24, 20, 28, 32):
+            trainer.compute_loss(trainer.model, batch_of(texts(length)))
+            found.append(trainer.step_log.take()["ebft/row_shapes"])
+        warnings = [record for record in caplog.records if "pad_to_multiple_of" in record.msg]
+        assert len(warnings) == static
+    assert found == [1, 2, 2, 3, 4] * 2
+    assert "have had 3 shapes" in warnings[0].getMessage()
+
+
+@pytest.mark.parametrize("padding", [None, 16])
+def test_a_compiled_run_has_few_shapes(tmp_path: Path, padding: int | None) -> None:
+    """Lengths fall into buckets by themselves; what the user sets wins."""
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer, _ = make(tmp_path, pad_to_multiple_of=padding, **options)
+    assert trainer.static_shapes
+    widths = {
+        trainer.read_layout(batch_of(texts(length))).document_width for length in range(12, 60)
+    }
+    assert widths == ({128} if padding is None else {16, 32, 48, 64})
+    plain, _ = make(tmp_path)
+    assert plain.read_layout(batch_of(texts(20))).document_width == 20
