@@ -235,13 +235,15 @@ def test_a_compiled_run_trains_as_a_plain_one(
 ) -> None:
     weights = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        args = config(tmp_path, max_steps=2, ce_coef=0.1, learning_rate=0.01, **options)
+        # Equal shapes draw equal rollouts; a compiled run would round them up by itself.
+        options |= {"pad_to_multiple_of": 48, "learning_rate": 0.01}
+        args = config(tmp_path, max_steps=2, ce_coef=0.1, **options)
         trainer = EBFTTrainer(tiny_llama(), args, train_dataset=texts(40, 33, 27, 21))
         with caplog.at_level(logging.WARNING):
             trainer.train()
         weights.append({name: w.detach().clone() for name, w in trainer.model.named_parameters()})
         # accelerate has compiled nothing beside the layers.
         assert isinstance(trainer.model_wrapped, LlamaForCausalLM)
-        assert (graphs() > 0) == bool(options)
+        assert (graphs() > 0) == ("torch_compile" in options)
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=1e-4)
