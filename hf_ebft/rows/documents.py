@@ -145,7 +145,8 @@ class DocumentReader:
     Attributes:
         document_masking, eos_token_id, vocabulary_size, widths: see there.
         model_inputs: names that the model's own forward takes. A batch with one of them that EBFT
-            does not read is refused: evaluation would use it and training would not.
+            does not read is refused: evaluation would use it and training would not. None and
+            False ask for nothing (`use_cache=False`).
     """
 
     document_masking: bool | None = None
@@ -161,7 +162,8 @@ class DocumentReader:
             ValueError: a batch that `Documents.from_inputs` refuses, or with inputs of the model
                 that EBFT does not hand on.
         """
-        unread = sorted((self.model_inputs & inputs.keys()).difference(READ_COLUMNS))
+        given = {name for name, value in inputs.items() if value is not None and value is not False}
+        unread = sorted((self.model_inputs & given).difference(READ_COLUMNS))
         if unread and "input_ids" in inputs:  # else there is more to say than that
             raise ValueError(
                 f"The batch has {', '.join(unread)}, which the model takes as input, but EBFT "
@@ -198,7 +200,9 @@ def split_rows(inputs: dict[str, Any], size: int | None) -> list[dict[str, Any]]
     rows = len(_read_input_ids(inputs))
     if size is None or rows <= size:
         return [inputs]
-    uneven = [name for name, column in inputs.items() if _entries(column) != rows]
+    flags = {name for name, value in inputs.items() if value is None or isinstance(value, bool)}
+    columns = {name: column for name, column in inputs.items() if name not in flags}
+    uneven = [name for name, column in columns.items() if _entries(column) != rows]
     if uneven:
         raise ValueError(
             f"rollout_batch_size={size} splits a batch of {rows} rows, but its columns "
@@ -206,7 +210,8 @@ def split_rows(inputs: dict[str, Any], size: int | None) -> list[dict[str, Any]]
             "or leave rollout_batch_size unset."
         )
     return [
-        {name: column[start : start + size] for name, column in inputs.items()}
+        {name: column[start : start + size] for name, column in columns.items()}
+        | {name: inputs[name] for name in flags}
         for start in range(0, rows, size)
     ]
 

@@ -18,7 +18,7 @@ from accelerate.utils import gather
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 from trl import GRPOTrainer  # type: ignore[attr-defined]  # re-exported lazily
 
 from hf_ebft.feature_network.fingerprint import fingerprint_of
@@ -49,7 +49,11 @@ from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 from hf_ebft.structured.vllm.trainer import StalenessCorrection
 from hf_ebft.training.before_training import BeforeTrainingMixin
 from hf_ebft.training.metrics import MetricAccumulator, Ratio
-from hf_ebft.training.preparation import fill_in_learning_rate, refuse_unsupported_parallelism
+from hf_ebft.training.preparation import (
+    fill_in_learning_rate,
+    refuse_frozen,
+    refuse_unsupported_parallelism,
+)
 from hf_ebft.training.quantized import keep_gradients
 from hf_ebft.training.same_features import SameFeaturesCallback
 
@@ -253,6 +257,15 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
         )
 
     # ---- Steps --------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """TRL's.
+
+        Raises:
+            ValueError: no weight of the model is trainable.
+        """
+        refuse_frozen(self.model)
+        return cast(TrainOutput, super().train(*args, **kwargs))
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None

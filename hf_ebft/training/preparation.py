@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from accelerate.parallelism_config import ParallelismConfig
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from hf_ebft.config import EBFTConfig, EBFTSettings, OptimizerDefaults
 from hf_ebft.training.quantized import keep_gradients
@@ -45,6 +46,7 @@ def check_arguments(
     """
     refuse_what_would_be_ignored(args, kwargs)
     refuse_options_of_other_trainers(args)
+    refuse_updates_in_parts(args, settings)
     refuse_unsupported_parallelism(args)
     refuse_empty(train_dataset, "train_dataset")
     refuse_empty(eval_dataset, "eval_dataset")
@@ -152,6 +154,20 @@ def refuse_options_of_other_trainers(args: TrainingArguments) -> None:
             "defaults (%s). Use an EBFTConfig.",
             kind,
             ", ".join(f"{f.name}={getattr(args, f.name)!r}" for f in foreign if _default(f)),
+        )
+
+
+def refuse_updates_in_parts(args: TrainingArguments, settings: EBFTSettings) -> None:
+    """Raise a ValueError where the optimizer would change the weights between parts of a batch."""
+    if settings.rollout_batch_size is not None and args.optim in (
+        OptimizerNames.LOMO,
+        OptimizerNames.ADALOMO,
+    ):
+        raise ValueError(
+            f"optim={OptimizerNames(args.optim).value!r} updates the weights within the backward pass, and "
+            f"rollout_batch_size={settings.rollout_batch_size} makes one for each part of a batch: "
+            "the later parts would be trained on with other weights than they were sampled from. "
+            "Leave rollout_batch_size unset and lower per_device_train_batch_size."
         )
 
 

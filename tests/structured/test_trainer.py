@@ -430,6 +430,14 @@ def test_evaluation_takes_a_group_size_of_its_own(tmp_path):
     assert shapes == [(2, 2, 1), (1, 2, 1)]
 
 
+def test_a_model_without_trainable_weights_is_refused(tmp_path):
+    """TRL trained for hours and left the weights as they were."""
+    frozen = policy().requires_grad_(False)
+    trainer = make(tmp_path, model=frozen)
+    with pytest.raises(ValueError, match="No weight of the model is trainable"):
+        trainer.train()
+
+
 def test_an_unset_learning_rate_follows_what_is_trained(tmp_path):
     lora = {"peft_config": LoraConfig(r=2, target_modules="all-linear")}
     assert make(tmp_path, learning_rate=None).args.learning_rate == 1e-6
@@ -572,7 +580,7 @@ def test_continuous_batching_trains_on_the_papers_advantages(tmp_path):
 
 def test_row_without_ground_truth_is_refused_with_its_prompt(tmp_path):
     data = Dataset.from_dict({"prompt": ["one", "two"], "ground_truth": [None, None]})
-    trainer = make(tmp_path, data=data)
+    trainer = make(tmp_path, data=data.to_iterable_dataset())  # else it is refused before
     with pytest.raises(ValueError, match=r"'(one|two)' is None.*Filter out"):
         trainer.train()
 

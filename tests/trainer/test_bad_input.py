@@ -301,6 +301,16 @@ def test_a_frozen_model_can_be_evaluated_and_not_trained(adapters: bool, tmp_pat
         trainer.train()
 
 
+@pytest.mark.parametrize("optim", ["lomo", "adalomo"])
+def test_an_optimizer_that_updates_in_the_backward_pass_needs_the_batch_whole(
+    optim: str, tmp_path: Path
+) -> None:
+    args = config(tmp_path, optim=optim, rollout_batch_size=1)
+    with pytest.raises(ValueError, match=rf"optim='{optim}' updates .*rollout_batch_size=1 makes"):
+        EBFTTrainer(tiny_llama(), args, train_dataset=texts(20))
+    EBFTTrainer(tiny_llama(), config(tmp_path, optim=optim), train_dataset=texts(20))
+
+
 def test_a_run_without_a_full_batch_is_refused(tmp_path: Path) -> None:
     args = config(tmp_path, dataloader_drop_last=True, max_steps=1)
     with pytest.raises(ValueError, match=r"drops all 1 rows.*takes 2"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_ebft import EBFTTrainer
+from hf_ebft.data import EBFTDataCollator
 from hf_ebft.rows.documents import LABEL_MASKS
 from tests.support.tiny import (
     PrefixRollouts,
@@ -109,6 +110,29 @@ def test_pixel_values_are_refused(tmp_path: Path) -> None:
     inputs = {"input_ids": torch.randint(1, 11, (1, 24)), "pixel_values": torch.zeros(1, 3, 4, 4)}
     with pytest.raises(ValueError, match=r"has pixel_values.*Drop these columns"):
         gradients(trainer, inputs)
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_flags_that_ask_for_nothing_are_no_reason_to_stop(size: int | None, tmp_path: Path) -> None:
+    """A collator's `use_cache=False` was refused; it changes no number."""
+
+    def trained(**flags: Any) -> tuple[dict[str, Tensor], float]:
+        args = config(tmp_path, max_steps=2, ce_coef=0.1, rollout_batch_size=size)
+        rows = texts(26, 19, 22, 17)
+
+        def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+            return dict(EBFTDataCollator()(examples)) | flags
+
+        trainer = EBFTTrainer(tiny_llama(), args, collate, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        return weights_of(trainer.model), trainer.evaluate()["eval_loss"]
+
+    weights, loss = trained(use_cache=False, inputs_embeds=None)
+    expected_weights, expected_loss = trained()
+    assert loss == expected_loss
+    assert_same_tensors(weights, expected_weights, relative=0)
+    with pytest.raises(ValueError, match="The batch has use_cache, which the model takes"):
+        trained(use_cache=True)
 
 
 def test_a_column_that_the_model_does_not_take_is_no_reason_to_stop(tmp_path: Path) -> None:
