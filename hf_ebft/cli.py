@@ -18,6 +18,7 @@ from hf_ebft.version import __version__
 #: Command -> what `hf-ebft --help` says about it. Its module has the same name.
 COMMANDS = {
     "train": "fine-tune a model: hf-ebft train --config run.yaml",
+    "preflight": "measure in minutes what a run will cost, and whether it can find its way",
     "evaluate": "measure one or several models on held-out text, side by side",
     "report": "one page about one or several runs",
     "serve": "start the vLLM server that a run samples from",

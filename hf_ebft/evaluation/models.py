@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -129,7 +130,9 @@ def measure_model(
             f"tempered={tempered} must be above 0: logits are divided by it (0.8 sharpens, 1 "
             "leaves the model as it is)."
         )
-    settings = replace(settings, temperature=settings.temperature * tempered)
+    # Not by `replace`: a new EBFTConfig would reset the state of an accelerator that exists.
+    settings = copy(settings)
+    settings.temperature *= tempered
     collate = data_collator or EBFTDataCollator()
     measurer = Measurer.for_model(
         model,

@@ -8,7 +8,7 @@ constants below; docs/report.md says what they were held against.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,9 +61,13 @@ Rule = Callable[[Run], Finding | None]
 
 def examine(run: Run) -> list[Finding]:
     """Everything that the rules have to say, the most serious first."""
-    found = [finding for rule in RULES if (finding := rule(run)) is not None]
+    return by_severity(rule(run) for rule in RULES)
+
+
+def by_severity(found: Iterable[Finding | None]) -> list[Finding]:
+    """What there is, the most serious first."""
     order: list[Severity] = ["serious", "warning", "note"]
-    return sorted(found, key=lambda finding: order.index(finding.severity))
+    return sorted(filter(None, found), key=lambda finding: order.index(finding.severity))
 
 
 def no_ebft_metrics(run: Run) -> Finding | None:
@@ -119,16 +123,24 @@ def duplicate_rollouts(run: Run) -> Finding | None:
     change = _ends(run, "ebft/duplicate_rollouts")
     if change is None or not _trains_on_rewards(run):
         return None
-    n_samples = run.arguments.get("n_samples_per_prompt")
+    n_samples, temperature = (
+        run.arguments.get(name) for name in ("n_samples_per_prompt", "temperature")
+    )
+    return repeated_rollouts(change.last, n_samples, temperature)
+
+
+def repeated_rollouts(
+    share: float, n_samples: int | None, temperature: float | None
+) -> Finding | None:
+    """What to say of a share of rollouts that repeat an earlier one of their group, if anything."""
     most = (n_samples - 1) / n_samples if n_samples and n_samples > 1 else 1.0
-    if change.last < MANY_DUPLICATES * most:
+    if share < MANY_DUPLICATES * most:
         return None
-    temperature = run.arguments.get("temperature")
     now = f" (now {temperature:g})" if temperature else ""
     return Finding(
-        "serious" if change.last >= NEARLY_ALL_DUPLICATES * most else "warning",
+        "serious" if share >= NEARLY_ALL_DUPLICATES * most else "warning",
         "Rollouts repeat each other",
-        f"{change.last:.0%} of the rollouts equal an earlier one of their group"
+        f"{share:.0%} of the rollouts equal an earlier one of their group"
         + (f"; with {n_samples} a group, {most:.0%} is all that can." if n_samples else "."),
         f"Raise temperature{now}, or generate_max_len. If the share grew during the run, see "
         "entropy: lower learning_rate or raise ce_coef.",
@@ -137,16 +149,28 @@ def duplicate_rollouts(run: Run) -> Finding | None:
 
 def zero_advantages(run: Run) -> Finding | None:
     """Groups teach nothing because their rollouts are all worth the same."""
-    idle, spread = _ends(run, "ebft/zero_advantage_groups"), _ends(run, "ebft/advantages_std")
     if not _trains_on_rewards(run):
         return None
-    no_spread = spread is not None and spread.last < NO_SPREAD
-    many = idle is not None and idle.last >= MANY_ZERO_ADVANTAGES
+    idle, spread = _ends(run, "ebft/zero_advantage_groups"), _ends(run, "ebft/advantages_std")
+    return few_advantages(
+        None if idle is None else idle.last, None if spread is None else spread.last
+    )
+
+
+def few_advantages(idle: float | None, spread: float | None = None) -> Finding | None:
+    """What to say of groups without advantage, if anything.
+
+    Args:
+        idle: share of the groups whose advantages are all zero.
+        spread: standard deviation of advantages.
+    """
+    no_spread = spread is not None and spread < NO_SPREAD
+    many = idle is not None and idle >= MANY_ZERO_ADVANTAGES
     if not no_spread and not many:
         return None
-    nearly_all = no_spread or (idle is not None and idle.last >= NEARLY_ALL_ZERO_ADVANTAGES)
-    evidence = [f"{idle.last:.0%} of the groups have no advantage" if idle is not None else ""]
-    evidence.append(f"advantages spread by {spread.last:.2g}" if spread is not None else "")
+    nearly_all = no_spread or (idle is not None and idle >= NEARLY_ALL_ZERO_ADVANTAGES)
+    evidence = [f"{idle:.0%} of the groups have no advantage" if idle is not None else ""]
+    evidence.append(f"advantages spread by {spread:.2g}" if spread is not None else "")
     return Finding(
         "serious" if nearly_all else "warning",
         "Hardly any advantages",
@@ -307,12 +331,17 @@ def rollouts_take_the_time(run: Run) -> Finding | None:
 def documents_without_blocks(run: Run) -> Finding | None:
     """Much of the text is too short to be sampled from."""
     change = _ends(run, "ebft/documents_without_blocks")
-    if change is None or change.last < MANY_DOCUMENTS_WITHOUT_BLOCKS:
+    return None if change is None else too_short_documents(change.last)
+
+
+def too_short_documents(share: float) -> Finding | None:
+    """What to say of a share of documents without blocks, if anything."""
+    if share < MANY_DOCUMENTS_WITHOUT_BLOCKS:
         return None
     return Finding(
         "warning",
         "Documents without blocks",
-        f"{change.last:.0%} of the documents are too short for a rollout.",
+        f"{share:.0%} of the documents are too short for a rollout.",
         "They train by cross-entropy only (not at all with ce_coef=0). Lower context_length, "
         "min_completion_prefix or generate_max_len, or leave such documents out.",
     )

@@ -9,21 +9,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from hf_ebft.config import EBFTSettings
 from hf_ebft.report.health import examine
 from hf_ebft.report.plots import charts_of, timing_chart
 from hf_ebft.report.runs import Run, Watched
+from hf_ebft.report.template import render
 from hf_ebft.training.metric_table import HELD_OUT_METRICS, label_of, metric_of
-from hf_ebft.version import __version__
-from hf_ebft.watching.charts import DASHES, css_variables, to_svg
+from hf_ebft.watching.charts import DASHES, to_svg
 from hf_ebft.watching.curves import Change, changes, format_number
 from hf_ebft.watching.model_card import ARGUMENTS
-from hf_ebft.watching.tensorboard import visible
 
 # Of a prefix that is watched: its end, and how often it is shown.
 PREFIX_CHARACTERS = 160
@@ -52,11 +48,10 @@ def render_page(
         {"svg": to_svg(chart.drawing), "meaning": chart.metric.meaning.replace("`", "")}
         for chart in charts_of(runs, smoothing)
     ]
-    return _template().render(
+    return render(
+        "page.html.jinja",
         title=title,
         runs=runs,
-        light=css_variables(dark=False),
-        dark=css_variables(dark=True),
         dashes=DASHES,
         findings=[(run, examine(run)) for run in runs],
         changes=_changes(runs),
@@ -67,21 +62,7 @@ def render_page(
         watched=_with_content(runs, _watched),
         settings=settings,
         other_arguments=other_arguments,
-        version=__version__,
     )
-
-
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"visible": visible, "number": format_number}
-    return environment.get_template("page.html.jinja")
 
 
 def _with_content(

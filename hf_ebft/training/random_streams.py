@@ -26,6 +26,8 @@ class Stream(IntEnum):
     CORPUS_ROWS = 3  # which rows corpus whitening is measured on
     MODELS = 4  # rollouts of `measure_model`
     COMPLETIONS = 5  # completions of `CompletionMetricsCallback`
+    PREFLIGHT = 10  # rows, rungs and rollouts of a preflight
+    SKETCH = 11  # signs of gradients of a preflight that are folded
 
 
 def corpus_rows(seed: int) -> torch.Generator:

@@ -138,14 +138,23 @@ def line_chart(
     *,
     better: Literal["higher", "lower"] | None = None,
     unit: str = "",
+    x_label: str = "step",
 ) -> Drawing:
-    """Curves over optimizer steps, with the direction that is better as an arrow and in words."""
+    """Curves over optimizer steps, with the direction that is better as an arrow and in words.
+
+    Args:
+        title: above it.
+        curves: at least one.
+        better: which way.
+        unit: of the values.
+        x_label: what the curves run over, if it is not steps.
+    """
 
     def draw(axes: Axes) -> None:
         axes.set_title(title, pad=19)
         _write_direction(axes, better, unit)
         axes.grid(axis="y")
-        axes.set_xlabel("step", loc="right")
+        axes.set_xlabel(x_label, loc="right")
         axes.locator_params(axis="x", integer=True, nbins=6)
         axes.locator_params(axis="y", nbins=5)
         for curve in curves:
@@ -163,7 +172,8 @@ def line_chart(
             axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, **words)
 
     direction = f", {better} is better" if better else ""
-    return Drawing(f"{title} over training steps{direction}", draw)
+    over = "training steps" if x_label == "step" else x_label
+    return Drawing(f"{title} over {over}{direction}", draw)
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:
@@ -216,6 +226,64 @@ def stacked_bars(
 
     height = 62 + 30 * len(bars)
     return Drawing(title, draw, width=640, height=height, margins=(130, 12, 54, 8))
+
+
+def interval_chart(
+    title: str,
+    entries: Sequence[tuple[str, float, float, float]],
+    *,
+    x_label: str,
+    mark: tuple[str, float] | None = None,
+    logarithmic: bool = False,
+) -> Drawing:
+    """One horizontal interval per entry, with a dot at its value.
+
+    Args:
+        title: above it.
+        entries: name, value, lower and upper bound of each; bounds and values that are infinite go
+            to the edge, without a dot.
+        x_label: what is measured.
+        mark: name and place of a vertical line.
+        logarithmic: the axis; all numbers must be above 0 then.
+    """
+    numbers = [x for _, *values in entries for x in values if math.isfinite(x)]
+    numbers += [] if mark is None else [mark[1]]
+    low, high = _spread(min(numbers), max(numbers)) if numbers else (0.0, 1.0)
+    if logarithmic:
+        limits = low / 2, high * 4
+    else:
+        margin = 0.08 * (high - low)
+        limits = low - margin, high + margin
+
+    def draw(axes: Axes) -> None:
+        axes.set_title(title, pad=12)
+        if logarithmic:
+            axes.set_xscale("log")
+        axes.set_xlim(*limits)
+        axes.set_ylim(len(entries) - 0.5, -0.5)  # the first one on top
+        axes.grid(axis="x")
+        axes.set_xlabel(x_label, loc="right")
+        colour = COLOURS["series0"][0]
+        for row, (name, value, start, end) in enumerate(entries):
+            ends = [min(max(x, limits[0]), limits[1]) for x in (start, end)]
+            axes.plot(ends, [row, row], color=colour, linewidth=2, gid=_HOVER + name)
+            if math.isfinite(value):
+                axes.plot([value], [row], "o", color=colour, markersize=6, gid=_HOVER + name)
+        if mark is not None:
+            axes.axvline(mark[1], color=COLOURS["bad"][0], linestyle=(0, (4, 3)))
+            axes.annotate(
+                mark[0],
+                (mark[1], 1.0),
+                (3, 1),
+                xycoords=axes.get_xaxis_transform(),
+                textcoords="offset points",
+                color=COLOURS["bad"][0],
+            )
+        names = [name for name, *_ in entries]
+        axes.set_yticks(range(len(entries)), names, color=COLOURS["ink"][0])
+
+    height = 84 + 26 * len(entries)
+    return Drawing(title, draw, width=560, height=height, margins=(130, 14, 36, 36))
 
 
 def heat_map(

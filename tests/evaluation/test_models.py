@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
 from hf_ebft.evaluation import compare_models, mean_bootstrap, measure_model, table
@@ -21,7 +22,7 @@ from hf_ebft.training.metric_table import (
 )
 from tests.support.plain_forwards import last_token_embedding, plain_blocks, plain_pass
 from tests.support.plain_objective import plain_group
-from tests.support.tiny import batch_of, texts, tiny_llama
+from tests.support.tiny import batch_of, config, texts, tiny_llama
 from tests.support.tiny_evaluation import LAYERS, SETTINGS, network
 
 LENGTHS = (2, 3, 5)
@@ -167,6 +168,16 @@ def test_a_tempered_model_is_the_one_with_divided_logits() -> None:
     for g, by_name in control.rollouts.items():
         for name, values in by_name.items():
             np.testing.assert_allclose(values, by_hand.rollouts[g][name], rtol=1e-4, atol=1e-5)
+
+
+def test_settings_of_a_trainer_leave_its_accelerator_alone(tmp_path: Path) -> None:
+    """A new EBFTConfig would reset the state that accelerate shares, and end its autocast."""
+    settings = config(tmp_path)
+    accelerator = Accelerator()
+    measure_model(tiny_llama(), network(), texts(12), settings, lengths=(2,), tempered=0.5)
+    with accelerator.autocast():
+        pass
+    assert settings.temperature == 0.8
 
 
 @pytest.mark.parametrize("tempered", [0.0, -1.0])

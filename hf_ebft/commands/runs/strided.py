@@ -53,11 +53,37 @@ def run(
         train: the training data, if it has been opened already.
         checkpoint: where to go on from, if anywhere.
     """
+    wants_eval = report.report_rows > 0 or args.do_eval
+    trainer, eval_rows = build_trainer(data, names, lora, args, train, wants_eval=wants_eval)
+    tokenizer = trainer.processing_class
+    trainer.card_samples = report.card_samples
+    use_compact_progress(trainer)
+
+    comparison = Comparison(trainer, tokenizer, eval_rows, report)
+    comparison.measure()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer, comparison, lora, data)
+
+
+def build_trainer(
+    data: DataArguments,
+    names: ModelArguments,
+    lora: LoraArguments,
+    args: EBFTConfig,
+    train: Table | None,
+    *,
+    wants_eval: bool,
+) -> tuple[EBFTTrainer, TokenizedRows | None]:
+    """The trainer of a run, ready to train, and the held-out rows if they are wanted.
+
+    Args:
+        data, names, lora, args: the options.
+        train: the training data, if it has been opened already.
+        wants_eval: whether held-out rows are wanted.
+    """
     tokenizer = load_tokenizer(names, args)
     with args.main_process_first(desc="loading the text"):
-        train_rows, eval_rows = load_rows(
-            data, tokenizer, args, wants_eval=report.report_rows > 0 or args.do_eval, train=train
-        )
+        train_rows, eval_rows = load_rows(data, tokenizer, args, wants_eval=wants_eval, train=train)
     model = load_model(names, len(tokenizer), lora, args)
     trainer = EBFTTrainer(
         model=model,
@@ -67,13 +93,7 @@ def run(
         processing_class=tokenizer,
         peft_config=lora_config(lora, model),
     )
-    trainer.card_samples = report.card_samples
-    use_compact_progress(trainer)
-
-    comparison = Comparison(trainer, tokenizer, eval_rows, report)
-    comparison.measure()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    finish(trainer, comparison, lora, data)
+    return trainer, eval_rows
 
 
 # ---- Text -----------------------------------------------------------------------------------

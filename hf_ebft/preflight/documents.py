@@ -1,0 +1,73 @@
+"""The rows of training text that a preflight measures on."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hf_ebft.feature_network.corpus_whitening import choose_rows
+from hf_ebft.packed.sampling import make_generator
+from hf_ebft.rows.anchors import find_blocks_for
+from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.trainer import EBFTTrainer
+from hf_ebft.training.random_streams import Stream
+
+# An interval needs some.
+FEWEST_ROWS = 4
+
+Batch = dict[str, Any]
+
+
+def choose_batches(trainer: EBFTTrainer, count: int) -> list[Batch]:
+    """Rows of the training data, one to a batch, as training would read them.
+
+    Args:
+        trainer: a stand-in; its evaluation batch size is changed.
+        count: how many rows; of a stream the first ones are taken, else any.
+
+    Raises:
+        ValueError: fewer rows than an interval needs.
+    """
+    generator = make_generator(torch.device("cpu"), trainer.args.seed, Stream.PREFLIGHT)
+    rows = choose_rows(trainer.train_dataset, count, generator)
+    if len(rows) < FEWEST_ROWS:
+        raise ValueError(
+            f"A preflight on {len(rows)} row(s) of training text could show no interval: give it "
+            f"{FEWEST_ROWS} or more ({count} were asked for)."
+        )
+    trainer.args.per_device_eval_batch_size = 1
+    loader = trainer.get_test_dataloader(cast(Any, rows))
+    return [cast(Batch, trainer._prepare_inputs(batch)) for batch in loader]
+
+
+def ground_truth_windows(trainer: EBFTTrainer, batch: Batch) -> Tensor:
+    """(K, G) tokens of all windows of a batch of one row; K is 0 where it has no block."""
+    documents = trainer.document_reader.read(batch)
+    blocks = find_blocks_for(trainer.ebft, documents)
+    layout = PackedLayout(documents, blocks, 1, trainer.ebft.generate_max_len)
+    return window_tokens(layout)[0][blocks.exists[0]]
+
+
+def window_tokens(layout: PackedLayout) -> Tensor:
+    """(B, K, G) tokens of the ground truths of a batch."""
+    flat = layout.window.flatten(1)
+    return layout.documents.input_ids.gather(1, flat).view(layout.window.shape)
+
+
+def refuse_no_block(windows: list[Tensor], trainer: EBFTTrainer) -> None:
+    """Raise where fewer than two rows have a block.
+
+    Raises:
+        ValueError: naming the lengths that leave no room.
+    """
+    if sum(len(tokens) > 0 for tokens in windows) >= 2:
+        return
+    settings = trainer.ebft
+    raise ValueError(
+        f"Of {len(windows)} rows, {sum(len(tokens) > 0 for tokens in windows)} have room for a "
+        f"block of context_length + generate_max_len = "
+        f"{settings.context_length + settings.generate_max_len} tokens, and a preflight needs 2: "
+        "take longer rows (sequence_len), or lower these two."
+    )

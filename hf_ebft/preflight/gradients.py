@@ -1,0 +1,132 @@
+"""Gradients of single documents: that of the EBFT loss, and that of the cross-entropy.
+
+The gradients are those of training: training mode, the trainer's precision, its subclass's
+rollouts and rewards, and trainable weights alone. Nothing is kept of a gradient but a vector of
+bounded size (`hf_ebft.preflight.sketch`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_ebft.objective.losses import cross_entropy
+from hf_ebft.objective.noise_scale import gradient_products
+from hf_ebft.packed.log_probs import packed_log_probs
+from hf_ebft.packed.sampling import Rollouts
+from hf_ebft.preflight.budget import Deadline
+from hf_ebft.preflight.documents import FEWEST_ROWS, Batch
+from hf_ebft.preflight.sketch import GradientSketch
+from hf_ebft.rows.anchors import find_blocks
+from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.trainer import EBFTTrainer
+
+# Host memory for the vectors of all documents, both kinds together.
+MOST_BYTES = 2**30
+# Keeps small gradients of float16 from vanishing; products of gradients are compared, not read.
+_SCALE_OF_FLOAT16 = 2.0**12
+
+
+@dataclass(frozen=True)
+class Products:
+    """Dot products of the gradients of N documents.
+
+    Attributes:
+        ebft, cross_entropy: (N, N) of each kind with itself.
+        cross: (N, N) of EBFT's with those of the cross-entropy.
+        n_weights: entries of a gradient.
+        size: numbers that are kept of it; equally many where the products are exact.
+    """
+
+    ebft: Tensor
+    cross_entropy: Tensor
+    cross: Tensor
+    n_weights: int
+    size: int
+
+
+def measure_products(
+    trainer: EBFTTrainer,
+    batches: Sequence[Batch],
+    deadline: Deadline,
+    *,
+    most_bytes: int = MOST_BYTES,
+) -> Products:
+    """Products of the gradients of as many rows as there is time for, at least `FEWEST_ROWS`.
+
+    Args:
+        trainer: a stand-in.
+        batches: of one row each.
+        deadline: no further row is begun after it.
+        most_bytes: bounds what is kept.
+    """
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    most = max(1, most_bytes // (2 * 4 * len(batches)))
+    sketch = GradientSketch(weights, most, trainer.args.seed)
+    kept = torch.zeros(2, len(batches), sketch.size)
+    trainer.model.train()
+    count = 0
+    for row, batch in enumerate(batches):
+        if row >= FEWEST_ROWS and deadline.passed:
+            break
+        _backward(trainer, policy_loss(trainer, batch))
+        kept[0, row] = sketch.take()
+        _backward(trainer, text_loss(trainer, batch))
+        kept[1, row] = sketch.take()
+        count = row + 1
+    products = gradient_products(kept[:, :count].flatten(0, 1))
+    return Products(
+        ebft=products[:count, :count],
+        cross_entropy=products[count:, count:],
+        cross=products[:count, count:],
+        n_weights=sketch.n_weights,
+        size=sketch.size,
+    )
+
+
+def policy_loss(trainer: EBFTTrainer, batch: Batch) -> Tensor:
+    """The policy-gradient loss of a batch, without cross-entropy and KL penalty (a scalar)."""
+    alone = copy.copy(trainer)
+    alone.ebft = copy.copy(trainer.ebft)
+    for name, value in {"rl_coef": 1.0, "ce_coef": 0.0, "kl_coef": 0.0}.items():
+        setattr(alone.ebft, name, value)
+        setattr(alone.ebft, f"{name}_schedule", "constant")
+        setattr(alone.ebft, f"{name}_final", None)
+    with trainer.accelerator.autocast():
+        loss = alone.compute_loss(trainer.model, batch)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def text_loss(trainer: EBFTTrainer, batch: Batch) -> Tensor:
+    """The cross-entropy of a batch as the loss has it (a scalar), in one pass over the text."""
+    documents = trainer.document_reader.read(batch)
+    nowhere = find_blocks(
+        documents, stride=1, context_length=documents.input_ids.shape[1], generate_max_len=1
+    )
+    layout = PackedLayout(documents, nowhere, n_samples=1, length=1)
+    tokens = torch.zeros(layout.rollout_shape, dtype=torch.int64, device=nowhere.exists.device)
+    with trainer.accelerator.autocast():
+        model: nn.Module = trainer.model
+        found = packed_log_probs(
+            model,
+            trainer._forward,
+            Rollouts(tokens, nowhere.exists, layout),
+            temperature=1.0,
+            with_document=True,
+            chunk_size=trainer.ebft.log_prob_chunk_size,
+            part=layout.document_part,
+        )
+        assert found.document is not None
+        return cross_entropy(found.document, documents)
+
+
+def _backward(trainer: EBFTTrainer, loss: Tensor) -> None:
+    scale = _SCALE_OF_FLOAT16 if trainer.args.fp16 else 1.0
+    # Rollouts may go forward in the backward pass (hf_ebft.packed.deferred).
+    with trainer.accelerator.autocast():
+        (scale * loss).backward()

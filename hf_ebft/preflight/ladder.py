@@ -1,0 +1,193 @@
+"""Do rewards prefer what is better? Continuations of known quality, each in a group of rollouts.
+
+After every prefix there are five continuations, each expected to be worse than the one before: the
+text itself, a rollout at temperature 0.7, one at temperature 1, a piece of another document, and
+random tokens. Each takes the place of one of the n rollouts of the group; the other n - 1 stay, so
+that it is rewarded as it would be in training, whitening and diversity included.
+
+Dimension letters: B rows (1 here), K blocks, n samples, G tokens of a rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_ebft.evaluation.bootstrap import Interval, mean_bootstrap
+from hf_ebft.packed.sampling import Rollouts, make_generator, sample_rollouts
+from hf_ebft.preflight.budget import Deadline
+from hf_ebft.preflight.documents import (
+    FEWEST_ROWS,
+    Batch,
+    ground_truth_windows,
+    refuse_no_block,
+    window_tokens,
+)
+from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.trainer import EBFTTrainer
+from hf_ebft.training.metrics import MetricAccumulator, block_metrics, rollout_metrics
+from hf_ebft.training.random_streams import Stream
+
+TEMPERATURES = (0.7, 1.0)
+TRUTH, OTHER, RANDOM = "the text itself", "another document", "random tokens"
+#: From the best to the worst.
+RUNGS = (TRUTH, *(f"rollout at {t:g}" for t in TEMPERATURES), OTHER, RANDOM)
+
+
+@dataclass(frozen=True)
+class Order:
+    """How often the better one of two continuations is rewarded more.
+
+    Attributes:
+        better, worse: names of `RUNGS`.
+        accuracy: share of the groups, ties counted half, with its interval over rows.
+    """
+
+    better: str
+    worse: str
+    accuracy: Interval
+
+
+@dataclass(frozen=True)
+class RewardCheck:
+    """Rewards of the ladder, and the groups that teach nothing.
+
+    Attributes:
+        rows: that have a block.
+        groups: prefixes that were continued.
+        rewards: name in `RUNGS` -> mean reward, with its interval over rows.
+        orders: all pairs of rungs.
+        duplicates: share of rollouts that repeat an earlier one of their group, at the run's
+            temperature.
+        zero_advantages: share of groups whose advantages are all zero.
+        without_blocks: share of documents that have no room for a rollout.
+    """
+
+    rows: int
+    groups: int
+    rewards: dict[str, Interval]
+    orders: list[Order]
+    duplicates: float
+    zero_advantages: float
+    without_blocks: float
+
+    def accuracy(self, better: str, worse: str) -> Interval:
+        """Of one pair."""
+        return next(o.accuracy for o in self.orders if (o.better, o.worse) == (better, worse))
+
+
+def check_rewards(
+    trainer: EBFTTrainer, batches: Sequence[Batch], deadline: Deadline
+) -> RewardCheck:
+    """Climb the ladder on as many rows as there is time for, at least `FEWEST_ROWS`.
+
+    Args:
+        trainer: a stand-in.
+        batches: of one row each.
+        deadline: no further row is begun after it.
+
+    Raises:
+        ValueError: fewer than two rows have a block.
+    """
+    windows = [ground_truth_windows(trainer, batch) for batch in batches]
+    refuse_no_block(windows, trainer)
+    metrics = MetricAccumulator(trainer.args.device)
+    rewards: list[NDArray[np.float64]] = []  # of each row: (rungs, blocks)
+    with torch.no_grad(), trainer.random_streams.evaluation():
+        for row, batch in enumerate(batches):
+            if len(rewards) >= FEWEST_ROWS and deadline.passed:
+                break
+            rollouts = trainer.sample_rollouts(trainer.model, batch)
+            scores = trainer.score_rollouts(rollouts)
+            metrics.add(
+                block_metrics(scores.rewards, scores.advantages, rollouts.layout)
+                | rollout_metrics(rollouts.tokens, rollouts.layout)
+            )
+            if rollouts.exists.any():
+                other = _other_text(windows, row)
+                found = [
+                    trainer.score_rollouts(_in_group(rollouts, rung)).rewards.reward[0, 0]
+                    for rung in _rungs(trainer, rollouts, other, row)
+                ]
+                exists = rollouts.exists[0]
+                rewards.append(torch.stack(found)[:, exists].double().cpu().numpy())
+    return _summary(rewards, metrics.take(lambda sums: sums))
+
+
+def pair_accuracy(better: NDArray[np.float64], worse: NDArray[np.float64]) -> float:
+    """Share of pairs in which the better one is rewarded more; ties count half."""
+    return float(np.mean((better > worse) + 0.5 * (better == worse)))
+
+
+def _summary(rewards: list[NDArray[np.float64]], shares: dict[str, float]) -> RewardCheck:
+    means = np.array([row.mean(axis=1) for row in rewards])  # (rows, rungs)
+    orders = [
+        Order(
+            RUNGS[first],
+            RUNGS[second],
+            mean_bootstrap([pair_accuracy(row[first], row[second]) for row in rewards]),
+        )
+        for first in range(len(RUNGS))
+        for second in range(first + 1, len(RUNGS))
+    ]
+    return RewardCheck(
+        rows=len(rewards),
+        groups=sum(row.shape[1] for row in rewards),
+        rewards={name: mean_bootstrap(means[:, rung]) for rung, name in enumerate(RUNGS)},
+        orders=orders,
+        duplicates=shares["ebft/duplicate_rollouts"],
+        zero_advantages=shares["ebft/zero_advantage_groups"],
+        without_blocks=shares["ebft/documents_without_blocks"],
+    )
+
+
+def _rungs(trainer: EBFTTrainer, rollouts: Rollouts, other: Tensor, row: int) -> Iterator[Tensor]:
+    """(1, K, G) tokens of each rung."""
+    layout, device = rollouts.layout, rollouts.tokens.device
+    truth = window_tokens(layout)
+    yield truth
+    single = PackedLayout(layout.documents, layout.blocks, 1, layout.length)
+    for number, temperature in enumerate(TEMPERATURES):
+        with trainer.accelerator.autocast():
+            sampled = sample_rollouts(
+                trainer.model,
+                trainer._forward,
+                single,
+                temperature=temperature,
+                top_p=1.0,
+                chunk_size=trainer.ebft.log_prob_chunk_size,
+                generator=_generator(trainer, device, row, number),
+            )
+        yield sampled.tokens[:, 0]
+    index = torch.arange(truth.shape[1], device=device) % len(other)
+    yield other.to(device)[index][None]
+    yield torch.randint(
+        trainer._vocabulary_size,
+        truth.shape,
+        generator=_generator(trainer, device, row, len(TEMPERATURES)),
+        device=device,
+    )
+
+
+def _generator(
+    trainer: EBFTTrainer, device: torch.device, row: int, number: int
+) -> torch.Generator:
+    return make_generator(device, trainer.args.seed, Stream.PREFLIGHT, row, number)
+
+
+def _in_group(rollouts: Rollouts, candidate: Tensor) -> Rollouts:
+    """The candidate (1, K, G) as first rollout of every group."""
+    tokens = rollouts.tokens.clone()
+    tokens[:, 0] = candidate
+    return replace(rollouts, tokens=tokens)
+
+
+def _other_text(windows: Sequence[Tensor], row: int) -> Tensor:
+    """Windows of the next row that has any, and is another one."""
+    order = [(row + step) % len(windows) for step in range(1, len(windows))]
+    return next(windows[place] for place in order if len(windows[place]) > 0)

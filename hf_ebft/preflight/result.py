@@ -1,0 +1,85 @@
+"""Everything that a preflight found, and its JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_ebft.preflight.cost import Cost
+from hf_ebft.preflight.headroom import Headroom
+from hf_ebft.preflight.ladder import RewardCheck
+from hf_ebft.preflight.signal import Signal
+from hf_ebft.report.health import Finding
+from hf_ebft.version import __version__
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of the configuration the verdict speaks of.
+
+    Attributes:
+        per_device_train_batch_size, gradient_accumulation_steps, n_samples_per_prompt, temperature,
+        generate_max_len, ce_coef: as configured.
+        packed: whether a row may hold several documents, so that rows are counted, not documents.
+        one_epoch: rows of the training data; None where they cannot be counted.
+    """
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    n_samples_per_prompt: int
+    temperature: float
+    generate_max_len: int
+    ce_coef: float
+    packed: bool
+    one_epoch: int | None
+
+    @property
+    def unit(self) -> str:
+        """What noise scales count."""
+        return "rows" if self.packed else "documents"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The result.
+
+    Attributes:
+        settings: of the run.
+        signal, headroom, rewards, cost: what was measured.
+        machine: device and threads.
+        seconds: by part of the preflight.
+        findings: the verdict, the most serious first.
+    """
+
+    settings: Settings
+    signal: Signal
+    headroom: Headroom
+    rewards: RewardCheck
+    cost: Cost
+    machine: str
+    seconds: dict[str, float]
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity and no NaN: they are null."""
+        plain = dataclasses.asdict(self) | {"version": __version__}
+        plain["cost"] |= {"hours": self.cost.hours, "rows": self.cost.rows}
+        finite: dict[str, Any] = _finite(plain)
+        return finite
+
+    def write_json(self, path: str | Path) -> None:
+        """Write it to a file."""
+        text = json.dumps(self.as_dict(), indent=2, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,296 @@
+"""What the figures of a preflight mean for the run, and what to change.
+
+Each rule is a function of a preflight, like those of a run (`hf_ebft.report.health`): it says what
+it saw and what to do about it, or nothing. Rules go by intervals where there are any: what the
+documents at hand cannot show is not held against the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from hf_ebft.objective.noise_scale import NoiseScale
+from hf_ebft.preflight.ladder import OTHER, RANDOM, RUNGS, TRUTH
+from hf_ebft.preflight.result import Preflight
+from hf_ebft.report.health import (
+    Finding,
+    by_severity,
+    few_advantages,
+    repeated_rollouts,
+    too_short_documents,
+)
+
+# Documents at which signal equals noise, over those of a step: below the one the step is mostly
+# signal, above the other next to nothing of it is.
+MOSTLY_NOISE, NEARLY_ALL_NOISE = 1.0, 10.0
+# Share of a CFM loss.
+LITTLE_EXCESS = 0.05
+# Share of the excess that sharpening alone may take off the CFM loss.
+MUCH_BY_SHARPENING = 0.25
+# Pairwise accuracies; 0.5 is chance.
+CHANCE, HARDLY_BETTER = 0.5, 0.6
+# Share of the memory there is.
+NEARLY_ALL_MEMORY = 0.9
+LONG_RUN = 24.0  # hours
+
+
+Rule = Callable[[Preflight], Finding | None]
+
+
+def judge(found: Preflight) -> list[Finding]:
+    """Everything that the rules have to say, the most serious first."""
+    return by_severity(rule(found) for rule in RULES)
+
+
+def no_signal(found: Preflight) -> Finding | None:
+    """The measured documents do not tell the EBFT gradient from zero."""
+    ebft, unit = found.signal.ebft, found.settings.unit
+    if math.isfinite(ebft.high):
+        return None
+    step, low = found.cost.rows_per_step, at_least(ebft)
+    far = low >= NEARLY_ALL_NOISE * step
+    return Finding(
+        "serious" if far else "warning",
+        "No signal can be seen",
+        f"From {found.signal.rows} {unit} the EBFT gradient cannot be told from zero: signal "
+        f"equals noise at {low:,.0f} {unit} a step or more; yours has {step:,}.",
+        f"{_more_documents(found, low)} To know the number better, measure more {unit} "
+        "(--documents).",
+    )
+
+
+def mostly_noise(found: Preflight) -> Finding | None:
+    """A step has far fewer documents than its signal needs."""
+    ebft, unit = found.signal.ebft, found.settings.unit
+    step = found.cost.rows_per_step
+    if not math.isfinite(ebft.high) or ebft.documents < MOSTLY_NOISE * step:
+        return None
+    return Finding(
+        "serious" if ebft.low >= NEARLY_ALL_NOISE * step else "warning",
+        "Steps are mostly noise",
+        f"Signal equals noise at {ebft.documents:,.0f} {unit} a step "
+        f"[{ebft.low:,.0f}, {ebft.high:,.0f}]; yours has {step:,}, so that a step gets "
+        f"{100 * step / (step + ebft.documents):.2g} % as far as one without noise would: expect "
+        f"no progress before some {_steps_for_one(ebft.documents, step):,} steps.",
+        _more_documents(found, ebft.documents),
+    )
+
+
+def enough_signal(found: Preflight) -> Finding | None:
+    """The batch is large enough."""
+    ebft, unit = found.signal.ebft, found.settings.unit
+    step = found.cost.rows_per_step
+    if ebft.documents >= MOSTLY_NOISE * step or not math.isfinite(ebft.high):
+        return None
+    return Finding(
+        "note",
+        "Steps have a direction",
+        f"Signal equals noise at {ebft.documents:,.0f} {unit} a step "
+        f"[{ebft.low:,.0f}, {ebft.high:,.0f}]; yours has {step:,}.",
+        "Far more a step would be wasted: take more steps instead. The number grows while the "
+        "model learns.",
+    )
+
+
+def cross_entropy_first(found: Preflight) -> Finding | None:
+    """Supervised training still has far more signal."""
+    ebft, text = found.signal.ebft, found.signal.cross_entropy
+    if not math.isfinite(text.high) or at_least(ebft) < NEARLY_ALL_NOISE * text.high:
+        return None
+    unit = found.settings.unit
+    return Finding(
+        "note",
+        "Cross-entropy has more signal",
+        f"Its signal equals its noise at {text.documents:,.0f} {unit} a step "
+        f"[{text.low:,.0f}, {text.high:,.0f}]; EBFT needs {at_least(ebft):,.0f} or more.",
+        "Fine-tune by cross-entropy (SFT) until its loss stops falling, then start EBFT from "
+        "there: until then it learns the same text for less.",
+    )
+
+
+def opposed(found: Preflight) -> Finding | None:
+    """EBFT pulls away from the text."""
+    cosine = found.signal.cosine
+    if not cosine.high < 0:  # NaN: unknown
+        return None
+    return Finding(
+        "warning",
+        "EBFT and cross-entropy pull apart",
+        f"The cosine of the two gradients is {cosine.value:.2f} "
+        f"[{cosine.low:.2f}, {cosine.high:.2f}].",
+        "The text becomes less likely as the reward rises: set ce_coef (the paper tries 0.03 and "
+        "0.1), and compare use_whitening=false, whose reward is the gradient of the CFM loss.",
+    )
+
+
+def no_headroom(found: Preflight) -> Finding | None:
+    """The CFM loss is all but the model's own spread."""
+    at = found.headroom.lengths[0]
+    if at.excess.high >= LITTLE_EXCESS * at.cfm_loss.mean:
+        return None
+    return Finding(
+        "serious",
+        "Nothing to win at this length",
+        f"Of a CFM loss of {at.cfm_loss.mean:.3f} at {at.length} tokens, {at.excess.mean:.3f} "
+        f"[{at.excess.low:.3f}, {at.excess.high:.3f}] is beyond the model's own spread.",
+        "The rollouts are as far from the text as from each other. " + _longer(found),
+    )
+
+
+def sharpening(found: Preflight) -> Finding | None:
+    """A lower temperature alone lowers the CFM loss."""
+    at = found.headroom.lengths[0]
+    cfm_loss, energy = at.sharpened["cfm_loss"], at.sharpened["energy_score"]
+    if not (cfm_loss.high < 0 and -cfm_loss.difference >= MUCH_BY_SHARPENING * at.excess.mean):
+        return None
+    headroom = found.headroom
+    return Finding(
+        "note",
+        "Sharpening alone lowers the CFM loss",
+        f"At temperature {headroom.control_temperature:.2g} instead of {headroom.temperature:g} "
+        f"the untrained model has {cfm_loss.after:.3f} instead of {cfm_loss.before:.3f} "
+        f"({cfm_loss.difference:+.3f}), and an energy score of {energy.after:.3f} instead of "
+        f"{energy.before:.3f}.",
+        "A fall of that size in training shows no learning. Judge the run by the energy score and "
+        "the cross-entropy.",
+    )
+
+
+def blind_reward(found: Preflight) -> Finding | None:
+    """The reward does not prefer what is better."""
+    checks = [(TRUTH, RUNGS[1]), (TRUTH, RUNGS[2]), (RUNGS[1], RANDOM), (RUNGS[2], OTHER)]
+    worst = min(checks, key=lambda pair: found.rewards.accuracy(*pair).mean)
+    accuracy = found.rewards.accuracy(*worst)
+    if accuracy.mean >= HARDLY_BETTER:
+        return None
+    return Finding(
+        "serious" if accuracy.low <= CHANCE else "warning",
+        "The reward does not tell better from worse",
+        f"It prefers {worst[0]} to {worst[1]} in {accuracy.mean:.0%} of the groups "
+        f"[{accuracy.low:.0%}, {accuracy.high:.0%}]; chance is 50%.",
+        "Compare embed_method=mean_pooling, other feature_layers, use_whitening=false or a better "
+        "feature network (feature_model_name_or_path)." + " " + _longer(found),
+    )
+
+
+def duplicates(found: Preflight) -> Finding | None:
+    """Rollouts of a group repeat each other."""
+    settings = found.settings
+    return repeated_rollouts(
+        found.rewards.duplicates, settings.n_samples_per_prompt, settings.temperature
+    )
+
+
+def idle_groups(found: Preflight) -> Finding | None:
+    """Groups teach nothing."""
+    return few_advantages(found.rewards.zero_advantages)
+
+
+def short_documents(found: Preflight) -> Finding | None:
+    """Much of the text is too short."""
+    return too_short_documents(found.rewards.without_blocks)
+
+
+def memory(found: Preflight) -> Finding | None:
+    """The step does not fit, or hardly."""
+    cost = found.cost
+    share = cost.memory / cost.memory_there
+    if cost.fits and share < NEARLY_ALL_MEMORY:
+        return None
+    evidence = f"{_gigabytes(cost.memory)} of {_gigabytes(cost.memory_there)} ({cost.memory_of})"
+    return Finding(
+        "warning" if cost.fits else "serious",
+        "A step hardly fits into memory" if cost.fits else "A step does not fit into memory",
+        f"It was at {evidence}{'' if cost.fits else ' when memory ran out'}.",
+        "Set rollout_batch_size (rows computed at once, with the same gradient), then lower "
+        "training_chunk_size or set gradient_checkpointing, or train adapters (use_peft).",
+    )
+
+
+def long_run(found: Preflight) -> Finding | None:
+    """The run takes days."""
+    hours = found.cost.hours
+    if hours is None or not hours >= LONG_RUN:
+        return None
+    return Finding(
+        "note",
+        "A long run",
+        f"{found.cost.steps:,} steps of {found.cost.seconds:.3g} s are {hours:,.0f} hours on "
+        f"{found.cost.processes} process(es).",
+        "Set max_steps to what you can spend, save_steps so that it can be resumed, and look at "
+        "hf-ebft report early.",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    no_signal,
+    mostly_noise,
+    enough_signal,
+    cross_entropy_first,
+    opposed,
+    no_headroom,
+    sharpening,
+    blind_reward,
+    duplicates,
+    idle_groups,
+    short_documents,
+    memory,
+    long_run,
+)
+
+
+def at_least(scale: NoiseScale) -> float:
+    """A noise scale that the data support: the estimate, or the lower bound of an open interval."""
+    return scale.documents if math.isfinite(scale.high) else scale.low
+
+
+def _steps_for_one(noise_scale: float, step: float) -> int:
+    """Steps that together get as far as one without noise: 1 + noise scale / documents (McCandlish
+    et al. 2018, eq. 2.7).
+    """
+    return math.ceil(1 + noise_scale / step)
+
+
+def _more_documents(found: Preflight, noise_scale: float) -> str:
+    """What gives so many documents a step, and what does with fewer."""
+    settings = found.settings
+    step = found.cost.rows_per_step
+    wanted = math.ceil(settings.gradient_accumulation_steps * noise_scale / max(1, step))
+    text = (
+        f"Raise gradient_accumulation_steps (now {settings.gradient_accumulation_steps}; "
+        f"{wanted:,} would have as much signal as noise"
+    )
+    if math.isfinite(found.cost.seconds):
+        hours = found.cost.seconds * noise_scale / max(1, step) / 3600
+        text += f", at about {_duration(hours)} a step"
+    text += (
+        f") or n_samples_per_prompt (now {settings.n_samples_per_prompt}: the noise of rollouts "
+        "falls like 1 / n)"
+    )
+    if settings.ce_coef == 0:
+        text += ", or give the step another signal by ce_coef (0.1)"
+    return text + "."
+
+
+def _longer(found: Preflight) -> str:
+    """Whether longer rollouts would have more to win."""
+    lengths = found.headroom.lengths
+    best = max(lengths, key=lambda at: at.excess.mean)
+    if best is lengths[0] or best.excess.low <= 0:
+        return "Longer rollouts were no better, as far as they were measured."
+    return (
+        f"Longer rollouts have more: at {best.length} tokens the excess is {best.excess.mean:.3f} "
+        f"(generate_max_len={best.length})."
+    )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _duration(hours: float) -> str:
+    seconds = 3600 * hours
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} minutes" if seconds < 7200 else f"{hours:.3g} hours"
