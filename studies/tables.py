@@ -384,7 +384,7 @@ def probe_table(results: Results) -> str:
 def factors_table(results: Results) -> str:
     """The other factors."""
     figures = ("cross_entropy", "entropy@8", *SHORT[1:], "parse_sampled")
-    rows = factor_rows(results, [*matrix.OTHER_FACTORS, "ebft_ema"], figures)
+    rows = factor_rows(results, [*matrix.OTHER_FACTORS, *matrix.FITTED, "ebft_ema"], figures)
     return table(["less EBFT", "seeds", *(FIGURES[figure] for figure in figures)], rows)
 
 
