@@ -164,10 +164,10 @@ def refuse_updates_in_parts(args: TrainingArguments, settings: EBFTSettings) -> 
         OptimizerNames.ADALOMO,
     ):
         raise ValueError(
-            f"optim={OptimizerNames(args.optim).value!r} updates the weights within the backward pass, and "
-            f"rollout_batch_size={settings.rollout_batch_size} makes one for each part of a batch: "
-            "the later parts would be trained on with other weights than they were sampled from. "
-            "Leave rollout_batch_size unset and lower per_device_train_batch_size."
+            f"optim={OptimizerNames(args.optim).value!r} updates the weights within the backward "
+            f"pass, and rollout_batch_size={settings.rollout_batch_size} makes one for each part "
+            "of a batch: the later parts would be trained on with other weights than they were "
+            "sampled from. Leave rollout_batch_size unset and lower per_device_train_batch_size."
         )
 
 
