@@ -22,6 +22,7 @@ from hf_ebft.training.metrics import sum_over_processes
 from hf_ebft.training.preparation import refuse_frozen, refuse_no_batch
 from hf_ebft.training.random_streams import RolloutStreams
 from hf_ebft.training.reading import ReadingMixin
+from hf_ebft.training.rounding import warn_of_still_weights
 from hf_ebft.training.step_log import StepLog
 
 
@@ -66,6 +67,14 @@ class StepsMixin(ReadingMixin):
         for kept in (self.averaging, self.fitted):
             if kept is not None:
                 kept.resume_from = None if unnamed else str(resume_from_checkpoint)
+        if self.model_init is None and self.accelerator.is_main_process:
+            sharded = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+            warn_of_still_weights(
+                self.model,
+                self.args,
+                self.optimizer,
+                upcast=sharded and self.accelerator.mixed_precision != "no",
+            )
         self.step_log.restart()
         self.random_streams.restart()
         return super().train(resume_from_checkpoint, *args, **kwargs)
