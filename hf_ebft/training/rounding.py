@@ -64,7 +64,7 @@ def warn_of_still_weights(
         upcast: whether weights will be held in float32 beside the model's, as FSDP2 does with mixed
             precision.
     """
-    name = str(args.optim.value if optimizer is None else type(optimizer).__name__).lower()
+    name = str(args.optim if optimizer is None else type(optimizer).__name__).lower()
     if upcast or not any(known in name for known in STEP_OF_LEARNING_RATE):
         return
     trained = [weight for weight in model.parameters() if weight.requires_grad]
