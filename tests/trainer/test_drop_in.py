@@ -52,6 +52,8 @@ CURVES = (
     "diversity",
     "mean_reward",
     "cfm_loss",
+    "energy_score",
+    "excess_over_spread",
     "rl_loss",
     "advantages_std",
     "entropy",
@@ -62,6 +64,7 @@ CURVES = (
     "seconds_rollout",
     "seconds_features",
     "seconds_training",
+    "row_shapes",
 )
 # Evaluation has no policy gradient, and its cross-entropy is eval_loss.
 EVALUATION_CURVES = (
@@ -69,6 +72,8 @@ EVALUATION_CURVES = (
     "diversity",
     "mean_reward",
     "cfm_loss",
+    "energy_score",
+    "excess_over_spread",
     "advantages_std",
     "duplicate_rollouts",
     "zero_advantage_groups",
