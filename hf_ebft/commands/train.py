@@ -23,13 +23,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import HfArgumentParser, set_seed
 
 from hf_ebft.commands.runs import strided
 from hf_ebft.commands.runs.console import show_library_log
 from hf_ebft.commands.runs.data import load_split
-from hf_ebft.commands.runs.demo_files import require_demo_files
+from hf_ebft.commands.runs.demo_files import DEMO_CONFIG, require_demo_files
 from hf_ebft.commands.runs.ending import resume_from
 from hf_ebft.commands.runs.options import GROUND_TRUTHS, STDLIB, DataArguments, Mode
 from hf_ebft.commands.runs.parsing import check, early_options, parse_arguments, print_help
@@ -71,7 +72,9 @@ def stand_ins(argv: Sequence[str]) -> list[str]:
             "NO OPTIONS WERE GIVEN: this is the demo (hf-ebft demo), a small model on text that "
             "Python carries. hf-ebft train --help names the options of a run of your own."
         ]
-    _, config, _ = early_options(argv)
+    path, config, _ = early_options(argv)
+    if Path(path).resolve() == DEMO_CONFIG.resolve():  # it is about this model
+        return []
     named = {*config, *(text[2:].partition("=")[0].replace("-", "_") for text in argv)}
     lines = []
     if "dataset_name_or_path" not in named:

@@ -474,6 +474,7 @@ def test_what_stands_in_for_data_and_model_is_said(tmp_path: Path) -> None:
     file = config_file(tmp_path, "model_name_or_path: m\n")
     assert [line.startswith(no_data) for line in stand_ins([file])] == [True]
     assert stand_ins([file, "--dataset-name-or-path", "d.txt"]) == []
+    assert stand_ins([f"--config={EXAMPLES / 'configs' / 'demo.yaml'}", "--max_steps=2"]) == []
     (said_of_nothing,) = stand_ins([])
     assert said_of_nothing.startswith("NO OPTIONS WERE GIVEN: this is the demo")
 

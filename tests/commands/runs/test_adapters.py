@@ -180,7 +180,7 @@ def run(output: Path, *options: str) -> None:
     demo.main([f"--output_dir={output}", "--use_peft", "--lora_r=2", *settings, *options])
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_a_run_on_quantized_weights(
     bits: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,6 +193,7 @@ def test_a_run_on_quantized_weights(
     AutoPeftModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_with_dora_and_a_module_trained_whole(tmp_path: Path) -> None:
     run(tmp_path, "--use_dora", "--lora_modules_to_save", "norm")
     saved = load_file(tmp_path / "adapter_model.safetensors")
