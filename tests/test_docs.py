@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+from tests.support.pages import PAGES, ROOT, text_of
+
 # Links of Markdown, without titles; and code that reads like a file of this repository.
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 FILE = re.compile(
@@ -18,10 +18,6 @@ PLACEHOLDERS = ("accelerate_configs/X.yaml", "tests/test_x.py")
 NAME = re.compile(r"\bhf_ebft(?:\.\w+)+")
 
 page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-
-
-def text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
 
 
 @page

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_ebft.cli import COMMANDS, main
-from tests.test_docs import PAGES, ROOT, text_of
+from tests.support.pages import PAGES, ROOT, text_of
 
 pytest.importorskip("datasets")
 pytest.importorskip("trl")

@@ -91,9 +91,8 @@ def feature_matching_rewards(
     """
     _check_features(generated, ground_truth)
     _check_space(whitening_space, missing=use_whitening and corpus_whitening is None)
-    dtype = torch.promote_types(
-        torch.promote_types(generated.dtype, ground_truth.dtype), torch.float32
-    )
+    dtype = torch.promote_types(generated.dtype, ground_truth.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
     # A group's rollouts side by side: (B, K, n, D).
     x_BKnD = generated.to(dtype).transpose(1, 2)
     y_BKD = ground_truth.to(dtype)
