@@ -61,6 +61,7 @@ class RewardCheck:
         rows: that have a block.
         groups: prefixes that were continued.
         rewards: name in `RUNGS` -> mean reward, with its interval over rows.
+        alignments: the same of the alignment alone, which takes no heed of the other rollouts.
         orders: all pairs of rungs.
         duplicates: share of rollouts that repeat an earlier one of their group, at the run's
             temperature.
@@ -71,6 +72,7 @@ class RewardCheck:
     rows: int
     groups: int
     rewards: dict[str, Interval]
+    alignments: dict[str, Interval]
     orders: list[Order]
     duplicates: float
     zero_advantages: float
@@ -98,6 +100,7 @@ def check_rewards(
     refuse_no_block(windows, trainer)
     metrics = MetricAccumulator(trainer.args.device)
     rewards: list[NDArray[np.float64]] = []  # of each row: (rungs, blocks)
+    alignments: list[NDArray[np.float64]] = []
     with torch.no_grad(), trainer.random_streams.evaluation():
         for row, batch in enumerate(batches):
             if len(rewards) >= FEWEST_ROWS and deadline.passed:
@@ -111,12 +114,16 @@ def check_rewards(
             if rollouts.exists.any():
                 other = _other_text(windows, row)
                 found = [
-                    trainer.score_rollouts(_in_group(rollouts, rung)).rewards.reward[0, 0]
+                    trainer.score_rollouts(_in_group(rollouts, rung)).rewards
                     for rung in _rungs(trainer, rollouts, other, row)
                 ]
                 exists = rollouts.exists[0]
-                rewards.append(torch.stack(found)[:, exists].double().cpu().numpy())
-    return _summary(rewards, metrics.take(lambda sums: sums))
+                for kept, values in (
+                    (rewards, [one.reward[0, 0] for one in found]),
+                    (alignments, [one.alignment[0, 0] for one in found]),
+                ):
+                    kept.append(torch.stack(values)[:, exists].double().cpu().numpy())
+    return _summary(rewards, alignments, metrics.take(lambda sums: sums))
 
 
 def pair_accuracy(better: NDArray[np.float64], worse: NDArray[np.float64]) -> float:
@@ -124,8 +131,11 @@ def pair_accuracy(better: NDArray[np.float64], worse: NDArray[np.float64]) -> fl
     return float(np.mean((better > worse) + 0.5 * (better == worse)))
 
 
-def _summary(rewards: list[NDArray[np.float64]], shares: dict[str, float]) -> RewardCheck:
-    means = np.array([row.mean(axis=1) for row in rewards])  # (rows, rungs)
+def _summary(
+    rewards: list[NDArray[np.float64]],
+    alignments: list[NDArray[np.float64]],
+    shares: dict[str, float],
+) -> RewardCheck:
     orders = [
         Order(
             RUNGS[first],
@@ -138,12 +148,19 @@ def _summary(rewards: list[NDArray[np.float64]], shares: dict[str, float]) -> Re
     return RewardCheck(
         rows=len(rewards),
         groups=sum(row.shape[1] for row in rewards),
-        rewards={name: mean_bootstrap(means[:, rung]) for rung, name in enumerate(RUNGS)},
+        rewards=_by_rung(rewards),
+        alignments=_by_rung(alignments),
         orders=orders,
         duplicates=shares["ebft/duplicate_rollouts"],
         zero_advantages=shares["ebft/zero_advantage_groups"],
         without_blocks=shares["ebft/documents_without_blocks"],
     )
+
+
+def _by_rung(values: list[NDArray[np.float64]]) -> dict[str, Interval]:
+    """Means over rows, of each rung."""
+    means = np.array([row.mean(axis=1) for row in values])  # (rows, rungs)
+    return {name: mean_bootstrap(means[:, rung]) for rung, name in enumerate(RUNGS)}
 
 
 def _rungs(trainer: EBFTTrainer, rollouts: Rollouts, other: Tensor, row: int) -> Iterator[Tensor]:

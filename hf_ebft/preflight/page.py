@@ -37,7 +37,14 @@ def render_preflight(found: Preflight, title: str = "EBFT preflight") -> str:
         ],
         cosine=_cosine(found),
         lengths=[_length(at) for at in found.headroom.lengths],
-        rungs=[(name, _interval(found.rewards.rewards[name])) for name in RUNGS],
+        rungs=[
+            (
+                name,
+                _interval(found.rewards.rewards[name]),
+                _interval(found.rewards.alignments[name]),
+            )
+            for name in RUNGS
+        ],
         orders=[
             (order.better, order.worse, _interval(order.accuracy, "{:.0%}"))
             for order in found.rewards.orders

@@ -130,11 +130,13 @@ def no_headroom(found: Preflight) -> Finding | None:
     if at.excess.high >= LITTLE_EXCESS * at.cfm_loss.mean:
         return None
     return Finding(
-        "serious",
-        "Nothing to win at this length",
-        f"Of a CFM loss of {at.cfm_loss.mean:.3f} at {at.length} tokens, {at.excess.mean:.3f} "
+        "note",
+        "The CFM loss shows no headroom at this length",
+        f"Of {at.cfm_loss.mean:.3f} at {at.length} tokens, {at.excess.mean:.3f} "
         f"[{at.excess.low:.3f}, {at.excess.high:.3f}] is beyond the model's own spread.",
-        "The rollouts are as far from the text as from each other. " + _longer(found),
+        "So it is where a model writes as the text does (0), or spreads more widely (below 0): "
+        "the CFM loss then falls by a narrower spread, learned or not. Judge the run by the energy "
+        "score and the cross-entropy. " + _longer(found),
     )
 
 
@@ -159,7 +161,7 @@ def sharpening(found: Preflight) -> Finding | None:
 
 def blind_reward(found: Preflight) -> Finding | None:
     """The reward does not prefer what is better."""
-    checks = [(TRUTH, RUNGS[1]), (TRUTH, RUNGS[2]), (RUNGS[1], RANDOM), (RUNGS[2], OTHER)]
+    checks = [(TRUTH, worse) for worse in RUNGS[1:]]
     worst = min(checks, key=lambda pair: found.rewards.accuracy(*pair).mean)
     accuracy = found.rewards.accuracy(*worst)
     if accuracy.mean >= HARDLY_BETTER:
@@ -170,7 +172,26 @@ def blind_reward(found: Preflight) -> Finding | None:
         f"It prefers {worst[0]} to {worst[1]} in {accuracy.mean:.0%} of the groups "
         f"[{accuracy.low:.0%}, {accuracy.high:.0%}]; chance is 50%.",
         "Compare embed_method=mean_pooling, other feature_layers, use_whitening=false or a better "
-        "feature network (feature_model_name_or_path)." + " " + _longer(found),
+        "feature network (feature_model_name_or_path). " + _longer(found),
+    )
+
+
+def no_better_than_other_text(found: Preflight) -> Finding | None:
+    """Rollouts get no more than what does not belong there."""
+    worst = min((OTHER, RANDOM), key=lambda worse: found.rewards.accuracy(RUNGS[2], worse).mean)
+    accuracy = found.rewards.accuracy(RUNGS[2], worst)
+    if accuracy.low > CHANCE:
+        return None
+    alignments = found.rewards.alignments
+    return Finding(
+        "note",
+        f"Rollouts are worth no more than {worst}",
+        f"A rollout is rewarded more in {accuracy.mean:.0%} of the groups [{accuracy.low:.0%}, "
+        f"{accuracy.high:.0%}]; its alignment alone is {alignments[RUNGS[2]].mean:.2f}, against "
+        f"{alignments[worst].mean:.2f}.",
+        "Normal where the CFM loss shows no headroom: the diversity term then takes back what "
+        "alignment gives, and only single groups have a direction. If the alignments are equal, "
+        "too, see feature_layers and embed_method, or let SFT teach this kind of text first.",
     )
 
 
@@ -232,6 +253,7 @@ RULES: tuple[Rule, ...] = (
     no_headroom,
     sharpening,
     blind_reward,
+    no_better_than_other_text,
     duplicates,
     idle_groups,
     short_documents,

@@ -80,6 +80,8 @@ def test_each_candidate_is_rewarded_in_its_group(tmp_path: Path, use_whitening: 
     settings = {"use_whitening": use_whitening, "n_samples_per_prompt": 4}
     rows = texts(18, 15, 18, 15)
     found = climb(EBFTTrainer, tmp_path, rows, **settings)
+    # The cosine of the text with itself is 1, whitened or not.
+    assert found.alignments[TRUTH].mean == pytest.approx(2.0, abs=1e-2)
     trainer = EBFTTrainer(model=tiny_llama(), args=config(tmp_path, **settings), train_dataset=rows)
     by_row = []
     with torch.no_grad(), trainer.random_streams.evaluation():

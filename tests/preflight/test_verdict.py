@@ -5,12 +5,24 @@ import math
 
 import pytest
 
+from hf_ebft.evaluation.bootstrap import Interval
 from hf_ebft.objective.noise_scale import Estimate
 from hf_ebft.preflight import verdict
 from hf_ebft.preflight.ladder import OTHER, RANDOM, RUNGS, TRUTH
 from hf_ebft.preflight.result import Preflight, Settings
 from hf_ebft.report.health import Finding
 from tests.support.preflights import at_length, healthy, interval, scale, with_changes
+
+
+def with_accuracy(pair: tuple[str, str], accuracy: Interval) -> Preflight:
+    """A healthy run but for one pair of rungs."""
+    orders = [
+        dataclasses.replace(order, accuracy=accuracy)
+        if (order.better, order.worse) == pair
+        else order
+        for order in healthy().rewards.orders
+    ]
+    return with_changes("rewards", orders=orders)
 
 
 def only(rule: verdict.Rule, found: Preflight) -> Finding:
@@ -101,6 +113,7 @@ def test_no_headroom(excess: float, speaks: bool) -> None:
     finding = verdict.no_headroom(found)
     assert (finding is not None) == speaks
     if finding is not None:
+        assert finding.severity == "note"
         assert "generate_max_len=16" in finding.advice
 
 
@@ -122,31 +135,27 @@ def test_sharpening(by: float, speaks: bool) -> None:
     ("mean", "margin", "severity"),
     [(0.61, 0.2, None), (0.59, 0.05, "warning"), (0.55, 0.06, "serious"), (0.3, 0.01, "serious")],
 )
-@pytest.mark.parametrize("pair", [(TRUTH, RUNGS[1]), (RUNGS[1], RANDOM), (RUNGS[2], OTHER)])
+@pytest.mark.parametrize("pair", [(TRUTH, RUNGS[1]), (TRUTH, OTHER), (TRUTH, RANDOM)])
 def test_blind_reward(
     pair: tuple[str, str], mean: float, margin: float, severity: str | None
 ) -> None:
-    found = healthy()
-    orders = [
-        dataclasses.replace(order, accuracy=interval(mean, margin))
-        if (order.better, order.worse) == pair
-        else order
-        for order in found.rewards.orders
-    ]
-    finding = verdict.blind_reward(with_changes("rewards", orders=orders))
+    finding = verdict.blind_reward(with_accuracy(pair, interval(mean, margin)))
     assert (finding and finding.severity) == severity
     assert finding is None or f"prefers {pair[0]} to {pair[1]}" in finding.evidence
 
 
-def test_the_two_temperatures_need_no_order() -> None:
-    found = healthy()
-    orders = [
-        dataclasses.replace(order, accuracy=interval(0.1))
-        if (order.better, order.worse) == (RUNGS[1], RUNGS[2])
-        else order
-        for order in found.rewards.orders
-    ]
-    assert verdict.blind_reward(with_changes("rewards", orders=orders)) is None
+@pytest.mark.parametrize("pair", [(RUNGS[1], RUNGS[2]), (RUNGS[2], OTHER), (RUNGS[2], RANDOM)])
+def test_rungs_that_need_no_order(pair: tuple[str, str]) -> None:
+    assert verdict.blind_reward(with_accuracy(pair, interval(0.1))) is None
+
+
+@pytest.mark.parametrize(("mean", "speaks"), [(0.52, False), (0.51, True), (0.4, True)])
+@pytest.mark.parametrize("worse", [OTHER, RANDOM])
+def test_rollouts_and_other_text(mean: float, speaks: bool, worse: str) -> None:
+    """The lower bound is 0.01 below."""
+    found = with_accuracy((RUNGS[2], worse), interval(mean))
+    finding = verdict.no_better_than_other_text(found)
+    assert (finding and finding.severity) == ("note" if speaks else None)
 
 
 @pytest.mark.parametrize(
