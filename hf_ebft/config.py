@@ -347,6 +347,15 @@ class StridedArguments:
             "the whole batch at once."
         },
     )
+    block_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the blocks that a training step samples, on average. Below 1 blocks "
+            "are left out at random, the less often the larger the cross-entropy of their window, "
+            "and the others weigh more: the same expected gradient for less compute. Worth it "
+            "where the policy is sure of most blocks (docs/estimators.md)."
+        },
+    )
     pad_to_multiple_of: int | None = field(
         default=None,
         metadata={
@@ -425,6 +434,11 @@ class StridedArguments:
             raise ValueError(
                 f"temperature={self.temperature} must be above 0: a greedy rollout has no "
                 "log-probability gradient to follow; the default is 0.6."
+            )
+        _require_finite(self, "block_share")
+        if not 0.0 < self.block_share <= 1.0:
+            raise ValueError(
+                f"block_share={self.block_share} must lie in (0, 1]; 1.0 samples all blocks."
             )
         _require_finite(self, "top_p")
         if not 0.0 < self.top_p <= 1.0:

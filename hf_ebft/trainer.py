@@ -175,12 +175,13 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             `exists` (B, K).
         """
         settings, layout = self.ebft, self.read_layout(inputs)
-        targets = None
-        if self._keeps_record:
-            targets = self._training_pass.targets_in_sampling(model, layout)
         generator = self.random_streams.next(
             layout.documents.input_ids.device, self.state.global_step
         )
+        layout = self.choose_blocks(model, layout, generator)
+        targets = None
+        if self._keeps_record:
+            targets = self._training_pass.targets_in_sampling(model, layout)
         with self._gathered_for_sampling(model):
             rollouts, record = sample_with_record(
                 model,

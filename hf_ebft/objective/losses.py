@@ -86,7 +86,7 @@ def per_rollout_token_mean(values: Tensor, layout: PackedLayout) -> Tensor:
         A scalar; documents without blocks count as zero.
     """
     blocks = layout.blocks
-    per_block = torch.where(blocks.exists, values.mean(dim=(1, 3)), 0.0)
+    per_block = torch.where(blocks.exists, values.mean(dim=(1, 3)), 0.0) * blocks.weights
     return (per_block / blocks.per_document().clamp(min=1)).sum() / layout.documents.count
 
 

@@ -11,7 +11,8 @@ rollout.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,23 +35,81 @@ class Blocks:
         position: (B, K) int64, e_k: index within the document, which is the prefix's length.
         document: (B, K) int64, document of the row that the block belongs to; -1 where none exists.
         exists: (B, K) bool.
+        weight: (B, K) float32, how many blocks each one stands for, where some were left out at
+            random; None: all are there.
+        total: (B, K) int64, `per_document` before some were left out.
+        everything: the blocks before some were left out.
     """
 
     column: Tensor
     position: Tensor
     document: Tensor
     exists: Tensor
+    weight: Tensor | None = None
+    total: Tensor | None = None
+    everything: Blocks | None = None
 
     def __getitem__(self, index: slice) -> Blocks:
         """Some of the K blocks of every row."""
-        return Blocks(*(getattr(self, field.name)[:, index] for field in fields(self)))
+        return self._map(lambda tensor: tensor[:, index])
 
     def to(self, device: torch.device) -> Blocks:
         """The same blocks on a device."""
-        return Blocks(*(getattr(self, field.name).to(device) for field in fields(self)))
+        everything = None if self.everything is None else self.everything.to(device)
+        return replace(self._map(lambda tensor: tensor.to(device)), everything=everything)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Blocks:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {
+            name: change(tensor) for name, tensor in values.items() if isinstance(tensor, Tensor)
+        }
+        return replace(self, **changed)
+
+    @property
+    def weights(self) -> Tensor:
+        """(B, K) float32: how many blocks each one stands for, 0 where none exists."""
+        return self.exists.float() if self.weight is None else self.weight
+
+    @property
+    def before_choice(self) -> Blocks:
+        """All blocks of the batch, those that were left out, too."""
+        return self if self.everything is None else self.everything
+
+    def thinned(self, kept: Tensor, probability: Tensor, counts: Buckets = EXACT) -> Blocks:
+        """Some of the blocks, weighed so that sums over blocks keep their expectation.
+
+        Args:
+            kept: (B, K) bool, drawn with `probability`, independently.
+            probability: (B, K), above 0 for every block.
+            counts: the new K is rounded up to one of these.
+        """
+        kept = kept & self.exists
+        count = kept.sum(dim=1)
+        most = counts.round_up(max(1, int(count.max())))
+        # Stable sort brings the kept blocks of each row to its front, in order.
+        order = torch.argsort((~kept).long(), dim=1, stable=True)[:, :most]
+        exists = kept.gather(1, order)
+
+        def chosen(values: Tensor, nothing: int) -> Tensor:
+            return torch.where(exists, values.gather(1, order), nothing)
+
+        return Blocks(
+            column=chosen(self.column, 0),
+            position=chosen(self.position, 0),
+            document=chosen(self.document, -1),
+            exists=exists,
+            weight=chosen(1 / probability.clamp(min=1e-12), 0).float(),
+            total=chosen(self.per_document(), 0),
+            everything=self,
+        )
 
     def per_document(self) -> Tensor:
-        """(B, K) int64: number of blocks of the document that each block belongs to (0 if none)."""
+        """(B, K) int64: number of blocks of the document that each block belongs to (0 if none).
+
+        Those that were left out at random count.
+        """
+        if self.total is not None:
+            return self.total
         same = self.document[:, :, None] == self.document[:, None, :]
         return (same & self.exists[:, None, :]).sum(dim=2) * self.exists
 

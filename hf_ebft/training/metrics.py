@@ -119,15 +119,15 @@ def block_metrics(rewards: Rewards, advantages: Tensor, layout: PackedLayout) ->
         advantages: (B, n, K).
         layout: the batch.
     """
-    exists = layout.blocks.exists
-    blocks = exists.sum()
+    exists, weights = layout.blocks.exists, layout.blocks.weights
+    blocks = weights.sum()
     rollouts = blocks * layout.n_samples
 
     def over_rollouts(values: Tensor) -> Ratio:
-        return Ratio(torch.where(exists[:, None, :], values, 0.0).sum(), rollouts)
+        return over_blocks(values.sum(dim=1), rollouts)
 
-    def over_blocks(values: Tensor) -> Ratio:
-        return Ratio(torch.where(exists, values, 0.0).sum(), blocks)
+    def over_blocks(values: Tensor, count: Tensor = blocks) -> Ratio:
+        return Ratio((torch.where(exists, values, 0.0) * weights).sum(), count)
 
     idle = (advantages.abs() <= ZERO_ADVANTAGE).all(dim=1)
     return {
@@ -139,7 +139,7 @@ def block_metrics(rewards: Rewards, advantages: Tensor, layout: PackedLayout) ->
         "excess_over_spread": over_blocks(rewards.excess_over_spread),
         "advantages_mean": over_rollouts(advantages),
         "advantages_square": over_rollouts(advantages.square()),
-        "zero_advantage_groups": Ratio((idle & exists).sum(), blocks),
+        "zero_advantage_groups": over_blocks(idle.float()),
     }
 
 
@@ -150,18 +150,17 @@ def rollout_metrics(tokens: Tensor, layout: PackedLayout) -> dict[str, Ratio]:
         tokens: (B, n, K, G).
         layout: the batch.
     """
-    exists = layout.blocks.exists
+    weights = layout.blocks.weights
     same = (tokens[:, :, None] == tokens[:, None, :]).all(dim=-1)  # (B, n, n, K)
     earlier = torch.ones(same.shape[1:3], dtype=torch.bool, device=same.device).tril(-1)
     repeats = (same & earlier[None, :, :, None]).any(dim=2)  # (B, n, K)
-    blocks = exists.sum()
     documents = layout.documents.count
-    replies = count_replies(layout.documents, layout.blocks, layout.length)
+    replies = count_replies(layout.documents, layout.blocks.before_choice, layout.length)
     return {
         "duplicate_rollouts": Ratio(
-            (repeats & exists[:, None, :]).sum(), blocks * layout.n_samples
+            (repeats * weights[:, None, :]).sum(), weights.sum() * layout.n_samples
         ),
-        "blocks_per_document": Ratio(blocks, documents),
+        "blocks_per_document": Ratio(layout.blocks.exists.sum(), documents),
         "documents_without_blocks": Ratio(documents - documents_with_blocks(layout), documents),
         "replies_without_blocks": Ratio(replies.without_blocks, replies.count),
     }
@@ -169,8 +168,8 @@ def rollout_metrics(tokens: Tensor, layout: PackedLayout) -> dict[str, Ratio]:
 
 def documents_with_blocks(layout: PackedLayout) -> Tensor:
     """Number of documents that have at least one block, a float scalar."""
-    per_document = layout.blocks.per_document()
-    return (layout.blocks.exists / per_document.clamp(min=1)).sum().round()
+    blocks = layout.blocks.before_choice
+    return (blocks.exists / blocks.per_document().clamp(min=1)).sum().round()
 
 
 def token_metrics(
@@ -190,10 +189,11 @@ def token_metrics(
         rl_loss, ce_loss, kl: scalars; None is left out.
         layout: the batch.
     """
-    exists = layout.blocks.exists
-    tokens = exists.sum() * layout.n_samples * layout.length
+    exists, weights = layout.blocks.exists, layout.blocks.weights
+    tokens = weights.sum() * layout.n_samples * layout.length
     documents: Documents = layout.documents
-    surprise = torch.where(exists[:, None, :, None], -rollout_log_probs.detach(), 0.0).sum()
+    by_block = -rollout_log_probs.detach().sum(dim=(1, 3))
+    surprise = (torch.where(exists, by_block, 0.0) * weights).sum()
     metrics = {
         "entropy": Ratio(surprise, tokens),
         "rl_loss": Ratio(rl_loss.detach() * documents.count, documents.count),

@@ -107,7 +107,7 @@ class StepLog:
 
     def _warn_of_no_blocks(self, outputs: EBFTOutput) -> None:
         rollouts = outputs.rollouts
-        if self._warned_of_no_blocks or bool(rollouts.exists.any()):
+        if self._warned_of_no_blocks or bool(rollouts.layout.blocks.before_choice.exists.any()):
             return
         self._warned_of_no_blocks = True
         settings, documents = self._settings, rollouts.layout.documents

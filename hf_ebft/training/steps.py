@@ -16,6 +16,8 @@ from hf_ebft.packed.deferred import TrainingPass
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.rows.documents import Documents, split_rows
+from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.block_choice import choose_blocks
 from hf_ebft.training.ema import EMACallback
 from hf_ebft.training.fitted_baseline import FittedBaseline
 from hf_ebft.training.metrics import sum_over_processes
@@ -89,6 +91,23 @@ class StepsMixin(ReadingMixin):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(float(self.document_reader.read(batch).count) for batch in batches)
         return batches, sum_over_processes(torch.tensor(count, device=device))
+
+    def choose_blocks(
+        self, model: nn.Module, layout: PackedLayout, generator: torch.Generator
+    ) -> PackedLayout:
+        """The batch with the blocks that a step samples: `block_share` of them, in training."""
+        share = self.ebft.block_share
+        if share == 1.0 or self.random_streams.evaluating:
+            return layout
+        return choose_blocks(
+            model,
+            self._forward,
+            layout,
+            share,
+            generator=generator,
+            chunk_size=self.ebft.log_prob_chunk_size,
+            counts=self._buckets[1],
+        )
 
     @property
     def _training_pass(self) -> TrainingPass:
