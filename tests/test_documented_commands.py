@@ -34,12 +34,14 @@ def commands() -> list[tuple[str, str]]:
 def options_of(command: str) -> frozenset[str]:
     """What a command explains, in every mode."""
     asked = [["--help"]]
-    if command in ("train", "demo", "preflight"):
+    if command in ("train", "demo"):
         asked = [["--help-all"], ["--mode", "structured", "--help-all"]]
     text = io.StringIO()
     for arguments in asked:
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             main([command, *arguments])
+    if command == "preflight":  # which takes those of the run that it is about, too
+        return options_of("train") | frozenset(OPTION.findall(text.getvalue()))
     return frozenset(OPTION.findall(text.getvalue()))
 
 
