@@ -3,7 +3,7 @@
     hf-ebft preflight --config run.yaml
     hf-ebft preflight --config run.yaml --documents 128 --minutes 15 --processes 8
 
-It takes the options of `hf-ebft train` (`hf-ebft train --help`) and those below, trains nothing and
+It takes the options of `hf-ebft train` (--help-all shows them) and those below, trains nothing and
 leaves no checkpoint. It writes `preflight.json` and the page `preflight.html` into output_dir.
 """
 
@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from hf_ebft.commands.runs import strided
 from hf_ebft.commands.runs.console import show_library_log
-from hf_ebft.commands.runs.parsing import check, parse_arguments
+from hf_ebft.commands.runs.parsing import check, parse_arguments, print_help
 from hf_ebft.commands.train import choose_mode
 from hf_ebft.preflight import Preflight, preflight
 from hf_ebft.preflight.page import render_preflight
@@ -47,6 +47,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--processes", type=int, default=1, help="that the run will have [%(default)s]"
     )
+    if {"--help-all", "--help_all"} & set(argv):
+        parser.print_help()
+        print("\nOf hf-ebft train:\n")
+        print_help(argv)
+        return
     own, of_train = parser.parse_known_args(argv)
     found = measure(of_train, own.documents, own.minutes, own.processes)
     print(format_verdict(found[0]))
