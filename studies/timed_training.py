@@ -37,8 +37,8 @@ class Rows(Dataset[dict[str, Tensor]]):
 class Clock(TrainerCallback):
     """Ends a run after so many seconds, and sets the learning rate by the share that is over.
 
-    A twentieth of the time the rate rises; then it falls to zero, or stays. The first step is not
-    counted.
+    In the first twentieth of the time the rate rises, from a tenth; then it falls to zero, or
+    stays. The first step is not counted.
 
     Attributes:
         seconds: that were used.
@@ -51,7 +51,7 @@ class Clock(TrainerCallback):
 
     def factor(self, share: float) -> float:
         """What multiplies the rate at this share of the time."""
-        rising = min(1.0, share / 0.05)
+        rising = min(1.0, 0.1 + share / 0.05)
         return min(rising, max(0.0, 1.0 - share) / 0.95) if self.falls else rising
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

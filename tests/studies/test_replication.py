@@ -100,8 +100,8 @@ def test_clock_sets_the_rate_by_the_share_of_time(monkeypatch: pytest.MonkeyPatc
     falling = timed_training.Clock(10.0, 2.0, True, torch.device("cpu"))
     steady = timed_training.Clock(10.0, 2.0, False, torch.device("cpu"))
     shares = (0.0, 0.025, 0.05, 0.525, 1.0)
-    assert [falling.factor(s) for s in shares] == pytest.approx([0.0, 0.5, 1.0, 0.5, 0.0])
-    assert [steady.factor(s) for s in shares] == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0])
+    assert [falling.factor(s) for s in shares] == pytest.approx([0.1, 0.6, 1.0, 0.5, 0.0])
+    assert [steady.factor(s) for s in shares] == pytest.approx([0.1, 0.6, 1.0, 1.0, 1.0])
     group: dict[str, float] = {}
     times = iter([100.0, 105.25, 110.0])
     monkeypatch.setattr(timed_training.time, "perf_counter", lambda: next(times))
@@ -112,7 +112,7 @@ def test_clock_sets_the_rate_by_the_share_of_time(monkeypatch: pytest.MonkeyPatc
         falling.on_step_begin(None, None, control, optimizer=optimizer)
         falling.on_step_end(None, None, control)
         found.append((group["lr"], control.should_training_stop))
-    assert [rate for rate, _ in found] == pytest.approx([0.0, 0.0, 1.0])
+    assert [rate for rate, _ in found] == pytest.approx([0.2, 0.2, 1.0])
     assert [stop for _, stop in found] == [False, False, True]
     assert falling.seconds == 10.0
 
