@@ -94,8 +94,7 @@ def feature_matching_rewards(
     dtype = torch.promote_types(generated.dtype, ground_truth.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     # A group's rollouts side by side: (B, K, n, D).
-    x_BKnD = generated.to(dtype).transpose(1, 2)
-    y_BKD = ground_truth.to(dtype)
+    x_BKnD, y_BKD = generated.to(dtype).transpose(1, 2), ground_truth.to(dtype)
     scores_BK = {
         "cfm_loss": cfm_loss(x_BKnD, y_BKD),
         "excess_over_spread": excess_over_spread(x_BKnD, y_BKD),
