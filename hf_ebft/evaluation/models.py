@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -226,9 +226,7 @@ class _RowMeasurer:
         tokens = self.settings.n_samples_per_prompt * max(self.lengths)
         size = max(1, self.tokens_at_once // tokens)
         for first in range(0, blocks.exists.shape[1], size):
-            yield Blocks(
-                *(getattr(blocks, f.name)[:, first : first + size] for f in fields(Blocks))
-            )
+            yield blocks[first : first + size]
 
     def _rollout_metrics(
         self, documents: Documents, blocks: Blocks, generator: torch.Generator
