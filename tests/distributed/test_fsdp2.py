@@ -33,6 +33,17 @@ def test_sharded_run_equals_one_process(basics, single, run):
     assert_same_metrics(basics[0][run]["history"], single[run]["history"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2.yaml", "ddp.yaml"])
+def test_compiled_layers_train_the_same(tmp_path, config):
+    for rank in results(STRIDED_WORKER, "compiled", tmp_path, config):
+        assert rank["graphs"] > 0
+        assert rank["compiled"]["sharded"] == (config == CONFIG)
+        assert_same_weights(rank["compiled"]["weights"], rank["plain"]["weights"], 2e-5)
+        adapters = rank["compiled_adapters"]["weights"], rank["adapters"]["weights"]
+        assert_same_weights(*adapters, 2e-5)
+
+
 def test_batches_without_blocks_and_uneven_ends_do_not_hang(basics):
     for rank in basics:
         losses = [entry for entry in rank["no_blocks"]["history"] if "loss" in entry]

@@ -60,6 +60,19 @@ def basics(folder):
     }
 
 
+def compiled(folder):
+    """Layers compiled one by one, traced and run as they are, beside the same run as written."""
+    options = {"max_steps": 2, "pad_to_multiple_of": 48, "packed_attention": "sdpa"}
+    compiling = options | {"torch_compile": True, "torch_compile_backend": "eager"}
+    return {
+        "plain": trained(folder / "plain", **options),
+        "compiled": trained(folder / "compiled", **compiling),
+        "adapters": trained(folder / "adapters", peft=True, **options),
+        "compiled_adapters": trained(folder / "compiled_adapters", peft=True, **compiling),
+        "graphs": int(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
+    }
+
+
 def resume(folder):
     """Checkpoints, then a final model."""
     result = {
@@ -115,6 +128,7 @@ def crash(folder):
 
 SCENARIOS = {
     "basics": basics,
+    "compiled": compiled,
     "resume": resume,
     "sharding": sharding,
     "averaging": averaging,
