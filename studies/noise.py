@@ -5,10 +5,11 @@
     python studies/noise.py --start FOLDER --name plateau      # a saved model
     python studies/noise.py --table                            # what was measured, as Markdown
 
-Every estimator gets the same documents and, for equal n, the same rollouts: gradients of single
-documents, hence signal, noise and noise scale (`hf_ebft.objective.noise_scale`) with intervals over
-documents, and the cosine with the CFM gradient, estimated from other documents. Core-seconds are
-measured in the same run, as what a training step of one document takes.
+Estimators with n = 4 and all blocks get the same documents and the same rollouts; n = 8 and
+`block_share` get other documents of the same text, so that their ratios are not paired. Gradients
+of single documents give signal, noise and noise scale (`hf_ebft.objective.noise_scale`) with
+intervals over documents, and the cosine with the CFM gradient, estimated from other documents.
+Core-seconds are measured in the same run, as what a training step of one document takes.
 
 The regressions of `fitted` are fitted to other documents than those that are measured.
 """
@@ -159,6 +160,7 @@ class Study:
         )
         self.model = model
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.fitted_on = fitted_on
         self.figures: dict[str, Figures] = {}
         self.explained: list[Tensor] = []
         fitted = self.trainer.fitted
@@ -230,6 +232,7 @@ class Study:
             "parameters": sum(weight.numel() for weight in self.weights),
             "documents": documents,
             "reference_documents": reference,
+            "fitted_on": self.fitted_on,
             "signal": reference_scale.signal,
             "reference": finite(
                 reference_scale.documents, reference_scale.low, reference_scale.high
@@ -313,8 +316,7 @@ def finite(*values: float) -> list[float | None]:
 def table(out: Path) -> str:
     """A Markdown table of all results.
 
-    Noise scales are the estimator's own noise over the signal that the other documents show, where
-    the objective is the same.
+    Noise scales are the estimator's own noise over its own estimate of the signal.
     """
     lines = [
         "| start | estimator | noise, of `rloo`'s | noise scale, documents | cosine with the CFM "

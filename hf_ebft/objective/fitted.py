@@ -82,7 +82,7 @@ def fitted_advantages(
             "advantage_estimator='fitted' compares rollouts with the others of their block, but "
             "n_samples_per_prompt is 1: set it to 2 or more, or use 'reinforce'"
         )
-    freed, luck, baseline = generated, None, None
+    freed = generated
     if coefficients is not None:
         r = knowledge.tokens.shape[-1]
         surprise = knowledge.tokens - knowledge.expected

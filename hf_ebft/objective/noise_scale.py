@@ -119,7 +119,8 @@ def noise_ratio(products: Tensor, other: Tensor, *, confidence: float = 0.95) ->
 
     Args:
         products: (N, N) of one estimator.
-        other: (N, N) of the other one, on the same N >= 3 documents.
+        other: (N, N) of the other one, on the same N >= 3 documents. On as many independent ones
+            the interval holds as well, but is wider.
         confidence: of the jackknife's interval.
 
     Raises:
