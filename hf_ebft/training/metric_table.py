@@ -268,9 +268,9 @@ METRICS = (
     Metric(
         "ebft/row_shapes",
         "shapes of packed rows",
-        meaning="Different shapes so far. On CUDA and with `torch_compile` each is compiled by "
-        "itself.",
-        advice="If it keeps growing there, set `pad_to_multiple_of` higher.",
+        meaning="Different shapes so far, in this process; on CUDA and with `torch_compile`, where "
+        "each is compiled by itself.",
+        advice="If it keeps growing, set `pad_to_multiple_of` higher.",
         mode="strided",
     ),
 )

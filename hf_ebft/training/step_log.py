@@ -89,10 +89,15 @@ class StepLog:
         return self._metrics.take(sum_over_processes)
 
     def _shape_metrics(self, layout: PackedLayout) -> dict[str, Ratio]:
-        """How many shapes rows have had in this process; a warning where they are too many."""
+        """How many shapes rows have had in this process, and a warning where they are too many.
+
+        Nothing where no shape costs anything: the number depends on how batches are split and on
+        where a run was resumed, as no other metric does.
+        """
+        if not self._static_shapes:
+            return {}
         self._shapes.add((*layout.rollout_shape, layout.document_width))
-        too_many = self._static_shapes and len(self._shapes) > MOST_SHAPES
-        if too_many and not self._warned_of_shapes:
+        if len(self._shapes) > MOST_SHAPES and not self._warned_of_shapes:
             self._warned_of_shapes = True
             logger.warning(
                 "Packed rows have had %d shapes (rows, samples, blocks, tokens of a rollout, width "

@@ -64,7 +64,6 @@ CURVES = (
     "seconds_rollout",
     "seconds_features",
     "seconds_training",
-    "row_shapes",
 )
 # Evaluation has no policy gradient, and its cross-entropy is eval_loss.
 EVALUATION_CURVES = (
