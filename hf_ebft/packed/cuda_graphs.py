@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -61,20 +62,48 @@ class Step(Protocol):
 
 
 def capture(step: Callable[[], None]) -> Replay:
-    """Capture what a function launches as a CUDA graph.
+    """Capture what a function launches on the current device as a CUDA graph.
 
-    It runs once before, on a stream of its own, so that nothing is set up during the capture.
+    It runs once before, on the stream of the capture, so that nothing is set up during the capture,
+    and where it would make the host wait for the device, it fails then: a capture that fails leaves
+    torch's allocator unable to give memory back.
+
+    Raises:
+        RuntimeError: a step that waits for the device, or cannot be captured for other reasons.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    usual = torch.cuda.current_stream()
+    stream = _stream_for_captures(torch.cuda.current_device())
+    stream.wait_stream(usual)
+    with torch.cuda.stream(stream), _waiting_is_an_error():
         step()
-    torch.cuda.current_stream().wait_stream(stream)
+    usual.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Threads that load data may use the device meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    try:
+        # Threads that load data may use the device meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()
+    finally:
+        # torch stays on the stream of a capture that it cannot end.
+        torch.cuda.set_stream(usual)
     return graph.replay
+
+
+@cache
+def _stream_for_captures(device: int) -> torch.cuda.Stream:
+    """One for each device: torch keeps memory for matrix products for every stream. Its own default
+    is on the device of the first capture, whatever the device of the next.
+    """
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass
@@ -141,6 +170,7 @@ class StepGraphs:
                 "at a time, which takes more time.",
                 type(error).__name__,
                 error,
+                exc_info=error,
             )
             self.works = False
         else:

@@ -109,12 +109,14 @@ def decode(
         except Exception as error:
             if decoding.works:
                 raise
-            decoding.grows = (
-                str(error)
-                if isinstance(error, CannotDecodeStatically)
-                else f"a step against it raised {type(error).__name__}: {error}"
-            )
-            _log_growing(model, decoding.grows)
+            if isinstance(error, CannotDecodeStatically):
+                decoding.grows = str(error)
+                _log_growing(model, decoding.grows)
+            else:
+                decoding.grows = (
+                    f"a step against fixed places raised {type(error).__name__}: {error}"
+                )
+                _log_growing(model, decoding.grows, error)
     return _decode_growing(model, forward, layout, sampler, cache, first, uniform)
 
 
@@ -131,13 +133,15 @@ def why_cache_grows(model: nn.Module, forward: PackedForward) -> str | None:
     return None
 
 
-def _log_growing(model: nn.Module, reason: str) -> None:
+def _log_growing(model: nn.Module, reason: str, error: Exception | None = None) -> None:
+    """Say so; with the traceback of an error that nobody foresaw, which may be a bug of ours."""
     inside = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     logger.warning(
         "%s is decoded against keys and values that grow with every step, since %s: that takes "
         "more time, and no CUDA graph.",
         type(inside).__name__,
         reason,
+        exc_info=error,
     )
 
 
@@ -285,10 +289,13 @@ class StaticDecoder:
                 stack.enter_context(
                     self.forward.head.replaced_by(self.model, self._draw, traceable=traceable)
                 )
-            if self.uniform.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-                # A graph must cast the weights itself: a copy made outside would be gone later.
-                dtype = torch.get_autocast_dtype("cuda")
-                stack.enter_context(torch.autocast("cuda", dtype, cache_enabled=False))
+            if self.uniform.device.type == "cuda":
+                # A capture sees the current device alone, which need not be the model's.
+                stack.enter_context(torch.cuda.device(self.uniform.device))
+                if torch.is_autocast_enabled("cuda"):
+                    # A graph must cast the weights itself: a copy made outside would be gone later.
+                    dtype = torch.get_autocast_dtype("cuda")
+                    stack.enter_context(torch.autocast("cuda", dtype, cache_enabled=False))
             yield
 
     def step(self) -> None:

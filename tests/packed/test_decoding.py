@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_ebft.packed.cuda_graphs import KEPT, StepGraphs
+from hf_ebft.packed import cuda_graphs
+from hf_ebft.packed.cuda_graphs import KEPT, StepGraphs, _stream_for_captures
 from hf_ebft.packed.decoding import Decoding, StaticDecoder
 from hf_ebft.packed.deferred import TrainingPass
 from hf_ebft.packed.forward import PackedForward, evaluation_mode
@@ -386,3 +390,108 @@ def test_decoding_goes_on_where_a_capture_fails(
         "Decoding steps cannot be captured as a CUDA graph (RuntimeError: operation not permitted "
         "when stream is capturing): they run one operator at a time, which takes more time."
     ]
+
+
+class PretendedDevice:
+    """In the place of `torch.cuda`: keeps what it is asked for, and the stream that is current."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, breaks: bool = False) -> None:
+        self.stream, self.mode = "usual", "default"
+        self.asked: list[Any] = []
+        pretended = SimpleNamespace(
+            current_stream=lambda: SimpleNamespace(wait_stream=lambda stream: None),
+            current_device=lambda: 1,
+            Stream=self._new_stream,
+            stream=self._within,
+            set_stream=lambda stream: setattr(self, "stream", "usual"),
+            get_sync_debug_mode=lambda: self.mode,
+            set_sync_debug_mode=lambda mode: setattr(self, "mode", mode),
+            CUDAGraph=lambda: SimpleNamespace(replay=lambda: None),
+            graph=self._graph,
+        )
+        self._breaks = breaks
+        monkeypatch.setattr(cuda_graphs, "torch", SimpleNamespace(cuda=pretended))
+        # As new here, and without streams that do not exist afterwards.
+        monkeypatch.setattr(
+            cuda_graphs, "_stream_for_captures", cache(_stream_for_captures.__wrapped__)
+        )
+
+    def _new_stream(self, device: int) -> Any:
+        self.asked.append(f"a stream on device {device}")
+        return SimpleNamespace(wait_stream=lambda stream: None)
+
+    @contextmanager
+    def _within(self, stream: Any) -> Iterator[None]:
+        self.stream = "other"
+        try:
+            yield
+        finally:
+            self.stream = "usual"
+
+    @contextmanager
+    def _graph(self, graph: Any, *, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        # Like torch's, which does not come back from a capture that it cannot end.
+        self.stream = "other"
+        yield
+        if self._breaks:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.stream = "usual"
+
+    def step(self) -> None:
+        self.asked.append((self.stream, self.mode))
+
+
+def test_a_capture_is_tried_out_where_waiting_for_the_device_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a stream of the device that is current; the second capture there needs no other."""
+    device = PretendedDevice(monkeypatch)
+    for _ in range(2):
+        cuda_graphs.capture(device.step)
+    trial, capture = ("other", "error"), ("other", "default")
+    assert device.asked == ["a stream on device 1", trial, capture, trial, capture]
+    assert (device.stream, device.mode) == ("usual", "default")
+
+
+def test_work_goes_on_where_it_was_after_a_capture_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = PretendedDevice(monkeypatch, breaks=True)
+    with pytest.raises(RuntimeError, match="previous error"):
+        cuda_graphs.capture(device.step)
+    assert (device.stream, device.mode) == ("usual", "default")
+
+
+def test_a_step_that_waits_for_the_device_is_never_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = PretendedDevice(monkeypatch)
+
+    def waiting() -> None:
+        device.step()
+        if device.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        cuda_graphs.capture(waiting)
+    assert device.asked == ["a stream on device 1", ("other", "error")]
+    assert (device.stream, device.mode) == ("usual", "default")
+
+
+def test_an_error_that_nobody_foresaw_is_shown_with_its_traceback(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a bug of ours, which a slower run would hide."""
+
+    def broken(decoder: StaticDecoder) -> None:
+        raise KeyError("a bug")
+
+    model = tiny_model("llama")
+    forward, layout = PackedForward.for_model(model), CASES["ragged"].layout()
+    expected = sampled(model, grown(forward), layout)
+    monkeypatch.setattr(StaticDecoder, "step", broken)
+    forward = PackedForward.for_model(model)
+    with caplog.at_level(logging.WARNING, "hf_ebft.packed.decoding"):
+        assert_equal_rollouts(sampled(model, forward, layout), expected)
+    (record,) = [record for record in caplog.records if "grow" in record.message]
+    assert record.exc_info is not None and record.exc_info[0] is KeyError
