@@ -55,6 +55,7 @@ def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> list[str]:
     heads = " ".join(f"{name:>9s}" for name in columns)
     lines = [
         f"  {'milliseconds':34s} {heads} {'TFLOP/s':>8s} {'of mm':>6s} {'GiB':>6s} {'1st, s':>7s}"
+        "  decoding"
     ]
     for name, found in variants.items():
         if "error" in found:
@@ -64,5 +65,6 @@ def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> list[str]:
         lines.append(
             f"  {name:34s} {times} {found['tflops']:8.1f} {found['share_of_matrix_product']:6.1%}"
             f" {found['gib_beyond_weights']:6.2f} {found['first_step_seconds']:7.1f}"
+            f"  {found.get('decoding', '')[:LONGEST]}".rstrip()
         )
     return lines
