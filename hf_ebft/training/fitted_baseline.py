@@ -207,7 +207,8 @@ class FittedBaseline(TrainerCallback):
         """Start afresh, or from the checkpoint that training resumes from.
 
         Raises:
-            ValueError: a checkpoint that was saved without regressions.
+            ValueError: a checkpoint that was saved without regressions, or with those of rollouts
+                of another length.
         """
         self._restart()
         if state.global_step > 0:
@@ -249,6 +250,14 @@ class FittedBaseline(TrainerCallback):
                 "train(resume_from_checkpoint=...), or start a new run."
             )
         tensors = load_file(path)
+        length = self._trainer.ebft.generate_max_len
+        if "coefficients" in tensors and len(tensors["coefficients"]) != length:
+            fitted_length = len(tensors["coefficients"])
+            raise ValueError(
+                f"Training resumes with generate_max_len={length}, but the regressions at {path} "
+                f"are for the places of rollouts of {fitted_length} tokens. Resume with "
+                f"generate_max_len={fitted_length}, or start a new run."
+            )
         self._steps, self._fitted_at = tensors["steps"].tolist()
         on_device = {name: value.to(device) for name, value in tensors.items()}
         self._old = _moments("old", on_device)
