@@ -42,6 +42,17 @@ def choose_batches(trainer: EBFTTrainer, count: int) -> list[Batch]:
     return [cast(Batch, trainer._prepare_inputs(batch)) for batch in loader]
 
 
+def in_random_order(batches: list[Batch], seed: int) -> list[Batch]:
+    """Batches shuffled, so that those before any deadline are a random choice, too.
+
+    Datasets keep the rows of a file together: the first rows of a choice in their order would be
+    those of the first files, and the next row of a row a piece of the same text.
+    """
+    generator = make_generator(torch.device("cpu"), seed, Stream.PREFLIGHT, 0)
+    order = torch.randperm(len(batches), generator=generator)
+    return [batches[place] for place in order.tolist()]
+
+
 def ground_truth_windows(trainer: EBFTTrainer, batch: Batch) -> Tensor:
     """(K, G) tokens of all windows of a batch of one row; K is 0 where it has no block."""
     documents = trainer.document_reader.read(batch)

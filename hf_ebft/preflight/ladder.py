@@ -205,6 +205,6 @@ def _in_group(rollouts: Rollouts, candidate: Tensor) -> Rollouts:
 
 
 def _other_text(windows: Sequence[Tensor], row: int) -> Tensor:
-    """Windows of the next row that has any, and is another one."""
+    """Windows of the next row that has any, and is another one; rows are in random order."""
     order = [(row + step) % len(windows) for step in range(1, len(windows))]
     return next(windows[place] for place in order if len(windows[place]) > 0)

@@ -12,7 +12,12 @@ import torch
 
 from hf_ebft.preflight.budget import Deadline
 from hf_ebft.preflight.cost import measure_cost
-from hf_ebft.preflight.documents import FEWEST_ROWS, Batch, choose_batches
+from hf_ebft.preflight.documents import (
+    FEWEST_ROWS,
+    Batch,
+    choose_batches,
+    in_random_order,
+)
 from hf_ebft.preflight.gradients import measure_products
 from hf_ebft.preflight.headroom import measure_headroom
 from hf_ebft.preflight.ladder import check_rewards
@@ -64,7 +69,7 @@ def preflight(
 
     with stand_in(trainer) as own:
         settings = _settings(own)
-        batches = choose_batches(own, documents)
+        batches = in_random_order(choose_batches(own, documents), own.args.seed)
         settings = dataclasses.replace(settings, packed=_packed(own, batches))
         rewards = timed("rewards", lambda: check_rewards(own, batches, deadline.part(0.15)))
         headroom = timed("headroom", lambda: measure_headroom(own, batches, deadline.part(0.3)))
