@@ -60,6 +60,9 @@ class Step(Protocol):
     def step(self) -> None:
         """Compute one step."""
 
+    def step_alone(self) -> None:
+        """Compute one step from nothing but its tensors and the weights themselves."""
+
 
 def capture(step: Callable[[], None]) -> Replay:
     """Capture what a function launches on the current device as a CUDA graph.
@@ -162,7 +165,7 @@ class StepGraphs:
         try:
             decoder.own_documents()
             with decoder.ready():
-                replay = self.capture(decoder.step)
+                replay = self.capture(decoder.step_alone)
         # Whatever a model's code, a driver or a library raises.
         except Exception as error:
             logger.warning(

@@ -292,10 +292,6 @@ class StaticDecoder:
             if self.uniform.device.type == "cuda":
                 # A capture sees the current device alone, which need not be the model's.
                 stack.enter_context(torch.cuda.device(self.uniform.device))
-                if torch.is_autocast_enabled("cuda"):
-                    # A graph must cast the weights itself: a copy made outside would be gone later.
-                    dtype = torch.get_autocast_dtype("cuda")
-                    stack.enter_context(torch.autocast("cuda", dtype, cache_enabled=False))
             yield
 
     def step(self) -> None:
@@ -315,6 +311,20 @@ class StaticDecoder:
         if self.forward.head is None:
             self._draw(output.logits, lambda rows: rows)
         self.step_index.add_(1)
+
+    def step_alone(self) -> None:
+        """`step`, with weights that it casts itself.
+
+        Autocast keeps copies of weights until its outermost context ends, even if it was told not
+        to: accelerate's context, around the model's forward, has a setting of its own. A graph that
+        reads such a copy reads what is gone later; and a copy that a capture has made holds nothing
+        before the first replay.
+        """
+        torch.clear_autocast_cache()
+        try:
+            self.step()
+        finally:
+            torch.clear_autocast_cache()
 
     def _draw(self, states: Tensor, to_logits: ToLogits) -> list[Tensor]:
         numbers = self.uniform.index_select(0, self.step_index)[0]

@@ -242,6 +242,7 @@ def attend_plainly(
 
 
 @cache
+@torch.autocast("cpu", enabled=False)
 def fused_attention_works() -> bool:
     """Whether PyTorch's fused attention for CPUs says its log-sum-exp and shares keys of heads.
 

@@ -269,6 +269,29 @@ def test_compiled_layers_are_not_compiled_again_for_steps() -> None:
     assert calls
 
 
+def test_a_step_to_be_captured_casts_its_weights_itself() -> None:
+    """Whatever copies autocast has of them, with accelerate's context around the model's forward;
+    and it leaves none behind."""
+    model = tiny_model("llama").eval()
+    weight = model.get_output_embeddings().weight
+    assert weight.requires_grad
+    inner = torch.autocast("cpu", torch.bfloat16)
+    model.forward = inner(model.forward)
+    forward = PackedForward.for_model(model)
+    state = torch.randn(1, weight.shape[1])
+    with evaluation_mode(model), torch.autocast("cpu", torch.bfloat16):
+        decoder = decoder_for(model, forward, CASES["ragged"].layout())
+        before = nn.functional.linear(state, weight)
+        weight.zero_()  # the copy that autocast has stays
+        assert torch.equal(nn.functional.linear(state, weight), before)
+        with decoder.ready():
+            decoder.step_alone()
+        uniform = -torch.tensor(float(len(weight))).log()
+        torch.testing.assert_close(decoder.log_probs[1], uniform.expand_as(decoder.log_probs[1]))
+        weight.fill_(1.0)
+        assert not torch.equal(nn.functional.linear(state, weight), torch.zeros(1, len(weight)))
+
+
 # ---- Graphs -------------------------------------------------------------------------------------
 
 

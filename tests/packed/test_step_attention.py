@@ -109,6 +109,13 @@ def test_half_precision_loses_what_it_rounds_and_no_more(fused: bool) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2.0**-6)
 
 
+def test_whether_fused_attention_works_can_be_asked_in_autocast() -> None:
+    """In a process that asks there first, as measurements in mixed precision do."""
+    fused_attention_works.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_attention_works()
+
+
 def test_the_fused_operator_is_not_taken_where_it_gives_something_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
