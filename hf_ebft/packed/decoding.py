@@ -255,7 +255,7 @@ class StaticDecoder:
     def can_be_captured(self) -> bool:
         """Whether a CUDA graph could hold the step."""
         on_cuda = self.uniform.device.type == "cuda"
-        return on_cuda and self.n_steps > 1 and not is_sharded(self.model)
+        return on_cuda and self.n_steps > 1 and _lies_whole_on(self.model, self.uniform.device)
 
     def own_documents(self) -> None:
         """Take copies of the documents' keys and values, which belong to the pass over them."""
@@ -373,6 +373,14 @@ def _not_compiled(model: nn.Module) -> Iterator[None]:
     finally:
         for part, call in zip(compiled, before, strict=True):
             part._compiled_call_impl = call
+
+
+def _lies_whole_on(model: nn.Module, device: torch.device) -> bool:
+    """Whether no weight has to come from other processes or devices when it is used: a capture
+    sees none of that.
+    """
+    weights = model.parameters()
+    return not is_sharded(model) and all(weight.device == device for weight in weights)
 
 
 def _positions(layout: PackedLayout, n_steps: int) -> Tensor:

@@ -242,12 +242,16 @@ def attend_plainly(
 
 
 @cache
-@torch.autocast("cpu", enabled=False)
 def fused_attention_works() -> bool:
     """Whether PyTorch's fused attention for CPUs says its log-sum-exp and shares keys of heads.
 
     The operator is not part of PyTorch's public interface, so that it is tried and not trusted.
     """
+    with torch.autocast("cpu", enabled=False):
+        return _fused_as_plain()
+
+
+def _fused_as_plain() -> bool:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(2, heads, tokens, 8, generator=generator)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_ebft.packed import cuda_graphs
 from hf_ebft.packed.cuda_graphs import KEPT, StepGraphs, _stream_for_captures
-from hf_ebft.packed.decoding import Decoding, StaticDecoder
+from hf_ebft.packed.decoding import Decoding, StaticDecoder, _lies_whole_on
 from hf_ebft.packed.deferred import TrainingPass
 from hf_ebft.packed.forward import PackedForward, evaluation_mode
 from hf_ebft.packed.sampling import SamplingRecord, make_generator, sample_with_record
@@ -392,6 +392,14 @@ def test_other_shapes_settings_and_weights_get_graphs_of_their_own(fake: FakeCap
         assert captures(lengths(40, 33), temperature=temperature) == 1
     graphs = forward.known["decoding"].graphs
     assert len(graphs._captured) == KEPT
+
+
+def test_weights_of_several_devices_are_not_captured() -> None:
+    """`device_map` moves states from device to device, or weights to where they are needed."""
+    model = tiny_model("llama")
+    assert _lies_whole_on(model, CPU)
+    model.get_output_embeddings().to("meta")
+    assert not _lies_whole_on(model, CPU)
 
 
 def test_decoding_goes_on_where_a_capture_fails(
