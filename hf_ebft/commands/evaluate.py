@@ -218,13 +218,18 @@ def second_network(
 
 
 def parse_arguments(argv: Sequence[str]) -> EvaluationArguments:
-    """Options from the command line."""
+    """Options from the command line.
+
+    Raises:
+        ValueError: naming what is no option, with the nearest one that is.
+    """
     parser = OptionParser(
         EvaluationArguments,
         prog="hf-ebft evaluate",
         usage="hf-ebft evaluate --models NAME=PATH ... [--option value ...]",
         description=str(__doc__).split(": ", maxsplit=1)[1].split("\n", maxsplit=1)[0],
     )
+    parser.refuse_unread(argv)
     (args,) = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
     return args
 

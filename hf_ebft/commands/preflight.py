@@ -20,7 +20,7 @@ from transformers import set_seed
 from hf_ebft.commands.runs import strided
 from hf_ebft.commands.runs.console import show_library_log
 from hf_ebft.commands.runs.parsing import check, parse_arguments, print_help
-from hf_ebft.commands.train import choose_mode
+from hf_ebft.commands.train import choose_mode, stand_ins
 from hf_ebft.preflight import Preflight, preflight
 from hf_ebft.preflight.page import render_preflight
 from hf_ebft.preflight.run import DOCUMENTS
@@ -77,6 +77,8 @@ def measure(
             "--mode strided: it measures the same prompts and ground truths as text, with the "
             "same features and rewards."
         )
+    for line in stand_ins(argv):
+        print(line, flush=True)
     data, names, lora, report, args = parse_arguments(argv, mode)
     check(names, lora, report)
     set_seed(args.seed)  # adapters start at random, as in training
@@ -92,8 +94,8 @@ def format_verdict(found: Preflight) -> str:
     for finding in found.findings:
         head = f"{finding.severity.upper()}: {finding.title}."
         lines += [head, f"  {finding.evidence}", f"  {finding.advice}", ""]
-    if not any(finding.severity == "serious" for finding in found.findings):
-        lines.append("Nothing speaks against the run.")
+    if (nothing := found.nothing_against) is not None:
+        lines.append(nothing)
     cost = found.cost
     if cost.hours is not None and cost.fits:
         lines.append(

@@ -265,7 +265,8 @@ def find_columns(available: Sequence[str], column: str | None, name: str) -> tup
         )
     raise ValueError(
         f"{name} has neither a text column ({', '.join(TEXT_COLUMNS)}) nor both of "
-        f"{' and '.join(PAIR_COLUMNS)}; it has {listed}. Name the column that holds the text."
+        f"{' and '.join(PAIR_COLUMNS)}; it has {listed}. Name the column that holds the "
+        "text (text_column)."
     )
 
 

@@ -64,6 +64,16 @@ class Preflight:
     seconds: dict[str, float]
     findings: list[Finding] = dataclasses.field(default_factory=list)
 
+    @property
+    def nothing_against(self) -> str | None:
+        """The verdict in one sentence where nothing serious was found, else None."""
+        severities = {finding.severity for finding in self.findings}
+        if "serious" in severities:
+            return None
+        if "warning" in severities:
+            return "Nothing forbids the run; see the warnings first."
+        return "Nothing speaks against the run."
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinity and no NaN: they are null."""
         plain = dataclasses.asdict(self) | {"version": __version__}

@@ -50,13 +50,14 @@ def no_signal(found: Preflight) -> Finding | None:
         return None
     step, low = found.cost.rows_per_step, at_least(ebft)
     far = low >= NEARLY_ALL_NOISE * step
+    # Where the lower bound is within a step, these documents do not ask for a larger one.
+    change = f"{_more_documents(found, low)} " if low > step else ""
     return Finding(
         "serious" if far else "warning",
         "No signal can be seen",
         f"From {found.signal.rows} {unit} the EBFT gradient cannot be told from zero: signal "
         f"equals noise at {low:,.0f} {unit} a step or more; yours has {step:,}.",
-        f"{_more_documents(found, low)} To know the number better, measure more {unit} "
-        "(--documents).",
+        f"{change}To know the number better, measure more {unit} (--documents).",
     )
 
 

@@ -118,7 +118,10 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"There is no {path}.")
+        raise FileNotFoundError(
+            f"There is no {path}; name a run's output_dir, its trainer_state.json or an event file "
+            "of TensorBoard."
+        )
     if path.is_dir():
         log = _newest_run(path)
         series, source = log.series, log.source

@@ -187,7 +187,18 @@ class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a tra
     )
 
     def __post_init__(self) -> None:
-        GRPOConfig.__post_init__(self)
+        try:
+            GRPOConfig.__post_init__(self)
+        except ValueError as error:
+            if "must be divisible by num_generations" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} A generation batch is per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} times processes times steps_per_generation "
+                f"(default: gradient_accumulation_steps={self.gradient_accumulation_steps}), and "
+                f"holds whole groups of num_generations={self.num_generations} completions: change "
+                "one of these."
+            ) from error
         self.validate()
 
     def validate(self) -> None:

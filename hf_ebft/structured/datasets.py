@@ -138,6 +138,25 @@ def refuse_too_few_prompts(dataset: Any, args: EBFTGRPOConfig) -> None:
         )
 
 
+def refuse_chats_without_template(dataset: Any, tokenizer: Any) -> None:
+    """Refuse chat messages that the tokenizer cannot write as text, before the first step does.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if getattr(tokenizer, "chat_template", None) is not None:
+        return
+    if not isinstance(dataset, Sized) or len(dataset) == 0:  # a stream shows it when it is read
+        return
+    prompt = cast(Any, dataset)[0].get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        raise ValueError(
+            "train_dataset's prompts are chat messages, and the tokenizer has no chat template: "
+            "the model was not trained on chats. Choose a chat model, set tokenizer.chat_template, "
+            "or give the prompts as text."
+        )
+
+
 def refuse_partial_groups(args: EBFTGRPOConfig) -> None:
     """Refuse evaluation batches that hold no whole groups of completions.
 

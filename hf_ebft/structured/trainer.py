@@ -31,6 +31,7 @@ from hf_ebft.structured.cross_entropy import ground_truth_nll
 from hf_ebft.structured.datasets import (
     prepare_dataset,
     prepare_evaluation,
+    refuse_chats_without_template,
     refuse_partial_groups,
     refuse_too_few_prompts,
     with_one_bos,
@@ -144,6 +145,7 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
                 rollout_func=rollout_func,
                 **kwargs,
             )
+        refuse_chats_without_template(self.train_dataset, self.processing_class)
         keep_gradients(self.model)
         fill_in_learning_rate(args, self.model)
         self.train_dataset = with_one_bos(self.train_dataset, self.processing_class)

@@ -41,3 +41,10 @@ def test_the_same_layers_are_no_second_network(tmp_path: Path) -> None:
     options = ["--models", str(DEMO_MODEL), "--second_feature_layers", "0.25", "0.5"]
     with pytest.raises(ValueError, match=r"would show the same again: choose others, 1\.0"):
         evaluate.main([*options, "0.75", "--device", "cpu", "--output_dir", str(tmp_path)])
+
+
+def test_unknown_options_are_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ValueError, match=r"no option 'row'; did you mean rows"):
+        evaluate.main(["--models", str(DEMO_MODEL), "--row", "3"])
+    with pytest.raises(ValueError, match=r"'data\.txt' belongs to no option"):
+        evaluate.main(["--seed", "1", "data.txt", "--models", str(DEMO_MODEL)])

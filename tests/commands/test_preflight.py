@@ -25,6 +25,7 @@ def test_the_shipped_model_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["preflight", "--config", str(DEMO), *options]) == 0
     shown = capsys.readouterr().out
     assert "The run: 10 steps of" in shown
+    assert "WAS NAMED" not in shown, "the demo's model is the one that is meant"
     assert "preflight.html; open it in any browser" in shown
     found = json.loads((tmp_path / "out" / "preflight.json").read_text())
     assert found["settings"]["generate_max_len"] == 4
@@ -50,3 +51,11 @@ def test_structured_mode_is_refused_with_what_works(capsys: pytest.CaptureFixtur
 def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preflight", "--config", str(DEMO), "--documnets", "4"]) == 2
     assert "there is no option 'documnets'" in capsys.readouterr().err
+
+
+def test_the_model_that_stands_in_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["--dataset_name_or_path", "stdlib:topics", "--use_cpu", "--max_train_rows", "8"]
+    assert main(["preflight", *run, "--documents", "0"]) == 2
+    shown = capsys.readouterr()
+    assert "NO MODEL WAS NAMED" in shown.out
+    assert "documents=0" in shown.err

@@ -419,6 +419,8 @@ def test_files_with_mistakes_are_refused(tmp_path: Path, text: str, message: str
         (["--sequence-length", "5"], "no option 'sequence_length'; did you mean .*sequence_len"),
         (["--learn", "1"], "no option 'learn'"),  # no abbreviations: they change with new options
         (["data.txt"], "'data.txt' belongs to no option"),
+        # The misspelt option is the cause: ce_coef_schedule alone would ask for ce_coef_final.
+        (["--ce_coef_schedule=linear", "--ce_coef_end=0"], "no option 'ce_coef_end'"),
     ],
 )
 def test_command_lines_with_mistakes_are_refused(arguments: list[str], message: str) -> None:
@@ -609,7 +611,7 @@ def rows_of(model_folder: str, data: str, tmp_path: Path, **changed: Any) -> tup
 def test_columns_and_splits_that_are_missing_are_named(tmp_path: Path, model_folder: str) -> None:
     data = table(tmp_path / "data.jsonl", [{"body": "abc"}] * 4)
     run = options(model_folder, data, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"neither a text column .* it has 'body'"):
+    with pytest.raises(ValueError, match=r"neither a text column .* 'body'.*\(text_column\)"):
         main(argv(run))
     with pytest.raises(ValueError, match="no column 'title'; it has 'body'"):
         main(argv(run | {"text_column": "title"}))

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from hf_ebft.commands.preflight import format_verdict
 from hf_ebft.objective.noise_scale import Estimate, NoiseScale
 from hf_ebft.preflight.page import render_preflight
 from hf_ebft.preflight.verdict import judge
+from hf_ebft.report.health import Finding, Severity
 from tests.support.preflights import healthy, with_changes
 
 
@@ -57,3 +59,17 @@ def test_a_page_of_unknown_signal_says_so() -> None:
 
 def test_a_healthy_run_is_told_so() -> None:
     assert "Nothing speaks against the run." in render_preflight(healthy())
+
+
+@pytest.mark.parametrize(
+    ("severity", "said"),
+    [("note", "speaks against"), ("warning", "see the warnings"), ("serious", None)],
+)
+def test_a_warning_is_not_followed_by_an_all_clear(severity: Severity, said: str | None) -> None:
+    finding = Finding(severity, "Title", "What was seen", "What to do")
+    found = dataclasses.replace(healthy(), findings=[finding])
+    sentence = found.nothing_against
+    assert (sentence is None) if said is None else (sentence is not None and said in sentence)
+    for shown in (render_preflight(found), format_verdict(found)):
+        assert ("Nothing" in shown) == (said is not None)
+        assert sentence is None or sentence in shown

@@ -46,6 +46,9 @@ def test_no_signal(low: float, severity: str) -> None:
     finding = only(verdict.no_signal, found)
     assert finding.severity == severity
     assert f"at {low:,.0f} documents a step or more; yours has 64" in finding.evidence
+    # Only a bound above the step's documents is a reason for more of them.
+    assert ("gradient_accumulation_steps" in finding.advice) == (low > 64)
+    assert "measure more documents" in finding.advice
     assert verdict.mostly_noise(found) is None
     assert verdict.enough_signal(found) is None
 

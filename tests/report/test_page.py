@@ -229,7 +229,7 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="There is no"):
+    with pytest.raises(FileNotFoundError, match=r"missing; name a run's output_dir"):
         load_run(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="save_state"):
         load_run(tmp_path)

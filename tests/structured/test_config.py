@@ -32,6 +32,10 @@ def test_defaults_are_trls_but_for_scaled_rewards_and_the_optimizer(tmp_path):
     ("settings", "message"),
     [
         ({"num_generations": 2}, r"num_generations=2 with diversity_coef=1.0.*3 or more"),
+        (
+            {"num_generations": 4, "per_device_train_batch_size": 2},
+            r"per_device_train_batch_size=2 times .* num_generations=4 completions: change",
+        ),
         ({"num_generations": 1}, "at least 2 generations"),
         ({"num_generations_eval": 1}, "num_generations_eval=1 has no pairs"),
         ({"scale_rewards": True}, "scale_rewards='group' would divide"),

@@ -1,5 +1,6 @@
 """Data sets that structured mode takes, and what it says about those it cannot."""
 
+import copy
 import logging
 
 import pytest
@@ -93,6 +94,16 @@ def test_empty_lists_of_messages_are_found_too(tmp_path):
 def test_empty_evaluation_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"eval_dataset\['b'\] is empty"):
         build(tmp_path, rows(), evaluation={"a": rows(2), "b": []})
+
+
+def test_chats_without_a_template_are_refused_before_the_first_step(tmp_path):
+    chats = [{"prompt": [{"role": "user", "content": "a"}], "ground_truth": "b"} for _ in range(8)]
+    tokens = copy.deepcopy(tokenizer())  # which is shared
+    build(tmp_path, chats, tokens=tokens)  # with a template they are taken
+    tokens.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat template: .* Choose a chat model"):
+        build(tmp_path, chats, tokens=tokens)
+    build(tmp_path, rows(), tokens=tokens)  # text needs none
 
 
 def test_fewer_prompts_than_one_generation_batch_are_refused(tmp_path):

@@ -30,6 +30,9 @@ LEAST = {"report_rows": 0, "report_samples": 0, "report_sample_len": 1, "card_sa
 class OptionParser(HfArgumentParser):
     """Takes whole option names only, and raises for mistakes instead of printing 200 options."""
 
+    #: What to add where an option is unknown: where there are others.
+    elsewhere = ""
+
     def __init__(self, groups: Any, **options: Any) -> None:
         super().__init__(groups, allow_abbrev=False, **options)
 
@@ -41,12 +44,41 @@ class OptionParser(HfArgumentParser):
         """
         raise ValueError(f"{message}\n--help explains the options.")
 
+    def refuse_unread(self, argv: Sequence[str], where: str = "command line") -> None:
+        """Raise if something in a command line is no option and belongs to none.
+
+        Raises:
+            ValueError: of the first such thing.
+        """
+        unread = self.parse_known_args(list(argv))[1]
+        names = [text[2:].partition("=")[0] for text in unread if text.startswith("--")]
+        self.refuse_unknown((name.replace("-", "_") for name in names), where)
+        if unread:
+            self.error(f"{where}: {' '.join(unread)!r} belongs to no option.")
+
+    def refuse_unknown(self, names: Iterable[str], where: str) -> None:
+        """Raise if one of the names is no option, with the names that it may have been meant for.
+
+        Raises:
+            ValueError: of the first such name.
+        """
+        known = {action.dest for action in self._actions}
+        for name in names:
+            if name not in known:
+                begun = sorted(option for option in known if name and option.startswith(name))
+                near = [*begun, *difflib.get_close_matches(name, known, n=3)]
+                near = list(dict.fromkeys(near))[:3]
+                hint = f"; did you mean {' or '.join(near)}?" if near else "."
+                self.error(f"{where}: there is no option {name!r}{hint}{self.elsewhere}")
+
 
 class Parser(OptionParser):
     """The options of a run in one of the two modes."""
 
     def __init__(self, mode: Mode = "strided") -> None:
         self.mode = mode
+        other = get_args(Mode)[mode == "strided"]
+        self.elsewhere = f" (Options of {mode} mode; --mode {other} has others.)"
         self.config_class: Any = EBFTConfig
         model: Any = ModelArguments
         if mode == "structured":
@@ -62,25 +94,6 @@ class Parser(OptionParser):
     def format_all(self) -> str:
         """Every option."""
         return all_options(self._actions, self.config_class)
-
-    def refuse_unknown(self, names: Iterable[str], where: str) -> None:
-        """Raise if one of the names is no option, with the names that it may have been meant for.
-
-        Raises:
-            ValueError: of the first such name.
-        """
-        known = {action.dest for action in self._actions}
-        for name in names:
-            if name not in known:
-                begun = sorted(option for option in known if name and option.startswith(name))
-                near = [*begun, *difflib.get_close_matches(name, known, n=3)]
-                near = list(dict.fromkeys(near))[:3]
-                hint = f"; did you mean {' or '.join(near)}?" if near else "."
-                other = get_args(Mode)[self.mode == "strided"]
-                self.error(
-                    f"{where}: there is no option {name!r}{hint} (Options of {self.mode} mode; "
-                    f"--mode {other} has others.)"
-                )
 
 
 def early_options(argv: Sequence[str]) -> tuple[str, dict[str, Any], Mode | None]:
@@ -134,14 +147,12 @@ def parse_arguments(
     if "config" in options:
         parser.error(f"--config {path} names another config file; put all options into one.")
     from_file = as_arguments(options)
-    *groups, unread = parser.parse_args_into_dataclasses(
-        [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
+    given = [*from_file, *argv]
+    # Before the groups check their values, which may lack what a misspelt option was to say.
+    parser.refuse_unread(given)
+    data, model, lora, report, args = parser.parse_args_into_dataclasses(
+        given, look_for_args_file=False
     )
-    names = [text[2:].partition("=")[0] for text in unread if text.startswith("--")]
-    parser.refuse_unknown((name.replace("-", "_") for name in names), "command line")
-    if unread:
-        parser.error(f"command line: {' '.join(unread)!r} belongs to no option.")
-    data, model, lora, report, args = groups
     data.mode = parser.mode
     if parser.mode == "structured":
         model.trust_remote_code = args.trust_remote_code
