@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -436,7 +437,7 @@ class PretendedDevice:
             stream=self._within,
             set_stream=lambda stream: setattr(self, "stream", "usual"),
             get_sync_debug_mode=lambda: self.mode,
-            set_sync_debug_mode=lambda mode: setattr(self, "mode", mode),
+            set_sync_debug_mode=self._set_mode,
             CUDAGraph=lambda: SimpleNamespace(replay=lambda: None),
             graph=self._graph,
         )
@@ -450,6 +451,10 @@ class PretendedDevice:
     def _new_stream(self, device: int) -> Any:
         self.asked.append(f"a stream on device {device}")
         return SimpleNamespace(wait_stream=lambda stream: None)
+
+    def _set_mode(self, mode: str) -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+        self.mode = mode
 
     @contextmanager
     def _within(self, stream: Any) -> Iterator[None]:
@@ -477,8 +482,10 @@ def test_a_capture_is_tried_out_where_waiting_for_the_device_is_an_error(
 ) -> None:
     """On a stream of the device that is current; the second capture there needs no other."""
     device = PretendedDevice(monkeypatch)
-    for _ in range(2):
-        cuda_graphs.capture(device.step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            cuda_graphs.capture(device.step)
     trial, capture = ("other", "error"), ("other", "default")
     assert device.asked == ["a stream on device 1", trial, capture, trial, capture]
     assert (device.stream, device.mode) == ("usual", "default")
