@@ -101,7 +101,8 @@ def small_model() -> Any:
         )
     )
     _, rows = load_rows(matrix.TINY.name, "train")
-    whole = [row for row in rows if len(row["input_ids"]) == matrix.TINY.row_tokens]
+    every = (rows[index] for index in range(len(rows)))
+    whole = [row for row in every if len(row["input_ids"]) == matrix.TINY.row_tokens]
     optimizer = torch.optim.AdamW(model.parameters(), lr=SMALL_RATE, betas=(0.9, 0.95))
     for step in range(SMALL_STEPS):
         warm, left = min(1.0, (step + 1) / 20), 1 - step / SMALL_STEPS

@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 *matrix.whitened_sweep_runs(setup),
                 *matrix.reinforce_sweep_runs(setup),
                 *matrix.fitted_runs(setup, rates["ebft"]),
+                *matrix.equal_time_runs(setup, rates["sft_tokens"]),
             ]
         )
         if setup.with_ablations:

@@ -218,6 +218,7 @@ def runs_table(results: Results) -> str:
         declared["sweep of whitening by group, `tune`"] = matrix.whitened_sweep_runs(setup)
         declared["`fitted`, `report`"] = matrix.fitted_runs(setup, rates["ebft"])
         declared["sweep of `reinforce`, `tune`"] = matrix.reinforce_sweep_runs(setup)
+        declared["SFT at equal time, `report`"] = matrix.equal_time_runs(setup, rates["sft_tokens"])
     rows = [
         [label, str(len(runs)), str(sum(run.name in results.runs for run in runs)), missing]
         for label, runs in declared.items()
@@ -275,7 +276,7 @@ def main_table(results: Results) -> str:
 def cost_table(results: Results) -> str:
     """Tokens and time of one training run."""
     rows = []
-    for arm in matrix.CRITERIA:
+    for arm in (*matrix.CRITERIA, "sft_time"):
         runs = results.of(arm)
         if not runs:
             continue
@@ -301,7 +302,7 @@ def direct_table(results: Results) -> str:
     """EBFT less SFT."""
     ebft = results.evaluations("ebft")
     rows = []
-    arms = [arm for arm in ("sft_steps", "sft_tokens") if results.evaluations(arm)]
+    arms = [a for a in ("sft_steps", "sft_tokens", "sft_time") if results.evaluations(a)]
     for figure, label in results.figures().items():
         cells = []
         for arm in arms:

@@ -35,6 +35,7 @@ def all_runs(setup: matrix.Setup, rates: dict[str, float]) -> list[matrix.Run]:
         *matrix.whitened_sweep_runs(setup),
         *matrix.reinforce_sweep_runs(setup),
         *matrix.fitted_runs(setup, rates["ebft"]),
+        *matrix.equal_time_runs(setup, rates["sft_tokens"]),
     ]
 
 
