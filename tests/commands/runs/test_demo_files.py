@@ -36,3 +36,12 @@ def test_without_tensorboard_no_curves_are_written(
     assert "--report_to=none" not in with_it and with_it[-1] == "--max_steps=2"
     assert without == [*with_it[:-1], "--report_to=none", "--max_steps=2"]
     assert capsys.readouterr().out.count("There is no TensorBoard here") == 1
+
+
+def test_help_names_the_demo_and_its_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    demo.main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(
+        f"hf-ebft demo [--option value ...]: hf-ebft train as {demo_files.DEMO_CONFIG}"
+    )
+    assert "--max_steps" in shown
