@@ -101,7 +101,7 @@ def test_empty_text_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFix
         (json.dumps({"text": "a"}) + "\n" + json.dumps({"text": HALF}), r"line 2 holds a lone"),
         ('{"text": "a"}\n{"text": \n', r"line 2 is no JSON"),
         ("\n\n", r"data\.jsonl is empty"),
-        (b'{"text": "\xe9"}\n{"text": \n', r"line 1 is no JSON \('utf-8' codec"),
+        (b'{"text": "\xe9"}\n{"text": \n', r"not UTF-8 text: byte 0xE9 at offset 10 \(line 1\)"),
         ('{"text": "a\u2028b"}\n{"text": \n', r"line 2 is no JSON"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,8 +24,7 @@ CASE = Case(ragged_batch(33, 21), stride=6)
 
 def without_head(forward: PackedForward) -> PackedForward:
     """The same, with whole logits."""
-    fields = {name: getattr(forward, name) for name in forward.__dataclass_fields__}
-    return PackedForward(**fields | {"head": None})
+    return dataclasses.replace(forward, head=None)
 
 
 def log_probs_and_gradients(

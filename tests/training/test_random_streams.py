@@ -30,6 +30,8 @@ def test_the_numbers_of_the_streams_are_fixed() -> None:
         "CORPUS_ROWS": 3,
         "MODELS": 4,
         "COMPLETIONS": 5,
+        "PREFLIGHT": 10,
+        "SKETCH": 11,
     }
 
 

@@ -243,7 +243,7 @@ def test_a_server_that_never_comes_up_is_a_clear_error():
         vllm_server_timeout=0.2,
     )
     client = VLLMClient(settings, wait=0.05)
-    with pytest.raises(VLLMServerError, match=r"no vLLM server is up .*vllm\.serving --config"):
+    with pytest.raises(VLLMServerError, match=r"no vLLM server is up .*`hf-ebft serve --config"):
         client.wait_until_ready()
 
 
