@@ -284,7 +284,8 @@ class StaticDecoder:
             )
         with ExitStack() as stack:
             stack.enter_context(_not_compiled(self.model))
-            stack.enter_context(decoding_against(self.forward.config, self._cache))
+            # Of the model in hand: it may be another one than the one that was looked at.
+            stack.enter_context(decoding_against(bare_model(self.model).config, self._cache))
             if self.forward.head is not None:
                 stack.enter_context(
                     self.forward.head.replaced_by(self.model, self._draw, traceable=traceable)

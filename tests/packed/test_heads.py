@@ -173,10 +173,9 @@ def test_a_step_that_is_read_wrongly_is_refused_at_construction() -> None:
     """The self-test goes through the head, as training does."""
     model = tiny_model("llama")
     forward = PackedForward.for_model(model)
-    fields = {name: getattr(forward, name) for name in forward.__dataclass_fields__}
     wrong = Head(forward.head.name, scale=0.5)
     with pytest.raises(ValueError, match="other log-probabilities on a packed row"):
-        verify_packing(model, PackedForward(**fields | {"head": wrong}))
+        verify_packing(model, dataclasses.replace(forward, head=wrong))
 
 
 def test_sampling_never_makes_more_than_a_chunk_of_logits() -> None:
