@@ -88,12 +88,10 @@ def decode(
     if len(uniform) == 0:
         return _in_order(layout, [part[None] for part in first])
     decoding: Decoding = forward.known.setdefault("decoding", Decoding())
-    if not decoding.works and decoding.grows is None:
-        decoding.grows = why_cache_grows(model, forward)
-        if decoding.grows is not None:
-            _log_growing(model, decoding.grows)
     if decoding.grows is None:
         try:
+            if not decoding.works and (reason := why_cache_grows(model, forward)):
+                raise CannotDecodeStatically(reason)
             static = decoding.static
             if static is None:
                 static = uniform.device.type != "cpu"
@@ -103,20 +101,11 @@ def decode(
             found = decoding.graphs.run(decoder, len(uniform))
             decoding.works = True
             return _in_order(layout, [part[..., : uniform.shape[2]] for part in found])
-        except torch.OutOfMemoryError:
-            raise
         # Whatever foreign code raises about a cache that is not its own kind.
         except Exception as error:
-            if decoding.works:
+            if decoding.works or isinstance(error, torch.OutOfMemoryError):
                 raise
-            if isinstance(error, CannotDecodeStatically):
-                decoding.grows = str(error)
-                _log_growing(model, decoding.grows)
-            else:
-                decoding.grows = (
-                    f"a step against fixed places raised {type(error).__name__}: {error}"
-                )
-                _log_growing(model, decoding.grows, error)
+            decoding.grows = _log_growing(model, error)
     return _decode_growing(model, forward, layout, sampler, cache, first, uniform)
 
 
@@ -133,16 +122,22 @@ def why_cache_grows(model: nn.Module, forward: PackedForward) -> str | None:
     return None
 
 
-def _log_growing(model: nn.Module, reason: str, error: Exception | None = None) -> None:
-    """Say so; with the traceback of an error that nobody foresaw, which may be a bug of ours."""
+def _log_growing(model: nn.Module, error: Exception) -> str:
+    """Say so, and return why; with the traceback of an error that nobody foresaw, which may be a
+    bug of ours.
+    """
+    foreseen = isinstance(error, CannotDecodeStatically)
+    raised = f"a step against fixed places raised {type(error).__name__}: {error}"
+    reason = str(error) if foreseen else raised
     inside = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     logger.warning(
         "%s is decoded against keys and values that grow with every step, since %s: that takes "
         "more time, and no CUDA graph.",
         type(inside).__name__,
         reason,
-        exc_info=error,
+        exc_info=None if foreseen else error,
     )
+    return reason
 
 
 def _in_order(layout: PackedLayout, by_step: list[Tensor]) -> tuple[Tensor, Tensor]:
