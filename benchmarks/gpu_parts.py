@@ -48,7 +48,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from hf_ebft import EBFTConfig, EBFTTrainer
 from hf_ebft.data import tokenize_and_cut
 from hf_ebft.data.stdlib_text import load
-from hf_ebft.packed.decoding import Decoding
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import bare_model
 
@@ -290,11 +289,11 @@ def measure(record: Record, variant: Variant, speed: float) -> dict[str, Any]:
 
 def decoding_of(ours: OurStep) -> str:
     """Whether its decoding steps ran as they should, which seconds alone do not tell."""
-    decoding: Decoding | None = ours.trainer._forward.known.get("decoding")
-    if decoding is None:
-        return "no steps"
+    decoding = ours.trainer._forward.decoding
     if decoding.grows is not None:
         return f"a cache that grows, since {decoding.grows}"
+    if not decoding.works:
+        return "no steps"
     graphs = decoding.graphs
     return f"{len(graphs._captured)} graphs" + ("" if graphs.works else ", a capture failed")
 

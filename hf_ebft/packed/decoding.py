@@ -15,7 +15,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_ebft.packed.cuda_graphs import StepGraphs
 from hf_ebft.packed.drawing import Sampler
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.forward import PackedForward, states_in
@@ -40,24 +38,6 @@ from hf_ebft.rows.layout import PackedLayout
 MULTIPLE = 128
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Decoding:
-    """What is known of how a policy decodes, from batch to batch.
-
-    Attributes:
-        grows: why keys and values have to grow; None where they need not, or it is not known yet.
-        works: whether a step against fixed places has run.
-        static: whether shapes come in few sizes, see `StaticDecoder`; None: where the device is
-            not a CPU.
-        graphs: captured steps.
-    """
-
-    grows: str | None = None
-    works: bool = False
-    static: bool | None = None
-    graphs: StepGraphs = field(default_factory=StepGraphs)
 
 
 def decode(
@@ -87,7 +67,7 @@ def decode(
     """
     if len(uniform) == 0:
         return _in_order(layout, [part[None] for part in first])
-    decoding: Decoding = forward.known.setdefault("decoding", Decoding())
+    decoding = forward.decoding
     if decoding.grows is None:
         try:
             if not decoding.works and (reason := why_cache_grows(model, forward)):

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_ebft.packed.compiled_layers import CompileOptions, compile_layers
+from hf_ebft.packed.decoding_state import Decoding
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.heads import Head, ToLogits
@@ -52,8 +53,7 @@ class PackedForward:
     head: Head | None
     noise_per_pass: bool = False
     compiler: CompileOptions | None = None
-    # What users of this find out about the model from batch to batch.
-    known: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    decoding: Decoding = field(default_factory=Decoding, init=False, repr=False, compare=False)
 
     @classmethod
     def for_model(

@@ -40,7 +40,7 @@ def test_rollouts_are_the_same_with_a_graph_and_without(attention: str) -> None:
     for lengths in ((44, 60), (60, 50), (31, 60), (60, 50)):
         found = tokens(layout(*lengths))
     assert torch.equal(found, first)
-    decoding = forward.known["decoding"]
+    decoding = forward.decoding
     assert decoding.works and decoding.graphs.works
     # With static shapes all of these are one shape; on a CPU nothing is captured.
     assert len(decoding.graphs._captured) == (0 if ON_CPU else 1)

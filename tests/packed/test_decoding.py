@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_ebft.packed import cuda_graphs
 from hf_ebft.packed.cuda_graphs import KEPT, StepGraphs, _stream_for_captures
-from hf_ebft.packed.decoding import Decoding, StaticDecoder, _lies_whole_on
+from hf_ebft.packed.decoding import StaticDecoder, _lies_whole_on
 from hf_ebft.packed.deferred import TrainingPass
 from hf_ebft.packed.forward import PackedForward, evaluation_mode
 from hf_ebft.packed.sampling import SamplingRecord, make_generator, sample_with_record
@@ -58,7 +58,7 @@ CASES = {
 def grown(forward: PackedForward) -> PackedForward:
     """The same, told to let the cache grow."""
     other = replace(forward)
-    other.known["decoding"] = Decoding(grows="the test says so")
+    other.decoding.grows = "the test says so"
     return other
 
 
@@ -85,7 +85,7 @@ def test_static_decoding_equals_a_growing_cache(architecture: str, case: Case) -
     model = tiny_model(architecture, limit=4096)
     forward = PackedForward.for_model(model)
     found = sampled(model, forward, case.layout())
-    assert forward.known["decoding"].works
+    assert forward.decoding.works
     assert_equal_rollouts(found, sampled(model, grown(forward), case.layout()))
 
 
@@ -97,7 +97,7 @@ def test_it_does_for_every_attention_and_way_of_drawing(
     model = tiny_model("gemma3_text")
     forward, layout = PackedForward.for_model(model, attention), CASES["ragged"].layout()
     found = sampled(model, forward, layout, **settings)
-    assert forward.known["decoding"].works
+    assert forward.decoding.works
     assert_equal_rollouts(found, sampled(model, grown(forward), layout, **settings))
     assert forward.recipe.implementation.endswith(attention)
     assert model.config._attn_implementation.endswith(attention)
@@ -108,7 +108,7 @@ def test_it_does_with_adapters(architecture: str) -> None:
     model = lora_model(architecture)
     forward, layout = PackedForward.for_model(model), CASES["packed documents"].layout()
     found = sampled(model, forward, layout)
-    assert forward.known["decoding"].works
+    assert forward.decoding.works
     assert_equal_rollouts(found, sampled(model, grown(forward), layout))
 
 
@@ -165,7 +165,7 @@ def test_a_model_that_does_more_than_hand_on_is_noticed_in_its_first_step(
         found = sampled(model, forward, layout)
     finally:
         AttentionInterface.register(static_cache.DECODING, original)
-    assert reason in str(forward.known["decoding"].grows)
+    assert reason in str(forward.decoding.grows)
     assert_equal_rollouts(found, expected)
     assert model.config._attn_implementation == "ebft_split"
 
@@ -323,7 +323,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCapture:
 
 def captured_by(model: nn.Module, fake: FakeCapture) -> PackedForward:
     forward = PackedForward.for_model(model)
-    forward.known["decoding"] = Decoding(static=True, graphs=StepGraphs(capture=fake))
+    forward.decoding.static, forward.decoding.graphs = True, StepGraphs(capture=fake)
     return forward
 
 
@@ -337,7 +337,7 @@ def test_replayed_steps_give_the_same_rollouts(architecture: str, fake: FakeCapt
     model = tiny_model(architecture, limit=4096)
     forward = captured_by(model, fake)
     plain = PackedForward.for_model(model)
-    plain.known["decoding"] = Decoding(static=True, graphs=StepGraphs(works=False))
+    plain.decoding.static, plain.decoding.graphs = True, StepGraphs(works=False)
     other_way = grown(plain)
     kept = []
     for layout in (lengths(40, 33), lengths(38, 45), lengths(21, 44), lengths(40, 33)):
@@ -391,7 +391,7 @@ def test_other_shapes_settings_and_weights_get_graphs_of_their_own(fake: FakeCap
     assert captures(lengths(40, 33)) == 1
     for temperature in (0.6, 0.7, 0.8):
         assert captures(lengths(40, 33), temperature=temperature) == 1
-    graphs = forward.known["decoding"].graphs
+    graphs = forward.decoding.graphs
     assert len(graphs._captured) == KEPT
 
 
@@ -412,7 +412,7 @@ def test_decoding_goes_on_where_a_capture_fails(
 
     model = tiny_model("llama", limit=4096)
     forward = captured_by(model, fake)
-    forward.known["decoding"].graphs.capture = failing
+    forward.decoding.graphs.capture = failing
     with caplog.at_level(logging.WARNING, "hf_ebft.packed.cuda_graphs"):
         records = [sampled(model, forward, lengths(40, 33)) for _ in range(4)]
     assert all(
