@@ -28,6 +28,7 @@ from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.forward import PackedForward, states_in
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.heads import ToLogits
+from hf_ebft.packed.model_code import calls_chosen_attention
 from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.packed.static_cache import CannotDecodeStatically, StaticCache, decoding_against
 from hf_ebft.packed.step_views import StepViews
@@ -93,13 +94,17 @@ def why_cache_grows(model: nn.Module, forward: PackedForward) -> str | None:
     """Why a model cannot be decoded against fixed places, as far as can be told beforehand."""
     if not forward.has_plain_cache:
         return "its cache holds more than keys and values of every layer"
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    if not any(part._can_set_attn_implementation() for part in parts):
+    if not calls_chosen_attention(model):
         return "its code does not leave attention to the chosen function"
-    inside = parts[0]
+    inside = _transformers_model(model)
     if not (inside._supports_sdpa or inside._supports_flex_attn):
         return "its attention may do more than it leaves to the chosen function"
     return None
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The outermost one inside all wrappers."""
+    return next(part for part in model.modules() if isinstance(part, PreTrainedModel))
 
 
 def _log_growing(model: nn.Module, error: Exception) -> str:
@@ -109,11 +114,10 @@ def _log_growing(model: nn.Module, error: Exception) -> str:
     foreseen = isinstance(error, CannotDecodeStatically)
     raised = f"a step against fixed places raised {type(error).__name__}: {error}"
     reason = str(error) if foreseen else raised
-    inside = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     logger.warning(
         "%s is decoded against keys and values that grow with every step, since %s: that takes "
         "more time, and no CUDA graph.",
-        type(inside).__name__,
+        type(_transformers_model(model)).__name__,
         reason,
         exc_info=None if foreseen else error,
     )

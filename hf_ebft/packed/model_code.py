@@ -58,11 +58,16 @@ def mask_functions(model: PreTrainedModel) -> set[str]:
     return {name for module in code for name in vars(module)} & MASK_FUNCTIONS
 
 
+def calls_chosen_attention(model: nn.Module) -> bool:
+    """Whether a model's code leaves attention to the function that its configuration names."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return any(part._can_set_attn_implementation() for part in parts)
+
+
 def why_not_split(model: PreTrainedModel) -> str | None:
     """Why split attention cannot take the place of a model's attention; None if it can."""
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     # transformers would only warn when it is told to switch the attention of such a model.
-    if not any(part._can_set_attn_implementation() for part in parts):
+    if not calls_chosen_attention(model):
         return "its code does not leave attention to the chosen function"
     # It knows what sdpa knows, and takes it where it has to: no bound on the scores, no sinks.
     if not model._supports_sdpa:

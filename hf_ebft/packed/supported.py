@@ -23,7 +23,7 @@ from hf_ebft.packed.attention_choice import (
 )
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.masks import MASKABLE_LAYERS, SPLIT
-from hf_ebft.packed.model_code import mask_functions, why_not_split
+from hf_ebft.packed.model_code import calls_chosen_attention, mask_functions, why_not_split
 from hf_ebft.packed.model_parts import active_adapter_configs, bare_model
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
@@ -323,7 +323,6 @@ def gather_facts(
     """What decides how a model attends on packed rows; see `set_packed_attention`."""
     config = base.config.get_text_config(decoder=True)
     weights = next(base.parameters()).device.type
-    parts = [part for part in base.modules() if isinstance(part, PreTrainedModel)]
     dropout = [
         value
         for name, value in vars(config).items()
@@ -343,7 +342,7 @@ def gather_facts(
         before=config._attn_implementation or "eager",
         supports_sdpa=bool(base._supports_sdpa),
         takes_flex=bool(base._supports_flex_attn)
-        and any(part._can_set_attn_implementation() for part in parts)
+        and calls_chosen_attention(base)
         # Such models cut the mask to the tokens whose logits are kept, which a block mask cannot
         # be.
         and not getattr(config, "num_kv_shared_layers", 0),
