@@ -22,6 +22,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_ebft.packed.attention_functions import (
+    HIDDEN,
+    attend_plainly,
+    beside_sinks,
+    bound_on_scores,
+    changes_of_scores,
+    in_autocast_dtype,
+)
 from hf_ebft.packed.block_masks import TILE
 
 # The name by which transformers' models find it.
@@ -56,16 +64,6 @@ def _compiled_flex_attention(device_type: str) -> Callable[..., Any]:
     return compiled(flex_attention, backend="aot_eager" if device_type == "cpu" else "inductor")
 
 
-@cache
-def _bounded(softcap: float) -> Callable[..., Tensor]:
-    """The scores' bound, `softcap * tanh(score / softcap)`, as flex_attention takes it."""
-
-    def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    return score_mod
-
-
 def flex_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -98,9 +96,7 @@ def flex_attention_forward(
     Raises:
         ValueError: dropout or a bias by position, through a block mask.
     """
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = in_autocast_dtype(query, key, value)
     if not isinstance(attention_mask, BlockMask):
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(
@@ -109,7 +105,7 @@ def flex_attention_forward(
         return _attention(
             module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux
         )
-    unknown = [name for name in ("position_bias",) if kwargs.get(name) is not None]
+    unknown = changes_of_scores(kwargs)
     if dropout > 0.0:
         unknown.append("dropout")
     if unknown:
@@ -119,7 +115,7 @@ def flex_attention_forward(
         )
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": True, "block_mask": attention_mask}
     if softcap is not None:
-        options["score_mod"] = _bounded(softcap)
+        options["score_mod"] = bound_on_scores(softcap)
     if query.shape[2] < TILE and query.device.type != "cpu":
         # Few queries would go to a kernel for decoding, which knows fewer shapes and types.
         options["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
@@ -130,12 +126,11 @@ def flex_attention_forward(
     if not torch.compiler.is_compiling():
         attend = _compiled_flex_attention(query.device.type)
     found = attend(query, key, value, **options)
-    if s_aux is not None:
-        output, aux = found
-        # What the sink takes: exp(lse) / (exp(lse) + exp(sink)) is left to the keys.
-        kept = torch.sigmoid(aux.lse - s_aux.float()[None, :, None])
-        found = (output * kept[..., None]).to(output.dtype)
-    return found.transpose(1, 2).contiguous(), None
+    if s_aux is None:
+        return found.transpose(1, 2).contiguous(), None
+    output, aux = found[0].transpose(1, 2), found[1]
+    output = beside_sinks(output, aux.lse.transpose(1, 2), s_aux).to(output.dtype)
+    return output.contiguous(), None
 
 
 def _attention(
@@ -153,26 +148,17 @@ def _attention(
 
     Arguments and result: see `flex_attention_forward`.
     """
-    batch, heads, n_queries, width = query.shape
-    n_keys = key.shape[2]
-    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    scores = (grouped @ key.transpose(2, 3)).view(batch, heads, n_queries, n_keys).float()
-    scores = scores * (width**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and n_queries > 1:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    if mask is None:
         seen = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device)
-        mask = seen.tril(n_keys - n_queries)
-    if mask is not None:
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        mask = seen.tril(n_keys - n_queries)[None, None]
+    bias = (~mask).float() * HIDDEN if mask.dtype == torch.bool else mask
+    dropout = dropout if module.training else 0.0
+    output, lse = attend_plainly(query, key, value, bias, scaling, softcap, dropout)
     if sinks is not None:
-        column = sinks.float()[None, :, None, None].expand(batch, heads, n_queries, 1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = scores.softmax(dim=-1)[..., :n_keys].to(value.dtype)
-    weights = nn.functional.dropout(weights, dropout, training=module.training)
-    by_group = weights.reshape(batch, key.shape[1], -1, n_keys) @ value
-    return by_group.view(batch, heads, n_queries, -1).transpose(1, 2).contiguous(), None
+        output = beside_sinks(output, lse, sinks).to(output.dtype)
+    return output.contiguous(), None
 
 
 AttentionInterface.register(FLEX, flex_attention_forward)

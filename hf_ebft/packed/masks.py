@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_ebft.packed.attention_functions import changes_of_scores, in_autocast_dtype
 from hf_ebft.packed.block_masks import BlockMaskCache, VisibleKeys, block_mask
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.model_code import mask_functions
@@ -384,10 +385,6 @@ def _materialized(value: Any) -> Any:
     return value.dense() if isinstance(value, PackedMask) else value
 
 
-# Arguments of attention functions that change the scores.
-_CHANGES_OF_SCORES = ("position_bias", "s_aux", "softcap")
-
-
 def _split_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -406,15 +403,13 @@ def _split_attention_forward(
     """
     if isinstance(attention_mask, PackedMask):
         plan = attention_mask.plan
-        changes = [name for name in _CHANGES_OF_SCORES if kwargs.get(name) is not None]
+        changes = changes_of_scores(kwargs)
         if dropout > 0.0:
             changes.append("dropout")
         if (query.shape[2], key.shape[2]) != (plan.n_queries, plan.n_keys):
             changes.append("queries or keys that the packed row does not have")
         if not changes:
-            if torch.is_autocast_enabled(query.device.type):
-                dtype = torch.get_autocast_dtype(query.device.type)
-                query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            query, key, value = in_autocast_dtype(query, key, value)
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             with torch.autocast(query.device.type, enabled=False):
                 return split_attention(query, key, value, plan, scaling), None

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
+from hf_ebft.packed.attention_functions import changes_of_scores, in_autocast_dtype
 from hf_ebft.packed.step_attention import KNOWN_CHANGES, StepView, step_attention
 
 # The attention of decoding steps, under the name by which transformers' models find it.
@@ -178,32 +179,24 @@ def _decoding_attention_forward(
     assert cache is not None
     layer, view = cache.layer_of(key, value), cache.view_of(attention_mask)
     known = KNOWN_CHANGES if cache.changes_scores else ()
-    for name in ("position_bias", *KNOWN_CHANGES):
-        if kwargs.get(name) is not None and name not in known:
+    for name in changes_of_scores(kwargs):
+        if name not in known:
             raise CannotDecodeStatically(f"its attention uses {name}")
     if kwargs.get("dropout"):
         raise CannotDecodeStatically("its attention drops something in evaluation mode")
-    document, own = layer.document, (key, value)
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, document, own = query.to(dtype), _to(document, dtype), _to(own, dtype)
+    query, *document, key, value = in_autocast_dtype(query, *layer.document, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
         output = step_attention(
             query,
-            document,
-            own,
+            (document[0], document[1]),
+            (key, value),
             view,
             scaling,
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
         )
     return output, None
-
-
-def _to(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return pair[0].to(dtype), pair[1].to(dtype)
 
 
 AttentionInterface.register(DECODING, _decoding_attention_forward)

@@ -15,18 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from hf_ebft.packed.attention_functions import (
+    HIDDEN,
+    attend_plainly,
+    beside_sinks,
+    bound_on_scores,
+)
 from hf_ebft.packed.flex import compiled
 
-# Added to scores that nobody may see: finite, so that a query that sees nothing has a finite
-# result, which gets no weight beside a part that it does see.
-HIDDEN = -1e30
 # What of an attention function's arguments changes the scores and is known here.
 KNOWN_CHANGES = ("softcap", "s_aux")
 
@@ -139,17 +142,13 @@ def _by_blocks(
         query,
         key,
         value,
-        score_mod=None if softcap is None else partial(_capped_score, softcap),
+        score_mod=None if softcap is None else bound_on_scores(softcap),
         block_mask=block_mask,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=AuxRequest(lse=True),
     )
     return output.transpose(1, 2), aux.lse.transpose(1, 2)
-
-
-def _capped_score(softcap: float, score: Tensor, *_: Tensor) -> Tensor:
-    return softcap * torch.tanh(score / softcap)
 
 
 @cache
@@ -182,8 +181,7 @@ def _with_own(
     else:
         joined = torch.lerp(own_output.float(), output.float(), weight)
     if sinks is not None:
-        total = torch.logaddexp(lse, own_lse)
-        joined = joined * torch.sigmoid(total - sinks.float())[..., None]
+        joined = beside_sinks(joined, torch.logaddexp(lse, own_lse), sinks)
     return joined.to(query.dtype)
 
 
@@ -214,31 +212,6 @@ def _attend(
         )
         return output.transpose(1, 2), lse.transpose(1, 2)
     return attend_plainly(query, key, value, bias, scaling, softcap)
-
-
-def attend_plainly(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    scaling: float,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`_attend` in plain operators, for every device; scores and softmax in float32.
-
-    Heads that share keys and values share a product.
-    """
-    shared = (key.shape[1], query.shape[1] // key.shape[1])
-    rows = query.unflatten(1, shared).flatten(2, 3)
-    scores = torch.matmul(rows, key.transpose(2, 3)).float() * scaling
-    scores = scores.unflatten(2, (shared[1], -1))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + bias[:, :, None]
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse[..., None]).to(value.dtype)
-    output = torch.matmul(weights.flatten(2, 3), value).unflatten(2, (shared[1], -1))
-    return output.flatten(1, 2).transpose(1, 2), lse.flatten(1, 2).transpose(1, 2)
 
 
 @cache

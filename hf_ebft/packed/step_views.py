@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from hf_ebft.packed.attention_functions import HIDDEN
 from hf_ebft.packed.block_masks import MaskByPair, VisibleKeys, block_mask
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.masks import FULL, MaskRecipe
-from hf_ebft.packed.step_attention import HIDDEN, DocumentTile, StepView, fused_attention_works
+from hf_ebft.packed.step_attention import DocumentTile, StepView, fused_attention_works
 from hf_ebft.rows.anchors import Blocks
 from hf_ebft.rows.layout import PackedLayout
 

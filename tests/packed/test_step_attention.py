@@ -7,13 +7,8 @@ import torch
 from torch import Tensor
 
 from hf_ebft.packed import step_attention
-from hf_ebft.packed.step_attention import (
-    HIDDEN,
-    DocumentTile,
-    StepView,
-    attend_plainly,
-    fused_attention_works,
-)
+from hf_ebft.packed.attention_functions import HIDDEN, attend_plainly
+from hf_ebft.packed.step_attention import DocumentTile, StepView, fused_attention_works
 
 B, H, A, M, S, OWN, E = 2, 2, 6, 5, 11, 4, 16
 

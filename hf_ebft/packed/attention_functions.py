@@ -1,0 +1,99 @@
+"""What our attention functions have in common: arguments, bounds, sinks, and attention written out.
+
+Dimension letters: B rows of the batch, H heads of keys and values, A query heads, Q queries and C
+keys, E and F widths of a head (keys, values).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Added to scores that nobody may see: finite, so that a query that sees nothing has a finite
+# result, which gets no weight beside a part that it does see.
+HIDDEN = -1e30
+# Arguments by which transformers' models let an attention function change the scores.
+_CHANGES_OF_SCORES = ("position_bias", "s_aux", "softcap")
+
+
+def changes_of_scores(arguments: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments given that change the scores."""
+    return [name for name in _CHANGES_OF_SCORES if arguments.get(name) is not None]
+
+
+def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, of one device, in the dtype of its autocast; as they are where that is off."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+@cache
+def bound_on_scores(softcap: float) -> Callable[..., Tensor]:
+    """The scores' bound, `softcap * tanh(score / softcap)`, as flex_attention takes it."""
+
+    def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+def beside_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention whose softmax has one more score for each head, with a value of 0.
+
+    Args:
+        output: (B, Q, A, F), without the sinks.
+        lse: (B, Q, A) float32, logarithm of the sum of the exponentials of the scores.
+        sinks: (A,).
+
+    Returns:
+        (B, Q, A, F) in float32 or wider.
+    """
+    # exp(lse) / (exp(lse) + exp(sink)) is left to the keys.
+    return output * torch.sigmoid(lse - sinks.float())[..., None]
+
+
+def attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain operators, for every device; scores and softmax in float32.
+
+    Heads that share keys and values share a product.
+
+    Args:
+        query: (B, A, Q, E).
+        key, value: (B, H, C, E) and (B, H, C, F).
+        bias: (B or 1, 1, Q or 1, C or 1), added to the scores.
+        scaling: multiplies the scores.
+        softcap: bound on the scores, before the bias is added.
+        dropout: share of the weights that is dropped.
+
+    Returns:
+        (B, Q, A, F) in the dtype of the values and (B, Q, A) float32, the logarithm of the sum of
+        the exponentials of the scores.
+    """
+    shared = (key.shape[1], query.shape[1] // key.shape[1])
+    rows = query.unflatten(1, shared).flatten(2, 3)
+    scores = torch.matmul(rows, key.transpose(2, 3)).float() * scaling
+    scores = scores.unflatten(2, (shared[1], -1))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias[:, :, None]
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse[..., None]).to(value.dtype)
+    if dropout > 0.0:
+        weights = nn.functional.dropout(weights, dropout)
+    output = torch.matmul(weights.flatten(2, 3), value).unflatten(2, (shared[1], -1))
+    return output.flatten(1, 2).transpose(1, 2), lse.flatten(1, 2).transpose(1, 2)
