@@ -230,10 +230,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             )
         fitted = None if self.random_streams.evaluating else self.fitted
         with torch.no_grad(), self.accelerator.autocast():
-            if fitted:
-                features = fitted.embed(rollouts, score)
-            else:
-                features = self.feature_network.embed(rollouts, score)
+            features = (fitted or self.feature_network).embed(rollouts, score)
         with torch.no_grad():
             rewards = rewards_from_settings(
                 settings,
