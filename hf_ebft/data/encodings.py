@@ -27,6 +27,19 @@ def open_bytes(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def read_text(path: Path) -> str:
+    """A whole file as text, without the mark that editors may write at its start.
+
+    Raises:
+        ValueError: it is no UTF-8; the sentence of `not_utf8`.
+    """
+    try:
+        with open_bytes(path) as stream:
+            return stream.read().decode("utf-8-sig")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(not_utf8(path)) from error
+
+
 def not_utf8(path: Path) -> str | None:
     """What is wrong with a file that is no UTF-8, in a sentence; None if it is.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_ebft.data.encodings import COMPRESSED, not_utf8, open_bytes, suffix_of
+from hf_ebft.data.encodings import COMPRESSED, not_utf8, open_bytes, read_text, suffix_of
 from hf_ebft.data.unicode import fault_of, require_unicode
 
 logger = logging.getLogger(__name__)
@@ -313,14 +313,15 @@ def _text_files(path: Path) -> list[Path]:
         return [path] if suffix_of(path) in TEXT_SUFFIXES else []
     if not path.is_dir() or _is_saved_dataset(path):
         return []
-    text_files = [file for file in _files(path) if suffix_of(file) in TEXT_SUFFIXES]
-    if not _tables(path):
+    files = _files(path)
+    text_files, tables = _with_suffix(files, TEXT_SUFFIXES), _tables(files)
+    if not tables:
         return text_files
     documents = _documents(text_files)
     if documents:
         raise ValueError(
             f"The folder {path} holds text files ({documents[0].name}, ...) and tables "
-            f"({_tables(path)[0].name}, ...); name a file, or a folder with one kind of them."
+            f"({tables[0].name}, ...); name a file, or a folder with one kind of them."
         )
     return []
 
@@ -334,12 +335,14 @@ def _files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _tables(folder: Path) -> list[Path]:
-    """The tables that make a folder a data set, if there are any."""
-    files = _files(folder)
-    beside_code = _documents([file for file in files if suffix_of(file) in TEXT_SUFFIXES])
-    wanted = FOLDER_TABLE_SUFFIXES if beside_code else FOLDER_SUFFIXES
-    return [file for file in files if suffix_of(file) in wanted]
+def _with_suffix(files: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
+    return [file for file in files if suffix_of(file) in suffixes]
+
+
+def _tables(files: Sequence[Path]) -> list[Path]:
+    """Of the files of a folder, the tables that make it a data set, if there are any."""
+    beside_code = _documents(_with_suffix(files, TEXT_SUFFIXES))
+    return _with_suffix(files, FOLDER_TABLE_SUFFIXES if beside_code else FOLDER_SUFFIXES)
 
 
 def _documents(text_files: Sequence[Path]) -> list[Path]:
@@ -354,12 +357,11 @@ def _is_saved_dataset(folder: Path) -> bool:
 def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
     records, undecodable, blank = [], [], []
     for file in files:
-        fault = not_utf8(file)
-        if fault is not None:
-            undecodable.append((file, fault))
+        try:
+            text = read_text(file)
+        except ValueError as error:
+            undecodable.append(str(error))
             continue
-        with open_bytes(file) as stream:
-            text = stream.read().decode("utf-8-sig")  # without the mark that editors may write
         # As Python reads text files.
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         if text.strip():
@@ -367,7 +369,7 @@ def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
         else:
             blank.append(file)
     if undecodable and not records:
-        raise ValueError(undecodable[0][1])
+        raise ValueError(undecodable[0])
     if not records:
         raise ValueError(f"{blank[0]} is empty: there is no text in it.")
     if undecodable:
@@ -376,7 +378,7 @@ def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
             len(undecodable),
             len(files),
             name,
-            undecodable[0][1],
+            undecodable[0],
         )
     if blank:
         logger.warning(
@@ -393,7 +395,7 @@ def _load_table(
     name_or_path: str, path: Path, split: str, config_name: str | None, *, streaming: bool = False
 ) -> Any:
     """A `datasets.Dataset`, or `IterableDataset`, from a data file, a folder or the hub."""
-    _refuse_unreadable(name_or_path, path)
+    tables = _readable_tables(name_or_path, path)
     datasets = import_datasets(name_or_path)
     try:
         if path.is_file():
@@ -402,13 +404,13 @@ def _load_table(
                 data_files={ONLY_SPLIT: str(path)},
                 split=split,
                 streaming=streaming,
-                **_csv_options([path], datasets),
+                **_csv_options(tables, datasets),
             )
         if path.is_dir() and _is_saved_dataset(path):
             saved = datasets.load_from_disk(str(path))
             return saved[split] if isinstance(saved, dict) else saved
         if path.is_dir():
-            options = {"streaming": streaming, **_csv_options(_tables(path), datasets)}
+            options = {"streaming": streaming, **_csv_options(tables, datasets)}
             return datasets.load_dataset(str(path), config_name, split=split, **options)
         return datasets.load_dataset(name_or_path, config_name, split=split, streaming=streaming)
     except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
@@ -418,11 +420,12 @@ def _load_table(
         ) from error
 
 
-def _refuse_unreadable(name_or_path: str, path: Path) -> None:
-    """Raise for files and folders that are not there, of no known kind, empty, or not UTF-8.
+def _readable_tables(name_or_path: str, path: Path) -> list[Path]:
+    """The files of a data set that lies here as tables; none of a saved one and of the hub's.
 
     Raises:
-        ValueError: with what to name instead.
+        ValueError: files and folders that are not there, of no known kind, empty, or not UTF-8,
+            with what to name instead.
     """
     suffix = suffix_of(path)
     looks_local = name_or_path.startswith((".", "/", "~")) or suffix in (
@@ -436,20 +439,21 @@ def _refuse_unreadable(name_or_path: str, path: Path) -> None:
             f"{name_or_path} ends in {path.suffix!r}, which is not read; use one of "
             f"{LISTED_SUFFIXES}, or a dataset's name on the hub."
         )
-    if path.is_dir() and not _is_saved_dataset(path) and not _tables(path):
-        raise ValueError(
-            f"The folder {name_or_path} holds no file that is read from folders; these are: "
-            f"{', '.join((*TEXT_SUFFIXES, *FOLDER_SUFFIXES))}."
-        )
     if path.is_file() and _is_blank(path):
         raise ValueError(f"{name_or_path} is empty.")
     tables = [path] if path.is_file() else []
     if path.is_dir() and not _is_saved_dataset(path):
-        tables = _tables(path)
+        tables = _tables(_files(path))
+        if not tables:
+            raise ValueError(
+                f"The folder {name_or_path} holds no file that is read from folders; these are: "
+                f"{', '.join((*TEXT_SUFFIXES, *FOLDER_SUFFIXES))}."
+            )
     for table in tables:
         fault = None if suffix_of(table) == ".parquet" else not_utf8(table)
         if fault is not None:
             raise ValueError(fault)
+    return tables
 
 
 def _csv_options(tables: Sequence[Path], datasets: Any) -> dict[str, Any]:
