@@ -22,11 +22,15 @@ def main(argv: Sequence[str]) -> None:
     """
     require_demo_files()
     if {"-h", "--help", "--help-all", "--help_all"} & set(argv):
-        print(f"hf-ebft demo [--option value ...]: hf-ebft train as {DEMO_CONFIG} says.\n"
-              "Options on the command line win; they are those of hf-ebft train:\n")  # fmt: skip
+        print(
+            f"hf-ebft demo [--option value ...]: hf-ebft train as {DEMO_CONFIG} says.\n"
+            "Options on the command line win; they are those of hf-ebft train:\n"
+        )
     options = [f"--config={DEMO_CONFIG}", f"--model_name_or_path={DEMO_MODEL}"]
     if not is_tensorboard_available():
-        print("There is no TensorBoard here, so no curves are written for it; to have them: "
-              "pip install 'hf_ebft[examples]'.")  # fmt: skip
+        print(
+            "There is no TensorBoard here, so no curves are written for it; to have them: "
+            "pip install 'hf_ebft[examples]'."
+        )
         options.append("--report_to=none")
     train.main([*options, *argv])

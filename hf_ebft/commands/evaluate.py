@@ -26,7 +26,8 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_ebft.commands.runs.data import load_split
+from hf_ebft.commands.runs.data import DATA_SEED, is_stdlib, load_split
+from hf_ebft.commands.runs.ending import documents_of
 from hf_ebft.commands.runs.options import STDLIB, DataArguments
 from hf_ebft.commands.runs.parsing import OptionParser
 from hf_ebft.commands.runs.text import raw_text, tokenize
@@ -36,9 +37,6 @@ from hf_ebft.evaluation import ModelMeasurements, compare_models, measure_model
 from hf_ebft.feature_network.network import FeatureNetwork
 
 ADAPTER_CONFIG = "adapter_config.json"
-DATA_SEED = 0
-# With fewer documents than this behind the measured rows, rows are resampled instead.
-FEWEST_DOCUMENTS = 8
 
 
 @dataclass
@@ -63,7 +61,8 @@ class EvaluationArguments:
         metadata={"help": "Column with the text. Default: prompt and completion, else text."},
     )
     split: str | None = field(
-        default=None, metadata={"help": "Default: 'report' for 'stdlib:', else 'train'."}
+        default=None,
+        metadata={"help": "Default: 'report' for text that comes with Python, else 'train'."},
     )
     sequence_len: int = field(default=512, metadata={"help": "Most tokens of a row of text."})
     rows: int = field(
@@ -170,10 +169,10 @@ def main(argv: Sequence[str]) -> None:
             measured[control] = measure(model, tempered=temperature)
         del model  # the next one may need its room
         gc.collect()
-    sources = [rows.sources[row][0] for row in next(iter(measured.values())).row]
+    documents, by_document = documents_of(rows, next(iter(measured.values())).row)
     comparison = compare_models(
         measured,
-        groups=sources if len(set(sources)) >= FEWEST_DOCUMENTS else None,
+        groups=documents if by_document else None,
         seed=args.seed,
         settings=dataclasses.asdict(args) | {"feature_network": phi_path},
     )
@@ -284,7 +283,7 @@ def evaluation_settings(args: EvaluationArguments) -> EBFTSettings:
 def load_rows(args: EvaluationArguments, tokenizer: Any) -> TokenizedRows:
     """Rows of held-out text, spread over documents; short ones are kept, for their text."""
     name = args.dataset_name_or_path
-    split = args.split or ("report" if name.startswith(STDLIB) else "train")
+    split = args.split or ("report" if is_stdlib(name) else "train")
     data = DataArguments(
         dataset_name_or_path=[name],
         dataset_config_name=args.dataset_config_name,

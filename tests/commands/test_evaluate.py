@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from hf_ebft.commands import evaluate
 from hf_ebft.commands.runs.demo_files import DEMO_MODEL
+from hf_ebft.data import Table
 
 
 def test_two_models_are_measured_and_written(
@@ -48,3 +51,23 @@ def test_unknown_options_are_refused_with_the_nearest_one() -> None:
         evaluate.main(["--models", str(DEMO_MODEL), "--row", "3"])
     with pytest.raises(ValueError, match=r"'data\.txt' belongs to no option"):
         evaluate.main(["--seed", "1", "data.txt", "--models", str(DEMO_MODEL)])
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("stdlib:topics", "report"), ("stdlib-functions:encodings", "report"), ("x.csv", "train")],
+)
+def test_held_out_text_is_not_what_training_reads(
+    name: str, split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The functions that come with Python were measured where `hf-ebft train` trains on them."""
+    asked = []
+
+    def load_split(*given: Any) -> Table:
+        asked.append(given[:2])
+        return Table([{"text": "a text of enough tokens for one row, " * 9}], ("text",), "t")
+
+    monkeypatch.setattr(evaluate, "load_split", load_split)
+    args = evaluate.parse_arguments(["--models", "x", "--dataset_name_or_path", name])
+    evaluate.load_rows(args, AutoTokenizer.from_pretrained(DEMO_MODEL))
+    assert asked == [(name, split)]

@@ -144,15 +144,20 @@ def target_modules(modules: list[str], model: Any) -> str | list[str]:
             raise ValueError(_matches_nothing(pattern, "regular expression", model))
         return pattern
     for wanted in modules:
-        if not any(f".{name}".endswith(f".{wanted}") for name in full_names):
+        if not _is_named(wanted, full_names):
             raise ValueError(_matches_nothing(wanted, "name", model))
     return modules
+
+
+def _is_named(wanted: str, full_names: Iterable[str]) -> bool:
+    """Whether a name is one of the full names, or the end of one."""
+    return any(f".{name}".endswith(f".{wanted}") for name in full_names)
 
 
 def _require_match(option: str, wanted: str, full_names: Iterable[str]) -> None:
     """Raise if a name is neither one of the full names nor the end of one."""
     names = list(full_names)
-    if any(f".{name}".endswith(f".{wanted}") for name in names):
+    if _is_named(wanted, names):
         return
     ends = sorted({name.rpartition(".")[2] for name in names if name})
     near = difflib.get_close_matches(wanted.rpartition(".")[2], ends, n=3)

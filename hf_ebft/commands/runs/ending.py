@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +16,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_ebft import EBFTTrainer
 from hf_ebft.commands.runs.console import say
 from hf_ebft.commands.runs.options import DataArguments, LoraArguments, ReportArguments
+from hf_ebft.data import TokenizedRows
+from hf_ebft.evaluation import PairedDifference
 
 logger = logging.getLogger(__name__)
+
+# With fewer documents than this behind the measured rows, rows are resampled instead.
+FEWEST_DOCUMENTS = 8
 
 
 def resume_from(args: TrainingArguments) -> str | None:
@@ -56,6 +63,28 @@ def refuse_lone_row(measured: int, report: ReportArguments) -> None:
             "interval of the difference takes 2. Hold out more text (eval_fraction, "
             "max_eval_rows, eval_dataset_name_or_path), or set report_rows=0."
         )
+
+
+def documents_of(rows: TokenizedRows, indices: Iterable[int]) -> tuple[list[int], bool]:
+    """The document that each measured row was cut from, and whether to resample by document.
+
+    Rows of one document resemble each other, so that intervals are over documents, except where
+    there are too few of them.
+
+    Args:
+        rows: all that could be measured.
+        indices: of those that were.
+    """
+    documents = [rows.sources[index][0] for index in indices]
+    return documents, len(set(documents)) >= FEWEST_DOCUMENTS
+
+
+def write_report(args: TrainingArguments, differences: Mapping[str, PairedDifference]) -> None:
+    """Write the numbers of the table to report.json, and say where; in the main process."""
+    path = Path(str(args.output_dir), "report.json")
+    numbers = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
+    path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    say(args, f"\nThe numbers of the table are in {path}.")
 
 
 class Comparison(Protocol):

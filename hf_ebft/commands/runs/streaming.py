@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -141,13 +140,8 @@ def refuse_what_cannot_be_streamed(data: DataArguments, args: EBFTConfig) -> Non
             f"max_train_rows={data.max_train_rows} cannot choose documents of a stream at random; "
             "max_steps says how much of it is read."
         )
-    changed = data.eval_fraction != _default("eval_fraction")
-    if changed:
+    if data.eval_fraction != DataArguments().eval_fraction:
         raise ValueError(
             f"eval_fraction={data.eval_fraction} of a stream is not known; its first max_eval_rows "
             f"documents are held out ({HELD_OUT} by default), or name eval_split."
         )
-
-
-def _default(name: str) -> Any:
-    return next(f.default for f in dataclasses.fields(DataArguments) if f.name == name)

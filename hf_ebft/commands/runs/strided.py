@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from hf_ebft.commands.runs import streaming
 from hf_ebft.commands.runs.adapters import lora_config
 from hf_ebft.commands.runs.console import say
 from hf_ebft.commands.runs.data import DATA_SEED, load_text, shuffled
-from hf_ebft.commands.runs.ending import finish, refuse_lone_row
+from hf_ebft.commands.runs.ending import documents_of, finish, refuse_lone_row, write_report
 from hf_ebft.commands.runs.model import load_model, load_tokenizer
 from hf_ebft.commands.runs.options import (
     DataArguments,
@@ -32,9 +31,6 @@ from hf_ebft.evaluation import (
     sample_continuations,
 )
 from hf_ebft.watching.console import use_compact_progress
-
-# With fewer documents than this behind the measured rows, rows are resampled instead.
-FEWEST_DOCUMENTS = 8
 
 
 def run(
@@ -208,9 +204,8 @@ class Comparison:
             return
         args = self.trainer.args
         before, after = self.measured
-        documents = [self.rows.sources[row][0] for row in after.row]
+        documents, by_document = documents_of(self.rows, after.row)
         n_documents = len(set(documents))
-        by_document = n_documents >= FEWEST_DOCUMENTS
         differences = compare(before, after, groups=documents if by_document else None)
         say(
             args,
@@ -223,12 +218,9 @@ class Comparison:
             old, new = self.samples
             say(args, "\n" + format_samples(old, new, self.tokenizer.decode))
         if args.process_index == 0:
-            path = Path(str(args.output_dir), "report.json")
-            numbers = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
-            path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
             if self.samples:
-                self.write_samples(path.with_name("samples.jsonl"))
-            say(args, f"\nThe numbers of the table are in {path}.")
+                self.write_samples(Path(str(args.output_dir), "samples.jsonl"))
+            write_report(args, differences)
 
     def write_samples(self, path: Path) -> None:
         """The samples as JSON lines, which `hf_ebft.report` shows."""

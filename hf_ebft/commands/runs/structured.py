@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 from hf_ebft.commands.runs.adapters import lora_config
 from hf_ebft.commands.runs.console import say
 from hf_ebft.commands.runs.data import DATA_SEED, load_text, shuffled
-from hf_ebft.commands.runs.ending import finish, refuse_lone_row
+from hf_ebft.commands.runs.ending import finish, refuse_lone_row, write_report
 from hf_ebft.commands.runs.model import load_model, load_tokenizer
 from hf_ebft.commands.runs.options import (
     DataArguments,
@@ -277,7 +275,4 @@ class Comparison:
             ),
         )
         if args.process_index == 0:
-            path = Path(str(args.output_dir), "report.json")
-            numbers = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
-            path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-            say(args, f"\nThe numbers of the table are in {path}.")
+            write_report(args, differences)
