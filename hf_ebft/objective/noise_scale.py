@@ -193,49 +193,6 @@ def gradient_cosine(
     return _jackknife(value, left_out, confidence)
 
 
-class GradientSums:
-    """Signal and noise of gradients that are seen once and not kept.
-
-    One vector of the size of a gradient, and two numbers; no interval. The sums of several
-    processes add up: see `total` and `squares`.
-
-    Attributes:
-        count: gradients seen.
-        total: (P,) float64 sum of the gradients; None before the first.
-        squares: sum of their squared norms.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total: Tensor | None = None
-        self.squares = 0.0
-
-    def add(self, gradient: Tensor) -> None:
-        """Count a gradient (P,)."""
-        wide = gradient.detach().to("cpu", torch.float64)
-        self.total = wide.clone() if self.total is None else self.total + wide
-        self.squares += float(wide @ wide)
-        self.count += 1
-
-    @property
-    def signal(self) -> float:
-        """|G|^2, see `noise_scale`."""
-        if self.count < 2 or self.total is None:
-            raise ValueError(f"{self.count} gradient(s) have no pairs: add two or more")
-        pairs = self.count * (self.count - 1)
-        return (float(self.total @ self.total) - self.squares) / pairs
-
-    @property
-    def noise(self) -> float:
-        """tr(Sigma) of a single gradient."""
-        return self.squares / self.count - self.signal if self.count else self.signal
-
-    @property
-    def documents(self) -> float:
-        """Noise scale, in gradients; infinite where the signal is not above 0."""
-        return self.noise * _inverse(self.signal)
-
-
 def _check_products(products: Tensor, name: str) -> None:
     if products.dim() != 2 or products.shape[0] != products.shape[1] or len(products) < 3:
         raise ValueError(

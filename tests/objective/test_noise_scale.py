@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hf_ebft.objective.noise_scale import (
-    GradientSums,
     gradient_cosine,
     gradient_products,
     noise_ratio,
@@ -139,18 +138,6 @@ def test_cosine_on_the_same_documents_leaves_shared_noise_out() -> None:
 def test_cosine_without_signal_is_nan() -> None:
     none = gradient_products(torch.tensor([[1.0], [-1.0], [0.1]]))
     assert math.isnan(gradient_cosine(none, none, none, same_documents=True).value)
-
-
-def test_running_sums_equal_the_products() -> None:
-    gradients, sums = gaussian(9, seed=8), GradientSums()
-    for gradient in gradients:
-        sums.add(gradient)
-    expected = noise_scale(gradient_products(gradients))
-    assert sums.signal == pytest.approx(expected.signal)
-    assert sums.noise == pytest.approx(expected.noise)
-    assert sums.documents == pytest.approx(expected.documents)
-    with pytest.raises(ValueError, match="have no pairs"):
-        _ = GradientSums().noise
 
 
 @pytest.mark.parametrize(
