@@ -36,7 +36,7 @@ from hf_ebft.packed.forward import evaluation_mode
 from hf_ebft.packed.heads import ToLogits
 from hf_ebft.packed.sampling import make_generator
 from hf_ebft.packed.targets import target_log_probs
-from hf_ebft.rows.anchors import Blocks, find_blocks, find_blocks_for
+from hf_ebft.rows.anchors import Blocks, find_blocks_for
 from hf_ebft.rows.documents import Documents, predicted_targets
 from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.training.measuring import Measurer
@@ -271,10 +271,7 @@ class _RowMeasurer:
             )
             return [found.view(states.shape[:2])]
 
-        no_blocks = find_blocks(
-            documents, stride=1, context_length=input_ids.shape[1], generate_max_len=1
-        )
-        part = PackedLayout(documents, no_blocks, n_samples=1, length=1).document_part
+        part = PackedLayout.without_rollouts(documents).document_part
         (scored,) = self.measurer.forward.through_head(
             self.measurer.model, input_ids, part, places, log_probs
         )

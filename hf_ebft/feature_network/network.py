@@ -30,7 +30,6 @@ from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.model_parts import backbone, decoder_layers, vocabulary_size
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.packed.targets import TokenLogProbs
-from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.chunks import block_chunks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout, PackedPart
@@ -289,9 +288,9 @@ class FeatureNetwork(FrozenNetwork):
         rows = []
         for some in ids.split(TABLE_ROWS):
             documents = Documents.from_inputs({"input_ids": some})
-            blocks = find_blocks(documents, stride=1, context_length=1, generate_max_len=1)
-            layout = PackedLayout(documents, blocks, n_samples=1, length=1)
-            alone = Rollouts(some.new_zeros(layout.rollout_shape), blocks.exists, layout)
+            layout = PackedLayout.without_rollouts(documents)
+            nothing = some.new_zeros(layout.rollout_shape)
+            alone = Rollouts(nothing, layout.blocks.exists, layout)
             first = torch.zeros_like(some)[..., None]
             pooling = _Pooling("last_token", (1,))
             with self._reading():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.packed.targets import Targets, TokenLogProbs
-from hf_ebft.rows.layout import PackedPart
+from hf_ebft.rows.documents import Documents
+from hf_ebft.rows.layout import PackedLayout, PackedPart
 
 
 def packed_log_probs(
@@ -41,3 +42,30 @@ def packed_log_probs(
         model, rollouts.input_ids(part), part, targets.keep, score, cache=cache
     )
     return targets.join(results)
+
+
+def document_log_probs(
+    model: nn.Module, forward: PackedForward, documents: Documents, *, chunk_size: int
+) -> Tensor:
+    """Log-probabilities of the documents, in a pass over them alone, with gradient if it is on.
+
+    Args:
+        model, forward, chunk_size: as in `packed_log_probs`.
+        documents: the batch.
+
+    Returns:
+        (B, S) float32 at temperature 1; 0 for tokens that are no targets.
+    """
+    layout = PackedLayout.without_rollouts(documents)
+    nothing = documents.input_ids.new_zeros(layout.rollout_shape)
+    found = packed_log_probs(
+        model,
+        forward,
+        Rollouts(nothing, layout.blocks.exists, layout),
+        temperature=1.0,
+        with_document=True,
+        chunk_size=chunk_size,
+        part=layout.document_part,
+    )
+    assert found.document is not None
+    return found.document

@@ -16,13 +16,10 @@ from torch import Tensor, nn
 
 from hf_ebft.objective.losses import cross_entropy
 from hf_ebft.objective.noise_scale import gradient_products
-from hf_ebft.packed.log_probs import packed_log_probs
-from hf_ebft.packed.sampling import Rollouts
+from hf_ebft.packed.log_probs import document_log_probs
 from hf_ebft.preflight.budget import Deadline
 from hf_ebft.preflight.documents import FEWEST_ROWS, Batch
 from hf_ebft.preflight.sketch import GradientSketch
-from hf_ebft.rows.anchors import find_blocks
-from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.trainer import EBFTTrainer
 
 # Host memory for the vectors of all documents, both kinds together.
@@ -105,24 +102,12 @@ def policy_loss(trainer: EBFTTrainer, batch: Batch) -> Tensor:
 def text_loss(trainer: EBFTTrainer, batch: Batch) -> Tensor:
     """The cross-entropy of a batch as the loss has it (a scalar), in one pass over the text."""
     documents = trainer.document_reader.read(batch)
-    nowhere = find_blocks(
-        documents, stride=1, context_length=documents.input_ids.shape[1], generate_max_len=1
-    )
-    layout = PackedLayout(documents, nowhere, n_samples=1, length=1)
-    tokens = torch.zeros(layout.rollout_shape, dtype=torch.int64, device=nowhere.exists.device)
+    model: nn.Module = trainer.model
     with trainer.accelerator.autocast():
-        model: nn.Module = trainer.model
-        found = packed_log_probs(
-            model,
-            trainer._forward,
-            Rollouts(tokens, nowhere.exists, layout),
-            temperature=1.0,
-            with_document=True,
-            chunk_size=trainer.ebft.log_prob_chunk_size,
-            part=layout.document_part,
+        log_probs = document_log_probs(
+            model, trainer._forward, documents, chunk_size=trainer.ebft.log_prob_chunk_size
         )
-        assert found.document is not None
-        return cross_entropy(found.document, documents)
+        return cross_entropy(log_probs, documents)
 
 
 def _backward(trainer: EBFTTrainer, loss: Tensor) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_ebft.rows.anchors import Blocks
+from hf_ebft.rows.anchors import Blocks, find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.visibility import Coordinates, document_coordinates
 
@@ -39,6 +39,13 @@ class PackedLayout:
     n_samples: int
     length: int
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def without_rollouts(cls, documents: Documents) -> PackedLayout:
+        """For passes over the documents alone: K is 1, and the block does not exist."""
+        width = documents.input_ids.shape[1]  # a prefix of this length leaves no room
+        blocks = find_blocks(documents, stride=1, context_length=width, generate_max_len=1)
+        return cls(documents, blocks, n_samples=1, length=1)
 
     @property
     def on_host(self) -> PackedLayout:

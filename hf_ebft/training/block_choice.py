@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ebft.packed.forward import PackedForward, evaluation_mode
-from hf_ebft.packed.log_probs import packed_log_probs
-from hf_ebft.packed.sampling import Rollouts
+from hf_ebft.packed.log_probs import document_log_probs
 from hf_ebft.rows.buckets import EXACT, Buckets
 from hf_ebft.rows.layout import PackedLayout
 
@@ -47,18 +46,8 @@ def choose_blocks(
         chunk_size: rows of logits that exist at once.
         counts: K is rounded up to one of these.
     """
-    nothing = torch.zeros(layout.rollout_shape, dtype=torch.long, device=generator.device)
     with evaluation_mode(model):
-        log_probs = packed_log_probs(
-            model,
-            forward,
-            Rollouts(nothing, layout.blocks.exists, layout),
-            temperature=1.0,
-            with_document=True,
-            chunk_size=chunk_size,
-            part=layout.document_part,
-        ).document
-    assert log_probs is not None
+        log_probs = document_log_probs(model, forward, layout.documents, chunk_size=chunk_size)
     rows = torch.arange(len(log_probs), device=log_probs.device)[:, None, None]
     loss = -log_probs[rows, layout.window].sum(dim=-1)
     probability = keep_probabilities(loss, layout.blocks.exists, share)
