@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
 from hf_ebft.feature_network.network import FeatureNetwork
+from hf_ebft.objective.rewards import Rewards
 from hf_ebft.objective.whitening import CorpusWhitening
 from hf_ebft.packed.forward import evaluation_mode
 from hf_ebft.packed.sampling import make_generator
@@ -176,12 +177,7 @@ def _measure(
     assert log_probs.document is not None
     documents, blocks = layout.documents, layout.blocks
     width = document_slots(documents).shape[1]
-    per_block = {
-        "cfm_loss": plain.cfm_loss,
-        "energy_score": plain.energy_score,
-        "excess_over_spread": plain.excess_over_spread,
-        "cosine_alignment": plain.alignment.mean(dim=1),
-        "dot_diversity": plain.diversity.mean(dim=1),
+    per_block = unwhitened_metrics(plain) | {
         "alignment": rewarded.alignment.mean(dim=1),
         "diversity": rewarded.diversity.mean(dim=1),
         "entropy": -log_probs.rollout.mean(dim=(1, 3)),
@@ -194,6 +190,17 @@ def _measure(
         -log_probs.document, predicted_targets(documents), documents.document, width
     )
     return measurements
+
+
+def unwhitened_metrics(plain: Rewards) -> dict[str, Tensor]:
+    """Measurements (B, K) of rewards without whitening, by block."""
+    return {
+        "cfm_loss": plain.cfm_loss,
+        "energy_score": plain.energy_score,
+        "excess_over_spread": plain.excess_over_spread,
+        "cosine_alignment": plain.alignment.mean(dim=1),
+        "dot_diversity": plain.diversity.mean(dim=1),
+    }
 
 
 def document_slots(documents: Documents) -> Tensor:

@@ -28,6 +28,7 @@ from hf_ebft.evaluation.documents import (
     Rows,
     document_slots,
     sums_by_document,
+    unwhitened_metrics,
 )
 from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.rewards import Rewards
@@ -248,7 +249,7 @@ class _RowMeasurer:
             for g, (_, plain) in second.rewards_of_beginnings(sampled, self.lengths).items():
                 found[g] |= {
                     SECOND_NETWORK + name: values
-                    for name, values in _unwhitened_metrics(plain).items()
+                    for name, values in unwhitened_metrics(plain).items()
                 }
         return found
 
@@ -288,23 +289,12 @@ class _RowMeasurer:
 
 def _reward_metrics(rewarded: Rewards, plain: Rewards) -> dict[str, Tensor]:
     """Measurements (B, K) of rewards as trained and without whitening."""
-    return _unwhitened_metrics(plain) | {
+    return unwhitened_metrics(plain) | {
         "cosine_alignment_best": plain.alignment.amax(dim=1),
         "reward": rewarded.reward.mean(dim=1),
         "reward_best": rewarded.reward.amax(dim=1),
         "alignment": rewarded.alignment.mean(dim=1),
         "diversity": rewarded.diversity.mean(dim=1),
-    }
-
-
-def _unwhitened_metrics(plain: Rewards) -> dict[str, Tensor]:
-    """Measurements (B, K) that need no whitening: those of a second feature network."""
-    return {
-        "cfm_loss": plain.cfm_loss,
-        "energy_score": plain.energy_score,
-        "excess_over_spread": plain.excess_over_spread,
-        "cosine_alignment": plain.alignment.mean(dim=1),
-        "dot_diversity": plain.diversity.mean(dim=1),
     }
 
 
