@@ -184,6 +184,15 @@ class FittedBaseline(TrainerCallback):
         assert self._new is not None
         return Moments(*(sum_over_processes(part) for part in self._new.parts))
 
+    def _counted_once(self, reduced: Moments) -> Moments:
+        """What this process goes on with, so that the next sum over processes is right.
+
+        The main one has all of it, the others have nothing.
+        """
+        if self._trainer.accelerator.is_main_process:
+            return reduced
+        return Moments(*(torch.zeros_like(part) for part in reduced.parts))
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -229,9 +238,7 @@ class FittedBaseline(TrainerCallback):
         if self._new is not None:
             new = self._reduced()
             tensors |= _named("new", new)
-            # All processes' together: the main one goes on with them, the others with nothing.
-            keeps = args.process_index == 0
-            self._new = new if keeps else Moments(*(torch.zeros_like(part) for part in new.parts))
+            self._new = self._counted_once(new)
         if self._old is not None:
             tensors |= _named("old", self._old)
         kept = {"basis": self._basis, "errors": self._errors, "coefficients": self.coefficients}
@@ -261,11 +268,8 @@ class FittedBaseline(TrainerCallback):
         self._steps, self._fitted_at = tensors["steps"].tolist()
         on_device = {name: value.to(device) for name, value in tensors.items()}
         self._old = _moments("old", on_device)
-        # The sum over processes must count these once.
-        main = torch.distributed.get_rank() == 0 if torch.distributed.is_initialized() else True
-        self._new = _moments("new", on_device)
-        if self._new is not None and not main:
-            self._new = Moments(*(torch.zeros_like(part) for part in self._new.parts))
+        new = _moments("new", on_device)
+        self._new = None if new is None else self._counted_once(new)
         self._errors = on_device.get("errors")
         self.coefficients = on_device.get("coefficients")
         basis = tensors.get("basis")
