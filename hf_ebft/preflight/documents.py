@@ -73,12 +73,13 @@ def refuse_no_block(windows: list[Tensor], trainer: EBFTTrainer) -> None:
     Raises:
         ValueError: naming the lengths that leave no room.
     """
-    if sum(len(tokens) > 0 for tokens in windows) >= 2:
+    with_room = sum(len(tokens) > 0 for tokens in windows)
+    if with_room >= 2:
         return
     settings = trainer.ebft
     raise ValueError(
-        f"Of {len(windows)} rows, {sum(len(tokens) > 0 for tokens in windows)} have room for a "
-        f"block of context_length + generate_max_len = "
+        f"Of {len(windows)} rows, {with_room} have room for a block of "
+        f"context_length + generate_max_len = "
         f"{settings.context_length + settings.generate_max_len} tokens, and a preflight needs 2: "
         "take longer rows (sequence_len), or lower these two."
     )

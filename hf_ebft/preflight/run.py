@@ -68,9 +68,8 @@ def preflight(
         return found
 
     with stand_in(trainer) as own:
-        settings = _settings(own)
         batches = in_random_order(choose_batches(own, documents), own.args.seed)
-        settings = dataclasses.replace(settings, packed=_packed(own, batches))
+        settings = _settings(own, batches)
         rewards = timed("rewards", lambda: check_rewards(own, batches, deadline.part(0.15)))
         headroom = timed("headroom", lambda: measure_headroom(own, batches, deadline.part(0.3)))
         own.random_streams.restart()
@@ -94,7 +93,7 @@ def _check(documents: int, minutes: float | None, processes: int) -> None:
         raise ValueError(f"processes={processes} must be at least 1: how many the run will have.")
 
 
-def _settings(trainer: EBFTTrainer) -> Settings:
+def _settings(trainer: EBFTTrainer, batches: list[Batch]) -> Settings:
     args, ebft = trainer.args, trainer.ebft
     rows: Any = trainer.train_dataset
     return Settings(
@@ -104,13 +103,9 @@ def _settings(trainer: EBFTTrainer) -> Settings:
         temperature=ebft.temperature,
         generate_max_len=ebft.generate_max_len,
         ce_coef=ebft.ce_coef,
-        packed=False,
+        packed=any(float(trainer.document_reader.read(batch).count) > 1 for batch in batches),
         one_epoch=len(rows) if hasattr(rows, "__len__") else None,
     )
-
-
-def _packed(trainer: EBFTTrainer, batches: list[Batch]) -> bool:
-    return any(float(trainer.document_reader.read(batch).count) > 1 for batch in batches)
 
 
 def _machine(trainer: EBFTTrainer) -> str:
