@@ -178,7 +178,7 @@ def with_one_bos(dataset: Any, tokenizer: Any) -> Any:
     """The dataset without the BOS that rendered prompts begin with, if the tokenizer adds another.
 
     Args:
-        dataset: with a column `prompt`; None and dictionaries of datasets are taken too.
+        dataset: as `prepare_dataset` returns it; None and dictionaries of datasets are taken too.
         tokenizer: the policy's.
     """
     if isinstance(dataset, dict):
@@ -188,8 +188,7 @@ def with_one_bos(dataset: Any, tokenizer: Any) -> Any:
     bos = tokenizer.bos_token
     if hasattr(dataset, "__len__"):
         is_chat = isinstance(dataset[0]["prompt"], list)
-        # A missing prompt is refused where rows are encoded, with its ground truth.
-        if is_chat or not any((prompt or "").startswith(bos) for prompt in dataset["prompt"]):
+        if is_chat or not any(prompt.startswith(bos) for prompt in dataset["prompt"]):
             return dataset
     return dataset.map(_cut_bos, fn_kwargs={"bos": bos})
 
