@@ -83,8 +83,11 @@ class StructuredSettings(StructuredArguments, FeatureMatchingArguments):
         """
         self.validate_structured()
         self.validate_feature_matching(n_samples, n_samples_name)
-        kl_options = {entry.name: entry.default for entry in fields(FeatureMatchingArguments)}
-        kl_options = {name: kl_options[name] for name in kl_options if name.startswith("kl_")}
+        kl_options = {
+            entry.name: entry.default
+            for entry in fields(FeatureMatchingArguments)
+            if entry.name.startswith("kl_")
+        }
         if any(getattr(self, name) != default for name, default in kl_options.items()):
             given = ", ".join(f"{name}={getattr(self, name)!r}" for name in kl_options)
             raise ValueError(
