@@ -13,7 +13,6 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_ebft.objective.schedules import Coefficients, coefficients_at
 from hf_ebft.packed.deferred import TrainingPass
-from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.rows.documents import Documents, split_rows
 from hf_ebft.rows.layout import PackedLayout
@@ -41,7 +40,6 @@ class StepsMixin(ReadingMixin):
 
     step_log: StepLog
     random_streams: RolloutStreams
-    _forward: PackedForward
     averaging: EMACallback | None = None
     fitted: FittedBaseline | None = None
 
