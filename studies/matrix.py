@@ -293,25 +293,13 @@ def warm_runs(setup: Setup, *, trains_ebft: bool) -> list[Run]:
     ]
     arms = [arm for arm in WARM_CRITERIA if trains_ebft or not arm.startswith("ebft")]
     return found + [
-        _warm_run(setup, arm, "tune", SWEEP_SEED, rate) for arm in arms for rate in setup.rates
+        _run(setup, arm, "tune", SWEEP_SEED, rate) for arm in arms for rate in setup.rates
     ]
 
 
 def warm_main_runs(setup: Setup, rates: dict[str, float]) -> list[Run]:
     """Every swept arm at the rate chosen for it, with every seed."""
-    return [
-        _warm_run(setup, arm, "report", seed, rate) for arm, rate in rates.items() for seed in SEEDS
-    ]
-
-
-def _warm_run(
-    setup: Setup, arm: str, split: Literal["tune", "report"], seed: int, rate: float
-) -> Run:
-    factors = {"sft_tokens": setup.tokens_factor, "sft_time": setup.time_factor or 1.0}
-    method: Method = "sft" if arm.startswith("sft") else "ebft"
-    changes = {"ebft_ce_0.1": {"ce_coef": 0.1}}.get(arm, {})
-    steps = int(setup.steps * factors.get(arm, 1.0))
-    return Run(arm, method, split, seed, rate, steps, changes, setup.name)
+    return [_run(setup, arm, "report", seed, rate) for arm, rate in rates.items() for seed in SEEDS]
 
 
 #: Declared later still: the estimator with the least noise, as it is.
@@ -341,5 +329,6 @@ def _run(setup: Setup, arm: str, split: Literal["tune", "report"], seed: int, ra
         return Run(arm, "sft", split, seed, rate, steps, setup=setup.name)
     # Averaging the weights changes nothing about the training, so it is measured beside it.
     averaged = {"ema_decay": 0.9} if split == "report" and setup.with_ablations else {}
-    changes = (WHITENING | OTHER_FACTORS | FITTED | {"ebft": averaged})[arm]
+    mixed = {"ebft_ce_0.1": OTHER_FACTORS["ce_0.1"]}
+    changes = (WHITENING | OTHER_FACTORS | FITTED | {"ebft": averaged} | mixed)[arm]
     return Run(arm, "ebft", split, seed, rate, setup.steps, changes, setup.name)

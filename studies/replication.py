@@ -29,7 +29,6 @@ what lowering the temperature alone would do.
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import json
 import os
@@ -534,9 +533,9 @@ FIGURES = (
 
 
 def network(model: nn.Module, settings: EBFTSettings) -> FeatureNetwork:
-    """A feature network as training would make it."""
+    """A feature network as training would make it, of this very model, which it freezes."""
     return FeatureNetwork(
-        copy.deepcopy(model),
+        model,
         feature_layers=settings.feature_layers,
         embed_method=settings.embed_method,
         normalization=settings.feature_normalization,

@@ -340,21 +340,20 @@ def kept(name: str) -> bool:
 def feature_network(name: str) -> FeatureNetwork:
     """Phi of every measurement: the untrained model; `name`: of the setup."""
     setup = matrix.SETUPS[name]
-    settings = evaluation_settings(setup)
-    return FeatureNetwork(
-        load_model(setup),
-        feature_layers=settings.feature_layers,
-        embed_method=settings.embed_method,
-        normalization=settings.feature_normalization,
-    )
+    return as_network(load_model(setup), evaluation_settings(setup))
 
 
 @cache
 def second_network(folder: str) -> FeatureNetwork:
     """A network that gave no reward, read like phi."""
-    settings = evaluation_settings(matrix.TINY)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / folder, dtype=torch.float32)
+    return as_network(model, evaluation_settings(matrix.TINY))
+
+
+def as_network(model: Any, settings: EBFTSettings) -> FeatureNetwork:
+    """This very model, frozen, read as the settings say."""
     return FeatureNetwork(
-        AutoModelForCausalLM.from_pretrained(ROOT / folder, dtype=torch.float32),
+        model,
         feature_layers=settings.feature_layers,
         embed_method=settings.embed_method,
         normalization=settings.feature_normalization,

@@ -30,12 +30,11 @@ from typing import Any
 import matrix
 import torch
 from matrix import ROOT
-from run import load_model, load_rows, versions, write
+from run import as_network, load_model, load_rows, versions, write
 from torch import Tensor
 
 from hf_ebft.config import AdvantageEstimator, EBFTSettings
 from hf_ebft.data.collator import EBFTDataCollator
-from hf_ebft.feature_network.network import FeatureNetwork
 from hf_ebft.objective.advantages import compute_advantages
 from hf_ebft.objective.losses import cross_entropy, policy_gradient_loss
 from hf_ebft.objective.noise_scale import gradient_cosine, gradient_products, noise_scale
@@ -132,13 +131,7 @@ def document_gradients(setup: matrix.Setup, split: str, into: dict[str, Tensor])
     settings = EBFTSettings(
         **{name: value for name, value in setup.ebft.items() if name in _SETTINGS}
     )
-    phi = FeatureNetwork.from_policy(
-        model,
-        feature_layers=settings.feature_layers,
-        embed_method=settings.embed_method,
-        normalization=settings.feature_normalization,
-    )
-    measurer = Measurer.for_model(model, settings, phi)
+    measurer = Measurer.for_model(model, settings, as_network(load_model(setup), settings))
     _, rows = load_rows(setup.name, split)
     rows = rows.spread(documents, setup.evaluation["seed"])
     weights = list(model.parameters())
