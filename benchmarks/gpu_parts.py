@@ -39,7 +39,7 @@ from settings import (
     naive_rows_at_once,
     random_documents,
 )
-from step import OurStep, Seconds, TheirStep, compare, now
+from step import OurStep, Seconds, TheirStep, compare, medians, now
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
@@ -302,7 +302,7 @@ def figures_of(
     record: Record, variant: Variant, runs: Sequence[Seconds], needed: int, speed: float
 ) -> dict[str, Any]:
     """Medians by phase, and what they mean for a step that needs so many multiply-adds."""
-    median = {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]}
+    median = medians(runs)
     total = median["total"]
     return {
         "seconds": {
@@ -426,16 +426,9 @@ def part_naive(record: Record) -> None:
     """
     variant = STEPS[0]
     speed = matrix_product(record, record.size.dtype).speed()
-    model = record.model()
-    reference = copy_of(model)
-    ours = OurStep(
-        model,
-        record.preset,
-        use_cpu=record.device.type == "cpu",
-        documents=1,
-        settings=variant.settings,
-    )
-    rows = naive_rows_at_once(record.preset, reference, record.device, "sdpa")  # type: ignore[arg-type]
+    ours = our_step(record, variant)
+    reference: Any = record.model()  # of the same seed, so with the same weights
+    rows = naive_rows_at_once(record.preset, reference, record.device, "sdpa")
     phi = copy_of(reference).requires_grad_(False)
     theirs = TheirStep(
         NaiveStep(reference, phi, ours.trainer.ebft, rows_at_once=rows), record.device
@@ -456,11 +449,11 @@ def part_naive(record: Record) -> None:
         for name, step in steps.items():
             runs[name].append(step(inputs))
     needed = multiply_adds(record, ours)
+    times = {}
     for name, label in (("naive", "naive, sdpa, 1 document"), ("ours", variant.name)):
         found = figures_of(record, variant, runs[name], needed, speed)
-        more = {"gib_beyond_weights": peaks[name] / 2**30, "first_step_seconds": 0.0}
-        record.note(label, found | more, "variants")
-    times = {name: statistics.median(run["total"] for run in those) for name, those in runs.items()}
+        times[name] = found["seconds"]["step"]
+        record.note(label, found | {"gib_beyond_weights": peaks[name] / 2**30}, "variants")
     record.note("ratio_vs_naive", times["naive"] / times["ours"])
     record.note("memory_ratio_vs_naive", peaks["naive"] / peaks["ours"])
 

@@ -62,9 +62,10 @@ def variants_table(variants: Mapping[str, Mapping[str, Any]]) -> list[str]:
             lines.append(f"  {name:34s} {found['error'][:LONGEST]}")
             continue
         times = " ".join(f"{1000 * found['seconds'][column]:9.1f}" for column in columns)
+        first = f"{found['first_step_seconds']:.1f}" if "first_step_seconds" in found else "-"
         lines.append(
             f"  {name:34s} {times} {found['tflops']:8.1f} {found['share_of_matrix_product']:6.1%}"
-            f" {found['gib_beyond_weights']:6.2f} {found['first_step_seconds']:7.1f}"
+            f" {found['gib_beyond_weights']:6.2f} {first:>7s}"
             f"  {found.get('decoding', '')[:LONGEST]}".rstrip()
         )
     return lines

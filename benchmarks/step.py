@@ -25,7 +25,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -247,7 +247,7 @@ def reward_seconds(ours: OurStep) -> float:
     return statistics.median(seconds[1:])
 
 
-def medians(runs: list[Seconds]) -> Seconds:
+def medians(runs: Sequence[Seconds]) -> Seconds:
     """The median of each phase, and of the total."""
     return {phase: statistics.median(run[phase] for run in runs) for phase in runs[0]}
 
