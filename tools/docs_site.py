@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 import nbformat
@@ -22,8 +23,10 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "build" / "site"
 CONFIGURATION = ROOT / "zensical.toml"
-TOP_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md"} | {
-    "CHANGELOG.md": "CHANGELOG.md"
+TOP_PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+    "CHANGELOG.md": "CHANGELOG.md",
 }
 NOTEBOOK = "docs/tutorial.ipynb"
 # Links and pictures of Markdown: text, target, anchor.
@@ -32,6 +35,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".cfg": "ini", ".toml": "toml", "
 PICTURES = (".svg", ".png")
 
 
+@cache
 def sources() -> dict[str, str]:
     """Pages that people write: file of the repository -> page of the site."""
     pages = dict(TOP_PAGES)
@@ -41,6 +45,7 @@ def sources() -> dict[str, str]:
     return pages
 
 
+@cache
 def modules() -> list[str]:
     """Every module of the package, as a file of the repository."""
     paths = sorted((ROOT / "hf_ebft").rglob("*.py"))
