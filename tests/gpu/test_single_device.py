@@ -107,9 +107,13 @@ def test_flex_attention_samples_what_the_dense_mask_samples(width):
     assert (found == expected).float().mean() > 0.98
 
 
-def sampled(model, attention="auto", top_p=1.0, width=64):
-    """Tokens (B, n, K, G) of the blocks that exist, drawn with fixed numbers."""
-    forward = PackedForward.for_model(model, attention)
+def sampled(model, attention="auto", **settings):
+    """`sampled_by` a forward pass of its own."""
+    return sampled_by(PackedForward.for_model(model, attention), model, **settings)
+
+
+def sampled_by(forward, model, top_p=1.0, width=64, seed=1):
+    """Tokens (blocks that exist, n, G), drawn with fixed numbers."""
     rollouts = sample_rollouts(
         model,
         forward,
@@ -117,7 +121,7 @@ def sampled(model, attention="auto", top_p=1.0, width=64):
         temperature=0.6,
         top_p=top_p,
         chunk_size=64,
-        generator=make_generator(DEVICE, 1, 2),
+        generator=make_generator(DEVICE, seed),
     )
     return rollouts.tokens.transpose(1, 2)[rollouts.exists]
 
@@ -152,22 +156,9 @@ def test_batches_of_one_shape_are_sampled_alike(attention):
     """Whatever is kept from one batch for the next of its shapes, as captured decoding steps are,
     a batch draws the tokens that it would draw as the first one."""
     model = small_llama(head_dim=HEAD_DIM).to(DEVICE)
-
-    def tokens(forward, seed):
-        rollouts = sample_rollouts(
-            model,
-            forward,
-            batch(DEVICE).layout,
-            temperature=0.6,
-            top_p=1.0,
-            chunk_size=64,
-            generator=make_generator(DEVICE, seed),
-        )
-        return rollouts.tokens.transpose(1, 2)[rollouts.exists]
-
     known = PackedForward.for_model(model, attention)
-    found = [tokens(known, seed) for seed in range(4)]
-    expected = [tokens(PackedForward.for_model(model, attention), seed) for seed in range(4)]
+    found = [sampled_by(known, model, seed=seed) for seed in range(4)]
+    expected = [sampled(model, attention, seed=seed) for seed in range(4)]
     # But where rounding moves a threshold.
     assert all((a == b).float().mean() > 0.98 for a, b in zip(found, expected, strict=True))
     assert not torch.equal(found[2], found[3])
