@@ -226,7 +226,8 @@ class FeatureNetwork(FrozenNetwork):
             ValueError: a document or the packed row is too long for the network.
         """
         length = rollouts.layout.length
-        return self._embed(rollouts, (length,), score)[length]
+        pooling = _Pooling(self.embed_method, (length,))
+        return self._embed(rollouts, pooling, score)[length]
 
     def embed_beginnings(
         self, rollouts: Rollouts, lengths: Sequence[int]
@@ -252,7 +253,7 @@ class FeatureNetwork(FrozenNetwork):
                 f"lengths={list(lengths)} must lie between 1 and {longest}, the tokens of these "
                 "rollouts: leave out the others, or sample longer rollouts."
             )
-        return self._embed(rollouts, tuple(lengths), None)
+        return self._embed(rollouts, _Pooling(self.embed_method, lengths), None)
 
     def embed_with_states(
         self,
@@ -270,8 +271,7 @@ class FeatureNetwork(FrozenNetwork):
             ValueError: as `embed`.
         """
         length, (width, rank) = rollouts.layout.length, basis.shape
-        pooling = _WithStates(length, basis)
-        found = self._embed(rollouts, (length,), score, pooling)[length]
+        found = self._embed(rollouts, _WithStates(length, basis), score)[length]
         generated, own = found.generated.split([width, length * rank], dim=-1)
         ground_truth, before = found.ground_truth.split([width, length * rank], dim=-1)
         first = before[:, None, :, None, :rank].expand(*generated.shape[:3], 1, rank)
@@ -285,14 +285,13 @@ class FeatureNetwork(FrozenNetwork):
         """
         known = min(size, vocabulary_size(self.model))
         ids = torch.arange(known, device=self.device)[:, None]
-        rows = []
+        rows, pooling = [], _Pooling("last_token", (1,))
         for some in ids.split(TABLE_ROWS):
             documents = Documents.from_inputs({"input_ids": some})
             layout = PackedLayout.without_rollouts(documents)
             nothing = some.new_zeros(layout.rollout_shape)
             alone = Rollouts(nothing, layout.blocks.exists, layout)
             first = torch.zeros_like(some)[..., None]
-            pooling = _Pooling("last_token", (1,))
             with self._reading():
                 features, _ = self._pass(alone, layout.document_part, first, pooling, None)
             rows.append(features[:, 0, 0])
@@ -301,16 +300,14 @@ class FeatureNetwork(FrozenNetwork):
     def _embed(
         self,
         rollouts: Rollouts,
-        lengths: tuple[int, ...],
+        pooling: _Pooling,
         score: Callable[..., TokenLogProbs] | None,
-        pooling: _Pooling | None = None,
     ) -> dict[int, FeaturePass]:
         self.forward.limits.check(rollouts.layout)
         device = self.device
         policy_device = rollouts.layout.documents.input_ids.device
         exists = rollouts.exists
         moved = Rollouts(rollouts.tokens.to(device), exists.to(device), rollouts.layout.to(device))
-        pooling = pooling or _Pooling(self.embed_method, lengths)
         chunks = self._chunks(moved.layout)
         with self._reading():
             if len(chunks) == 1:
@@ -320,9 +317,9 @@ class FeatureNetwork(FrozenNetwork):
         reference = found.reference_log_probs
         reference = None if reference is None else reference.to(policy_device)
         passes = {}
-        for index, length in enumerate(lengths):
+        for index, length in enumerate(pooling.lengths):
             # Tokens after the last one that is read change nothing.
-            read = rollouts.tokens[..., : token_positions(self.embed_method, length)[-1] + 1]
+            read = rollouts.tokens[..., : token_positions(pooling.embed_method, length)[-1] + 1]
             generated = with_equal_features(
                 found.generated[..., index, :].to(policy_device), first_equal_rollouts(read)
             )
@@ -444,7 +441,7 @@ class _Pooling:
     """
 
     def __init__(self, embed_method: EmbedMethod, lengths: Sequence[int]) -> None:
-        self.embed_method = embed_method
+        self.embed_method, self.lengths = embed_method, tuple(lengths)
         by_length = [token_positions(embed_method, length) for length in lengths]
         self.positions = sorted({position for read in by_length for position in read})
         # For each length, the indices into the kept positions.
