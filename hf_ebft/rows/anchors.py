@@ -83,12 +83,7 @@ class Blocks:
             probability: (B, K), above 0 for every block.
             counts: the new K is rounded up to one of these.
         """
-        kept = kept & self.exists
-        count = kept.sum(dim=1)
-        most = counts.round_up(max(1, int(count.max())))
-        # Stable sort brings the kept blocks of each row to its front, in order.
-        order = torch.argsort((~kept).long(), dim=1, stable=True)[:, :most]
-        exists = kept.gather(1, order)
+        order, exists = _at_the_front(kept & self.exists, counts)
 
         def chosen(values: Tensor, nothing: int) -> Tensor:
             return torch.where(exists, values.gather(1, order), nothing)
@@ -150,22 +145,30 @@ def find_blocks(
     column = torch.arange(width, device=targets.device)
     end = (column + generate_max_len).clamp(max=width)
     unmasked = targets[:, end] - targets[:, column] == generate_max_len
-    is_anchor = on_lattice & fits & unmasked
-
-    count = is_anchor.sum(dim=1)
-    most = counts.round_up(max(1, int(count.max())))
-    # A row may have fewer places than blocks that are not there.
-    is_anchor = torch.nn.functional.pad(is_anchor, (0, max(0, most - width)))
-    # Stable sort brings the anchors of each row to its front, in order.
-    columns = torch.argsort((~is_anchor).long(), dim=1, stable=True)[:, :most]
-    exists = torch.arange(most, device=count.device) < count[:, None]
-    columns = torch.where(exists, columns, 0)
+    columns, exists = _at_the_front(on_lattice & fits & unmasked, counts)
     return Blocks(
         column=columns,
         position=torch.where(exists, documents.position.gather(1, columns), 0),
         document=torch.where(exists, documents.document.gather(1, columns), -1),
         exists=exists,
     )
+
+
+def _at_the_front(chosen: Tensor, counts: Buckets) -> tuple[Tensor, Tensor]:
+    """Indices of the chosen places of each row, in order, and which of them exist: (B, K) each.
+
+    Args:
+        chosen: (B, any number of places) bool.
+        counts: K is rounded up to one of these.
+    """
+    count = chosen.sum(dim=1)
+    most = counts.round_up(max(1, int(count.max())))
+    # A row may have fewer places than blocks that are not there.
+    chosen = torch.nn.functional.pad(chosen, (0, max(0, most - chosen.shape[1])))
+    # Stable sort brings those chosen to the front of each row, in order.
+    index = torch.argsort((~chosen).long(), dim=1, stable=True)[:, :most]
+    exists = torch.arange(most, device=count.device) < count[:, None]
+    return torch.where(exists, index, 0), exists
 
 
 @dataclass(frozen=True)
