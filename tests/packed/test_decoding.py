@@ -48,9 +48,9 @@ CASES = {
     "packed documents": Case(
         packed_documents([15, 9, 4], [20]), stride=4, context_length=1, n_samples=3
     ),
-    # More than one tile of rollouts.
     # Documents and rollouts of several of flex_attention's tiles.
     "long": Case(ragged_batch(300, 280), stride=5, n_samples=4, generate_max_len=4),
+    # More than one tile of rollouts.
     "many samples": Case(ragged_batch(40, 31), stride=5, n_samples=70, generate_max_len=3),
 }
 
