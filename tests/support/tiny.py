@@ -19,12 +19,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
 
 from hf_ebft import EBFTConfig, EBFTTrainer, Rollouts
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.training.outputs import EBFTOutput
 
 VOCABULARY = 61
 
@@ -158,6 +160,17 @@ class PrefixRollouts(EBFTTrainer):
             shape = (tokens.shape[1], tokens.shape[3])
             tokens[row, :, block] = torch.randint(vocabulary, shape, generator=generator)
         return rollouts.with_tokens(tokens)
+
+
+class Listener(TrainerCallback):
+    """Keeps what every micro-batch computed."""
+
+    def __init__(self) -> None:
+        self.outputs: list[EBFTOutput] = []
+
+    def on_ebft_outputs(self, *args: Any, outputs: EBFTOutput, **kwargs: Any) -> None:
+        """Once for each micro-batch of training."""
+        self.outputs.append(outputs)
 
 
 def batch_of(rows: list[dict[str, Any]], *, side: str = "right", pad: int = 0) -> dict[str, Tensor]:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from hf_ebft import EBFTTrainer
-from hf_ebft.training.outputs import EBFTOutput, Scores
+from hf_ebft.training.outputs import Scores
 from tests.support.tiny import (
+    Listener,
     assert_same_tensors,
     config,
     logged,
@@ -23,17 +23,6 @@ from tests.support.tiny import (
 )
 
 ROWS = texts(30, 22, 27, 18, 25, 33, 21, 29)
-
-
-class Listener(TrainerCallback):
-    """Keeps what every micro-batch computed."""
-
-    def __init__(self) -> None:
-        self.outputs: list[EBFTOutput] = []
-
-    def on_ebft_outputs(self, *args: Any, outputs: EBFTOutput, **kwargs: Any) -> None:
-        """Once for each micro-batch of training."""
-        self.outputs.append(outputs)
 
 
 def make(folder: Path, **settings: Any) -> tuple[EBFTTrainer, Listener]:

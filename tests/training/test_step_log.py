@@ -7,23 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from hf_ebft import EBFTTrainer
-from hf_ebft.training.outputs import EBFTOutput
 from hf_ebft.training.step_log import StepLog
-from tests.support.tiny import batch_of, config, texts, tiny_llama
-
-
-class Listener(TrainerCallback):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.outputs: list[EBFTOutput] = []
-
-    def on_ebft_outputs(self, *args: Any, outputs: EBFTOutput, **kwargs: Any) -> None:
-        """Once for each micro-batch of training."""
-        self.outputs.append(outputs)
+from tests.support.tiny import Listener, batch_of, config, texts, tiny_llama
 
 
 def make(folder: Path, **settings: Any) -> tuple[EBFTTrainer, Listener]:
