@@ -1,6 +1,7 @@
 """Energy-Based Fine-Tuning of language models on transformers, accelerate and PEFT."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from hf_ebft.version import __version__
@@ -21,10 +22,16 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """One of the names above, from the module that it lives in."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    """One of the names above, from the module that it lives in, or a module: `hf_ebft.objective`.
+
+    Raises:
+        AttributeError: there is neither.
+    """
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -107,6 +107,15 @@ def test_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> None:
     assert Path(info, "licenses", "LICENSE") in packed
 
 
+@pytest.mark.parametrize("name", ["objective.compute_advantages", "config.EBFTSettings"])
+def test_modules_are_attributes_of_the_package(name: str) -> None:
+    """As they were while `import hf_ebft` imported them all."""
+    program = f"import hf_ebft; hf_ebft.{name}; print(hasattr(hf_ebft, 'no_such_module'))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n"
+
+
 def test_import_needs_no_extra() -> None:
     blocked = _only_in_extras()
     assert {"datasets", "evaluate", "trl", "tensorboard"} <= blocked
