@@ -30,7 +30,7 @@ from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.model_parts import backbone, decoder_layers, vocabulary_size
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.packed.targets import TokenLogProbs
-from hf_ebft.rows.chunks import block_chunks
+from hf_ebft.rows.chunks import block_chunks, tokens_without_gradient
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout, PackedPart
 
@@ -334,9 +334,11 @@ class FeatureNetwork(FrozenNetwork):
     def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
         """Of the blocks; one for all of them where the network cannot go on from a cache."""
         # FSDP2 would gather all parameters for every chunk.
-        if is_sharded(self.model) or not self.forward.can_continue_from_cache:
+        if is_sharded(self.model) or not self.forward.has_plain_cache:
             return (slice(0, layout.rollout_shape[2]),)
-        return block_chunks(layout, self.chunk_size, tokens_fed=layout.length)
+        size = self.chunk_size or tokens_without_gradient(self.device)
+        equal = self.forward.compiles_by_shape
+        return block_chunks(layout, size, tokens_fed=layout.length, equal=equal)
 
     def _in_one_pass(
         self,
@@ -379,8 +381,12 @@ class FeatureNetwork(FrozenNetwork):
             generated.append(embedded)
             if reference is not None:
                 later.append(reference)
-        of_rollouts = None if first is None else torch.cat([first, torch.cat(later, 2)], dim=-1)
-        return FeaturePass(torch.cat(generated, dim=2), ground_truth, of_rollouts)
+        n_blocks = layout.rollout_shape[2]  # the last chunk may reach beyond
+        of_rollouts = None
+        if first is not None:
+            of_rollouts = torch.cat([first, torch.cat(later, dim=2)[:, :, :n_blocks]], dim=-1)
+        embeddings = torch.cat(generated, dim=2)[:, :, :n_blocks]
+        return FeaturePass(embeddings, ground_truth, of_rollouts)
 
     def _pass(
         self,

@@ -23,8 +23,8 @@ from torch.nn.attention.flex_attention import BlockMask
 MaskByPair = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # Queries and keys of a tile: what flex_attention's kernels are written for.
 TILE = 128
-# Block masks that are kept, about as many as a step of the paper's setting has passes.
-KEPT = 16
+# Block masks that are kept: a step has some for every chunk of rollouts and every kind of layer.
+KEPT = 64
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ def block_mask(
     some, full = visible.tiles()
     if at_least is not None:
         full = at_least.tiles()[1]
-    partly, wholly = (_listed(tiles) for tiles in (some & ~full, full))
+    partly, wholly = (_listed(tiles, device) for tiles in (some & ~full, full))
     return BlockMask.from_kv_blocks(
         *partly,
         *wholly,
         BLOCK_SIZE=TILE,
         mask_mod=mask_mod or mask_by_pair(visible, device),
         seq_lengths=(visible.low.shape[1], visible.n_keys),
-    ).to(device)
+    )
 
 
 def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
@@ -115,7 +115,7 @@ def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
         key_step[places] = np.arange(places.shape[1])
     numbers = (visible.low, visible.high, own_low, own_high, owner, key_owner, key_step)
     low, high, own_from, own_to, of_query, of_key, step = (
-        torch.from_numpy(number.astype(np.int32)).to(device) for number in numbers
+        _sent(number.astype(np.int32), device) for number in numbers
     )
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -130,13 +130,19 @@ def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
     return mask_mod
 
 
-def _listed(tiles: np.ndarray) -> tuple[Tensor, Tensor]:
+def _listed(tiles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, q, c) bool -> how many tiles of keys, (B, 1, q) int32, and which first, (B, 1, q, c)."""
     order = np.argsort(~tiles, axis=-1, kind="stable").astype(np.int32)
-    return (
-        torch.from_numpy(tiles.sum(axis=-1, dtype=np.int32)[:, None]),
-        torch.from_numpy(order[:, None]),
-    )
+    how_many = tiles.sum(axis=-1, dtype=np.int32)
+    return _sent(how_many[:, None], device), _sent(order[:, None], device)
+
+
+def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """The numbers on a device, without waiting until it has them."""
+    tensor = torch.from_numpy(numbers)
+    # From other memory than pinned one, the copy would wait for all that the device has to do.
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
 
 
 class BlockMaskCache:

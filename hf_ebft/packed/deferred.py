@@ -40,7 +40,7 @@ from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import checkpoints_activations
 from hf_ebft.packed.sampling import DocumentPass, Rollouts, SamplingRecord
 from hf_ebft.packed.targets import Targets, TokenLogProbs
-from hf_ebft.rows.chunks import block_chunks
+from hf_ebft.rows.chunks import block_chunks, tokens_with_gradient
 from hf_ebft.rows.layout import PackedLayout
 
 
@@ -142,7 +142,11 @@ class TrainingPass:
     def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
         # The last token of a rollout predicts nothing.
         fed = layout.length - 1
-        return block_chunks(layout, self.training_chunk_size, tokens_fed=fed)
+        size = self.training_chunk_size
+        if size is None:
+            device, config = layout.blocks.exists.device, self.forward.config
+            size = tokens_with_gradient(device, config.get_text_config(decoder=True).hidden_size)
+        return block_chunks(layout, size, tokens_fed=fed, equal=self.forward.compiles_by_shape)
 
 
 def can_defer(model: nn.Module, forward: PackedForward) -> bool:
@@ -150,8 +154,8 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
 
     Not where FSDP2 gathers parameters around each pass or another wrapper than DDP stands between,
     with gradient checkpointing (which drops caches), with noise that is drawn once for a pass or
-    whose size depends on how many tokens a pass has, or where the forward cannot go on from a
-    cache.
+    whose size depends on how many tokens a pass has, or where the cache holds more than keys and
+    values.
     """
     inner = _unwrapped(model)
     return (
@@ -160,7 +164,7 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
         and (isinstance(inner, PreTrainedModel) or hasattr(type(inner), "get_base_model"))
         and not (model.training and checkpoints_activations(inner))
         and not (model.training and has_noisy_embeddings(inner))
-        and forward.can_continue_from_cache
+        and forward.has_plain_cache
         and not (model.training and forward.noise_per_pass)
     )
 
@@ -187,7 +191,8 @@ class _RolloutPasses:
 
     def log_probs(self, chunk: slice, states: Sequence[Tensor]) -> Tensor:
         """(B, n, k, G - 1) of the tokens after the first, of the k blocks of a chunk."""
-        return self.score(self.rollouts.select_blocks(chunk), states)
+        found = self.score(self.rollouts.select_blocks(chunk), states)
+        return found[:, :, : self.rollouts.tokens.shape[2] - chunk.start]
 
     def values(self, states: Sequence[Tensor]) -> Tensor:
         """(B, n, K, G - 1), without gradient."""

@@ -200,17 +200,17 @@ class PackedForward:
                 layer.keys, layer.values = keys, values
         return cache
 
-    @cached_property
-    def can_continue_from_cache(self) -> bool:
-        """Whether the row may be fed in parts of many sizes, later ones against a cache.
-
-        Not with block masks, which are compiled by shape.
-        """
-        return self.recipe.implementation != FLEX and self.has_plain_cache
+    @property
+    def compiles_by_shape(self) -> bool:
+        """Whether something is compiled for each shape of a pass."""
+        return self.recipe.implementation == FLEX or self.compiler is not None
 
     @cached_property
     def has_plain_cache(self) -> bool:
-        """Whether keys and values of every layer are all that the model's cache holds."""
+        """Whether keys and values of every layer are all that the model's cache holds.
+
+        Then a row may be fed in parts, later ones against a cache of the earlier ones.
+        """
         config = self.config.get_text_config(decoder=True)
         # Text alone does not reach these layers, and leaves their part of the cache empty.
         if getattr(config, "cross_attention_layers", None):

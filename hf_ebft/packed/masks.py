@@ -1,7 +1,7 @@
 """The attention masks of a packed row, in the form that a model's attention takes.
 
 One definition of visibility becomes a plan (split attention), a boolean mask (sdpa), an additive
-mask (eager) or, for passes over documents and rollouts together, a block mask (flex_attention). A
+mask (eager) or, for passes over rollouts, a block mask (flex_attention). A
 model's configuration and code say how far its layers see. Sliding windows and chunks are measured
 in position ids and never in places of the row: neighbours in the row are not neighbours in the
 text.
@@ -115,14 +115,16 @@ class MaskRecipe:
 
     def masks_for(self, part: PackedPart) -> Masks:
         """Masks of one forward pass over the packed row, made once for each recipe."""
-        if self not in part.masks:
+        in_blocks = self.implementation == FLEX and _pays_to_compile(part)
+        key = (self, in_blocks)
+        if key not in part.masks:
             if self.implementation == SPLIT:
-                part.masks[self] = self._as_argument(lambda kind: self._packed_mask(kind, part))
-            elif self.implementation == FLEX and part.has_documents and len(part.steps) > 0:
-                part.masks[self] = self._as_argument(lambda kind: self.block_mask(kind, part))
+                part.masks[key] = self._as_argument(lambda kind: self._packed_mask(kind, part))
+            elif in_blocks:
+                part.masks[key] = self._as_argument(lambda kind: self.block_mask(kind, part))
             else:
-                part.masks[self] = self.build(part.queries, part.keys)
-        return part.masks[self]
+                part.masks[key] = self.build(part.queries, part.keys)
+        return part.masks[key]
 
     def prepare(self, part: PackedPart) -> None:
         """Make the masks of a pass ahead of it, unless they are large."""
@@ -316,6 +318,17 @@ class MaskRecipe:
 
 
 _BLOCK_MASKS = BlockMaskCache()
+
+
+def _pays_to_compile(part: PackedPart) -> bool:
+    """Whether flex_attention, which is compiled for each shape, is worth it for a pass.
+
+    For rows and chunks of rollouts; for documents that rollouts follow, where their activations
+    are kept for a gradient. Documents alone have many shapes.
+    """
+    if len(part.steps) > 0:
+        return not part.decodes
+    return part.layout.length > 1 and torch.is_grad_enabled()
 
 
 def _queries(by_rollout: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:

@@ -18,7 +18,7 @@ from hf_ebft.packed.drawing import Sampler, uniform_numbers
 from hf_ebft.packed.forward import PackedForward, evaluation_mode, states_in
 from hf_ebft.packed.heads import ToLogits
 from hf_ebft.packed.targets import KeptPlaces, Targets, TokenLogProbs
-from hf_ebft.rows.layout import PackedLayout, PackedPart
+from hf_ebft.rows.layout import PackedLayout, PackedPart, beyond
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,13 @@ class Rollouts:
         self.layout.check_tokens(tokens)
         return Rollouts(tokens.to(self.tokens.device), self.exists, self.layout)
 
-    def select_blocks(self, blocks: slice) -> Rollouts:
-        """The rollouts of some blocks."""
-        layout = self.layout.select_blocks(blocks)
-        return Rollouts(self.tokens[:, :, blocks], layout.blocks.exists, layout)
+    def select_blocks(self, chunk: slice) -> Rollouts:
+        """The rollouts of some blocks, see `PackedLayout.select_blocks`."""
+        layout, tokens = self.layout.select_blocks(chunk), self.tokens[:, :, chunk]
+        missing = beyond(chunk, self.tokens.shape[2])
+        if missing > 0:
+            tokens = torch.nn.functional.pad(tokens, (0, 0, 0, missing))
+        return Rollouts(tokens, layout.blocks.exists, layout)
 
     def input_ids(self, part: PackedPart) -> Tensor:
         """(B, Q) token ids of what a part of the row feeds."""

@@ -53,17 +53,28 @@ class Blocks:
         """Some of the K blocks of every row."""
         return self._map(lambda tensor: tensor[:, index])
 
+    def filled_up(self, missing: int) -> Blocks:
+        """The same blocks, followed by `missing` that do not exist."""
+        nothing = {"document": -1}
+        filled: dict[str, Any] = {
+            name: torch.nn.functional.pad(tensor, (0, missing), value=nothing.get(name, 0))
+            for name, tensor in self._tensors().items()
+        }
+        return replace(self, **filled)
+
     def to(self, device: torch.device) -> Blocks:
         """The same blocks on a device."""
         everything = None if self.everything is None else self.everything.to(device)
         return replace(self._map(lambda tensor: tensor.to(device)), everything=everything)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Blocks:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {
-            name: change(tensor) for name, tensor in values.items() if isinstance(tensor, Tensor)
-        }
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self._tensors().items()}
         return replace(self, **changed)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those that are there, (B, K) each, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     @property
     def weights(self) -> Tensor:

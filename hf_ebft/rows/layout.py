@@ -182,7 +182,8 @@ class PackedLayout:
     def step_part(self, step: int) -> PackedPart:
         """The `step`-th token of every rollout, after a cache of all that comes before it."""
         queries = self.coordinates.select(self.step_slots(step))
-        return self._part(queries, False, range(step, step + 1), range(step + 1))
+        part = self._part(queries, False, range(step, step + 1), range(step + 1))
+        return replace(part, decodes=True)
 
     def _slots(self, steps: range) -> Tensor:
         """Places of the documents and of the first tokens of every rollout, in the row's order."""
@@ -197,17 +198,30 @@ class PackedLayout:
         # Python's collector of cycles would free them and their masks, some steps later.
         return PackedPart(replace(self), queries, has_documents, steps, own_steps)
 
-    def select_blocks(self, blocks: slice) -> PackedLayout:
-        """The same documents with some of their blocks."""
-        return PackedLayout(self.documents, self.blocks[blocks], self.n_samples, self.length)
+    def select_blocks(self, chunk: slice) -> PackedLayout:
+        """The same documents with some of their blocks.
+
+        Where the slice reaches beyond the last block, blocks that do not exist fill it up.
+        """
+        blocks = self.blocks[chunk]
+        missing = beyond(chunk, self.blocks.exists.shape[1])
+        if missing > 0:
+            blocks = blocks.filled_up(missing)
+        selected = PackedLayout(self.documents, blocks, self.n_samples, self.length)
+        if self.on_host is not self:
+            selected.cache["on_host"] = self.on_host.select_blocks(chunk)
+        return selected
 
     def to(self, device: torch.device) -> PackedLayout:
         """The same layout on a device; itself, with all that it has worked out, where it is."""
         if self.documents.input_ids.device == device:
             return self
-        return PackedLayout(
+        moved = PackedLayout(
             self.documents.to(device), self.blocks.to(device), self.n_samples, self.length
         )
+        if device.type != "cpu" and self.documents.input_ids.device.type == "cpu":
+            moved.cache["on_host"] = self
+        return moved
 
 
 @dataclass(frozen=True)
@@ -222,6 +236,7 @@ class PackedPart:
             several are ordered (block, sample, step), as in the row.
         own_steps: which tokens of every rollout are among the keys. Fed together, they are ordered
             as in the row; otherwise (step, block, sample).
+        decodes: it is a decoding step.
         masks: attention masks that were made for this part, so that two networks can share them.
     """
 
@@ -230,6 +245,7 @@ class PackedPart:
     has_documents: bool
     steps: range
     own_steps: range
+    decodes: bool = False
     masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -265,3 +281,8 @@ class PackedPart:
         index = torch.zeros(self.layout.row_width, dtype=torch.long, device=slot.device)
         index[slot] = torch.arange(slot.shape[0], device=slot.device)
         return index
+
+
+def beyond(chunk: slice, n_blocks: int) -> int:
+    """How many blocks of a chunk lie beyond the last one."""
+    return 0 if chunk.stop is None else max(0, chunk.stop - n_blocks)

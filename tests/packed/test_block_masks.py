@@ -36,7 +36,7 @@ def recipe(implementation: str = FLEX) -> MaskRecipe:
 
 
 def parts(layout: PackedLayout) -> dict[str, PackedPart]:
-    """Every part of the row that a pass feeds, and two chunks of its blocks."""
+    """Every part of the row that a pass feeds, and three chunks of its blocks, one filled up."""
     steps = {f"step {step}": layout.step_part(step) for step in range(layout.length - 1)}
     middle = layout.rollout_shape[2] // 2
     chunks = {
@@ -44,6 +44,8 @@ def parts(layout: PackedLayout) -> dict[str, PackedPart]:
         for half in (slice(0, middle), slice(middle, None))
         if layout.blocks.exists[:, half].shape[1] > 0
     }
+    beyond = layout.select_blocks(slice(middle, middle + 9))
+    chunks["filled up"] = beyond.predicting_rollouts_part
     return {
         "document": layout.document_part,
         "row": layout.row_part,
@@ -155,3 +157,21 @@ def test_old_masks_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in (1, 2, 1, 3, 1, 2):
         cache.get(key, lambda key=key: made.append(key))
     assert made == [1, 2, 3, 2]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_masks_on_a_device_are_made_from_numbers_of_the_host(name: str) -> None:
+    """Whoever reads a value off the "meta" device, which has none, gets an error."""
+    on_host, device = CASES[name].layout(), torch.device("meta")
+    layout = on_host.to(device)
+    chunk = slice(0, 3)
+    for part, other in (
+        (layout.predicting_part, on_host.predicting_part),
+        (
+            layout.select_blocks(chunk).rollouts_part,
+            on_host.select_blocks(chunk).rollouts_part,
+        ),
+    ):
+        mask, expected = (recipe().block_mask(SLIDING, some) for some in (part, other))
+        assert mask.kv_indices.device == device and expected.kv_indices.device.type == "cpu"
+        assert mask.shape == expected.shape

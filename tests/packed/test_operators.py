@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_ebft.feature_network.network import FeatureNetwork
-from hf_ebft.packed.deferred import TrainingPass
+from hf_ebft.packed.deferred import TrainingPass, can_defer
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.forward import PackedForward, evaluation_mode
 from hf_ebft.packed.log_probs import packed_log_probs
@@ -196,8 +196,7 @@ def test_one_pass_over_the_row_does_not_wait(setting: Setting) -> None:
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_chunks_wait_to_compare_the_tokens_and_never_again(setting: Setting, kept: bool) -> None:
-    if not setting.forward.can_continue_from_cache:
-        pytest.skip("its rows are computed at once")
+    assert can_defer(setting.model, setting.forward)
     training_pass = setting.training_pass(1)
     targets = training_pass.targets_in_sampling(setting.model, setting.layout)
     rollouts, record = setting.sample(targets=targets if kept else None)
@@ -232,7 +231,9 @@ def test_masks_are_made_without_waiting(case: Case, implementation: str) -> None
     kinds = (FULL, SLIDING, CHUNKED)
     recipe = MaskRecipe(implementation, kinds, True, window=7, chunk=5, dtype=torch.float32)
     with recorded_waits() as events:
-        for part in (layout.document_part, layout.row_part, layout.step_part(1)):
+        chunk = layout.select_blocks(slice(1, 40))  # filled up
+        parts = (layout.document_part, layout.row_part, layout.step_part(1))
+        for part in (*parts, chunk.predicting_rollouts_part):
             recipe.masks_for(part)
     assert not events
 

@@ -411,3 +411,17 @@ def test_replies_that_are_long_enough_are_reached(stride: int) -> None:
             reached.append((later, int(count_replies(documents, blocks, length).without_blocks)))
     assert all(missed == 0 for later, missed in reached if later == length + stride - 1)
     assert any(missed == 1 for later, missed in reached if later == length + stride - 2)
+
+
+def test_blocks_that_do_not_exist_fill_a_chunk_up() -> None:
+    inputs = {"input_ids": torch.arange(40).view(2, 20)}
+    documents = Documents.from_inputs(inputs)
+    blocks = find_blocks(documents, stride=4, context_length=3, generate_max_len=4)
+    thinned = blocks.thinned(torch.ones(blocks.exists.shape).bool(), torch.ones(2, 4) / 2)
+    for some in (blocks, thinned):
+        filled = some.filled_up(3)
+        assert torch.equal(filled[:4].column, some.column)
+        assert torch.equal(filled[:4].exists, some.exists)
+        assert filled.exists.shape == (2, 7) and not filled.exists[:, 4:].any()
+        assert (filled.document[:, 4:] == -1).all()
+        assert not filled.weights[:, 4:].any() and not filled.per_document()[:, 4:].any()
