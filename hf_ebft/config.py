@@ -51,8 +51,9 @@ class FeatureMatchingArguments:
     feature_layers: list[float] = field(
         default_factory=lambda: [0.25, 0.5, 0.75],
         metadata={
-            "help": "Depths (fractions of the number of layers; 0 = embedding output, 1 = last "
-            "hidden state after the final norm) whose hidden states make up the features."
+            "help": "Depths of the layers whose hidden states form the features, as fractions of "
+            "the number of layers: 0 is the embedding output, 1 the last hidden state after the "
+            "final norm."
         },
     )
     feature_normalization: FeatureNormalization = field(
@@ -65,16 +66,16 @@ class FeatureMatchingArguments:
     feature_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Model to use as the frozen feature network. Must share the policy's "
-            "tokenizer. Default: a frozen copy of the policy as it is when the trainer is built."
+            "help": "Model to use as the frozen feature network. It must have the policy's "
+            "tokenizer. Default: a frozen copy of the policy, made when the trainer is built."
         },
     )
     feature_placement: str = field(
         default="auto",
         metadata={
-            "help": "Where the feature network lives: 'shared' (a PEFT policy's own base, no "
-            "copy), 'same_device', 'second_device', 'cpu', 'sharded' (FSDP2, outside the "
-            "policy's wrapping) or a device such as 'cuda:1'. 'auto' chooses and logs the choice."
+            "help": "Where the feature network lives: 'shared' (the base model of a PEFT policy, "
+            "no copy), 'same_device', 'second_device', 'cpu', 'sharded' (FSDP2, in units of its "
+            "own) or a device such as 'cuda:1'. 'auto' chooses and logs the choice."
         },
     )
     feature_dtype: str | None = field(
@@ -99,30 +100,29 @@ class FeatureMatchingArguments:
         default="feature",
         metadata={
             "help": "'feature': whiten each group by its own rollouts (the paper's equation). "
-            "'sample': the released code's variant of that. 'corpus': whiten all groups by one "
-            "matrix, the second moment of the feature network's features over training text, "
-            "measured once."
+            "'sample': the same in the released code's variant. 'corpus': whiten all groups by one "
+            "matrix: the second moment of the features of training text, measured once."
         },
     )
     whitening_tolerance: float = field(
         default=DEFAULT_TOLERANCE,
         metadata={
-            "help": "'feature' and 'sample': singular values below this times the largest one "
-            "count as zero."
+            "help": "For whitening_space 'feature' and 'sample': singular values below this times "
+            "the largest one count as zero."
         },
     )
     corpus_whitening_documents: int = field(
         default=256,
         metadata={
-            "help": "whitening_space='corpus': training rows to measure the second moment on "
-            "(chosen by seed; all of them if there are fewer)."
+            "help": "For whitening_space='corpus': number of training rows to measure the second "
+            "moment on (chosen by seed; all rows if there are fewer)."
         },
     )
     corpus_whitening_shrinkage: float = field(
         default=0.1,
         metadata={
-            "help": "whitening_space='corpus': how far the second moment is shrunk towards the "
-            "identity, above 0 and up to 1 (no whitening)."
+            "help": "For whitening_space='corpus': how far the second moment is shrunk towards the "
+            "identity, above 0 and at most 1 (no whitening)."
         },
     )
     alignment_coef: float = field(
@@ -131,16 +131,18 @@ class FeatureMatchingArguments:
     diversity_coef: float = field(
         default=1.0,
         metadata={
-            "help": "Weight of diversity (mean pairwise dot product), which the reward subtracts."
+            "help": "Weight of diversity (twice the mean pairwise dot product), which the reward "
+            "subtracts."
         },
     )
     advantage_estimator: AdvantageEstimator = field(
         default="rloo",
         metadata={
-            "help": "'rloo': leave-one-out baseline. 'group_norm': z-score. 'reinforce': none. "
-            "'fitted': without whitening and for the last token's features, baselines and control "
-            "variates by token, from regressions on the feature network's states: the same "
-            "expected gradient as 'reinforce' with less noise (docs/estimators.md)."
+            "help": "'rloo': leave-one-out baseline. 'group_norm': z-score. 'reinforce': no "
+            "baseline. 'fitted': token-level baselines and control variates, from regressions on "
+            "the feature network's states. It has the expected gradient of 'reinforce' with less "
+            "noise, and needs use_whitening=False and embed_method='last_token' "
+            "(docs/estimators.md)."
         },
     )
     ce_coef: float = field(
@@ -153,19 +155,19 @@ class FeatureMatchingArguments:
     ce_coef_schedule: CoefficientSchedule = field(
         default="constant",
         metadata={
-            "help": "How ce_coef moves over the optimizer steps of a run: 'constant', or 'linear' "
-            "or 'cosine' from ce_coef at the first step to ce_coef_final at the last one."
+            "help": "How ce_coef changes over the optimizer steps of a run: 'constant', or "
+            "'linear' or 'cosine' from ce_coef at the first step to ce_coef_final at the last one."
         },
     )
     ce_coef_final: float | None = field(
         default=None,
-        metadata={"help": "ce_coef_schedule: the weight at the last optimizer step."},
+        metadata={"help": "The weight at the last optimizer step, for ce_coef_schedule."},
     )
     kl_coef: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of a per-token KL penalty to the feature network as reference policy. "
-            "0 costs nothing; above 0 the feature network runs its head as well."
+            "help": "Weight of a per-token KL penalty with the feature network as reference "
+            "policy. 0 costs nothing. Above 0, the feature network also runs its head."
         },
     )
     kl_coef_schedule: CoefficientSchedule = field(
@@ -174,7 +176,7 @@ class FeatureMatchingArguments:
     )
     kl_coef_final: float | None = field(
         default=None,
-        metadata={"help": "kl_coef_schedule: the weight at the last optimizer step."},
+        metadata={"help": "The weight at the last optimizer step, for kl_coef_schedule."},
     )
     kl_estimator: KLEstimator = field(
         default="k3", metadata={"help": "Estimator of the KL divergence (Schulman's names)."}
@@ -279,23 +281,23 @@ class StridedArguments:
     top_p: float = field(
         default=1.0,
         metadata={
-            "help": "Nucleus sampling. Below 1 only the sampling is truncated, the score stays the "
-            "full softmax, so the gradient estimate is biased."
+            "help": "Nucleus sampling. Below 1, tokens are sampled from the truncated distribution "
+            "but scored by the full softmax, so the gradient estimate is biased."
         },
     )
     min_completion_prefix: int = field(
         default=0,
         metadata={
-            "help": "Where labels or prompt_length mark a completion: tokens of the completion "
-            "that come before the first block."
+            "help": "Tokens of a completion before its first block. Used where labels or "
+            "prompt_length mark a completion."
         },
     )
     document_masking: bool | None = field(
         default=None,
         metadata={
-            "help": "Rows that pack several documents. Default: follow document_ids, seq_idx or "
-            "restarting position_ids where a batch has them. True: also split at the EOS token. "
-            "False: treat every row as one document."
+            "help": "How to split rows that pack several documents. Default: by document_ids, "
+            "seq_idx or position_ids that restart, where a batch has them. True: also at the EOS "
+            "token. False: every row is one document."
         },
     )
     rl_coef: float = field(default=1.0, metadata={"help": "Weight of the policy-gradient loss."})
@@ -305,30 +307,30 @@ class StridedArguments:
     )
     rl_coef_final: float | None = field(
         default=None,
-        metadata={"help": "rl_coef_schedule: the weight at the last optimizer step."},
+        metadata={"help": "The weight at the last optimizer step, for rl_coef_schedule."},
     )
     packed_attention: PackedAttention = field(
         default="auto",
         metadata={
             "help": "Attention implementation for the packed row. 'split' computes only what is "
-            "visible and needs no mask; 'flex_attention' does so in one kernel on a GPU. 'auto': "
-            "on CUDA 'flex_attention' where model and machine can, else 'sdpa'; elsewhere 'split' "
-            "where the model's code calls the configured attention function, else 'sdpa' or "
-            "'eager'. A model that was loaded with eager attention keeps it."
+            "visible and needs no mask; 'flex_attention' does so in one kernel on a GPU. 'auto' on "
+            "CUDA: 'flex_attention' where model and machine support it, else 'sdpa'. 'auto' "
+            "elsewhere: 'split' where the model's code calls the configured attention function, "
+            "else 'sdpa' or 'eager'. A model that was loaded with eager attention keeps it."
         },
     )
     verify_packing: bool = field(
         default=True,
         metadata={
             "help": "When the trainer is built, compare a short packed row with plain forward "
-            "passes on the actual model and refuse it where they differ."
+            "passes of the actual model. Raise an error if they differ."
         },
     )
     gather_params_for_sampling: GatherParams = field(
         default="auto",
         metadata={
-            "help": "FSDP2: keep the policy's parameters gathered through the decoding steps of "
-            "sampling instead of gathering them at each step. 'auto': where they fit into free "
+            "help": "FSDP2: keep the policy's parameters gathered during all decoding steps of "
+            "sampling instead of gathering them at each step. 'auto': if they fit into free "
             "memory."
         },
     )
@@ -350,10 +352,11 @@ class StridedArguments:
     block_share: float = field(
         default=1.0,
         metadata={
-            "help": "Share of the blocks that a training step samples, on average. Below 1 blocks "
-            "are left out at random, the less often the larger the cross-entropy of their window, "
-            "and the others weigh more: the same expected gradient for less compute. Worth it "
-            "where the policy is sure of most blocks (docs/estimators.md)."
+            "help": "Average share of the blocks that a training step samples. Below 1, blocks are "
+            "left out at random. A block is kept with a higher probability if the cross-entropy of "
+            "its ground truth is high, and kept blocks get a larger weight, so the expected "
+            "gradient stays the same for less compute. Worth trying if the policy is certain of "
+            "most blocks (docs/estimators.md)."
         },
     )
     pad_to_multiple_of: int | None = field(
@@ -361,8 +364,8 @@ class StridedArguments:
         metadata={
             "help": "Pad rows to a multiple of this many tokens, and their blocks accordingly, so "
             "that shapes repeat: torch_compile and flex_attention compile less often, and GPU "
-            "memory fragments less. The padding is computed, too. Default: on CUDA and with "
-            "torch_compile multiples of 128 tokens and 8 blocks, further apart for long rows; "
+            "memory fragments less. Padding costs compute. Default: on CUDA and with "
+            "torch_compile, multiples of 128 tokens and 8 blocks, in larger steps for long rows; "
             "else 1."
         },
     )
@@ -370,23 +373,23 @@ class StridedArguments:
         default=0,
         metadata={
             "help": "Optimizer steps between pictures in TensorBoard: rollouts with their rewards, "
-            "histograms, and a heat map of the reward by position. Needs matplotlib. 0: off, at no "
-            "cost."
+            "histograms, and a heat map of the reward by position. Needs matplotlib. 0: no "
+            "pictures, no cost."
         },
     )
     ema_decay: float | None = field(
         default=None,
         metadata={
-            "help": "Also keep an exponential moving average of the trained weights with this "
-            "decay, evaluate and save it (the paper's released configurations: 0.9). Default: "
-            "none, at no cost."
+            "help": "Decay of an exponential moving average of the trained weights, which is "
+            "evaluated and saved beside them (the paper's released configurations: 0.9). Default: "
+            "no average, no cost."
         },
     )
     log_prob_chunk_size: int = field(
         default=1024,
         metadata={
-            "help": "Rows of logits that exist at once, in sampling and in training. Their memory "
-            "is this times the vocabulary, whatever the number of rollouts."
+            "help": "Rows of logits that exist at once, in sampling and in training. They need "
+            "memory for this times the vocabulary, whatever the number of rollouts."
         },
     )
 

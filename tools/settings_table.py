@@ -25,13 +25,15 @@ CODE = re.compile(
 INTRODUCTION = """\
 # Settings
 
-`EBFTConfig` is `transformers.TrainingArguments` plus the settings of the first two tables.
-`EBFTGRPOConfig`, for prompts with ground truths, is TRL's `GRPOConfig` plus those of the second,
-third and fourth. The last table lists what both parents have, with another default here. All
-can be given on the command line (`--stride 8`) and in YAML (`stride: 8`).
-An unknown name is an error, and so is a value that a mode cannot honour.
+Every setting can be given in Python, on the command line (`--stride 8`) and in YAML (`stride: 8`).
+An unknown name is an error, and so is a value that has no effect in the chosen mode.
 
-`python -m tools.settings_table` writes this page from the code; a test holds it against that.
+| class | mode | extends | tables below |
+|---|---|---|---|
+| `EBFTConfig` | strided: raw text | `transformers.TrainingArguments` | 1, 2, 5 |
+| `EBFTGRPOConfig` | structured: prompts with ground truths | TRL's `GRPOConfig` | 2, 3, 4, 5 |
+
+`python -m tools.settings_table` writes this page from the code. A test checks that the two agree.
 """
 STRIDED, MATCHING, SERVER, OPTIMIZER = (
     {field.name: field for field in dataclasses.fields(group)}
@@ -49,26 +51,27 @@ STRUCTURED = {
     and field.name not in MATCHING | SERVER
 }
 SECTIONS: dict[str, tuple[str, dict[str, dataclasses.Field[Any]]]] = {
-    "Strided mode: blocks, sampling, memory": (
-        "Rollouts start at many places of a raw text.",
+    "1. Strided mode: blocks, sampling, memory": (
+        "Rollouts start at many positions of a raw text.",
         STRIDED,
     ),
-    "Both modes: features, rewards, weights of the loss": (
-        "The paper's values are named where they are known.",
+    "2. Both modes: features, rewards, weights of the loss": (
+        "The help names the paper's value where it is known.",
         MATCHING,
     ),
-    "Structured mode: prompts with ground truths": (
-        "Sampling, clipping and the number of rollouts (`num_generations`) are TRL's; "
-        "[structured.md](structured.md) says which of its settings matter here.",
+    "3. Structured mode: prompts with ground truths": (
+        "Sampling, clipping and the number of rollouts (`num_generations`) are TRL's. "
+        "[structured.md](structured.md) says which of TRL's settings matter here.",
         STRUCTURED,
     ),
-    "Structured mode: a vLLM server over HTTP": (
+    "4. Structured mode: a vLLM server over HTTP": (
         "How to run one: [vllm.md](vllm.md).",
         SERVER,
     ),
-    "Both modes: defaults of the optimizer": (
-        "Those of the paper's released configurations, for people who set nothing. `EBFTTrainer` "
-        "leaves a plain `TrainingArguments` as it is.",
+    "5. Both modes: defaults of the optimizer": (
+        "These settings exist in both parent classes with another default. The defaults here are "
+        "those of the paper's released configurations. `EBFTTrainer` leaves a plain "
+        "`TrainingArguments` as it is.",
         OPTIMIZER,
     ),
 }

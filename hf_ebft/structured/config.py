@@ -32,15 +32,15 @@ class StructuredArguments:
     ground_truth_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the dataset with the ground-truth completion. Default: the one of "
-            "'ground_truth', 'completion' and 'answer' that the dataset has."
+            "help": "Column of the dataset with the ground-truth completion. Default: whichever of "
+            "'ground_truth', 'completion' and 'answer' the dataset has."
         },
     )
     feature_batch_tokens: int = field(
         default=8192,
         metadata={
-            "help": "Most tokens, padding included, that the feature network reads at once "
-            "(a single longer sequence is read alone). Bounds its memory, changes no result."
+            "help": "Largest number of tokens, padding included, that the feature network reads at "
+            "once (a single longer sequence is read alone). It bounds memory and changes no result."
         },
     )
 
@@ -178,14 +178,15 @@ class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a tra
     adaptive_max_tokens: bool = field(
         default=False,
         metadata={
-            "help": "Let the completions of a batch be gt_length_multiplier times as long as its "
-            "longest ground truth, and at most max_completion_length."
+            "help": "Limit the completions of a batch to gt_length_multiplier times its longest "
+            "ground truth, and to max_completion_length."
         },
     )
     gt_length_multiplier: float = field(
         default=1.5,
         metadata={
-            "help": "Budget of adaptive_max_tokens, in lengths of the batch's longest ground truth."
+            "help": "Limit of adaptive_max_tokens, as a multiple of the batch's longest ground "
+            "truth."
         },
     )
 

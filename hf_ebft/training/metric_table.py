@@ -54,9 +54,9 @@ METRICS = (
         "CFM loss",
         "lower",
         meaning="Squared distance between the mean feature of rollouts and the feature of the "
-        "truth, unwhitened, estimated without bias for n >= 2 (paper, eq. 2). Read it with the "
-        "energy score and the cross-entropy: a policy that only becomes sharper, or that overfits, "
-        "may lower it, too.",
+        "truth, unwhitened, estimated without bias for n >= 2 (paper, eq. 2).",
+        advice="Read it together with the energy score and the cross-entropy: a policy that only "
+        "becomes sharper, or that overfits, can also lower it.",
         short="cfm_loss",
         in_summary=True,
         in_overview=True,
@@ -65,18 +65,18 @@ METRICS = (
         "ebft/energy_score",
         "energy score",
         "lower",
-        meaning="Mean distance of rollouts to the truth less half their mean distance to each "
-        "other, features unwhitened, unbiased for n >= 2. Strictly proper (Gneiting & Raftery "
-        "2007): only a policy whose features are distributed like the truth's reaches the least.",
-        advice="CFM loss down and energy score up: the policy only becomes sharper.",
+        meaning="Mean distance of rollouts to the truth minus half their mean distance to each "
+        "other, in unwhitened features, unbiased for n >= 2. Strictly proper (Gneiting & Raftery "
+        "2007): it is lowest only if the policy's features have the distribution of the truth's.",
+        advice="If the CFM loss falls and the energy score rises, the policy only becomes sharper.",
         in_summary=True,
     ),
     Metric(
         "ebft/excess_over_spread",
         "excess over own spread",
-        meaning="CFM loss less the variance of the rollouts' features, unbiased for n >= 2.",
-        advice="0 where rollouts vary as the truth does; above, the policy is surer than it is "
-        "right; below, less sure.",
+        meaning="CFM loss minus the variance of the rollouts' features, unbiased for n >= 2.",
+        advice="0 if rollouts vary as much as the truth. Above 0 the policy is overconfident, "
+        "below 0 underconfident.",
         in_summary=True,
     ),
     Metric(
@@ -99,8 +99,9 @@ METRICS = (
     Metric(
         "ebft/diversity",
         "diversity",
-        meaning="Twice the mean dot product among a group's rollouts (paper, eq. 7): similarity, "
-        "so low is diverse. Whitening by group makes it 0 unless rollouts repeat.",
+        meaning="Twice the mean dot product among a group's rollouts (paper, eq. 7). It measures "
+        "similarity: a low value means diverse rollouts. Per-group whitening makes it 0 unless "
+        "rollouts repeat.",
         short="diversity",
         in_summary=True,
     ),
@@ -109,7 +110,7 @@ METRICS = (
         "cross-entropy",
         "lower",
         "nats/token",
-        "Teacher-forced; logged at steps with `ce_coef` > 0.",
+        "Teacher-forced. Logged at steps with `ce_coef` > 0.",
         short="ce",
         in_summary=True,
         in_overview=True,
@@ -126,8 +127,8 @@ METRICS = (
         "entropy of rollouts",
         unit="nats/token",
         meaning="Mean -log p of the sampled tokens at the sampling temperature.",
-        advice="A fast fall is collapse: raise `ce_coef` or lower the learning rate. A fall "
-        "together with the cross-entropy is learning.",
+        advice="A fast fall means collapse: raise `ce_coef` or lower the learning rate. A fall "
+        "together with the cross-entropy means learning.",
         mode="strided",
         short="entropy",
         in_summary=True,
@@ -138,8 +139,8 @@ METRICS = (
         "duplicate rollouts",
         "lower",
         "share",
-        "Rollouts equal to an earlier one of their group; at most (n - 1) / n.",
-        "Near its most: raise `temperature`.",
+        "Rollouts equal to an earlier one of their group. At most (n - 1) / n.",
+        "If it is near this maximum, raise `temperature`.",
         matters=0.05,
         in_summary=True,
         in_overview=True,
@@ -149,43 +150,44 @@ METRICS = (
         "groups without advantage",
         "lower",
         "share",
-        "Groups whose rollouts all have advantage 0: they teach nothing.",
+        "Groups whose rollouts all have advantage 0: they give no gradient.",
         matters=0.05,
         in_summary=True,
     ),
     Metric(
         "ebft/advantages_std",
         "spread of advantages",
-        meaning="Standard deviation; at 0 there is nothing to learn from.",
+        meaning="Standard deviation of the advantages. At 0 the policy gradient is 0.",
     ),
     Metric(
         "ebft/kl",
         "KL to the feature network",
         unit="nats/token",
-        meaning="Logged at steps with `kl_coef` > 0.",
+        meaning="KL divergence of the policy from the feature network. Logged at steps with "
+        "`kl_coef` > 0.",
         mode="strided",
         in_summary=True,
     ),
     Metric(
         "ebft/rl_loss",
         "policy-gradient loss",
-        meaning="Its gradient matters, its value does not.",
+        meaning="A surrogate: its gradient matters, its value does not.",
     ),
     Metric(
         "ebft/ce_coef",
         "weight of the cross-entropy",
-        meaning="Logged where `ce_coef_schedule` moves it.",
+        meaning="Logged if `ce_coef_schedule` changes it.",
     ),
     Metric(
         "ebft/kl_coef",
         "weight of the KL penalty",
-        meaning="Logged where `kl_coef_schedule` moves it.",
+        meaning="Logged if `kl_coef_schedule` changes it.",
         mode="strided",
     ),
     Metric(
         "ebft/rl_coef",
         "weight of the policy gradient",
-        meaning="Logged where `rl_coef_schedule` moves it.",
+        meaning="Logged if `rl_coef_schedule` changes it.",
         mode="strided",
     ),
     Metric(
@@ -202,7 +204,7 @@ METRICS = (
         "documents without blocks",
         "lower",
         "share",
-        "Documents too short for a rollout: trained by cross-entropy only, if at all.",
+        "Documents too short for a rollout. Only a cross-entropy term trains on them.",
         mode="strided",
     ),
     Metric(
@@ -210,14 +212,15 @@ METRICS = (
         "replies without blocks",
         "lower",
         "share",
-        "Where completions are marked: too short for a rollout, or between two anchors.",
+        "Replies without a rollout, because they are too short or lie between two block starts. "
+        "Logged if completions are marked.",
         "Lower `stride` or `generate_max_len` to reach more of them.",
         mode="strided",
     ),
     Metric(
         "ebft/blocks_per_document",
         "blocks per document",
-        meaning="Places sampled from.",
+        meaning="Mean number of positions that rollouts start from.",
         mode="strided",
     ),
     Metric(
@@ -241,7 +244,7 @@ METRICS = (
         "ground truths over budget",
         "lower",
         "share",
-        "Ground truths longer than a completion may become.",
+        "Ground truths longer than the longest possible completion.",
         "Raise `max_completion_length`.",
         mode="structured",
     ),
@@ -268,8 +271,8 @@ METRICS = (
     Metric(
         "ebft/row_shapes",
         "shapes of packed rows",
-        meaning="Different shapes so far, in this process; on CUDA and with `torch_compile`, where "
-        "each is compiled by itself.",
+        meaning="Number of different shapes so far, in this process. Logged on CUDA and with "
+        "`torch_compile`, where each shape is compiled separately.",
         advice="If it keeps growing, set `pad_to_multiple_of` higher.",
         mode="strided",
     ),
@@ -319,7 +322,7 @@ TEXT_METRICS = {
         "cross-entropy of completions",
         "lower",
         "nats/token",
-        "the same over completions, where prompts are marked",
+        "the same, over completions only, if prompts are marked",
     ),
 }
 #: Held-out measurements of rollouts: means over the blocks of a document, then over documents.
@@ -328,23 +331,23 @@ ROLLOUT_METRICS = {
         "cfm_loss",
         "CFM loss",
         "lower",
-        meaning="`‖E[φ(rollout)] − φ(truth)‖²` (paper, eq. 2), unbiased for n ≥ 2, so that it can "
-        "be negative. Proper, not strictly: sharpening or overfitting can lower it while energy "
-        "score and cross-entropy rise",
+        meaning="`‖E[φ(rollout)] − φ(truth)‖²` (paper, eq. 2), unbiased for n ≥ 2, so it can be "
+        "negative. Proper but not strictly proper: sharpening or overfitting can lower it while "
+        "energy score and cross-entropy rise",
     ),
     "energy_score": Metric(
         "energy_score",
         "energy score",
         "lower",
         meaning="`E‖φ(rollout) − φ(truth)‖ − ½ E‖φ(rollout) − φ(rollout′)‖` (Gneiting & Raftery, "
-        "2007), unbiased for n ≥ 2: strictly proper, so neither sharpening nor spreading lowers it "
-        "unless it brings the features nearer to the truth's",
+        "2007), unbiased for n ≥ 2. Strictly proper: sharpening or spreading lowers it only if the "
+        "distribution of features comes nearer to the truth's",
     ),
     "excess_over_spread": Metric(
         "excess_over_spread",
         "excess over own spread",
-        meaning="CFM loss less the variance of the rollouts' features, unbiased for n ≥ 2: 0 where "
-        "rollouts vary as the truth does, above 0 where the policy is surer than it is right",
+        meaning="CFM loss minus the variance of the rollouts' features, unbiased for n ≥ 2: 0 if "
+        "rollouts vary as much as the truth, above 0 if the policy is overconfident",
     ),
     "cosine_alignment": Metric(
         "cosine_alignment",
@@ -367,7 +370,7 @@ ROLLOUT_METRICS = {
         "reward",
         "reward as trained, mean",
         "higher",
-        meaning="as training with these settings would reward a rollout, mean of n",
+        meaning="the reward of a rollout in training with these settings, mean of n",
     ),
     "reward_best": Metric(
         "reward_best", "reward as trained, best of n", "higher", meaning="the same, best of n"
@@ -376,17 +379,17 @@ ROLLOUT_METRICS = {
         "alignment",
         "alignment as rewarded",
         "higher",
-        meaning="the alignment in that reward, whitened if the settings say so",
+        meaning="the alignment in `reward`, whitened if the settings say so",
     ),
     "diversity": Metric(
-        "diversity", "diversity as rewarded", meaning="the diversity in that reward, likewise"
+        "diversity", "diversity as rewarded", meaning="the diversity in `reward`, whitened likewise"
     ),
     "duplicates": Metric(
         "duplicates",
         "share of duplicate rollouts",
         "lower",
         "share",
-        "rollouts that repeat an earlier one of their group",
+        "rollouts equal to an earlier one of their group",
     ),
     "entropy": Metric(
         "entropy",
@@ -414,9 +417,12 @@ SECOND_NETWORK_METRICS = {
 }
 #: exp of these is shown beside them.
 PERPLEXITIES = {
-    "cross_entropy": Metric("perplexity", "perplexity", "lower", meaning="exp of it"),
+    "cross_entropy": Metric("perplexity", "perplexity", "lower", meaning="exp of `cross_entropy`"),
     "cross_entropy_completion": Metric(
-        "perplexity_completion", "perplexity of completions", "lower", meaning="exp of it"
+        "perplexity_completion",
+        "perplexity of completions",
+        "lower",
+        meaning="exp of `cross_entropy_completion`",
     ),
 }
 HELD_OUT_METRICS = (

@@ -29,22 +29,23 @@ class VLLMServerArguments:
     vllm_lora_sync: bool = field(
         default=False,
         metadata={
-            "help": "Sample with a stock `vllm serve` over HTTP; the LoRA adapter is saved to "
-            "vllm_sync_dir and loaded by the running server. use_vllm stays false."
+            "help": "Sample with a stock `vllm serve` over HTTP. The trainer saves the LoRA "
+            "adapter to vllm_sync_dir and the running server loads it. use_vllm stays false."
         },
     )
     vllm_full_sync: bool = field(
         default=False,
         metadata={
-            "help": "The same for full fine-tuning: all weights are saved and reloaded in place. "
-            "The server must run with VLLM_SERVER_DEV_MODE=1."
+            "help": "As vllm_lora_sync, for full fine-tuning: all weights are saved, and the "
+            "server reloads them in place. It must run with VLLM_SERVER_DEV_MODE=1."
         },
     )
     vllm_sync_interval: int = field(
         default=1,
         metadata={
-            "help": "Optimizer steps between two weight syncs. Above 1 rollouts may be stale; the "
-            "importance ratio then corrects for it with the server's log-probs."
+            "help": "Optimizer steps between two weight syncs. Above 1, rollouts may be sampled "
+            "from older weights; the importance ratio corrects for this with the server's "
+            "log-probs."
         },
     )
     vllm_sync_dir: str | None = field(
@@ -57,67 +58,69 @@ class VLLMServerArguments:
     vllm_sync_dir_on_server: str | None = field(
         default=None,
         metadata={
-            "help": "The same folder as the server's machine names it, where that differs (a "
-            "shared disk mounted elsewhere)."
+            "help": "Path of the same folder on the server's machine, if it differs (a shared disk "
+            "mounted elsewhere)."
         },
     )
     vllm_server_base_url: str | None = field(
         default=None,
-        metadata={"help": "Where the server is, such as http://127.0.0.1:8000; wins over the two."},
+        metadata={
+            "help": "Address of the server, such as http://127.0.0.1:8000. Replaces "
+            "vllm_server_host and vllm_server_port."
+        },
     )
     vllm_server_host: str = field(
-        default="0.0.0.0", metadata={"help": "Host of the server, without vllm_server_base_url."}
+        default="0.0.0.0",
+        metadata={"help": "Host of the server, if vllm_server_base_url is unset."},
     )
     vllm_server_port: int = field(
-        default=8000, metadata={"help": "Port of the server, without vllm_server_base_url."}
+        default=8000, metadata={"help": "Port of the server, if vllm_server_base_url is unset."}
     )
     vllm_server_timeout: float = field(
         default=240.0,
-        metadata={
-            "help": "Seconds to wait for the server to be up, at the start and after it went away."
-        },
+        metadata={"help": "Seconds to wait for the server, at the start and after it has stopped."},
     )
     vllm_served_model_name: str | None = field(
         default=None,
         metadata={
-            "help": "Name under which the server has the base model. Default: its only base model."
+            "help": "Name of the base model on the server. Default: the server's only base model."
         },
     )
     vllm_dtype: ServerDtype = field(
         default="auto",
         metadata={
-            "help": "Precision that the server computes in; decides how far log-probs may be "
-            "apart. 'auto': the policy's own (bf16 and fp16 training included)."
+            "help": "Precision in which the server computes. It sets the default of "
+            "vllm_handshake_tolerance. 'auto': the policy's own (bf16 and fp16 training included)."
         },
     )
     vllm_max_lora_rank: int = field(
         default=16,
-        metadata={"help": "The server's --max-lora-rank: the highest rank it takes."},
+        metadata={"help": "The server's --max-lora-rank: the highest rank that it accepts."},
     )
     vllm_handshake_tolerance: float | None = field(
         default=None,
         metadata={
-            "help": "Largest mean difference (nats a token) between the server's and the policy's "
-            "log-probs of a probe text. Default: by precision."
+            "help": "Largest allowed mean difference (nats/token) between the server's and the "
+            "policy's log-probs of a probe text. Default: by precision."
         },
     )
     vllm_request_timeout: float = field(
-        default=600.0, metadata={"help": "Seconds after which one request counts as failed."}
+        default=600.0, metadata={"help": "Seconds after which a request counts as failed."}
     )
     vllm_request_retries: int = field(
         default=5,
         metadata={
-            "help": "How often a failed request is sent again (at once, then after 1, 2, 4, ... s)."
+            "help": "How often a failed request is repeated (at once, then after 1, 2, 4, ... s)."
         },
     )
     vllm_max_concurrent_requests: int = field(
-        default=64, metadata={"help": "Requests that one process has under way at a time."}
+        default=64, metadata={"help": "Largest number of open requests of one process."}
     )
     async_prefetch: bool = field(
         default=False,
         metadata={
-            "help": "Sample the next batch while this one trains. Its rollouts are one batch older "
-            "than they would be; the importance ratio corrects for it."
+            "help": "Sample the next batch while the current one trains. Rollouts are then one "
+            "batch older; the importance ratio corrects for this."
         },
     )
 
