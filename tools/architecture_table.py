@@ -70,7 +70,7 @@ def build_and_judge(model_type: str, *, limit: int, attention: str | None) -> Ve
         if attention is None:
             raise
         return None
-    return judge(model, CASE, "dense" if attention == "sdpa" else "auto")
+    return judge(model, CASE, "sdpa" if attention == "sdpa" else "auto")
 
 
 def all_verdicts(model_type: str) -> list[Verdict]:
