@@ -48,6 +48,19 @@ def mask_functions(model: PreTrainedModel) -> set[str]:
 
     A configuration may name a window that the model never looks at. The code does not lie.
     """
+    return _names_in_code(model) & MASK_FUNCTIONS
+
+
+def looks_at_block_masks(model: PreTrainedModel) -> bool:
+    """Whether the model's own code tells block masks from others, as Doge's does to leave them out.
+
+    A model that hands masks on to its attention function has no need to.
+    """
+    return "BlockMask" in _names_in_code(model)
+
+
+def _names_in_code(model: PreTrainedModel) -> set[str]:
+    """Names that the modules with the model's classes define or import."""
     sources = {
         ancestor.__module__
         for part in model.modules()
@@ -55,7 +68,7 @@ def mask_functions(model: PreTrainedModel) -> set[str]:
         if issubclass(ancestor, PreTrainedModel) and ancestor is not PreTrainedModel
     }
     code = (sys.modules[source] for source in sources & sys.modules.keys())
-    return {name for module in code for name in vars(module)} & MASK_FUNCTIONS
+    return {name for module in code for name in vars(module)}
 
 
 def calls_chosen_attention(model: nn.Module) -> bool:

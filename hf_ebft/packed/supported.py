@@ -23,7 +23,12 @@ from hf_ebft.packed.attention_choice import (
 )
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.masks import MASKABLE_LAYERS, SPLIT
-from hf_ebft.packed.model_code import calls_chosen_attention, mask_functions, why_not_split
+from hf_ebft.packed.model_code import (
+    calls_chosen_attention,
+    looks_at_block_masks,
+    mask_functions,
+    why_not_split,
+)
 from hf_ebft.packed.model_parts import active_adapter_configs, bare_model
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
@@ -343,6 +348,7 @@ def gather_facts(
         supports_sdpa=bool(base._supports_sdpa),
         takes_flex=bool(base._supports_flex_attn)
         and calls_chosen_attention(base)
+        and not looks_at_block_masks(base)
         # Such models cut the mask to the tokens whose logits are kept, which a block mask cannot
         # be.
         and not getattr(config, "num_kv_shared_layers", 0),

@@ -105,6 +105,8 @@ def test_weights_on_the_meta_device_change_nothing() -> None:
         ("llama", {"head_dim": 24}, {"head_dim": 24, "dropout": 0.0, "takes_flex": True}),
         ("llama", {"attention_dropout": 0.25}, {"dropout": 0.25}),
         ("falcon", {}, {"takes_flex": False}),
+        # It leaves out block masks.
+        ("doge", {}, {"takes_flex": False}),
         # Layers of several widths, about which the configuration has no one answer.
         ("gemma4_text", {"head_dim": 8, "global_head_dim": 16}, {"head_dim": 8}),
         # It cuts masks to the tokens whose logits are kept.
