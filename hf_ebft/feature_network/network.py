@@ -27,7 +27,12 @@ from hf_ebft.objective.features import normalize_layers, pool, token_positions
 from hf_ebft.packed.compiled_layers import CompileOptions
 from hf_ebft.packed.forward import PackedForward, evaluation_mode, states_in
 from hf_ebft.packed.fsdp import is_sharded
-from hf_ebft.packed.model_parts import backbone, decoder_layers, vocabulary_size
+from hf_ebft.packed.model_parts import (
+    backbone,
+    cache_argument,
+    decoder_layers,
+    vocabulary_size,
+)
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.packed.targets import TokenLogProbs
 from hf_ebft.rows.chunks import block_chunks, tokens_without_gradient
@@ -430,7 +435,7 @@ class FeatureNetwork(FrozenNetwork):
                     position_ids=part.queries.position,
                     attention_mask=self.forward.recipe.masks_for(part),
                     use_cache=cache is not None,
-                    past_key_values=cache,
+                    **{cache_argument(self.backbone): cache},
                 )
 
         hidden = self._read_layers(run, index.flatten(1), to_the_end=whole)

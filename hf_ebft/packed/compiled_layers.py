@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import TrainingArguments
 
 from hf_ebft.packed.flex import compiled
-from hf_ebft.packed.model_parts import decoder_layers
+from hf_ebft.packed.model_parts import CACHE_ARGUMENTS, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _compiled_run(options: CompileOptions) -> Callable[..., Any]:
 
 
 def _reads_packed_row(arguments: dict[str, Any]) -> bool:
-    if arguments.get("past_key_values") is not None or arguments.get("layer_past") is not None:
+    if any(arguments.get(name) is not None for name in (*CACHE_ARGUMENTS, "layer_past")):
         return False
     mask = arguments.get("attention_mask")
     return isinstance(mask, BlockMask) or (isinstance(mask, Tensor) and mask.dim() == 4)

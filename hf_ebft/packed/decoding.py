@@ -285,8 +285,8 @@ class StaticDecoder:
             input_ids=self.tokens.index_select(0, self.step_index)[0],
             position_ids=self.positions.index_select(0, self.step_index)[0],
             attention_mask=masks,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self.forward.cache_argument: self._cache},
         )
         if self.forward.head is None:
             self._draw(output.logits, lambda rows: rows)

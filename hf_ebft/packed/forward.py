@@ -28,7 +28,7 @@ from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.heads import Head, ToLogits
 from hf_ebft.packed.masks import MaskRecipe
 from hf_ebft.packed.model_code import find_head
-from hf_ebft.packed.model_parts import active_adapter_configs, bare_model
+from hf_ebft.packed.model_parts import active_adapter_configs, bare_model, cache_argument
 from hf_ebft.packed.supported import RowLimits, check_supported, set_packed_attention
 from hf_ebft.rows.layout import PackedPart
 
@@ -51,6 +51,7 @@ class PackedForward:
     config: Any
     takes_logits_to_keep: bool
     head: Head | None
+    cache_argument: str
     noise_per_pass: bool = False
     compiler: CompileOptions | None = None
     decoding: Decoding = field(default_factory=Decoding, init=False, repr=False, compare=False)
@@ -96,6 +97,7 @@ class PackedForward:
             config=base.config,
             takes_logits_to_keep="logits_to_keep" in inspect.signature(base.forward).parameters,
             head=find_head(model),
+            cache_argument=cache_argument(model),
             noise_per_pass=trains and has_noise_per_pass(model),
             compiler=compiler,
         )
@@ -128,7 +130,7 @@ class PackedForward:
             "use_cache": cache is not None,
         }
         if cache is not None:
-            arguments["past_key_values"] = cache
+            arguments[self.cache_argument] = cache
         if self.takes_logits_to_keep:
             return model(**arguments, logits_to_keep=keep).logits
         return model(**arguments).logits[:, keep]
@@ -194,6 +196,8 @@ class PackedForward:
         ]
         if states is not None:
             pairs = list(zip(states[::2], states[1::2], strict=True))
+            # Models that run layers several times have more of them in their cache.
+            cache.layers += [DynamicLayer() for _ in range(len(pairs) - len(cache.layers))]
             layers = cast(list[DynamicLayer], cache.layers)[: len(pairs)]
             for layer, (keys, values) in zip(layers, pairs, strict=True):
                 layer.lazy_initialization(keys, values)

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+# What forwards of models and layers call their cache, newest name first.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+
 
 def bare_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper (PEFT's forward hides the argument names)."""
@@ -56,6 +59,16 @@ def checkpoints_activations(model: nn.Module) -> bool:
     return bool(getattr(base, name))
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What the model's own forward calls the keys and values of earlier tokens.
+
+    transformers 5.24 has renamed the argument, and warns of the older name.
+    """
+    parameters = inspect.signature(bare_model(model).forward).parameters
+    newest, older = CACHE_ARGUMENTS
+    return newest if newest in parameters else older
+
+
 def _reads_tokens(module: nn.Module, base: PreTrainedModel) -> bool:
     """Whether the input embeddings lie inside a module, as they do not in a vision tower."""
     embeddings = base.get_input_embeddings()
@@ -81,6 +94,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         raise ValueError(
             f"{name} skips its cross-attention layers where there is no image, so that layers "
             "cannot be counted by depth. Pass another model as feature_network."
+        )
+    if getattr(config, "n_recurrent_loops", 1) > 1:
+        raise ValueError(
+            f"{name} runs some of its layers several times, so that layers cannot be counted by "
+            "depth. Pass another model as feature_network."
         )
     # Some layers hold two attentions and count as two in num_hidden_layers, not in num_layers.
     counts = {config.num_hidden_layers, getattr(config, "num_layers", config.num_hidden_layers)}

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.packed.model_parts import CACHE_ARGUMENTS, bare_model
 from hf_ebft.watching.model_card import CITATION, PAPER, TAGS, TITLE
 
 # What transformers calls embeddings of absolute positions, learned or sinusoidal.
@@ -117,8 +117,12 @@ def _add_positions(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     mask = kwargs.get("attention_mask")
-    known = kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None
-    if known or not isinstance(mask, Tensor) or mask.dim() != 2:
+    known = ("position_ids", *CACHE_ARGUMENTS)
+    if (
+        any(kwargs.get(name) is not None for name in known)
+        or not isinstance(mask, Tensor)
+        or mask.dim() != 2
+    ):
         return args, kwargs
     positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
     return args, {**kwargs, "position_ids": positions}

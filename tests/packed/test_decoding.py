@@ -119,7 +119,7 @@ def test_rollouts_do_not_depend_on_how_many_rows_of_logits_exist_at_once() -> No
     assert torch.equal(whole.rollouts.tokens, single.rollouts.tokens)
 
 
-@pytest.mark.parametrize("architecture", ["falcon", "gemma3n_text", "gptj"])
+@pytest.mark.parametrize("architecture", ["falcon", "gemma3n_text", "gpt_neox_japanese"])
 def test_other_models_grow_their_cache_and_say_so_once(
     architecture: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -179,7 +179,7 @@ def test_a_mask_of_the_whole_row_is_logged_once(caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize(
     ("model_type", "choice", "reason"),
     [
-        ("gptj", "auto", "its code does not leave attention to the chosen function"),
+        ("falcon", "auto", "its code does not leave attention to the chosen function"),
         ("gemma2", "auto", "it does not support sdpa"),
         ("gemma2", "eager", None),
         ("llama", "auto", None),

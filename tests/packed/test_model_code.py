@@ -149,7 +149,9 @@ def test_every_type_of_the_installed_release_is_as_in_the_table(model_type: str)
     assert description(model_type) == EXPECTED.get(model_type)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite", "cohere2", "gptj", "llama4"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "granite", "cohere2", "falcon", "llama4"]
+)
 def test_some_types_are_as_in_the_table(model_type: str) -> None:
     assert description(model_type) == EXPECTED[model_type]
 

@@ -273,10 +273,8 @@ def test_chosen_attention_is_set() -> None:
 
 
 def test_attention_that_a_model_does_not_have_is_refused() -> None:
-    model = tiny_model("codegen")
-    with pytest.raises(
-        ValueError, match=r"CodeGen.*'eager' and cannot be switched to one of.*sdpa"
-    ):
+    model = tiny_model("gpt_neo")
+    with pytest.raises(ValueError, match=r"GPTNeo.*'eager' and cannot be switched to one of.*sdpa"):
         PackedForward.for_model(model, "sdpa")
 
 

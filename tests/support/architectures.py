@@ -169,6 +169,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": LOW_RANK,
     "deepseek_v3": LOW_RANK,
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "initializer_range": 1.0},
     "dots3_note": {
         "text_config": _Part("dots3_note_text"),
         "vision_config": {"adapter_out_dim": HIDDEN},
@@ -332,6 +333,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "shape_vocab_size": VOCABULARY,
     },
     "youtu": LOW_RANK,
+    "sarvam_mla": LOW_RANK,
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
