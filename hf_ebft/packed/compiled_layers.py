@@ -1,8 +1,8 @@
 """Decoder layers compiled one by one, for passes over packed rows.
 
-Layers of one class share what is compiled, so that a model costs one graph and not one per layer.
-Passes that go on from a cache (sampling) and those without a mask of their own (plain rows) have
-many shapes and stay as they are.
+Layers of one class share what is compiled, so that a model costs one graph and not one per layer,
+with a cache, too: see `hf_ebft.packed.layer_caches`. Passes without a mask of their own (plain
+rows) and those against a cache that is not ours have many shapes and stay as they are.
 
 accelerate can compile layers, too (`compile_regions`). It puts a copy of the model in the policy's
 place, in which the head is compiled as well, and hooks are traced: the feature network and the head
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,14 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import TrainingArguments
 
 from hf_ebft.packed.flex import compiled
+from hf_ebft.packed.layer_caches import CacheByLayer, NumberedModules
 from hf_ebft.packed.model_parts import CACHE_ARGUMENTS, decoder_layers
+
+# How decoder layers call the cache.
+_CACHES = (*CACHE_ARGUMENTS, "layer_past")
+# Modes in which inductor captures graphs of its own, and the same without: what is compiled for a
+# decoding step runs inside of a capture.
+_CAPTURING_MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,11 @@ class CompileOptions:
         """The function, compiled anew for each shape."""
         return compiled(function, backend=self.backend, mode=self.mode, fullgraph=self.fullgraph)
 
+    @property
+    def for_captures(self) -> CompileOptions:
+        """The same, for what a CUDA graph may hold."""
+        return replace(self, mode=_CAPTURING_MODES.get(str(self.mode), self.mode))
+
 
 class CompiledForward:
     """A layer's forward that is compiled where it reads a packed row.
@@ -64,11 +76,21 @@ class CompiledForward:
 
     def __init__(self, layer: nn.Module, options: CompileOptions) -> None:
         self.layer, self.options = layer, options
+        self.numbered = NumberedModules(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer's own forward returns."""
-        run = _compiled_run(self.options) if _Switch.on and _reads_packed_row(kwargs) else _run
-        return run(self.layer, *args, **kwargs)
+        if not (_Switch.on and _has_own_mask(kwargs)):
+            return _run(self.layer, *args, **kwargs)
+        name = next((name for name in _CACHES if kwargs.get(name) is not None), None)
+        if name is None:
+            return _compiled_run(self.options)(self.layer, *args, **kwargs)
+        cache, number = kwargs[name], self.numbered.number
+        if number is None or not (isinstance(cache, CacheByLayer) and cache.few_shapes):
+            return _run(self.layer, *args, **kwargs)
+        with cache.of_layer(number, kwargs["attention_mask"]) as own, self.numbered.as_first():
+            run = _compiled_run_with_cache(self.options.for_captures)
+            return run(self.layer, *args, **{**kwargs, name: own})
 
 
 class _Switch:
@@ -112,14 +134,23 @@ def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
 
 
+def _run_with_cache(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Another function than `_run`: torch limits how often the code of one is compiled.
+    return type(layer).forward(layer, *args, **kwargs)
+
+
 @cache
 def _compiled_run(options: CompileOptions) -> Callable[..., Any]:
     """One for the process, so that layers share it."""
     return options.compile(_run)
 
 
-def _reads_packed_row(arguments: dict[str, Any]) -> bool:
-    if any(arguments.get(name) is not None for name in (*CACHE_ARGUMENTS, "layer_past")):
-        return False
+@cache
+def _compiled_run_with_cache(options: CompileOptions) -> Callable[..., Any]:
+    """The same for passes with a cache."""
+    return options.compile(_run_with_cache)
+
+
+def _has_own_mask(arguments: dict[str, Any]) -> bool:
     mask = arguments.get("attention_mask")
     return isinstance(mask, BlockMask) or (isinstance(mask, Tensor) and mask.dim() == 4)

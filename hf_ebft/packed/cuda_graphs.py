@@ -68,9 +68,10 @@ class Step(Protocol):
 def capture(step: Callable[[], None]) -> Replay:
     """Capture what a function launches on the current device as a CUDA graph.
 
-    It runs once before, on the stream of the capture, so that nothing is set up during the capture,
-    and where it would make the host wait for the device, it fails then: a capture that fails leaves
-    torch's allocator unable to give memory back.
+    It is called twice before. The first time, libraries prepare what they must not prepare during
+    the capture, and compilers compile, for which they may wait for the device. Where the function
+    makes the host wait, it fails the second time: a capture that fails leaves torch's allocator
+    unable to give memory back.
 
     Raises:
         RuntimeError: a step that waits for the device, or cannot be captured for other reasons.
@@ -78,8 +79,10 @@ def capture(step: Callable[[], None]) -> Replay:
     usual = torch.cuda.current_stream()
     stream = _stream_for_captures(torch.cuda.current_device())
     stream.wait_stream(usual)
-    with torch.cuda.stream(stream), _waiting_is_an_error():
+    with torch.cuda.stream(stream):
         step()
+        with _waiting_is_an_error():
+            step()
     usual.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     try:

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache, PreTrainedModel
 
+from hf_ebft.packed.compiled_layers import layers_as_written
 from hf_ebft.packed.drawing import Sampler
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.forward import PackedForward, states_in
@@ -156,7 +157,10 @@ def _decode_growing(
             return sampler(states, to_logits, numbers)
 
         text = steps[-1][0]
-        steps.append(forward.through_head(model, text, part, every_rollout, draw, cache=cache))
+        # Keys and values have another shape in every step.
+        with layers_as_written():
+            found = forward.through_head(model, text, part, every_rollout, draw, cache=cache)
+        steps.append(found)
     return _in_order(layout, [torch.stack(of_steps) for of_steps in zip(*steps, strict=True)])
 
 
@@ -182,7 +186,8 @@ class StaticDecoder:
         *,
         static: bool,
     ) -> None:
-        self.documents = states_in(cache)
+        self._static = static
+        self.documents = [states.detach() for states in states_in(cache)]
         width = layout.document_width
         if static:
             layout, missing = _filled_up(layout)
@@ -260,6 +265,7 @@ class StaticDecoder:
                 self.step_index,
                 self.views.by_kind,
                 changes_scores=self.forward.recipe.implementation in ("eager", FLEX),
+                few_shapes=self._static,
             )
         with ExitStack() as stack:
             stack.enter_context(_not_compiled(self.model))
@@ -341,8 +347,8 @@ def _callable_part(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _not_compiled(model: nn.Module) -> Iterator[None]:
-    """Run modules that were compiled as they are: layers would be compiled one by one again, since
-    each knows its own number where there is a cache.
+    """Run modules that were compiled by `nn.Module.compile` as they are: with a cache, such layers
+    would be compiled one by one. Those of `torch_compile` are not, see `compiled_layers`.
     """
     compiled: list[Any] = [part for part in model.modules() if part._compiled_call_impl is not None]
     before = [part._compiled_call_impl for part in compiled]

@@ -26,6 +26,7 @@ from hf_ebft.packed.decoding_state import Decoding
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.heads import Head, ToLogits
+from hf_ebft.packed.layer_caches import RowCache
 from hf_ebft.packed.masks import MaskRecipe
 from hf_ebft.packed.model_code import find_head
 from hf_ebft.packed.model_parts import active_adapter_configs, bare_model, cache_argument
@@ -189,7 +190,7 @@ class PackedForward:
             states: keys and values of every layer, (B, H, C, E) each, to start with, or of the
                 lowest layers; None: empty.
         """
-        cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        cache = RowCache(config=self.config.get_text_config(decoder=True))
         cache.layers = [
             DynamicLayer() if isinstance(layer, DynamicSlidingWindowLayer) else layer
             for layer in cache.layers

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
 from hf_ebft.packed.attention_functions import changes_of_scores, in_autocast_dtype
+from hf_ebft.packed.layer_caches import OneLayer
 from hf_ebft.packed.step_attention import KNOWN_CHANGES, StepView, step_attention
 
 # The attention of decoding steps, under the name by which transformers' models find it.
@@ -97,6 +99,7 @@ class StaticCache(Cache):
         step: (1,) int64, see `StaticLayer`.
         views: by kind of layer.
         changes_scores: whether soft caps and sinks count. sdpa, in training, would leave them out.
+        few_shapes: see `hf_ebft.packed.layer_caches.CacheByLayer`.
     """
 
     def __init__(
@@ -108,33 +111,64 @@ class StaticCache(Cache):
         views: dict[str, StepView],
         *,
         changes_scores: bool,
+        few_shapes: bool,
     ) -> None:
         pairs = zip(documents[::2], documents[1::2], strict=True)
-        super().__init__([StaticLayer(pair, n_rollouts, n_slots, step) for pair in pairs])
+        layers = [StaticLayer(pair, n_rollouts, n_slots, step) for pair in pairs]
+        super().__init__([*layers])
         rows, device = documents[0].shape[0], documents[0].device
         # No mask: a name that the model hands on to its attention function.
         self.masks = {
             kind: torch.ones(rows, 1, n_rollouts, 1, dtype=torch.bool, device=device)
             for kind in views
         }
-        self.views, self.changes_scores = views, changes_scores
+        self.few_shapes = few_shapes
+        seen = [(mask, views[kind]) for kind, mask in self.masks.items()]
+        self.attended = Attended(layers, seen, changes_scores)
+
+    @contextmanager
+    def of_layer(self, number: int, mask: Tensor) -> Iterator[OneLayer]:
+        """See `hf_ebft.packed.layer_caches.CacheByLayer`."""
+        global _current
+        before, layer = _current, self.attended.layers[number]
+        seen = [(mask, self.attended.view_of(mask))]
+        _current = Attended([layer], seen, self.attended.changes_scores)
+        try:
+            yield OneLayer(layer)
+        finally:
+            _current = before
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What an attention function finds by what it is handed.
+
+    Attributes:
+        layers: that keys and values may come from.
+        seen: masks, and what a layer sees that gets them.
+        changes_scores: see `StaticCache`.
+    """
+
+    layers: list[StaticLayer]
+    seen: list[tuple[Tensor, StepView]]
+    changes_scores: bool
 
     def layer_of(self, key: Tensor, value: Tensor) -> StaticLayer:
         """The layer that returned these; layers may share keys and values with earlier ones."""
         for layer in self.layers:
-            if isinstance(layer, StaticLayer) and layer.keys is key and layer.values is value:
+            if layer.keys is key and layer.values is value:
                 return layer
         raise CannotDecodeStatically("it changes the keys or values that its cache returns")
 
     def view_of(self, mask: Tensor | None) -> StepView:
         """What a layer sees that got this mask."""
-        for kind, own in self.masks.items():
+        for own, view in self.seen:
             if own is mask:
-                return self.views[kind]
+                return view
         raise CannotDecodeStatically("it changes the attention mask that it is given")
 
 
-_current: StaticCache | None = None
+_current: Attended | None = None
 
 
 @contextmanager
@@ -149,7 +183,7 @@ def decoding_against(config: Any, cache: StaticCache) -> Iterator[None]:
     configs = {id(part): part for part in (config, config.get_text_config(decoder=True))}
     before = [(part, part._attn_implementation) for part in configs.values()]
     try:
-        _current = cache
+        _current = cache.attended
         for part in configs.values():
             part._attn_implementation_internal = DECODING
         yield
@@ -175,10 +209,10 @@ def _decoding_attention_forward(
         key, value: what the cache returned.
         attention_mask: what the cache holds for this kind of layer.
     """
-    cache = _current
-    assert cache is not None
-    layer, view = cache.layer_of(key, value), cache.view_of(attention_mask)
-    known = KNOWN_CHANGES if cache.changes_scores else ()
+    attended = _current
+    assert attended is not None
+    layer, view = attended.layer_of(key, value), attended.view_of(attention_mask)
+    known = KNOWN_CHANGES if attended.changes_scores else ()
     for name in changes_of_scores(kwargs):
         if name not in known:
             raise CannotDecodeStatically(f"its attention uses {name}")

@@ -93,7 +93,9 @@ def step_attention(
     """
     if view.block_mask is not None:
         output, lse = _by_blocks(query, *document, view.block_mask, scaling, softcap)
-        finish = _in_few_kernels(_with_own, query.device.type)
+        finish = _with_own
+        if not torch.compiler.is_compiling():
+            finish = _in_few_kernels(_with_own, query.device.type)
     else:
         output, lse = _by_tiles(query, *document, view, scaling, softcap)
         finish = _with_own
@@ -137,7 +139,9 @@ def _by_blocks(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The same by flex_attention."""
-    attend = _in_few_kernels(flex_attention, query.device.type)
+    attend: Callable[..., Any] = flex_attention
+    if not torch.compiler.is_compiling():
+        attend = _in_few_kernels(flex_attention, query.device.type)
     output, aux = attend(
         query,
         key,
@@ -153,7 +157,9 @@ def _by_blocks(
 
 @cache
 def _in_few_kernels(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """The function in one or two kernels; on a CPU, where that takes minutes, as it is."""
+    """The function in one or two kernels; on a CPU, where that takes minutes, as it is. Not to be
+    called inside of a compiled layer, with which the function is compiled.
+    """
     return function if device == "cpu" else compiled(function)
 
 

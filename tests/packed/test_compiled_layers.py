@@ -26,10 +26,16 @@ from hf_ebft.packed.compiled_layers import (
     compile_layers,
     layers_as_written,
 )
+from hf_ebft.packed.deferred import TrainingPass
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import decoder_layers
-from hf_ebft.packed.sampling import Rollouts
+from hf_ebft.packed.sampling import (
+    Rollouts,
+    SamplingRecord,
+    make_generator,
+    sample_with_record,
+)
 from hf_ebft.packed.verification import verify_packing
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.buckets import Buckets
@@ -41,6 +47,7 @@ from tests.support.tiny import config, texts, tiny_llama
 
 # A break of a graph raises.
 TRACED = CompileOptions("eager", fullgraph=True)
+AOT = replace(TRACED, backend="aot_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +160,116 @@ def test_every_layer_shares_one_graph() -> None:
         forward = PackedForward.for_model(model, "sdpa", compiler=TRACED)
         gradient(model, forward, rollouts_of(30, 21))
         assert graphs() == 4
+
+
+@pytest.mark.parametrize("n_batches", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    # Kinds of layers that differ for the pass over the documents, and for steps.
+    [
+        ("llama", 1 + 1),
+        ("gemma3_text", 1 + 2),
+        pytest.param("qwen3", 1 + 2, marks=pytest.mark.slow),
+        pytest.param("gpt_neox", 1 + 1, marks=pytest.mark.slow),
+        ("lora", 1 + 1),
+    ],
+)
+def test_sampling_is_one_graph_for_all_layers_steps_and_lengths_of_a_bucket(
+    kind: str, expected: int, n_batches: int
+) -> None:
+    """And samples what the layers sample as they are written."""
+    assert sampled_as_written(kind, "sdpa", n_batches) == expected
+
+
+def test_with_flex_attention_too() -> None:
+    """Windows and full attention, by block masks of documents and of steps."""
+    # The layers as written trace flex_attention by itself, in every pass; here, one shape.
+    assert sampled_as_written("gemma3_text", "flex_attention", 2) == 1 + 2
+
+
+def sampled_as_written(kind: str, attention: str, n_batches: int) -> int:
+    """Compare rollouts of compiled layers with those of the layers as written, batch by batch.
+
+    Returns:
+        How many graphs the compiled ones took.
+    """
+    model = policy(kind)
+    plain_model = copy.deepcopy(model)
+    traced = PackedForward.for_model(model, attention, compiler=AOT)
+    plain = PackedForward.for_model(plain_model, attention)
+    count = 0
+    for step in range(n_batches):
+        layout = rollouts_of(17 + step % 16, 5 + step // 2, seed=step, multiple=32).layout
+        records = []
+        for policy_model, forward in ((model, traced), (plain_model, plain)):
+            forward.decoding.static = True
+            before = graphs()
+            records.append(sampled(policy_model, forward, layout))
+            count += graphs() - before if forward is traced else 0
+            assert forward.decoding.works
+        exists = layout.blocks.exists[:, None, :, None]
+        found, expected = (record.rollouts.tokens * exists for record in records)
+        assert torch.equal(found, expected)
+        difference = (records[0].log_probs - records[1].log_probs) * exists
+        assert float(difference.abs().max()) < 1e-5
+    assert not counters["graph_break"]
+    return count
+
+
+def sampled(model: nn.Module, forward: PackedForward, layout: PackedLayout) -> SamplingRecord:
+    generator = make_generator(torch.device("cpu"), 3)
+    options: dict[str, Any] = {"temperature": 0.9, "top_p": 1.0, "chunk_size": 50}
+    return sample_with_record(model, forward, layout, generator=generator, **options)[1]
+
+
+def test_steps_whose_shapes_are_those_of_one_batch_are_not_compiled() -> None:
+    """Tiles of steps on a CPU, and keys and values that grow; the documents' pass is."""
+    model = tiny_model("llama", limit=4096)
+    forward = PackedForward.for_model(model, "sdpa", compiler=TRACED)
+    layout = rollouts_of(30, 21).layout
+    sampled(model, forward, layout)
+    assert forward.decoding.works and graphs() == 1
+    forward.decoding.grows = "the test says so"
+    sampled(model, forward, layout)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama4_text"])
+def test_layers_that_do_more_with_a_cache_sample_as_written(kind: str) -> None:
+    assert sampled_as_written(kind, "sdpa", 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    # With adapters, what the first layer reads needs no gradient, and what others read does.
+    [("llama", 3), pytest.param("lora", 5, marks=pytest.mark.slow)],
+)
+def test_chunks_of_training_share_one_graph_too(kind: str, expected: int) -> None:
+    """Against keys and values of the documents: one graph for these, one for all chunks; each with
+    gradient, and chunks without it, too.
+    """
+    model = policy(kind)
+    plain = copy.deepcopy(model)
+    rollouts = rollouts_of(30, 29)
+    found = []
+    for policy_model, compiler in ((plain, None), (model, TRACED)):
+        forward = PackedForward.for_model(policy_model, "sdpa", compiler=compiler)
+        policy_model.train()
+        before = graphs()
+        # Four blocks a row, two at a time.
+        training = TrainingPass(
+            forward, temperature=0.8, with_document=True, chunk_size=64, training_chunk_size=24
+        )
+        log_probs = training.log_probs(policy_model, rollouts)
+        assert log_probs.document is not None
+        exists = rollouts.exists[:, None, :, None]
+        ((log_probs.rollout * exists).sum() + log_probs.document.sum()).backward()
+        weights = [weight.grad for weight in policy_model.parameters()]
+        found.append(torch.cat([w.flatten() for w in weights if w is not None]))
+    of_head = 4
+    assert graphs() - before == expected + of_head
+    assert found[0].abs().max() > 0.1
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_feature_network_s_hooks_stay_outside() -> None:
