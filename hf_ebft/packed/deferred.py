@@ -53,6 +53,9 @@ class TrainingPass:
         temperature, with_document, chunk_size: see `Targets`.
         training_chunk_size: rollout tokens whose activations exist at once, see
             `hf_ebft.rows.chunks.block_chunks`.
+        adds_to_grad: the backward pass is that of a training step, which adds gradients to `.grad`
+            of the weights. Chunks then do so themselves, where nothing listens to the sum. Else two
+            more gradients of all weights exist: the sum over chunks, and that of the latest one.
     """
 
     forward: PackedForward
@@ -60,6 +63,7 @@ class TrainingPass:
     with_document: bool
     chunk_size: int
     training_chunk_size: int | None
+    adds_to_grad: bool = False
 
     def document_targets(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
         """What the documents alone predict; None unless a batch is trained on chunk by chunk.
@@ -109,14 +113,15 @@ class TrainingPass:
             cache = self.forward.new_cache()
             log_probs = self._packed(model, rollouts, part=targets.part, cache=cache)
             documents = DocumentPass(log_probs, states_in(cache))
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
         passes = _RolloutPasses(
             rollouts,
             self._chunks(rollouts.layout),
             partial(self._score_rollouts, _unwrapped(model)),
+            self.adds_to_grad and not _somebody_listens(model, weights),
         )
         states = documents.states
         later = record.log_probs[..., 1:] if record else passes.values(states)
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
         later = _Deferred.apply(later, passes, len(states), *states, *weights)
         first = documents.log_probs.rollout
         return TokenLogProbs(torch.cat([first, later], dim=-1), documents.log_probs.document)
@@ -154,8 +159,8 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
 
     Not where FSDP2 gathers parameters around each pass or another wrapper than DDP stands between,
     with gradient checkpointing (which drops caches), with noise that is drawn once for a pass or
-    whose size depends on how many tokens a pass has, or where the cache holds more than keys and
-    values.
+    whose size depends on how many tokens a pass has, where the cache holds more than keys and
+    values, or where hooks change gradients of weights, which are to see the whole gradient.
     """
     inner = _unwrapped(model)
     return (
@@ -166,12 +171,24 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
         and not (model.training and has_noisy_embeddings(inner))
         and forward.has_plain_cache
         and not (model.training and forward.noise_per_pass)
+        and not any(weight._backward_hooks for weight in model.parameters())
     )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model that DDP wraps; DDP itself must not be called while it adds up gradients."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _somebody_listens(model: nn.Module, weights: Sequence[Tensor]) -> bool:
+    """Whether something counts on one gradient of each weight in a backward pass.
+
+    DDP sends it to other processes; hooks may even step the optimizer with it.
+    """
+    # Hooks: attributes that torch itself reads by these names, in nn.Parameter and its optimizers.
+    return isinstance(model, DistributedDataParallel) or any(
+        weight._post_accumulate_grad_hooks for weight in weights
+    )
 
 
 @dataclass(frozen=True)
@@ -183,11 +200,13 @@ class _RolloutPasses:
         chunks: of the blocks.
         score: log-probabilities (B, n, k, G - 1) of rollouts, given keys and values of every layer,
             (B, H, S, E) each.
+        adds_to_grad: gradients of weights are added to their `.grad`, chunk by chunk.
     """
 
     rollouts: Rollouts
     chunks: tuple[slice, ...]
     score: Callable[[Rollouts, Sequence[Tensor]], Tensor]
+    adds_to_grad: bool
 
     def log_probs(self, chunk: slice, states: Sequence[Tensor]) -> Tensor:
         """(B, n, k, G - 1) of the tokens after the first, of the k blocks of a chunk."""
@@ -222,16 +241,35 @@ class _Deferred(torch.autograd.Function):
         ]
         tensors = [*states, *saved[ctx.n_states :]]
         inputs = [tensor for tensor, wants in zip(tensors, wanted, strict=True) if wants]
+        add = _add_to_grad if passes.adds_to_grad else _add_to_totals
         totals: list[Tensor | None] = [None] * len(inputs)
         for chunk in passes.chunks:
             with torch.enable_grad():
                 log_probs = passes.log_probs(chunk, states)
-            found = torch.autograd.grad(
-                log_probs, inputs, d_log_probs[:, :, chunk], allow_unused=True
-            )
-            totals = [_sum(total, new) for total, new in zip(totals, found, strict=True)]
+            add(totals, log_probs, d_log_probs[:, :, chunk], inputs)
+        if passes.adds_to_grad:
+            # Of the weights, nothing is left to return.
+            totals = [state.grad for state in states if state.requires_grad]
+            totals += [None] * (len(inputs) - len(totals))
         of_inputs = iter(totals)
         return None, None, None, *(next(of_inputs) if wants else None for wants in wanted)
+
+
+def _add_to_grad(
+    _totals: list[Tensor | None], output: Tensor, gradient: Tensor, inputs: list[Tensor]
+) -> None:
+    """Add the inputs' gradients to their `.grad`, one by one as they are found."""
+    torch.autograd.backward(output, gradient, inputs=inputs)
+
+
+def _add_to_totals(
+    totals: list[Tensor | None], output: Tensor, gradient: Tensor, inputs: list[Tensor]
+) -> None:
+    """Add the inputs' gradients to the totals."""
+    found = torch.autograd.grad(output, inputs, gradient, allow_unused=True)
+    # One by one, so that earlier totals go as new ones come.
+    for index, new in enumerate(found):
+        totals[index] = _sum(totals[index], new)
 
 
 def _sum(total: Tensor | None, new: Tensor | None) -> Tensor | None:

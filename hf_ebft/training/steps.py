@@ -43,6 +43,7 @@ class StepsMixin(ReadingMixin):
     averaging: EMACallback | None = None
     fitted: FittedBaseline | None = None
 
+    _in_training_step = False
     # Trainer divides the loss by the accumulation steps; see share_of_step.
     loss_is_scaled_for_ga = False
 
@@ -115,6 +116,7 @@ class StepsMixin(ReadingMixin):
             with_document=self.coefficients.ce > 0,
             chunk_size=self.ebft.log_prob_chunk_size,
             training_chunk_size=self.ebft.training_chunk_size,
+            adds_to_grad=self._in_training_step,
         )
 
     def share_of_step(
@@ -150,12 +152,16 @@ class StepsMixin(ReadingMixin):
             # This batch is the step; its parts are not.
             num_items_in_batch = self.document_reader.read(inputs).count * self._shares
         losses = []
-        with self.step_log.phase("training"):
-            for part in parts:
-                # FSDP2 adds up shards, and would have to keep whole gradients to do it later.
-                later = part is not parts[-1] and not is_sharded(model)
-                with self.accelerator.no_sync(model) if later else nullcontext():
-                    losses.append(super().training_step(model, part, num_items_in_batch))
+        self._in_training_step = True
+        try:
+            with self.step_log.phase("training"):
+                for part in parts:
+                    # FSDP2 adds up shards, and would have to keep whole gradients to do it later.
+                    later = part is not parts[-1] and not is_sharded(model)
+                    with self.accelerator.no_sync(model) if later else nullcontext():
+                        losses.append(super().training_step(model, part, num_items_in_batch))
+        finally:
+            self._in_training_step = False
         self.step_log.end_batch()
         return torch.stack(losses).sum()
 

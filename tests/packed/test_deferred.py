@@ -20,8 +20,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from hf_ebft import EBFTTrainer, Rollouts
-from hf_ebft.packed.deferred import can_defer
-from hf_ebft.packed.forward import is_random_in_training
+from hf_ebft.packed.deferred import TrainingPass, can_defer
+from hf_ebft.packed.forward import PackedForward, is_random_in_training
+from hf_ebft.rows.anchors import find_blocks
+from hf_ebft.rows.documents import Documents
+from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.training.outputs import Scores
 from tests.support.tiny import (
     GivenRollouts,
@@ -95,6 +98,77 @@ def test_loss_and_gradient_are_those_of_the_whole_row(
         loss, found = run(chunk)
         torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
         assert_same_tensors(found, expected, relative=ROUNDING)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"ce_coef": 0.3}, {"rollout_batch_size": 1}])
+def test_gradients_of_a_training_step_are_those_of_the_whole_row(
+    settings: dict[str, Any], hooked: bool, tmp_path: Path
+) -> None:
+    """Chunks add them to `.grad` themselves, beside what is there, unless a hook waits for it."""
+
+    def run(chunk: int) -> tuple[dict[str, Tensor], list[int]]:
+        args = config(tmp_path, training_chunk_size=chunk, **settings)
+        trainer = EBFTTrainer(tiny_llama(), args)
+        calls: list[int] = []
+        head = trainer.model.lm_head.weight
+        if hooked:
+            head.register_post_accumulate_grad_hook(lambda weight: calls.append(1))
+        trainer.current_gradient_accumulation_steps = 2
+        for step in range(2):
+            trainer.state.global_step = step
+            trainer.training_step(trainer.model, ragged())
+        return gradient_of(trainer.model), calls
+
+    expected, expected_calls = run(WHOLE)
+    found, calls = run(9)
+    assert_same_tensors(found, expected, relative=ROUNDING)
+    assert calls == expected_calls and bool(calls) == hooked
+
+
+def test_hooks_on_gradients_see_the_whole_gradient(tmp_path: Path) -> None:
+    """Run for every chunk and for their sum, one that doubles would make four times of it."""
+
+    def run(chunk: int) -> dict[str, Tensor]:
+        trainer = EBFTTrainer(tiny_llama(), config(tmp_path, training_chunk_size=chunk))
+        for weight in trainer.model.parameters():
+            weight.register_hook(lambda gradient: 2 * gradient.clamp(-0.01, 0.01))
+        return gradients(trainer, ragged())[1]
+
+    # Features are rounded otherwise in chunks, before they become rewards.
+    assert_same_tensors(run(9), run(WHOLE), relative=1e-4)
+
+
+@pytest.mark.parametrize("in_training_step", [False, True])
+def test_memory_for_gradients_of_weights(in_training_step: bool) -> None:
+    """A model much larger than its batch: a training step holds no second gradient of it."""
+    model = tiny_llama(hidden_size=256, intermediate_size=4096).train()
+    forward = PackedForward.for_model(model, "split")
+    layout = PackedLayout(
+        documents := Documents.from_inputs(batch_of(texts(16))),
+        find_blocks(documents, stride=4, context_length=3, generate_max_len=4),
+        n_samples=2,
+        length=4,
+    )
+    rollouts = Rollouts(torch.full(layout.rollout_shape, 3), layout.blocks.exists, layout)
+    training_pass = TrainingPass(
+        forward,
+        temperature=1.0,
+        with_document=False,
+        chunk_size=100,
+        training_chunk_size=1,
+        adds_to_grad=in_training_step,
+    )
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+
+    def step() -> None:
+        training_pass.log_probs(model, rollouts).rollout.sum().backward()
+
+    step()
+    weights = sum(weight.nbytes for weight in model.parameters())
+    held = peak_bytes(step, torch.device("cpu")) / weights
+    assert held < 0.5 if in_training_step else held > 1.5, held
 
 
 @pytest.mark.parametrize(
