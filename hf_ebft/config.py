@@ -1,7 +1,7 @@
-"""What a user may set, documented and validated in one place.
+"""The settings of the library: their defaults, help texts and validation, in one place.
 
-The fields live in two mixins so that other trainers (and scripts that hold a plain
-`TrainingArguments`) can reuse them: every default is declared here and nowhere else.
+The fields are in two mixins, so that other trainers (and scripts that hold a plain
+`TrainingArguments`) can reuse them. Every default is declared here and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ EmbedMethod = Literal["last_token", "mean_pooling", "concat", "completion_mean"]
 EMBED_METHODS: tuple[EmbedMethod, ...] = get_args(EmbedMethod)
 # All blocks of strided mode have the same length, so `completion_mean` would equal `mean_pooling`.
 STRIDED_EMBED_METHODS: tuple[EmbedMethod, ...] = ("last_token", "mean_pooling", "concat")
-# How a group is whitened by its own rollouts, and every choice of `whitening_space`.
+# The spaces in which a group of rollouts is whitened by itself.
 GroupWhiteningSpace = Literal["feature", "sample"]
 GROUP_WHITENING_SPACES: tuple[GroupWhiteningSpace, ...] = get_args(GroupWhiteningSpace)
+# All choices of `whitening_space`.
 WhiteningSpace = Literal["feature", "sample", "corpus"]
 WHITENING_SPACES: tuple[WhiteningSpace, ...] = get_args(WhiteningSpace)
 DEFAULT_TOLERANCE = 1e-5
@@ -43,9 +44,9 @@ COEFFICIENT_SCHEDULES: tuple[CoefficientSchedule, ...] = get_args(CoefficientSch
 
 @dataclass
 class FeatureMatchingArguments:
-    """Rewards, advantages and loss weights: shared by every mode.
+    """Rewards, advantages and loss weights: the settings that every mode shares.
 
-    Values the paper uses are named in each field's help where they are known.
+    The help of a field names the paper's value where it is known.
     """
 
     feature_layers: list[float] = field(
@@ -172,7 +173,7 @@ class FeatureMatchingArguments:
     )
     kl_coef_schedule: CoefficientSchedule = field(
         default="constant",
-        metadata={"help": "As ce_coef_schedule, for kl_coef."},
+        metadata={"help": "Like ce_coef_schedule, for kl_coef."},
     )
     kl_coef_final: float | None = field(
         default=None,
@@ -196,13 +197,13 @@ class FeatureMatchingArguments:
         layers = self.feature_layers
         if isinstance(layers, str) or not isinstance(layers, Sequence) or len(layers) == 0:
             raise ValueError(
-                f"feature_layers={layers!r} names no layers, so there would be no features; "
+                f"feature_layers={layers!r} lists no layers, so there would be no features; "
                 "write a list of fractions of depth such as [0.25, 0.5, 0.75]."
             )
         for fraction in layers:
             if not _is_finite_number(fraction) or not 0.0 <= fraction <= 1.0:
                 raise ValueError(
-                    f"feature_layers holds {fraction!r}, which is no fraction of depth; "
+                    f"feature_layers contains {fraction!r}, which is not a fraction of depth; "
                     "write values from 0.0 (embeddings) to 1.0 (last layer)."
                 )
         for name in ("alignment_coef", "diversity_coef", "ce_coef", "kl_coef"):
@@ -221,13 +222,13 @@ class FeatureMatchingArguments:
         if not 0.0 < self.corpus_whitening_shrinkage <= 1.0:
             raise ValueError(
                 f"corpus_whitening_shrinkage={self.corpus_whitening_shrinkage} must lie in (0, 1]: "
-                "0 would divide by the rounding of directions that no feature uses, 1 is no "
-                "whitening; the default is 0.1."
+                "0 would divide by rounding errors in directions that no feature uses, and 1 "
+                "means no whitening; the default is 0.1."
             )
         if self.feature_dtype not in (None, *FEATURE_DTYPES):
             raise ValueError(
                 f"feature_dtype={self.feature_dtype!r} is unknown; choose one of "
-                f"{', '.join(FEATURE_DTYPES)}, or leave it unset for the policy's."
+                f"{', '.join(FEATURE_DTYPES)}, or leave it unset to use the policy's dtype."
             )
         if self.feature_quantization not in (None, "8bit", "4bit"):
             raise ValueError(
@@ -244,14 +245,14 @@ class FeatureMatchingArguments:
             raise ValueError(
                 f"{n_samples_name}={n_samples} leaves advantage_estimator="
                 f"'{self.advantage_estimator}' no other rollout to compare with; set "
-                f"{n_samples_name} to 2 or more (the paper uses 4), or "
+                f"{n_samples_name} to 2 or more (the paper uses 4), or set "
                 "advantage_estimator='reinforce'."
             )
         if n_samples < 2 and self.diversity_coef > 0:
             raise ValueError(
-                f"{n_samples_name}={n_samples} has no pairs of rollouts, so diversity_coef="
-                f"{self.diversity_coef} would do nothing; set {n_samples_name} to 2 or more, "
-                "or diversity_coef=0."
+                f"{n_samples_name}={n_samples} gives no pairs of rollouts, so diversity_coef="
+                f"{self.diversity_coef} would have no effect; set {n_samples_name} to 2 or more, "
+                "or set diversity_coef=0."
             )
 
 
@@ -270,7 +271,7 @@ class StridedArguments:
     )
     embed_method: Literal["last_token", "mean_pooling", "concat"] = field(
         default="last_token",
-        metadata={"help": "How the token features of a rollout become one embedding."},
+        metadata={"help": "How the token features of a rollout are pooled into one embedding."},
     )
     n_samples_per_prompt: int = field(
         default=4, metadata={"help": "Rollouts per block (paper: 4)."}
@@ -303,7 +304,7 @@ class StridedArguments:
     rl_coef: float = field(default=1.0, metadata={"help": "Weight of the policy-gradient loss."})
     rl_coef_schedule: CoefficientSchedule = field(
         default="constant",
-        metadata={"help": "As ce_coef_schedule, for rl_coef."},
+        metadata={"help": "Like ce_coef_schedule, for rl_coef."},
     )
     rl_coef_final: float | None = field(
         default=None,
@@ -419,8 +420,12 @@ class StridedArguments:
             "log_prob_chunk_size",
             "training_chunk_size",
         ):
-            unset = name in ("rollout_batch_size", "pad_to_multiple_of", "training_chunk_size")
-            if not unset or getattr(self, name) is not None:
+            may_be_unset = name in (
+                "rollout_batch_size",
+                "pad_to_multiple_of",
+                "training_chunk_size",
+            )
+            if not may_be_unset or getattr(self, name) is not None:
                 _require_count(self, name)
         prefix = self.min_completion_prefix
         if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 0:
@@ -430,14 +435,14 @@ class StridedArguments:
         pictures = self.log_pictures_steps
         if isinstance(pictures, bool) or not isinstance(pictures, int) or pictures < 0:
             raise ValueError(
-                f"log_pictures_steps={pictures!r} must be a whole number of optimizer steps, or 0 "
-                "for no pictures."
+                f"log_pictures_steps={pictures!r} must be a whole number of optimizer steps; "
+                "write 0 for no pictures."
             )
         _require_finite(self, "temperature")
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature={self.temperature} must be above 0: a greedy rollout has no "
-                "log-probability gradient to follow; the default is 0.6."
+                f"temperature={self.temperature} must be above 0: a policy gradient needs sampled "
+                "rollouts, and temperature 0 would decode greedily; the default is 0.6."
             )
         _require_finite(self, "block_share")
         if not 0.0 < self.block_share <= 1.0:
@@ -467,8 +472,8 @@ class StridedArguments:
 class EBFTSettings(StridedArguments, FeatureMatchingArguments):
     """Every setting of strided EBFT, without the `TrainingArguments`.
 
-    The trainer reads its settings from such an object: an `EBFTConfig` is one, and a plain
-    `TrainingArguments` is paired with the defaults.
+    The trainer reads its settings from such an object: from an `EBFTConfig`, which is one, or from
+    the defaults where it gets a plain `TrainingArguments`.
     """
 
     def validate(self) -> None:
@@ -485,81 +490,86 @@ class EBFTSettings(StridedArguments, FeatureMatchingArguments):
         }
         if not used:
             raise ValueError(
-                "rl_coef=0 with ce_coef=0 and kl_coef=0 leaves nothing to train on; raise one."
+                "rl_coef=0, ce_coef=0 and kl_coef=0 make the loss zero; set one of them above 0."
             )
         if "rl_coef" in used and self.alignment_coef == 0 and self.diversity_coef == 0:
             raise ValueError(
-                f"rl_coef={largest_weight(self, 'rl_coef')} weighs rewards that are all 0 with "
-                "alignment_coef=0 and diversity_coef=0; raise one of these, or set rl_coef=0 to "
-                "train without rewards."
+                f"rl_coef={largest_weight(self, 'rl_coef')} has no effect, since all rewards are 0 "
+                "with alignment_coef=0 and diversity_coef=0; set one of these two above 0, or "
+                "rl_coef=0 to train without rewards."
             )
 
     def _validate_fitted(self) -> None:
-        """Refuse what the regressions of `advantage_estimator="fitted"` are not made for."""
+        """Raise for settings that the regressions of `advantage_estimator="fitted"` lack."""
         if self.advantage_estimator != "fitted":
             return
         if self.use_whitening:
             raise ValueError(
-                "advantage_estimator='fitted' predicts features as they are, and "
-                "use_whitening=True rewards whitened ones; set use_whitening=False (then the "
-                "reward is the gradient of the CFM loss), or advantage_estimator='rloo'."
+                "advantage_estimator='fitted' predicts unwhitened features, but with "
+                "use_whitening=True the reward is computed from whitened ones; set "
+                "use_whitening=False (the reward is then the gradient of the CFM loss), or "
+                "advantage_estimator='rloo'."
             )
         if self.embed_method != "last_token":
             raise ValueError(
-                "advantage_estimator='fitted' predicts the feature of a rollout's last token, and "
-                f"embed_method={self.embed_method!r} pools others; set embed_method='last_token', "
-                "or advantage_estimator='reinforce'."
+                "advantage_estimator='fitted' predicts the feature of a rollout's last token, but "
+                f"embed_method={self.embed_method!r} pools several tokens; set "
+                "embed_method='last_token', or advantage_estimator='reinforce'."
             )
 
     def __post_init__(self) -> None:
         self.validate()
 
 
-# The released configurations of the paper train whole models at this rate.
+# For full fine-tuning: the rate of the paper's released configurations.
 LEARNING_RATE = 1e-6
-# Ten times that. For LoRA the best rate was found to be about ten times that of training all
-# weights, in supervised fine-tuning and in reinforcement learning alike (J. Schulman and Thinking
-# Machines Lab, "LoRA Without Regret", 2025, https://thinkingmachines.ai/blog/lora/).
+# For adapters: ten times that. The best rate for LoRA was found to be about ten times the best rate
+# for full fine-tuning, in supervised fine-tuning and in reinforcement learning (J. Schulman and
+# Thinking Machines Lab, "LoRA Without Regret", 2025, https://thinkingmachines.ai/blog/lora/).
 ADAPTER_LEARNING_RATE = 1e-5
 
 
 @dataclass
 class OptimizerDefaults:
-    """How a run is optimized by somebody who sets nothing: as the paper's released configurations.
+    """Fields of `TrainingArguments` whose defaults follow the paper's released configurations.
 
-    These are fields of `TrainingArguments` with other defaults, except that `learning_rate` is
-    None until a trainer is built, which knows what is trained. Those configurations also average
-    the weights (`ema_decay=0.9`): that stays an option.
+    `learning_rate` is None until a trainer is built, since its default depends on whether adapters
+    or whole models are trained. The released configurations also average the weights
+    (`ema_decay=0.9`); here that stays an option.
     """
 
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Peak learning rate. Default: 1e-6 where whole models are trained (the paper's "
-            "released configurations), 1e-5 for adapters (LoRA takes about ten times the rate). "
-            "Small models and short runs need far more."
+            "help": "Peak learning rate. Default: 1e-6 for full fine-tuning (the paper's released "
+            "configurations), 1e-5 for adapters (LoRA needs about ten times the rate). Small "
+            "models and short runs need a far higher one."
         },
     )
     lr_scheduler_type: SchedulerType | str = field(
         default="constant_with_warmup",
-        metadata={"help": "Course of the learning rate (the paper: constant after a warm-up)."},
+        metadata={"help": "Learning-rate schedule (paper: constant after a warm-up)."},
     )
     warmup_steps: float = field(
         default=0.03,
         metadata={
-            "help": "Steps in which the learning rate grows from 0; below 1 a share of all steps "
-            "(the paper: 0.03)."
+            "help": "Number of steps in which the learning rate grows from 0; a value below 1 is a "
+            "share of all steps (paper: 0.03)."
         },
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta (paper: 0.95)."})
 
-    # The rate that a trainer filled in, None before. No field: it is neither set nor reported.
+    # The rate that a trainer filled in; None before. Without an annotation it is not a dataclass
+    # field, so that users cannot set it and it is not logged.
     _filled_in = None
 
     def fill_in_learning_rate(self, *, adapters: bool) -> float | None:
-        """Set an unset `learning_rate` by what is trained; a trainer calls it.
+        """Set `learning_rate` if the user has not; trainers call this.
 
-        A rate that an earlier trainer has filled in counts as unset.
+        A rate that an earlier trainer filled in counts as unset.
+
+        Args:
+            adapters: whether adapters are trained, as opposed to whole models.
 
         Returns:
             The rate if it was filled in, else None.
@@ -576,10 +586,11 @@ class EBFTConfig(OptimizerDefaults, EBFTSettings, TrainingArguments):  # type: i
     """`transformers.TrainingArguments` plus the settings of strided EBFT.
 
     > [!NOTE]
-    > Different from `TrainingArguments`, after the paper's released configurations:
-    > `learning_rate` (5e-5 there) is 1e-6, or 1e-5 for adapters; `lr_scheduler_type` (`"linear"`)
-    > is `"constant_with_warmup"` with `warmup_steps` (0) 0.03, a share of the steps; `adam_beta2`
-    > (0.999) is 0.95. A plain `TrainingArguments` given to the trainer stays as it is.
+    > These defaults differ from `TrainingArguments` and follow the paper's released
+    > configurations: `learning_rate` is 1e-6, or 1e-5 for adapters (instead of 5e-5);
+    > `lr_scheduler_type` is `"constant_with_warmup"` (instead of `"linear"`); `warmup_steps` is
+    > 0.03, a share of all steps (instead of 0); `adam_beta2` is 0.95 (instead of 0.999). The
+    > trainer does not change a plain `TrainingArguments`.
     """
 
     def __post_init__(self) -> None:
@@ -588,15 +599,15 @@ class EBFTConfig(OptimizerDefaults, EBFTSettings, TrainingArguments):  # type: i
 
 
 def check_ema_decay(decay: float) -> None:
-    """Refuse a decay that averages nothing.
+    """Raise for a decay that averages nothing.
 
     Raises:
-        ValueError: outside (0, 1).
+        ValueError: the decay is not in (0, 1).
     """
     if not 0.0 < decay < 1.0:
         raise ValueError(
-            f"ema_decay={decay} must lie between 0 (the last weights) and 1 (the first ones), "
-            "without both; 0.9 averages over about 10 steps."
+            f"ema_decay={decay} must be above 0 (which keeps the last weights only) and below 1 "
+            "(which keeps the first weights only); 0.9 averages over about 10 steps."
         )
 
 
@@ -615,13 +626,13 @@ def _require_schedule(settings: Any, name: str) -> None:
     if schedule == "constant" and final is not None:
         raise ValueError(
             f"{name}_final={final} would have no effect: {name}_schedule='constant' keeps {name}="
-            f"{getattr(settings, name)} to the end. Set {name}_schedule to 'linear' or 'cosine', "
+            f"{getattr(settings, name)} in all steps. Set {name}_schedule to 'linear' or 'cosine', "
             f"or leave {name}_final unset."
         )
     if schedule != "constant" and final is None:
         raise ValueError(
-            f"{name}_schedule={schedule!r} does not say where to: set {name}_final to the weight "
-            "at the last optimizer step (0 to fade it out)."
+            f"{name}_schedule={schedule!r} needs a final value: set {name}_final to the weight at "
+            "the last optimizer step (0 switches that loss off gradually)."
         )
 
 
@@ -634,7 +645,7 @@ def _require_choice(settings: Any, name: str, choices: tuple[str, ...]) -> None:
 def _require_count(settings: Any, name: str) -> None:
     value = getattr(settings, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        raise ValueError(f"{name}={value!r} must be a whole number, 1 or more.")
 
 
 def _require_at_least(settings: Any, name: str, least: float) -> None:
@@ -647,8 +658,8 @@ def _require_at_least(settings: Any, name: str, least: float) -> None:
 def _require_finite(settings: Any, name: str) -> None:
     value = getattr(settings, name)
     if not _is_finite_number(value):
-        # YAML reads 1e-4 as text: it wants 1.0e-4.
-        raise ValueError(f"{name}={value!r} must be a finite number.")
+        hint = " (YAML reads 1e-4 as text; write 1.0e-4)" if isinstance(value, str) else ""
+        raise ValueError(f"{name}={value!r} must be a finite number{hint}.")
 
 
 def _is_finite_number(value: Any) -> bool:

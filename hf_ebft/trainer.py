@@ -49,17 +49,19 @@ if TYPE_CHECKING:
 
 
 class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
-    """Drop-in replacement of `transformers.Trainer` that fine-tunes by feature matching.
+    """Drop-in replacement for `transformers.Trainer` that fine-tunes by feature matching.
 
     Args:
-        model: a causal language model whose layers are all attention layers, or a PEFT model of
+        model: the policy: a causal language model with attention layers only, or a PEFT model of
             one.
-        args: an `EBFTConfig`, or a plain `TrainingArguments`, which gets the EBFT defaults.
+        args: an `EBFTConfig`, or a plain `TrainingArguments`, for which the EBFT settings have
+            their defaults.
+        data_collator: default: `EBFTDataCollator`, which pads.
         feature_network: frozen network phi with the policy's tokenizer. Default: the model at
-            `feature_model_name_or_path` if set, else `model` as it is now, placed by
-            `feature_placement`.
-        peft_config: wraps `model` by PEFT first.
-        **kwargs: what else `Trainer` takes. Without a `data_collator`, `EBFTDataCollator` pads.
+            `feature_model_name_or_path` if set, else a frozen copy of `model` as it is now.
+            `feature_placement` says where it lives.
+        peft_config: if given, `model` is wrapped with these adapters first.
+        **kwargs: the other arguments of `Trainer`.
 
     Raises:
         ValueError: settings, model, feature network or dataset that cannot work.
@@ -99,7 +101,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         self.model_accepts_loss_kwargs = False  # for releases without loss_is_scaled_for_ga
         fill_in_learning_rate(self.args, self.model)
         self._prepare_networks(self.model)
-        # Other processes may not hold the policy's weights yet.
+        # Under FSDP, only the main process may hold the policy's weights at this point.
         if self.ebft.verify_packing and self.accelerator.is_main_process:
             verify_packing(self.model, self._forward)
         self.random_streams = RolloutStreams(self.args)
@@ -126,19 +128,19 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """The EBFT loss of a batch.
 
-        Every process makes the same forward passes whatever its documents are: G for sampling and
-        one with gradient. That is what keeps the collective calls of DDP and FSDP in step.
+        Every process makes the same forward passes, whatever its documents: G for sampling and one
+        with gradient. So the collective calls of DDP and FSDP stay in step.
 
         Args:
             model: the wrapped policy.
-            inputs: `input_ids` (rows, tokens) and what `Documents.from_inputs` reads.
+            inputs: `input_ids` (rows, tokens) and what else `Documents.from_inputs` reads.
             return_outputs: also return an `EBFTOutput`.
             num_items_in_batch: documents of the whole optimizer step, over accumulation steps and
-                processes, as `get_batch_samples` counts them; None: this batch is the step.
+                processes, as `get_batch_samples` counts them. None: this batch is the step.
 
         Raises:
             FloatingPointError: the loss or the policy's logits are not finite.
-            ValueError: a batch that cannot be read, or a document too long for the model.
+            ValueError: the batch cannot be read, or a document is too long for the model.
         """
         if self._teacher_forced:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -200,7 +202,10 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
     def _sample_with_record(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Rollouts, SamplingRecord | None]:
-        """`sample_rollouts` for a loss, and what it computed beside the tokens, if it sampled."""
+        """`sample_rollouts` for a loss, with the record of the sampling.
+
+        The record is None if a subclass supplied the rollouts.
+        """
         self._keeps_record, self._record = True, None
         try:
             return self.sample_rollouts(model, inputs), self._record
@@ -208,7 +213,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             self._keeps_record, self._record = False, None
 
     def score_rollouts(self, rollouts: Rollouts) -> Scores:
-        """Rewards and advantages of rollouts; override to train on others.
+        """Compute rewards and advantages of rollouts; override to train on others.
 
         A subclass may return `dataclasses.replace(super().score_rollouts(rollouts), ...)`.
 
@@ -216,7 +221,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             rollouts: the batch and its sampled tokens.
 
         Returns:
-            Rewards and advantages (B, n, K), and phi's log-probabilities where training has a KL
+            Rewards and advantages (B, n, K), and phi's log-probabilities if training has a KL
             penalty.
         """
         settings = self.ebft
@@ -248,8 +253,8 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
     def corpus_whitening(self) -> CorpusWhitening | None:
         """The corpus whitening, measured on first use; None if unused.
 
-        A collective call: every process must make it together. Rows that fill up the last batches
-        of the processes count twice.
+        A collective call: all processes must make it together. The data loader repeats rows to
+        fill up the last batches of the processes; these rows count twice.
         """
         settings = self.ebft
         if not settings.use_whitening or settings.whitening_space != "corpus":
@@ -287,8 +292,8 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
         self._corpus_whitening = None  # measured when first needed
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """`Trainer`'s; the new policy of each `train()` is prepared like the first one."""
+        """Call `model_init`, and prepare the new policy of each `train()` like the first one."""
         policy = super().call_model_init(trial)
-        if self._constructed:  # else the constructor does it, once the policy is on its device
+        if self._constructed:  # else the constructor does so, once the policy is on its device
             self._prepare_networks(policy)
         return policy

@@ -15,7 +15,7 @@ from hf_ebft import cli
 ROOT = Path(__file__).parents[1]
 
 
-def test_help_names_every_command_and_waits_for_no_library() -> None:
+def test_help_names_every_command_and_imports_no_library() -> None:
     program = (
         "import sys\nfrom hf_ebft.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
@@ -45,7 +45,7 @@ def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> No
         assert message in capsys.readouterr().err
 
 
-def test_an_attribute_of_the_package_that_does_not_exist() -> None:
+def test_a_missing_attribute_of_the_package_is_an_error() -> None:
     import hf_ebft
 
     assert {"EBFTTrainer", "EBFTConfig", "Rollouts"} <= set(dir(hf_ebft))
@@ -79,7 +79,7 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory."),
     ],
 )
-def test_errors_of_users_are_one_sentence_unless_debug_is_on(
+def test_user_errors_have_no_traceback_without_debug(
     error: Exception,
     message: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -105,19 +105,19 @@ def test_faults_of_the_program_keep_their_traceback(
 
 
 def test_errors_of_other_packages_are_known_by_names_that_exist() -> None:
-    """A class that was moved would silently get its traceback back."""
+    """An error class that its package has moved would be shown with a traceback again."""
     names = {}
-    for name in cli.USERS_ERRORS:
+    for name in cli.USER_ERRORS:
         package, _, kind = name.rpartition(".")
         if package.split(".")[0] == "safetensors":
             package = "safetensors"
         module = pytest.importorskip(package)
         found = getattr(module, kind)
         names[name] = f"{found.__module__}.{found.__qualname__}"
-    assert names == {name: name for name in cli.USERS_ERRORS}
+    assert names == {name: name for name in cli.USER_ERRORS}
 
 
-def test_a_process_of_several_says_which_it_is(
+def test_an_error_names_the_process_unless_it_is_the_main_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing(ValueError("no room"), monkeypatch)
@@ -136,13 +136,13 @@ def test_a_process_of_several_says_which_it_is(
         (["train"], ["train"], 0),
     ],
 )
-def test_debug_with_a_value_is_transformers_own(
+def test_debug_with_a_value_is_an_option_of_transformers(
     argv: list[str], kept: list[str], debug: int
 ) -> None:
     assert cli.split_debug(argv) == (kept, bool(debug))
 
 
-def test_settings_the_library_refuses_end_so_too(
+def test_settings_that_the_library_refuses_are_user_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Refused by a dataclass, by the parser, by the trainer's constructor."""
@@ -150,7 +150,7 @@ def test_settings_the_library_refuses_end_so_too(
         "--n_samples_per_prompt=1": "n_samples_per_prompt=1 leaves",
         "--strid=1": "no option 'strid'; did you mean stride",
         "--feature_placement=moon": "feature_placement='moon'",
-        "--model_name_or_path=gone/nowhere": "model_name_or_path='gone/nowhere' is no folder here",
+        "--model_name_or_path=gone/nowhere": "model_name_or_path='gone/nowhere' is not a local",
     }
     for option, message in settings.items():
         argv = ["demo", option, "--report_rows=0", f"--output_dir={tmp_path}", "--report_to=none"]

@@ -174,15 +174,13 @@ def test_unknown_choices_are_refused_by_the_parser(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("name", OWN_FIELDS)
-def test_every_field_says_what_it_is(name: str) -> None:
-    """In --help, in whole sentences."""
+def test_every_field_has_a_help_text_of_whole_sentences(name: str) -> None:
     text = OWN_FIELDS[name].metadata["help"]
     assert len(text) > 20
     assert text.endswith(".") or text.endswith(").")
 
 
-def test_the_options_of_a_choice_are_all_accepted(tmp_path: Path) -> None:
-    """The types that the parser shows and the values that the validation takes are the same."""
+def test_validation_accepts_every_choice_that_the_parser_shows(tmp_path: Path) -> None:
     hints = get_type_hints(EBFTSettings)
     for name in OWN_FIELDS:
         for option in get_args(hints[name]):
@@ -196,7 +194,7 @@ def test_the_options_of_a_choice_are_all_accepted(tmp_path: Path) -> None:
                 assert getattr(config(tmp_path, **{name: option}, **beside), name) == option
 
 
-def test_a_file_holds_the_same_as_a_command_line(tmp_path: Path) -> None:
+def test_a_file_and_a_command_line_give_the_same_settings(tmp_path: Path) -> None:
     values = {name: value for name, (_, value) in ON_THE_COMMAND_LINE.items()}
     file = tmp_path / "settings.json"
     file.write_text(json.dumps({"output_dir": "unused", "use_cpu": True, **values}))
@@ -210,7 +208,7 @@ def test_a_file_holds_the_same_as_a_command_line(tmp_path: Path) -> None:
 
 
 def test_a_configuration_survives_json(tmp_path: Path) -> None:
-    """As Trainer stores it beside checkpoints and reports it to loggers."""
+    """`Trainer` stores it as JSON beside checkpoints and passes it to loggers."""
     original = config(
         tmp_path, feature_layers=[0.0, 1.0], document_masking=False, kl_coef=0.5, stride=11
     )
@@ -231,8 +229,8 @@ def test_a_configuration_survives_a_dict_and_replace(tmp_path: Path) -> None:
         dataclasses.replace(original, stride=0)
 
 
-def test_it_can_be_logged_by_tensorboard(tmp_path: Path) -> None:
-    """Only plain values pass as hyperparameters."""
+def test_a_configuration_can_be_logged_by_tensorboard(tmp_path: Path) -> None:
+    """TensorBoard takes only plain values as hyperparameters."""
     sanitized = config(tmp_path).to_sanitized_dict()
     assert OWN_FIELDS.keys() <= sanitized.keys()
     assert all(isinstance(value, (bool, int, float, str)) for value in sanitized.values())
@@ -292,30 +290,30 @@ def test_the_configuration_validates_like_the_settings() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "group_norm"])
-def test_a_single_rollout_cannot_be_compared(estimator: str) -> None:
+def test_an_estimator_with_a_baseline_needs_two_rollouts(estimator: str) -> None:
     with pytest.raises(ValueError, match=r"n_samples_per_prompt=1 .*2 or more.*reinforce"):
         EBFTSettings(n_samples_per_prompt=1, advantage_estimator=estimator, diversity_coef=0.0)
 
 
-def test_a_single_rollout_has_no_diversity() -> None:
+def test_diversity_needs_two_rollouts() -> None:
     with pytest.raises(ValueError, match=r"n_samples_per_prompt=1 .*diversity_coef=1.0.*=0"):
         EBFTSettings(n_samples_per_prompt=1, advantage_estimator="reinforce")
     EBFTSettings(n_samples_per_prompt=1, advantage_estimator="reinforce", diversity_coef=0.0)
 
 
-def test_a_loss_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="rl_coef=0 with ce_coef=0 and kl_coef=0"):
+def test_loss_weights_that_are_all_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match="rl_coef=0, ce_coef=0 and kl_coef=0 make the loss zero"):
         EBFTSettings(rl_coef=0.0)
     EBFTSettings(rl_coef=0.0, ce_coef=1.0)
 
 
-def test_a_loss_that_moves_away_from_nothing_is_accepted() -> None:
-    """Or towards it: what counts is whether any step has something to learn from."""
+def test_loss_weights_may_be_zero_at_one_end_of_a_schedule() -> None:
+    """It suffices that the loss of some step is not zero."""
     EBFTSettings(rl_coef=0.0, ce_coef_schedule="linear", ce_coef_final=0.1)
     EBFTSettings(rl_coef_schedule="cosine", rl_coef_final=0.0)
-    with pytest.raises(ValueError, match="rl_coef=0 with ce_coef=0 and kl_coef=0"):
+    with pytest.raises(ValueError, match="rl_coef=0, ce_coef=0 and kl_coef=0 make the loss zero"):
         EBFTSettings(rl_coef=0.0, ce_coef_schedule="linear", ce_coef_final=0.0)
-    with pytest.raises(ValueError, match=r"rl_coef=0.5 weighs rewards that are all 0"):
+    with pytest.raises(ValueError, match=r"rl_coef=0.5 has no effect, since all rewards are 0"):
         EBFTSettings(
             rl_coef=0.0,
             rl_coef_schedule="linear",
@@ -327,14 +325,14 @@ def test_a_loss_that_moves_away_from_nothing_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("name", ["ce_coef", "kl_coef", "rl_coef"])
-def test_a_course_needs_an_end_and_an_end_a_course(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name}_schedule='cosine' does not say where to"):
+def test_a_schedule_and_its_final_value_need_each_other(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}_schedule='cosine' needs a final value"):
         EBFTSettings(**{f"{name}_schedule": "cosine"})
     with pytest.raises(ValueError, match=rf"{name}_final=0.3 would have no effect.*'linear' or"):
         EBFTSettings(**{f"{name}_final": 0.3})
 
 
-def test_rewards_of_nothing_are_refused() -> None:
+def test_rewards_that_are_all_zero_are_refused() -> None:
     with pytest.raises(ValueError, match=r"rl_coef=1.0 .*alignment_coef=0 and diversity_coef=0"):
         EBFTSettings(alignment_coef=0.0, diversity_coef=0.0)
     EBFTSettings(alignment_coef=0.0, diversity_coef=0.0, rl_coef=0.0, ce_coef=1.0)
@@ -343,6 +341,12 @@ def test_rewards_of_nothing_are_refused() -> None:
 def test_quantization_needs_weights_to_load() -> None:
     with pytest.raises(ValueError, match=r"feature_quantization='4bit'.*_name_or_path"):
         EBFTSettings(feature_quantization="4bit")
+
+
+@pytest.mark.parametrize(("name", "text"), [("temperature", "6e-1"), ("ce_coef", "1e-2")])
+def test_a_number_that_yaml_read_as_text_is_refused_with_a_hint(name: str, text: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name}='{text}' .*YAML reads 1e-4 as text; write"):
+        EBFTSettings(**{name: text})
 
 
 def test_an_unknown_option_is_refused() -> None:

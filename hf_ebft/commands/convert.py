@@ -1,7 +1,7 @@
-"""`hf-ebft convert`: an axolotl configuration as one of `hf-ebft train`.
+"""`hf-ebft convert`: turn an axolotl configuration into one of `hf-ebft train`.
 
 hf-ebft convert axolotl.yaml --output run.yaml
-hf-ebft convert axolotl.yaml                    # the same, printed
+hf-ebft convert axolotl.yaml                    # print it instead
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_ebft.conversion import Conversion, convert_axolotl, to_yaml
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read, convert, write; what was left out is named on stderr."""
+    """Read, convert and write; list on stderr what could not be carried over."""
     parser = ArgumentParser(
         prog="hf-ebft convert",
         description="Turns an axolotl configuration (rl: ebft) into one of hf-ebft train, and "
@@ -40,13 +40,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def refuse_source(source: Path, output: Path | None) -> None:
-    """Raise if the output would overwrite what is converted.
+    """Raise if the output would overwrite the input.
 
     Raises:
         ValueError: both are the same file.
     """
     if output is not None and output.resolve() == source.resolve():
-        raise ValueError("--output is the file that is converted; name another one.")
+        raise ValueError(
+            f"--output {output} would overwrite the file that is converted; name another file."
+        )
 
 
 def summary(conversion: Conversion) -> str:

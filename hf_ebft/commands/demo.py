@@ -15,7 +15,7 @@ from hf_ebft.commands.runs.demo_files import DEMO_CONFIG, DEMO_MODEL, require_de
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as the demo's YAML says, into `outputs/demo`; options on the command line win.
+    """Train with the demo's YAML, into `outputs/demo`; options on the command line win.
 
     Raises:
         FileNotFoundError: the demo's files are not installed.
@@ -23,13 +23,13 @@ def main(argv: Sequence[str]) -> None:
     require_demo_files()
     if {"-h", "--help", "--help-all", "--help_all"} & set(argv):
         print(
-            f"hf-ebft demo [--option value ...]: hf-ebft train as {DEMO_CONFIG} says.\n"
-            "Options on the command line win; they are those of hf-ebft train:\n"
+            f"hf-ebft demo [--option value ...]: hf-ebft train with {DEMO_CONFIG}.\n"
+            "It takes the options of hf-ebft train; those on the command line win:\n"
         )
     options = [f"--config={DEMO_CONFIG}", f"--model_name_or_path={DEMO_MODEL}"]
     if not is_tensorboard_available():
         print(
-            "There is no TensorBoard here, so no curves are written for it; to have them: "
+            "TensorBoard is not installed, so no curves are written. To get them: "
             "pip install 'hf_ebft[examples]'."
         )
         options.append("--report_to=none")

@@ -1,15 +1,16 @@
 """`hf-ebft evaluate`: measure one or several models on held-out text, side by side.
 
-    hf-ebft evaluate --models out/ebft                               # text that Python carries
+    hf-ebft evaluate --models out/ebft                               # on text that Python carries
     hf-ebft evaluate --models base=M sft=out/sft ebft=out/ebft \\
         --dataset_name_or_path held_out.jsonl --output_dir evaluation
     hf-ebft evaluate --help                                          # every option
 
-Cross-entropy and perplexity of the text (and of completions, where there are prompts); CFM loss,
-alignment, diversity, rewards, duplicates and entropy of rollouts by their length. All models
-continue the same prefixes with the same random numbers, and one frozen feature network, by default
-the first model, reads them. Intervals are by bootstrap over documents; differences are from the
-first model, paired by document. Written as JSON, Markdown and, with matplotlib, PNG.
+It measures cross-entropy and perplexity of the text (and of completions, if there are prompts), and
+CFM loss, alignment, diversity, rewards, duplicates and entropy of rollouts of several lengths. All
+models continue the same prefixes with the same random numbers. One frozen feature network, by
+default the first model, embeds all rollouts. Intervals are by bootstrap over documents; differences
+are to the first model, paired by document. Results are written as JSON, Markdown and, with
+matplotlib, PNG.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class EvaluationArguments:
 
     models: list[str] = field(
         metadata={
-            "help": "Models as name=path or path: hub names or folders, of adapters too. "
-            "Differences are from the first."
+            "help": "Models as name=path or path: hub names or folders, also of adapters. "
+            "Differences are to the first one."
         }
     )
     dataset_name_or_path: str = field(
@@ -62,33 +63,43 @@ class EvaluationArguments:
     )
     split: str | None = field(
         default=None,
-        metadata={"help": "Default: 'report' for text that comes with Python, else 'train'."},
+        metadata={
+            "help": "Split to measure on. Default: 'report' for text that comes with Python, else "
+            "'train'."
+        },
     )
-    sequence_len: int = field(default=512, metadata={"help": "Most tokens of a row of text."})
+    sequence_len: int = field(default=512, metadata={"help": "Largest number of tokens of a row."})
     rows: int = field(
-        default=64, metadata={"help": "Rows to measure, of as many documents as possible."}
+        default=64, metadata={"help": "Rows to measure, from as many documents as possible."}
     )
     lengths: list[int] = field(
         default_factory=lambda: [8, 16, 32, 64, 128, 256],
-        metadata={"help": "Tokens of the rollouts, ascending."},
+        metadata={"help": "Lengths of the rollouts in tokens, ascending."},
     )
-    stride: int = field(default=64, metadata={"help": "Tokens between the prefixes of a text."})
+    stride: int = field(
+        default=64, metadata={"help": "Tokens between the ends of neighbouring prefixes of a row."}
+    )
     context_length: int = field(default=8, metadata={"help": "Tokens of the shortest prefix."})
-    n_samples: int = field(default=4, metadata={"help": "Rollouts after each prefix."})
+    n_samples: int = field(default=4, metadata={"help": "Rollouts for each prefix."})
     draws: int = field(
-        default=1, metadata={"help": "Groups of rollouts for each prefix, averaged: less noise."}
+        default=1,
+        metadata={"help": "Groups of rollouts for each prefix; averaged, for less noise."},
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     tempered: list[float] = field(
         default_factory=list,
         metadata={
             "help": "Also measure the first model with its logits divided by each of these, such "
-            "as 0.9 0.8: what sharpening alone does to every measurement."
+            "as 0.9 0.8. This control shows what sharpening alone does to every measurement."
         },
     )
-    top_p: float = field(default=1.0, metadata={"help": "Of the sampling; 1 truncates nothing."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling; 1 truncates nothing."})
     feature_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Feature network of all models. Default: the first model."}
+        default=None,
+        metadata={
+            "help": "Feature network that embeds the rollouts of all models. Default: the first "
+            "model."
+        },
     )
     feature_layers: list[float] = field(
         default_factory=lambda: [0.25, 0.5, 0.75],
@@ -97,32 +108,37 @@ class EvaluationArguments:
     second_feature_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Another network that reads the same rollouts: one that gave no reward. "
-            "Default: none, or the feature network where second_feature_layers are given."
+            "help": "Second network that embeds the same rollouts, as a control: one that gave no "
+            "reward. Default: none, or the feature network if second_feature_layers is set."
         },
     )
     second_feature_layers: list[float] | None = field(
-        default=None, metadata={"help": "Its depths. Default: those of feature_layers."}
+        default=None,
+        metadata={"help": "Depths of the second network. Default: those of feature_layers."},
     )
     feature_normalization: Literal["per_layer", "joint"] = field(
-        default="per_layer", metadata={"help": "As in training."}
+        default="per_layer", metadata={"help": "Like the setting of training."}
     )
     embed_method: Literal["last_token", "mean_pooling", "concat"] = field(
-        default="last_token", metadata={"help": "How token features become one embedding."}
+        default="last_token",
+        metadata={"help": "How the token features of a rollout are pooled into one embedding."},
     )
     whitening: Literal["feature", "sample", "none"] = field(
         default="feature",
-        metadata={"help": "Of the metrics 'as rewarded'; the others are never whitened."},
+        metadata={"help": "Whitening of the metrics 'as rewarded'; others are never whitened."},
     )
-    diversity_coef: float = field(default=1.0, metadata={"help": "Of the reward."})
+    diversity_coef: float = field(
+        default=1.0, metadata={"help": "Weight of diversity in the reward."}
+    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32", metadata={"help": "Type of the weights."}
+        default="float32", metadata={"help": "Data type of the weights."}
     )
     device: str = field(
-        default="auto", metadata={"help": "Such as cpu or cuda:1. Default: the accelerator."}
+        default="auto", metadata={"help": "cpu or cuda:1, for example. Default: the accelerator."}
     )
     tokens_at_once: int = field(
-        default=4096, metadata={"help": "Rollout tokens in one forward pass: bounds the memory."}
+        default=4096,
+        metadata={"help": "Rollout tokens in one forward pass; bounds the memory."},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that comes with a checkpoint."}
@@ -130,7 +146,7 @@ class EvaluationArguments:
     output_dir: str = field(
         default="evaluation", metadata={"help": "Folder of evaluation.json, .md and .png."}
     )
-    seed: int = field(default=0, metadata={"help": "Of rollouts and resampling."})
+    seed: int = field(default=0, metadata={"help": "Seed of the rollouts and the bootstrap."})
 
 
 def main(argv: Sequence[str]) -> None:
@@ -144,7 +160,7 @@ def main(argv: Sequence[str]) -> None:
     rows = load_rows(args, tokenizer)
     settings = evaluation_settings(args)
     phi_path = args.feature_model_name_or_path or next(iter(models.values()))
-    phi = network(load_model(phi_path, args, device), args.feature_layers, args)
+    phi = make_network(load_model(phi_path, args, device), args.feature_layers, args)
     measure = partial(
         measure_model,
         feature_network=phi,
@@ -167,7 +183,7 @@ def main(argv: Sequence[str]) -> None:
         for temperature in temperatures:
             control = f"{name} at temperature {temperature:g}"
             measured[control] = measure(model, tempered=temperature)
-        del model  # the next one may need its room
+        del model  # free its memory for the next one
         gc.collect()
     documents, by_document = documents_of(rows, next(iter(measured.values())).row)
     comparison = compare_models(
@@ -181,11 +197,11 @@ def main(argv: Sequence[str]) -> None:
     paths = comparison.save(args.output_dir, png=png)
     print(f"Written: {', '.join(map(str, paths))}.")
     if not png:
-        print("There is no matplotlib, so no picture was drawn.")
+        print("matplotlib is not installed, so no PNG was drawn.")
 
 
-def network(model: Any, layers: list[float], args: EvaluationArguments) -> FeatureNetwork:
-    """A feature network, pooled and normalised as the arguments say."""
+def make_network(model: Any, layers: list[float], args: EvaluationArguments) -> FeatureNetwork:
+    """A feature network with the pooling and normalisation of the arguments."""
     return FeatureNetwork(
         model,
         feature_layers=layers,
@@ -206,21 +222,21 @@ def second_network(
     if path is None and layers is None:
         return None
     model = phi.model if path is None else load_model(path, args, device)
-    second = network(model, layers or args.feature_layers, args)
+    second = make_network(model, layers or args.feature_layers, args)
     if path is None and second.layer_indices == phi.layer_indices:
         raise ValueError(
-            f"second_feature_layers={layers} are the layers of the feature network itself, so they "
-            "would show the same again: choose others, 1.0 for example, or another model by "
-            "second_feature_model_name_or_path."
+            f"second_feature_layers={layers} are the layers of the feature network itself, so both "
+            "would measure the same. Choose other layers, such as 1.0, or set "
+            "second_feature_model_name_or_path to another model."
         )
     return second
 
 
 def parse_arguments(argv: Sequence[str]) -> EvaluationArguments:
-    """Options from the command line.
+    """Parse the command line.
 
     Raises:
-        ValueError: naming what is no option, with the nearest one that is.
+        ValueError: an unknown option; the message names the nearest known one.
     """
     parser = OptionParser(
         EvaluationArguments,
@@ -234,10 +250,10 @@ def parse_arguments(argv: Sequence[str]) -> EvaluationArguments:
 
 
 def named_models(models: Sequence[str]) -> dict[str, str]:
-    """name=path or path -> name: path.
+    """Names and paths of models given as name=path or path.
 
     Raises:
-        ValueError: two models of one name.
+        ValueError: two models have the same name.
     """
     named: dict[str, str] = {}
     for text in models:
@@ -245,7 +261,8 @@ def named_models(models: Sequence[str]) -> dict[str, str]:
         name = name or Path(path).name
         if name in named:
             raise ValueError(
-                f"Two models are called {name!r}: {named[name]} and {path}; write other_name=path."
+                f"Two models have the name {name!r}: {named[name]} and {path}; give one of them "
+                f"another name, as in other_name={path}."
             )
         named[name] = path
     return named
@@ -281,7 +298,10 @@ def evaluation_settings(args: EvaluationArguments) -> EBFTSettings:
 
 
 def load_rows(args: EvaluationArguments, tokenizer: Any) -> TokenizedRows:
-    """Rows of held-out text, spread over documents; short ones are kept, for their text."""
+    """Rows of held-out text, from many documents.
+
+    Rows too short for a block are kept, since their cross-entropy is measured.
+    """
     name = args.dataset_name_or_path
     split = args.split or ("report" if is_stdlib(name) else "train")
     data = DataArguments(
@@ -299,7 +319,7 @@ def load_rows(args: EvaluationArguments, tokenizer: Any) -> TokenizedRows:
 
 
 def load_model(path: str, args: EvaluationArguments, device: torch.device) -> Any:
-    """A model, or adapters on the model that they were trained on."""
+    """Load a model, or adapters with their base model."""
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
     if Path(path, ADAPTER_CONFIG).is_file():
@@ -311,16 +331,16 @@ def load_model(path: str, args: EvaluationArguments, device: torch.device) -> An
 
 
 def require_same_tokenizer(path: str, tokenizer: Any, args: EvaluationArguments) -> None:
-    """Refuse a model whose saved tokenizer would read the rows' ids as other text.
+    """Raise if the model was saved with a tokenizer of another vocabulary.
 
     Raises:
-        ValueError: another vocabulary.
+        ValueError: to that tokenizer, the token ids of the rows are another text.
     """
     if not any(Path(path).glob("tokenizer*")):  # adapters and checkpoints may come without one
         return
     own = AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"{path} has another vocabulary than the first model, so they cannot be compared on "
-            "the same token ids; measure them in separate runs."
+            f"{path} has another vocabulary than the first model, so the two cannot be compared "
+            "on the same token ids; measure them in separate runs."
         )

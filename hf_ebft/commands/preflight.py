@@ -20,14 +20,14 @@ from transformers import set_seed
 from hf_ebft.commands.runs import strided
 from hf_ebft.commands.runs.console import show_library_log
 from hf_ebft.commands.runs.parsing import check, parse_arguments, print_help
-from hf_ebft.commands.train import choose_mode, stand_ins
+from hf_ebft.commands.train import announce_defaults, choose_mode
 from hf_ebft.preflight import Preflight, preflight
 from hf_ebft.preflight.page import render_preflight
 from hf_ebft.preflight.run import DOCUMENTS
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the options, build the trainer, measure, print the verdict, write JSON and page."""
+    """Read the options, build the trainer, measure, print the verdict, write JSON and the page."""
     parser = ArgumentParser(
         prog="hf-ebft preflight",
         usage="hf-ebft preflight [--config FILE] [--documents N] [--option value ...]",
@@ -42,20 +42,20 @@ def main(argv: Sequence[str]) -> None:
         help="rows of training text to measure on [%(default)s]",
     )
     parser.add_argument(
-        "--minutes", type=float, help="begin no further row after so many [no limit]"
+        "--minutes", type=float, help="minutes after which no further row is begun [no limit]"
     )
     parser.add_argument(
-        "--processes", type=int, default=1, help="that the run will have [%(default)s]"
+        "--processes", type=int, default=1, help="processes that the run will have [%(default)s]"
     )
     if {"--help-all", "--help_all"} & set(argv):
         parser.print_help()
-        print("\nOf hf-ebft train:\n")
+        print("\nOptions of hf-ebft train:\n")
         print_help(argv)
         return
-    own, of_train = parser.parse_known_args(argv)
-    found = measure(of_train, own.documents, own.minutes, own.processes)
-    print(format_verdict(found[0]))
-    write(*found)
+    own, train_argv = parser.parse_known_args(argv)
+    found, folder = measure(train_argv, own.documents, own.minutes, own.processes)
+    print(format_verdict(found))
+    write(found, folder)
 
 
 def measure(
@@ -64,7 +64,7 @@ def measure(
     """The preflight of the run that `hf-ebft train` would start with these options.
 
     Returns:
-        What was found, and the run's output_dir.
+        The result, and the run's output_dir.
 
     Raises:
         ValueError: options of structured mode.
@@ -73,22 +73,22 @@ def measure(
     mode, why, train = choose_mode(argv)
     if mode == "structured":
         raise ValueError(
-            f"preflight measures strided mode, and this run is in structured mode ({why}). Add "
-            "--mode strided: it measures the same prompts and ground truths as text, with the "
-            "same features and rewards."
+            f"preflight measures strided mode only, but this run is in structured mode ({why}). "
+            "Add --mode strided: it measures the same prompts and ground truths as text, with "
+            "the same features and rewards."
         )
-    for line in stand_ins(argv):
+    for line in announce_defaults(argv):
         print(line, flush=True)
     data, names, lora, report, args = parse_arguments(argv, mode)
     check(names, lora, report)
-    set_seed(args.seed)  # adapters start at random, as in training
+    set_seed(args.seed)  # adapters have random initial weights: the same as in training
     trainer, _ = strided.build_trainer(data, names, lora, args, train, wants_eval=args.do_eval)
     found = preflight(trainer, documents=documents, minutes=minutes, processes=processes, say=print)
     return found, Path(str(args.output_dir))
 
 
 def format_verdict(found: Preflight) -> str:
-    """What the terminal shows."""
+    """The verdict, for the terminal."""
     lines = [f"\n{found.signal.rows} {found.settings.unit}, {found.machine}, "]
     lines[0] += f"{sum(found.seconds.values()):.0f} s\n"
     for finding in found.findings:
@@ -106,10 +106,10 @@ def format_verdict(found: Preflight) -> str:
 
 
 def write(found: Preflight, folder: Path) -> None:
-    """JSON, and the page where there is matplotlib to draw it."""
+    """Write the JSON file, and the page if matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     found.write_json(folder / "preflight.json")
-    print(f"All figures are in {folder / 'preflight.json'}.")
+    print(f"All numbers are in {folder / 'preflight.json'}.")
     if importlib.util.find_spec("matplotlib") is None:
         print("For a page with charts: pip install matplotlib, or hf_ebft with its extra 'plots'.")
         return

@@ -1,4 +1,4 @@
-"""`hf-ebft report`: one page about one or several runs, with what looks unhealthy.
+"""`hf-ebft report`: one page about one or several runs, with signs of trouble.
 
     hf-ebft report outputs/demo
     hf-ebft report outputs/a outputs/b --output comparison.html --png figures/
@@ -16,7 +16,7 @@ from hf_ebft.report import examine, load_runs, render_page, write_pngs
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read, examine, write; what looks unhealthy is printed as well."""
+    """Read and examine the runs, write the page, and print signs of trouble."""
     parser = ArgumentParser(
         prog="hf-ebft report",
         description=__doc__,
@@ -24,9 +24,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or file of a run")
     parser.add_argument("--output", default="report.html", help="page to write [%(default)s]")
-    parser.add_argument("--png", metavar="FOLDER", help="write the charts there as PNGs, too")
-    parser.add_argument("--names", nargs="+", help="what to call the runs, one name each")
-    parser.add_argument("--title", default="EBFT runs", help="of the page [%(default)s]")
+    parser.add_argument("--png", metavar="FOLDER", help="also write the charts here, as PNGs")
+    parser.add_argument("--names", nargs="+", help="names to show for the runs, one each")
+    parser.add_argument("--title", default="EBFT runs", help="title of the page [%(default)s]")
     parser.add_argument(
         "--smoothing",
         type=float,

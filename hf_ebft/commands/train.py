@@ -3,19 +3,19 @@
     hf-ebft train --model_name_or_path M --dataset_name_or_path D.jsonl --output_dir out
     hf-ebft train --config run.yaml --max_steps 20
     accelerate launch -m hf_ebft train --config run.yaml             # on several devices
-    hf-ebft train --help                                             # the options that matter first
-    hf-ebft train --mode structured --help-all                       # every one, of the other mode
+    hf-ebft train --help                                             # the most used options
+    hf-ebft train --mode structured --help-all                       # all options of the other mode
 
-There are two modes. `strided` is for raw text, sampled from many places of a document. `structured`
-is for prompts with ground truths, sampled as whole completions by TRL's GRPOTrainer. Without
-`--mode` the columns of the data set decide, and the command says how.
+There are two modes. `strided` is for raw text: rollouts start at many places of a document.
+`structured` is for prompts with ground truths: TRL's GRPOTrainer samples whole completions. Without
+`--mode` the columns of the data set decide, and the command prints why.
 
 The options are those of the four groups in `runs/options.py` and of `hf_ebft.EBFTConfig` (strided:
 all of `transformers.TrainingArguments`) or `hf_ebft.structured.EBFTGRPOConfig` (structured: all of
 `trl.GRPOConfig`). `--config run.yaml` holds the same names; the command line wins.
 
-Held-out text is measured before and after training on the same rows, with the same random numbers
-and the same frozen feature network, and the differences come with bootstrap intervals.
+The model is measured on held-out text before and after training: on the same rows, with the same
+random numbers and the same frozen feature network. The differences have bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hf_ebft.commands.runs import strided
 from hf_ebft.commands.runs.console import show_library_log
 from hf_ebft.commands.runs.data import load_split
 from hf_ebft.commands.runs.demo_files import DEMO_CONFIG, require_demo_files
-from hf_ebft.commands.runs.ending import resume_from
+from hf_ebft.commands.runs.ending import checkpoint_to_resume
 from hf_ebft.commands.runs.options import GROUND_TRUTHS, STDLIB, DataArguments, Mode
 from hf_ebft.commands.runs.parsing import check, early_options, parse_arguments, print_help
 from hf_ebft.commands.runs.text import COMPLETION
@@ -48,15 +48,15 @@ def main(argv: Sequence[str]) -> None:
         require_demo_files()
     show_library_log()
     mode, why, train = choose_mode(argv)
-    # Said before the options are read: an option of the other mode is then no surprise.
+    # Printed before the options are read, since an option of the other mode is an error there.
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"Mode: {mode} ({why}).", flush=True)
-        for line in stand_ins(argv):
+        for line in announce_defaults(argv):
             print(line, flush=True)
     data, names, lora, report, args = parse_arguments(argv, mode)
     check(names, lora, report)
-    checkpoint = resume_from(args)
-    set_seed(args.seed)  # adapters start at random
+    checkpoint = checkpoint_to_resume(args)
+    set_seed(args.seed)  # adapters have random initial weights
     if mode == "structured":
         from hf_ebft.commands.runs import structured  # TRL is needed from here on, and only here
 
@@ -65,28 +65,28 @@ def main(argv: Sequence[str]) -> None:
         strided.run(data, names, lora, report, args, train, checkpoint)
 
 
-def stand_ins(argv: Sequence[str]) -> list[str]:
-    """What to say, loudly, where no data or no model was named and something stands in for it."""
+def announce_defaults(argv: Sequence[str]) -> list[str]:
+    """Lines that say, loudly, that no data or no model was named and what is used instead."""
     if not argv:
         return [
             "NO OPTIONS WERE GIVEN: this is the demo (hf-ebft demo), a small model on text that "
             "Python carries. hf-ebft train --help names the options of a run of your own."
         ]
     path, config, _ = early_options(argv)
-    if Path(path).resolve() == DEMO_CONFIG.resolve():  # it is about this model
+    if Path(path).resolve() == DEMO_CONFIG.resolve():  # the demo is meant to use these defaults
         return []
     named = {*config, *(text[2:].partition("=")[0].replace("-", "_") for text in argv)}
     lines = []
     if "dataset_name_or_path" not in named:
         lines.append(
             f"NO DATA WAS NAMED: training on {DataArguments().shown_name}, prose that "
-            "Python carries, which shows that everything works. For text of your own: "
+            "Python carries, which shows that everything works. For text of your own, set "
             "--dataset_name_or_path."
         )
     if "model_name_or_path" not in named:
         lines.append(
-            "NO MODEL WAS NAMED: training the demo's, which has 1.9 million parameters and has "
-            "seen Python's own source only. For another: --model_name_or_path."
+            "NO MODEL WAS NAMED: training the demo's model, which has 1.9 million parameters and "
+            "was trained on Python's own source only. For another one, set --model_name_or_path."
         )
     return lines
 
@@ -95,7 +95,7 @@ def stand_ins(argv: Sequence[str]) -> list[str]:
 
 
 def choose_mode(argv: Sequence[str]) -> tuple[Mode, str, Table | None]:
-    """The mode, why it is this one, and the training data if it had to be opened to tell."""
+    """The mode, the reason for it, and the training data if it had to be opened to decide."""
     _, config, mode = early_options(argv)
     if mode is not None:
         return mode, "as --mode says", None
@@ -109,7 +109,7 @@ def choose_mode(argv: Sequence[str]) -> tuple[Mode, str, Table | None]:
     if first.startswith(STDLIB):
         return "strided", f"{first} is text", None
     if data.streaming:
-        return "strided", "a stream is read by strided mode", None
+        return "strided", "only strided mode can stream", None
     if data.text_column is not None:
         return "strided", f"the text is in the column {data.text_column!r}", None
     train = load_split(first, data.train_split, data)
@@ -127,13 +127,13 @@ def mode_of(table: Table) -> tuple[Mode, str]:
     if "prompt" in table.columns and truths:
         if texts:
             raise ValueError(
-                f"{table.name} has the columns 'prompt' and {truths[0]!r} for structured mode and "
-                f"{texts[0]!r} for strided mode; say which by --mode."
+                f"{table.name} has the columns 'prompt' and {truths[0]!r} for structured mode, and "
+                f"{texts[0]!r} for strided mode; choose with --mode structured or --mode strided."
             )
         return "structured", f"the columns are 'prompt' and {truths[0]!r}"
     if {"prompt", COMPLETION} <= set(table.columns):
         return "strided", (
-            "the columns are 'prompt' and 'completion', blocks lie in the completion; for whole "
-            "completions by TRL: --mode structured"
+            "the columns are 'prompt' and 'completion', and blocks lie in the completion; to "
+            "sample whole completions with TRL: --mode structured"
         )
-    return "strided", "there are no prompts with ground truths"
+    return "strided", "the data has no prompts with ground truths"

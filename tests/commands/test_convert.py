@@ -1,4 +1,4 @@
-"""`hf-ebft convert`: what it writes, and what it says."""
+"""`hf-ebft convert`: the file that it writes, and its messages."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from hf_ebft.conversion import convert_axolotl
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_command_prints_and_names_what_is_left(
+def test_the_command_prints_the_options_and_names_what_it_left_out(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = ROOT / "tests/conversion/axolotl/llama-1b-ebft-opencode.yaml"
@@ -27,7 +27,7 @@ def test_the_command_prints_and_names_what_is_left(
 
 
 @pytest.mark.parametrize("text", ["rl: grpo\n", "just words\n", "a: [\n", None])
-def test_the_command_says_what_is_wrong(
+def test_errors_name_the_file_and_the_mistake(
     text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "axolotl.yaml"
@@ -43,12 +43,12 @@ def test_the_source_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFix
     other_name = tmp_path / "folder" / ".." / "axolotl.yaml"
     (tmp_path / "folder").mkdir()
     assert main(["convert", str(path), "--output", str(other_name)]) == 2
-    assert "--output is the file that is converted; name another" in capsys.readouterr().err
+    assert "would overwrite the file that is converted; name another" in capsys.readouterr().err
     assert path.read_text().startswith("rl: ebft")
 
 
 @pytest.mark.slow
-def test_the_package_is_a_command(tmp_path: Path) -> None:
+def test_convert_runs_as_a_command_of_the_package(tmp_path: Path) -> None:
     path = ROOT / "tests/conversion/axolotl/llama-1b-ebft-strided.yaml"
     command = [sys.executable, "-m", "hf_ebft", "convert", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

@@ -23,7 +23,7 @@ def test_two_models_are_measured_and_written(
     assert stored["models"] == ["a", "b"]
     assert stored["settings"]["feature_network"] == str(tiny)
     assert "Written:" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="Two models are called 'tiny_model'"):
+    with pytest.raises(ValueError, match="Two models have the name 'tiny_model'"):
         evaluate.named_models([str(tiny), str(tiny)])
 
 
@@ -40,9 +40,11 @@ def test_controls_are_measured_beside_the_models(tmp_path: Path) -> None:
     assert value["b", "second_cfm_loss"] == value["a", "second_cfm_loss"] != value["a", "cfm_loss"]
 
 
-def test_the_same_layers_are_no_second_network(tmp_path: Path) -> None:
+def test_a_second_network_with_the_same_layers_is_refused(tmp_path: Path) -> None:
     options = ["--models", str(DEMO_MODEL), "--second_feature_layers", "0.25", "0.5"]
-    with pytest.raises(ValueError, match=r"would show the same again: choose others, 1\.0"):
+    with pytest.raises(
+        ValueError, match=r"would measure the same. Choose other layers, such as 1\.0"
+    ):
         evaluate.main([*options, "0.75", "--device", "cpu", "--output_dir", str(tmp_path)])
 
 
@@ -57,10 +59,10 @@ def test_unknown_options_are_refused_with_the_nearest_one() -> None:
     ("name", "split"),
     [("stdlib:topics", "report"), ("stdlib-functions:encodings", "report"), ("x.csv", "train")],
 )
-def test_held_out_text_is_not_what_training_reads(
+def test_the_default_split_is_not_the_training_split(
     name: str, split: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The functions that come with Python were measured where `hf-ebft train` trains on them."""
+    """Once, functions that come with Python were measured on the split that training uses."""
     asked = []
 
     def load_split(*given: Any) -> Table:

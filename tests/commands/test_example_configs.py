@@ -1,4 +1,4 @@
-"""The configurations that ship: every one can be read, and those that need no download run."""
+"""The example configurations: all can be read, and those that need no download can be run."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_can_be_read(path: Path) -> None:
-    """Into the very classes that a run makes of it, which check values and combinations."""
+    """Into the classes that a run uses, which check values and combinations."""
     data, names, lora, report, args = parse_arguments([f"--config={path}"])
     check(names, lora, report)
     written = yaml.safe_load(path.read_text())
@@ -55,8 +55,8 @@ def test_transforms_of_configurations_fit_their_data(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configurations_say_how_they_are_started(path: Path) -> None:
-    """Comments that name a configuration name this one, with folders that exist."""
+def test_comments_of_a_configuration_name_its_own_file(path: Path) -> None:
+    """The commands in its comments use this configuration, and folders that exist."""
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     words = [word.strip(".,;") for line in comments for word in line.split()]
     for word in words:
@@ -67,7 +67,7 @@ def test_configurations_say_how_they_are_started(path: Path) -> None:
 
 
 def run(config: str, output: Path, **changed: Any) -> dict[str, Any]:
-    """Run a configuration with some of its options changed; the measurements of its report."""
+    """Run a configuration with some options changed, and return the numbers of its report."""
     arguments = [f"--config={EXAMPLES / 'configs' / config}", f"--output_dir={output}"]
     train.main([*arguments, *(f"--{name}={value}" for name, value in changed.items())])
     report: dict[str, Any] = json.loads((output / "report.json").read_text())
@@ -94,7 +94,7 @@ SMALL = {
     ],
 )
 def test_offline_configurations_run(config: str, changed: Any, tmp_path: Path) -> None:
-    """A step of each, on a few rows."""
+    """One step of each, on a few rows."""
     measurements = run(config, tmp_path, **SMALL, **changed)
     assert {"cfm_loss", "alignment"} <= measurements.keys()
     assert (tmp_path / "model.safetensors").exists()
@@ -137,7 +137,7 @@ def train_tiny(tmp_path: Path, rows: list[dict[str, Any]], **changed: Any) -> di
 
 
 def test_chats_of_several_turns_are_trained(tmp_path: Path) -> None:
-    """From ShareGPT's columns to a step of training, the later turns on top of the earlier."""
+    """From ShareGPT's columns to a training step in which later turns follow earlier ones."""
     chats = [
         [("human", f"Say {n}"), ("gpt", f"{n}"), ("human", "Again"), ("gpt", f"{n} and {n}")]
         for n in range(8)
@@ -195,7 +195,7 @@ def test_data_without_ground_truths_is_refused(
 
 
 def test_fewer_prompts_than_a_batch_are_refused(tmp_path: Path) -> None:
-    """TRL would train on none of them, and the script would say where the model is."""
+    """TRL would train on none of them, and the command would report success."""
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a", "ground_truth": "b"}\n' * 7)
     arguments = [f"--dataset_name_or_path={path}", "--eval_fraction=0.5", "--num_generations=4"]
@@ -205,17 +205,19 @@ def test_fewer_prompts_than_a_batch_are_refused(tmp_path: Path) -> None:
 
 
 def test_one_held_out_prompt_is_refused_before_training(tmp_path: Path) -> None:
-    """There is no interval over one row; it was said after the training was done."""
+    """One row gives no interval. Once, this error came after training."""
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a", "ground_truth": "b"}\n' * 10)
     arguments = [f"--dataset_name_or_path={path}", "--num_generations=4"]
     arguments += ["--per_device_train_batch_size=4", "--per_device_eval_batch_size=4"]
-    with pytest.raises(ValueError, match=r"leaves 1 held-out row .*takes 2.*report_rows=0"):
+    with pytest.raises(
+        ValueError, match=r"leaves 1 held-out row .*needs at least 2.*report_rows=0"
+    ):
         structured_run(tmp_path, *arguments)
     assert not (tmp_path / "config.json").exists() and not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_ground_truths_may_have_any_name(tmp_path: Path) -> None:
+def test_the_column_of_ground_truths_may_have_any_name(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     rows = [{"prompt": f"{n}", "solution": f"{n + 1}", "n": n} for n in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -227,7 +229,7 @@ def test_ground_truths_may_have_any_name(tmp_path: Path) -> None:
     assert held_out is not None and len(train) == len(held_out) == 3
 
 
-def test_chats_of_several_turns_get_rollouts_of_their_own() -> None:
+def test_chats_of_several_turns_get_their_own_rollout_function() -> None:
     import datasets
 
     groups = parse_arguments(["--mode=structured", "--use_cpu", "--bf16=false"])

@@ -58,14 +58,14 @@ def test_a_recipe_builds_the_configuration_of_the_released_code(name: str) -> No
     assert not lora.use_peft and names.dtype == "float32"
 
 
-def test_sixteen_packed_rows_of_code_make_a_step() -> None:
+def test_a_step_of_the_code_recipe_has_sixteen_packed_rows() -> None:
     data, _, _, _, args = parse_arguments([f"--config={CONFIGS}/paper_qwen25_1b5_code.yaml"])
     assert isinstance(args, EBFTConfig) and data.pack
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_value_says_where_it_is_from(name: str) -> None:
+def test_every_value_names_its_source(name: str) -> None:
     text = (CONFIGS / f"{name}.yaml").read_text()
     lines = [line for line in text.splitlines() if re.match(r"\w+:", line)]
     assert {line.partition(":")[0] for line in lines} == yaml.safe_load(text).keys()

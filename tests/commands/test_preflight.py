@@ -43,7 +43,9 @@ def test_the_shipped_model_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     ], "a preflight trains nothing and leaves no checkpoint"
 
 
-def test_structured_mode_is_refused_with_what_works(capsys: pytest.CaptureFixture[str]) -> None:
+def test_structured_mode_is_refused_and_the_error_says_what_works(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["preflight", "--config", str(DEMO), "--mode", "structured"]) == 2
     assert "Add --mode strided" in capsys.readouterr().err
 
@@ -53,7 +55,7 @@ def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert "there is no option 'documnets'" in capsys.readouterr().err
 
 
-def test_the_model_that_stands_in_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     run = ["--dataset_name_or_path", "stdlib:topics", "--use_cpu", "--max_train_rows", "8"]
     assert main(["preflight", *run, "--documents", "0"]) == 2
     shown = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""`hf-ebft serve`: the command it prints and becomes, and what it says about a bad file."""
+"""`hf-ebft serve`: the command that it prints and runs, and its errors about a bad file."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 RUN = {"model_name_or_path": "m", "vllm_lora_sync": True, "learning_rate": 1e-3}
 
 
-def test_script_prints_the_command_and_becomes_it(tmp_path, monkeypatch, capsys):
+def test_serve_prints_the_server_s_command_and_runs_it(tmp_path, monkeypatch, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(RUN | {"use_cpu": True, "vllm_sync_dir": None}))
     started = []
@@ -37,7 +37,7 @@ def test_script_prints_the_command_and_becomes_it(tmp_path, monkeypatch, capsys)
     ("text", "message"),
     [
         ("model_name_or_path: m", "neither vllm_lora_sync nor"),
-        ("- a\n- b", "holds a list"),
+        ("- a\n- b", "contains a list, but it must be a mapping"),
         ("a: [", "run.yaml"),
         (None, "No such file"),
     ],

@@ -1,4 +1,4 @@
-"""The command line: what it reads, what it refuses, and whole small runs of it."""
+"""The command line of `hf-ebft train`: options, refusals, and whole small runs."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from hf_ebft.commands.runs.help import FIRST
 from hf_ebft.commands.runs.model import load_model, load_tokenizer
 from hf_ebft.commands.runs.options import Mode, ModelArguments
 from hf_ebft.commands.runs.parsing import Parser, parse_arguments
-from hf_ebft.commands.train import choose_mode, main, stand_ins
+from hf_ebft.commands.train import announce_defaults, choose_mode, main
 from hf_ebft.evaluation import DOCUMENT_METRICS
 from tests.support.tiny import config, source_text, texts, tiny_llama, tiny_tokenizer
 
@@ -47,7 +47,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Llama with a byte-level tokenizer, as `from_pretrained` finds them."""
+    """Folder of a random Llama with a byte-level tokenizer, for `from_pretrained`."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = tiny_tokenizer(VOCABULARY, eos_token="<eos>", pad_token="<pad>")
     tokenizer.save_pretrained(folder)
@@ -71,7 +71,7 @@ def table(path: Path, records: Sequence[dict[str, Any]]) -> str:
 
 
 def options(model: str, data: str, output: Path, **changed: Any) -> dict[str, Any]:
-    """A run of two steps."""
+    """The options of a run of two steps."""
     return {
         "model_name_or_path": model,
         "dataset_name_or_path": data,
@@ -98,7 +98,7 @@ def argv(options: dict[str, Any]) -> list[str]:
 
 
 def tags(output: Path) -> dict[str, list[float]]:
-    """What TensorBoard shows: tag -> values in the order of the steps."""
+    """TensorBoard's curves: tag -> values in the order of the steps."""
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -109,7 +109,7 @@ def tags(output: Path) -> dict[str, list[float]]:
 
 
 def assert_trained(output: Path, start: str) -> LlamaForCausalLM:
-    """The saved model loads, works and is no longer the one that training started from."""
+    """The saved model can be loaded and run, and training has changed its weights."""
     model = AutoModelForCausalLM.from_pretrained(output)
     old = AutoModelForCausalLM.from_pretrained(start)
     assert any(
@@ -170,7 +170,7 @@ def test_prompts_with_completions(
 
 
 def test_a_parquet_file_and_options_from_a_file(tmp_path: Path, model_folder: str) -> None:
-    """What the command line says wins, whatever the order."""
+    """Options of the command line win, whatever the order."""
     output = tmp_path / "out"
     data = table(tmp_path / "code.parquet", [{"code": text} for text in source_text()])
     config = tmp_path / "run.yaml"
@@ -199,7 +199,7 @@ def test_adapters(tmp_path: Path, model_folder: str, text_file: str, merge: bool
 
 
 def adapted(tmp_path: Path, *modules: str, file: str | None = None) -> set[str]:
-    """Names of the modules that get adapters, as the command line or a file says it."""
+    """Names of the modules that get adapters with the given options."""
     argument = ["--lora_target_modules", *modules]
     if file is not None:
         argument = [config_file(tmp_path, f"lora_target_modules: {file}\n")]
@@ -231,14 +231,14 @@ def test_adapters_by_name_or_by_regular_expression(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        (["q_proj", "query"], "the name 'query' matches no module .* called q_proj, k_proj"),
-        ([".*query"], r"the regular expression '\.\*query' matches no module .*in full"),
+        (["q_proj", "query"], "the name 'query' matches no module .* end in q_proj, k_proj"),
+        ([".*query"], r"the regular expression '\.\*query' matches no module .*a full name is"),
         (["proj"], "the name 'proj' matches no module"),
-        (["(q_proj"], r"lora_target_modules='\(q_proj' is no regular expression"),
+        (["(q_proj"], r"lora_target_modules='\(q_proj' is neither .* a valid regular expression"),
         ([".*q_proj", "v_proj"], r"the name '\.\*q_proj' matches no module"),
     ],
 )
-def test_modules_that_are_not_there_are_named(
+def test_names_of_missing_modules_are_refused(
     tmp_path: Path, modules: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -249,7 +249,7 @@ def test_modules_that_are_not_there_are_named(
 def test_two_processes_under_accelerate_launch(
     tmp_path: Path, model_folder: str, text_file: str
 ) -> None:
-    """One report, one set of curves, one model: only the main process speaks."""
+    """One report, one set of curves, one model: only the main process prints."""
     output = tmp_path / "out"
     changed = {"report_to": "tensorboard", "disable_tqdm": True, "eval_fraction": 0.2}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
@@ -265,7 +265,7 @@ def test_two_processes_under_accelerate_launch(
 
 
 @pytest.mark.parametrize("card_samples", [0, 1])
-def test_the_card_quotes_text_only_where_it_may(
+def test_card_samples_limits_the_text_that_the_card_quotes(
     tmp_path: Path, model_folder: str, text_file: str, card_samples: int
 ) -> None:
     output = tmp_path / "out"
@@ -280,7 +280,7 @@ class FullDisk(OSError):
 
 
 @pytest.mark.parametrize("fails", ["save_model", "create_model_card", "measure"])
-def test_what_fails_after_training_costs_nothing_else(
+def test_a_step_that_fails_after_training_does_not_stop_the_others(
     tmp_path: Path,
     model_folder: str,
     text_file: str,
@@ -288,7 +288,7 @@ def test_what_fails_after_training_costs_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A full disk leaves the table, a card that cannot be written the model, and so on."""
+    """With a full disk the table is still printed, without the card the model is still saved."""
     output = tmp_path / "out"
     calls = []
 
@@ -318,7 +318,7 @@ def test_what_fails_after_training_costs_nothing_else(
     assert len(ended) == 1
 
 
-def test_a_run_goes_on_from_the_newest_checkpoint(
+def test_a_run_resumes_from_the_newest_checkpoint(
     tmp_path: Path, model_folder: str, text_file: str
 ) -> None:
     output = tmp_path / "out"
@@ -332,7 +332,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint(
     state = json.loads((output / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
     assert not (output / "checkpoint-2" / "checkpoint-1").exists()
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint=gone is no folder"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=gone is not a folder"):
         main(argv(run | {"resume_from_checkpoint": "gone"}))
 
 
@@ -349,7 +349,7 @@ def config_file(folder: Path, text: str) -> str:
     return f"--config={path}"
 
 
-def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
+def test_a_file_and_the_command_line_give_the_same_options(tmp_path: Path) -> None:
     file = config_file(
         tmp_path,
         "learning_rate: 3e-4\n"  # a string to YAML
@@ -400,8 +400,8 @@ def test_the_command_line_wins(tmp_path: Path, first: str) -> None:
         ("stride: many", "argument --stride.*invalid int value: 'many'"),
         ("embed_method: mean", "invalid choice: 'mean'"),
         ("stride: [1, 2]", "'2' belongs to no option"),
-        ("just words", "must hold lines of the form 'option: value'"),
-        ("stride: 4\nn: {a: [", "line 2 is no YAML"),
+        ("just words", "write lines of the form 'option: value'"),
+        ("stride: 4\nn: {a: [", "line 2 is not valid YAML"),
         ("stride: 4\nce_coef: 0\nstride: 8", "line 3: 'stride' is given a second time .*line 1"),
         ("config: other.yaml", "names another config file"),
     ],
@@ -433,7 +433,7 @@ def test_a_missing_file_is_named() -> None:
         parse("--config=missing.yaml")
 
 
-def test_a_setting_that_cannot_work_is_the_library_s_to_refuse() -> None:
+def test_settings_that_the_library_refuses_are_errors() -> None:
     with pytest.raises(ValueError, match="n_samples_per_prompt=1 leaves"):
         parse("--n_samples_per_prompt=1")
 
@@ -469,16 +469,18 @@ def test_help_is_short_and_help_all_is_complete(
     assert "  --lora_target_modules" in complete and "[all-linear]" in complete
 
 
-def test_what_stands_in_for_data_and_model_is_said(tmp_path: Path) -> None:
+def test_default_data_and_the_default_model_are_announced(tmp_path: Path) -> None:
     no_data, no_model = "NO DATA WAS NAMED: training on stdlib:topics", "NO MODEL WAS NAMED"
-    said = stand_ins(["--max_steps=1"])
+    said = announce_defaults(["--max_steps=1"])
     assert said[0].startswith(no_data) and said[1].startswith(no_model) and len(said) == 2
     file = config_file(tmp_path, "model_name_or_path: m\n")
-    assert [line.startswith(no_data) for line in stand_ins([file])] == [True]
-    assert stand_ins([file, "--dataset-name-or-path", "d.txt"]) == []
-    assert stand_ins([f"--config={EXAMPLES / 'configs' / 'demo.yaml'}", "--max_steps=2"]) == []
-    (said_of_nothing,) = stand_ins([])
-    assert said_of_nothing.startswith("NO OPTIONS WERE GIVEN: this is the demo")
+    assert [line.startswith(no_data) for line in announce_defaults([file])] == [True]
+    assert announce_defaults([file, "--dataset-name-or-path", "d.txt"]) == []
+    assert (
+        announce_defaults([f"--config={EXAMPLES / 'configs' / 'demo.yaml'}", "--max_steps=2"]) == []
+    )
+    (without_options,) = announce_defaults([])
+    assert without_options.startswith("NO OPTIONS WERE GIVEN: this is the demo")
 
 
 def test_no_options_mean_the_demo() -> None:
@@ -492,7 +494,7 @@ def test_no_options_mean_the_demo() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lora_merge"], "lora_merge=True has nothing to merge"),
+        (["--lora_merge"], "lora_merge=True has no adapters to merge"),
         (["--lora_r=8"], "lora_r=8 would have no effect without adapters: add use_peft"),
         (["--lora_target_modules=q_proj"], r"\['q_proj'\] would have no effect"),
         (["--use_peft", "--gguf_file=a.gguf"], "a.gguf.* add lora_merge"),
@@ -514,31 +516,33 @@ GOOD = {"prompt": "a", "ground_truth": "b"}
 @pytest.mark.parametrize(
     ("record", "mode", "why"),
     [
-        ({"text": "a"}, "strided", "there are no prompts"),
-        ({"code": "a", "id": 1}, "strided", "there are no prompts"),
+        ({"text": "a"}, "strided", "the data has no prompts"),
+        ({"code": "a", "id": 1}, "strided", "the data has no prompts"),
         (GOOD, "structured", "columns are 'prompt' and 'ground_truth'"),
         ({"prompt": "a", "answer": "b", "id": 1}, "structured", "'prompt' and 'answer'"),
-        ({"prompt": "a", "completion": "b"}, "strided", "for whole completions .* structured"),
+        ({"prompt": "a", "completion": "b"}, "strided", "whole completions .* structured"),
     ],
 )
-def test_columns_say_the_mode(tmp_path: Path, record: dict[str, Any], mode: str, why: str) -> None:
+def test_the_columns_of_the_data_decide_the_mode(
+    tmp_path: Path, record: dict[str, Any], mode: str, why: str
+) -> None:
     data = table(tmp_path / "data.jsonl", [record] * 3)
     chosen, reason, opened = choose_mode([f"--dataset_name_or_path={data}"])
     assert chosen == mode and re.search(why, reason) and opened is not None
 
 
-def test_the_mode_is_said(
+def test_the_mode_is_printed(
     tmp_path: Path, model_folder: str, text_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = options(model_folder, text_file, tmp_path / "out", report_rows=0, max_steps=1)
     main(argv(run))
-    assert "Mode: strided (there are no prompts with ground truths)." in capsys.readouterr().out
+    assert "Mode: strided (the data has no prompts with ground truths)." in capsys.readouterr().out
 
 
-def test_the_mode_is_said_before_its_options_are_refused(
+def test_the_mode_is_printed_before_its_options_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`answer` chooses structured mode, whose batch sizes surprise who expected the other."""
+    """`answer` chooses structured mode; an error about its batch sizes needs that context."""
     data = table(tmp_path / "data.jsonl", [{"prompt": "1 + 1 =", "answer": "2"}] * 8)
     arguments = [f"--dataset_name_or_path={data}", f"--output_dir={tmp_path}", "--use_cpu"]
     with pytest.raises(ValueError, match="divisible"):
@@ -547,8 +551,8 @@ def test_the_mode_is_said_before_its_options_are_refused(
     assert said in capsys.readouterr().out
 
 
-def test_an_explicit_mode_opens_nothing(tmp_path: Path) -> None:
-    """From the command line, which wins, or from the file."""
+def test_data_is_not_opened_if_the_mode_is_set(tmp_path: Path) -> None:
+    """The mode is set on the command line, which wins, or in the file."""
     file = config_file(tmp_path, "mode: structured\ndataset_name_or_path: missing.jsonl\n")
     assert choose_mode([file]) == ("structured", "as --mode says", None)
     assert choose_mode([file, "--mode=strided"])[0] == "strided"
@@ -559,7 +563,7 @@ def test_an_explicit_mode_opens_nothing(tmp_path: Path) -> None:
 
 def test_contradictory_columns_are_refused(tmp_path: Path) -> None:
     data = table(tmp_path / "data.jsonl", [GOOD | {"text": "c"}] * 3)
-    with pytest.raises(ValueError, match="say which by --mode"):
+    with pytest.raises(ValueError, match="choose with --mode structured or"):
         choose_mode([f"--dataset_name_or_path={data}"])
 
 
@@ -568,7 +572,7 @@ def test_an_unknown_mode_is_refused() -> None:
         main(["--mode=chunked"])
 
 
-def test_strided_mode_does_without_trl(tmp_path: Path, model_folder: str, text_file: str) -> None:
+def test_strided_mode_does_not_need_trl(tmp_path: Path, model_folder: str, text_file: str) -> None:
     run = options(model_folder, text_file, tmp_path / "out", report_rows=0, max_steps=1)
     program = (
         "import sys; sys.modules['trl'] = None\n"
@@ -579,7 +583,7 @@ def test_strided_mode_does_without_trl(tmp_path: Path, model_folder: str, text_f
 
 
 def test_transforms_make_rows_of_any_columns(tmp_path: Path, model_folder: str) -> None:
-    """Strided here: the ground truth is the completion that is learned, bad rows are counted."""
+    """In strided mode: the ground truth is the completion to train on, and bad rows are counted."""
     rows = [{"q": f"{n} + 1 =", "a": f" {n + 1}, of course" if n % 4 else ""} for n in range(40)]
     data = table(tmp_path / "data.jsonl", rows)
     settings = {"question_column": "q", "answer_column": "a"}
@@ -595,7 +599,7 @@ def test_transforms_make_rows_of_any_columns(tmp_path: Path, model_folder: str) 
     assert tokenizer.decode(learned) == " 2, of course<eos>"
     with pytest.raises(ValueError, match="transform='answers' is unknown; choose one of question"):
         rows_of(model_folder, data, tmp_path, transform="answers")
-    with pytest.raises(ValueError, match="needs a transform; name one"):
+    with pytest.raises(ValueError, match="without a transform; set transform to one of"):
         rows_of(model_folder, data, tmp_path, transform_args='{"a": 1}')
 
 
@@ -630,11 +634,13 @@ def test_empty_data_is_refused(tmp_path: Path, model_folder: str) -> None:
 
 def test_held_out_text_is_not_trained_on(tmp_path: Path, model_folder: str, text_file: str) -> None:
     run = options(model_folder, text_file, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"eval_split='train' .* is what is trained on"):
+    with pytest.raises(ValueError, match=r"eval_split='train' .* is the split to train on"):
         main(argv(run | {"eval_split": "train"}))
-    with pytest.raises(ValueError, match=r"no held-out text .* report_rows=0"):
+    with pytest.raises(
+        ValueError, match=r"eval_fraction=0 leaves no held-out text .* report_rows=0"
+    ):
         main(argv(run | {"eval_fraction": 0}))
-    with pytest.raises(ValueError, match=r"report_rows=1 leaves 1 held-out row .*takes 2"):
+    with pytest.raises(ValueError, match=r"report_rows=1 leaves 1 held-out row .*needs at least 2"):
         main(argv(run | {"eval_fraction": 0.25, "report_rows": 1}))
     data = table(tmp_path / "data.jsonl", [{"text": f"{i} " * 20} for i in range(40)])
     train, held_out = rows_of(model_folder, data, tmp_path, eval_fraction=0.25, max_eval_rows=99)
@@ -646,13 +652,17 @@ def test_held_out_text_is_not_trained_on(tmp_path: Path, model_folder: str, text
     assert not documents[0] & documents[1]
 
 
-def test_held_out_text_may_be_elsewhere(tmp_path: Path, model_folder: str, text_file: str) -> None:
+def test_held_out_text_may_be_another_data_set(
+    tmp_path: Path, model_folder: str, text_file: str
+) -> None:
     data = table(tmp_path / "data.jsonl", [{"text": "import os\n" * 9}] * 3)
     train, held_out = rows_of(model_folder, text_file, tmp_path, eval_dataset_name_or_path=data)
     assert train.counts.documents == 1 and held_out.counts.documents == 3
 
 
-def test_rows_are_limited_to_documents_from_all_over(tmp_path: Path, model_folder: str) -> None:
+def test_limited_rows_come_from_documents_all_over_the_data(
+    tmp_path: Path, model_folder: str
+) -> None:
     data = table(tmp_path / "data.jsonl", [{"text": f"{i} " * 16} for i in range(40)])
     train, held_out = rows_of(
         model_folder, data, tmp_path, eval_fraction=0.5, max_train_rows=6, max_eval_rows=5
@@ -686,15 +696,15 @@ def test_a_tokenizer_without_pad_token_pads_with_eos(
         load_tokenizer(groups[1], groups[4])
 
 
-def test_a_model_that_does_not_know_all_tokens_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tmp_path: Path) -> None:
     tiny_llama(vocabulary=20).save_pretrained(tmp_path)
     names = ModelArguments(model_name_or_path=str(tmp_path))
-    with pytest.raises(ValueError, match=r"has 300 tokens, .* embeds 20"):
+    with pytest.raises(ValueError, match=r"has 300 tokens, .* has embeddings for 20"):
         load_model(names, 300)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
-def test_weights_have_the_type_that_was_asked_for(tmp_path: Path, dtype: str) -> None:
+def test_weights_have_the_dtype_of_the_option(tmp_path: Path, dtype: str) -> None:
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path)
     names = ModelArguments(model_name_or_path=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
     expected = torch.float32 if dtype == "float32" else torch.bfloat16
@@ -734,7 +744,7 @@ def write_gguf(path: Path) -> None:
 
 
 def test_a_model_from_a_gguf_file_can_be_trained(tmp_path: Path) -> None:
-    """Its weights are unpacked on loading: Trainer refuses packed ones, which take no gradient."""
+    """The weights are unpacked on loading, since packed weights have no gradient."""
     write_gguf(tmp_path / "tiny.gguf")
     names = ModelArguments(model_name_or_path=str(tmp_path), gguf_file="tiny.gguf")
     model = load_model(names, 64)

@@ -1,4 +1,4 @@
-"""YAML files of people: what they hold, and the line where they went wrong."""
+"""YAML files that people write: their contents, and errors that name the line."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_a_mapping_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) ->
     assert read_mapping(path) == {}
 
 
-def test_anchors_and_merged_mappings_are_no_second_keys(tmp_path: Path) -> None:
+def test_anchors_and_merged_mappings_are_not_repeated_keys(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("base: &base {a: 1, b: 2}\nmore:\n  <<: *base\n  b: 3\n")
     assert read_mapping(path)["more"] == {"a": 1, "b": 3}
@@ -28,14 +28,14 @@ def test_anchors_and_merged_mappings_are_no_second_keys(tmp_path: Path) -> None:
     [
         (b"a: 1\nb: 2\na: 3\n", r"run\.yaml, line 3: 'a' is given a second time .*line 1"),
         (b"x:\n  b: 2\n  b: 2\n", r"run\.yaml, line 3: 'b' is given a second time .*line 2"),
-        (b"a: 1\nb: 'open\n", r"run\.yaml, line 3 is no YAML: found unexpected end"),
-        (b"a: 1\n\tb: 2\n", r"run\.yaml, line 2 is no YAML"),
-        (b"- a\n- b\n", r"run\.yaml must hold lines .* holds a list"),
-        (b"a: \x07\n", r"run\.yaml is no YAML: .*special characters"),
-        (b"a: \xff\xfe\n", r"run\.yaml is no UTF-8 text .*save it as UTF-8"),
+        (b"a: 1\nb: 'open\n", r"run\.yaml, line 3 is not valid YAML: found unexpected end"),
+        (b"a: 1\n\tb: 2\n", r"run\.yaml, line 2 is not valid YAML"),
+        (b"- a\n- b\n", r"run\.yaml contains a list, .* write lines"),
+        (b"a: \x07\n", r"run\.yaml is not valid YAML: .*special characters"),
+        (b"a: \xff\xfe\n", r"run\.yaml is not UTF-8 text .*save it as UTF-8"),
     ],
 )
-def test_mistakes_are_told_with_their_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_errors_name_the_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):

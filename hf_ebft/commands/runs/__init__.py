@@ -1,1 +1,1 @@
-"""What commands that load a model and data share: options, loading, the two modes, the end."""
+"""The parts of a run that several commands share: options, loading, both modes, saving."""

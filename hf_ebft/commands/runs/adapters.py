@@ -1,4 +1,4 @@
-"""Adapters of a run, as PEFT wants them described."""
+"""The adapters and the quantization of a run, as configurations of PEFT and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 
 from hf_ebft.commands.runs.options import LoraArguments
 
-# A module's name, or its end, as opposed to a regular expression.
+# Matches a module's name or the end of one, as opposed to a regular expression.
 NAME = re.compile(r"[\w.-]+")
 
 
 def check_adapters(lora: LoraArguments) -> None:
-    """Refuse options of adapters that would fail late, or that nothing would read.
+    """Raise for adapter options that would fail late or have no effect.
 
     Raises:
         ValueError: naming the option, and what to write instead.
     """
     if lora.lora_merge and not lora.use_peft:
-        raise ValueError("lora_merge=True has nothing to merge; add use_peft, or drop lora_merge.")
-    if lora.quantizes and not lora.use_peft:
         raise ValueError(
-            "Weights in 4 or 8 bits cannot be trained, only adapters on them: add use_peft, or "
-            "drop load_in_4bit and load_in_8bit to train all weights."
+            "lora_merge=True has no adapters to merge; add use_peft, or drop lora_merge."
+        )
+    if lora.quantizes and not lora.use_peft:
+        option = "load_in_4bit" if lora.load_in_4bit else "load_in_8bit"
+        raise ValueError(
+            f"{option}=True: quantized weights cannot be trained, only adapters on them. Add "
+            f"use_peft, or drop {option} to train all weights."
         )
     if lora.load_in_4bit and lora.load_in_8bit:
         raise ValueError("load_in_4bit and load_in_8bit are both set; keep one of the two.")
     if lora.quantizes and lora.lora_merge:
         raise ValueError(
-            "lora_merge=True would round the adapters to the few bits of the weights. Drop it, "
-            "load the saved adapters onto the model in full precision, and merge there."
+            "lora_merge=True would round the adapters to the quantized precision of the weights. "
+            "Drop it, load the saved adapters onto the model in full precision, and merge there."
         )
     defaults = LoraArguments()
     for field in dataclasses.fields(lora):
@@ -52,16 +55,16 @@ def check_adapters(lora: LoraArguments) -> None:
             )
         if "bnb" in name and not lora.load_in_4bit:
             raise ValueError(
-                f"{name}={value!r} would have no effect without load_in_4bit: add that, or drop "
-                f"{name}."
+                f"{name}={value!r} would have no effect without load_in_4bit: add load_in_4bit, or "
+                f"drop {name}."
             )
 
 
 def lora_config(lora: LoraArguments, model: Any) -> LoraConfig | None:
-    """What PEFT is to wrap the model with, if anything.
+    """The configuration of the run's adapters, or None without adapters.
 
     Raises:
-        ValueError: a name or a regular expression that matches nothing of the model.
+        ValueError: a name or a regular expression matches nothing in the model.
     """
     if not lora.use_peft:
         return None
@@ -73,8 +76,8 @@ def lora_config(lora: LoraArguments, model: Any) -> LoraConfig | None:
     modules = lora.lora_target_modules
     if modules == ["none"] and not lora.lora_target_parameters:
         raise ValueError(
-            "lora_target_modules=none leaves nothing to adapt; name lora_target_parameters, or "
-            "modules."
+            "lora_target_modules=none leaves nothing to adapt; set lora_target_parameters, or "
+            "name modules in lora_target_modules."
         )
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -90,16 +93,16 @@ def lora_config(lora: LoraArguments, model: Any) -> LoraConfig | None:
 
 
 def quantization(lora: LoraArguments, args: TrainingArguments, dtype: torch.dtype) -> Any:
-    """How bitsandbytes is to load the model, as `from_pretrained` takes it.
+    """The `quantization_config` with which `from_pretrained` loads the model in few bits.
 
     Args:
-        lora: with `load_in_4bit` or `load_in_8bit`.
-        args: bf16 or fp16 of the training.
-        dtype: of the weights that stay as they are.
+        lora: options with `load_in_4bit` or `load_in_8bit` set.
+        args: the training arguments, for `bf16` and `fp16`.
+        dtype: data type of the weights that are not quantized.
 
     Returns:
-        A `BitsAndBytesConfig`. Products of 4-bit weights are computed in the precision of the
-        training: the type of `bf16` or `fp16` where one is set, else `dtype`.
+        A `BitsAndBytesConfig`. Products with 4-bit weights are computed in the precision of the
+        training: in that of `bf16` or `fp16` if one of them is set, else in `dtype`.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -109,7 +112,7 @@ def quantization(lora: LoraArguments, args: TrainingArguments, dtype: torch.dtyp
             "load_in_4bit and load_in_8bit need bitsandbytes: pip install 'hf_ebft[quantization]'."
         )
     if lora.load_in_8bit:
-        # It says at every product that int8 is computed in float16.
+        # bitsandbytes warns at every product that int8 is computed in float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -124,10 +127,10 @@ def quantization(lora: LoraArguments, args: TrainingArguments, dtype: torch.dtyp
 
 
 def target_modules(modules: list[str], model: Any) -> str | list[str]:
-    """Names as a list, or one regular expression as the text that PEFT takes for one.
+    """`target_modules` as PEFT expects it: a list of names, or a regular expression as text.
 
     Raises:
-        ValueError: a name or a regular expression that matches no module of the model.
+        ValueError: a name or a regular expression matches no module of the model.
     """
     if modules == ["all-linear"]:
         return modules[0]
@@ -138,34 +141,36 @@ def target_modules(modules: list[str], model: Any) -> str | list[str]:
             matches = any(re.fullmatch(pattern, name) for name in full_names)
         except re.error as error:
             raise ValueError(
-                f"lora_target_modules={pattern!r} is no regular expression: {error}."
+                f"lora_target_modules={pattern!r} is neither a module name nor a valid regular "
+                f"expression ({error}); write a list of module names, one regular expression for "
+                "full names, or all-linear."
             ) from error
         if not matches:
-            raise ValueError(_matches_nothing(pattern, "regular expression", model))
+            raise ValueError(_no_match_message(pattern, "regular expression", model))
         return pattern
     for wanted in modules:
-        if not _is_named(wanted, full_names):
-            raise ValueError(_matches_nothing(wanted, "name", model))
+        if not _matches_a_name(wanted, full_names):
+            raise ValueError(_no_match_message(wanted, "name", model))
     return modules
 
 
-def _is_named(wanted: str, full_names: Iterable[str]) -> bool:
-    """Whether a name is one of the full names, or the end of one."""
+def _matches_a_name(wanted: str, full_names: Iterable[str]) -> bool:
+    """Whether `wanted` is one of the full names, or the end of one."""
     return any(f".{name}".endswith(f".{wanted}") for name in full_names)
 
 
 def _require_match(option: str, wanted: str, full_names: Iterable[str]) -> None:
-    """Raise if a name is neither one of the full names nor the end of one."""
+    """Raise if `wanted` is neither one of the full names nor the end of one."""
     names = list(full_names)
-    if _is_named(wanted, names):
+    if _matches_a_name(wanted, names):
         return
     ends = sorted({name.rpartition(".")[2] for name in names if name})
     near = difflib.get_close_matches(wanted.rpartition(".")[2], ends, n=3)
-    hint = f" Near it are {', '.join(near)}." if near else f" There are {', '.join(ends)}."
-    raise ValueError(f"{option}: {wanted!r} matches nothing of the model.{hint}")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(ends)}."
+    raise ValueError(f"{option}: {wanted!r} matches nothing in the model; {hint}")
 
 
-def _matches_nothing(wanted: str, kind: str, model: Any) -> str:
+def _no_match_message(wanted: str, kind: str, model: Any) -> str:
     linear = {
         name.rpartition(".")[2]: name
         for name, module in model.named_modules()
@@ -173,7 +178,7 @@ def _matches_nothing(wanted: str, kind: str, model: Any) -> str:
     }
     example = next(iter(linear.values()), "none")
     return (
-        f"lora_target_modules: the {kind} {wanted!r} matches no module of the model. Its linear "
-        f"layers are called {', '.join(linear)}, {example!r} in full; write a list of such names, "
-        "one regular expression for the full names, or all-linear."
+        f"lora_target_modules: the {kind} {wanted!r} matches no module of the model. The names of "
+        f"its linear layers end in {', '.join(linear)}; a full name is {example!r}. Write a list "
+        "of such names, one regular expression for full names, or all-linear."
     )

@@ -1,4 +1,4 @@
-"""What a run prints."""
+"""Printing and logging of a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from transformers import TrainingArguments
 
 
 def say(args: TrainingArguments, message: str) -> None:
-    """Print in one process only."""
+    """Print in the main process only."""
     if args.process_index == 0:
         print(message, flush=True)
 
 
 def show_library_log() -> None:
-    """Let the library say what it decided, such as where the feature network lives."""
+    """Show the library's log, such as where the feature network is placed."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_ebft").setLevel(logging.INFO)

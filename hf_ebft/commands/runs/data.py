@@ -1,4 +1,4 @@
-"""The data of a run: which split, of what, and what is held out."""
+"""The data of a run: its data sets, their splits and what is held out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hf_ebft.data.sources import TEXT_COLUMNS
 
 logger = logging.getLogger(__name__)
 
-# Chats as TRL and ShareGPT call them.
+# Names that TRL and ShareGPT give to a column with chats.
 CHAT_COLUMNS = ("messages", "conversations")
 # The data must not depend on --seed, or runs with different seeds could not be compared.
 DATA_SEED = 0
@@ -40,10 +40,11 @@ def load_text(
     """Raw training text and, if it is wanted, held-out text.
 
     Args:
-        data: which. Several data sets are mixed, those to train on and those held out alike.
+        data: the options. Of several data sets, both the training text and the held-out text are
+            mixed.
         wants_eval: whether held-out text is wanted.
         read: takes the text from the columns of a table.
-        opened: the first data set's, if it is open already.
+        opened: the table of the first data set, if it is open already.
     """
     elsewhere = data.eval_dataset_name_or_path
     parts, held_out = [], []
@@ -51,7 +52,7 @@ def load_text(
         table = opened if number == 0 and opened else load_split(name, data.train_split, data)
         part = read(table)
         if wants_eval and elsewhere is None:
-            part, rest = without_held_out(name, part, data, read)
+            part, rest = split_off_held_out(name, part, data, read)
             held_out.append(rest)
         parts.append(part)
     train = mix(parts, data.dataset_weights, DATA_SEED)
@@ -60,46 +61,51 @@ def load_text(
     if elsewhere is None:
         return train, mix(held_out, data.dataset_weights, DATA_SEED)
     split = data.eval_split or ("report" if is_stdlib(elsewhere) else "train")
-    _refuse_trained_on(elsewhere, split, data)
+    _refuse_training_split(elsewhere, split, data)
     return train, read(load_split(elsewhere, split, data))
 
 
-def without_held_out(
+def split_off_held_out(
     name: str, part: RawDataset, data: DataArguments, read: Callable[[Table], RawDataset]
 ) -> tuple[RawDataset, RawDataset]:
-    """What to train on of one data set, and what is held out: another split, or a share of it."""
+    """The training text and the held-out text of one data set.
+
+    The held-out text is another split if there is one, else a share of `part`.
+    """
     split = data.eval_split or ("report" if is_stdlib(name) else None)
     if split is not None:
-        _refuse_trained_on(name, split, data)
+        _refuse_training_split(name, split, data)
         return part, read(load_split(name, split, data))
     if data.eval_fraction == 0:
         raise ValueError(
-            "There is no held-out text to measure on; set eval_split, eval_dataset_name_or_path or "
-            "eval_fraction, or report_rows=0 and eval_strategy='no'."
+            "eval_fraction=0 leaves no held-out text to measure on. Set eval_split, "
+            "eval_dataset_name_or_path or a larger eval_fraction; or set report_rows=0 and "
+            "eval_strategy='no'."
         )
     return hold_out(part, data.eval_fraction)
 
 
 def is_stdlib(name: str) -> bool:
-    """Whether a data set comes with Python, and so has a split `report`."""
+    """Whether a data set comes with Python. Such data sets have a split `report`."""
     return name.startswith((STDLIB, STDLIB_FUNCTIONS))
 
 
-def _refuse_trained_on(name: str, split: str, data: DataArguments) -> None:
+def _refuse_training_split(name: str, split: str, data: DataArguments) -> None:
     if name in data.dataset_name_or_path and split == data.train_split:
         raise ValueError(
-            f"eval_split={split!r} of {name} is what is trained on; name another split."
+            f"eval_split={split!r} of {name} is the split to train on, so it is not held out; "
+            "name another split."
         )
 
 
 def shuffled(text: RawDataset) -> RawDataset:
-    """The rows in another order, the same every time."""
+    """The rows in a random order that is the same in every run."""
     order = torch.randperm(len(text), generator=torch.Generator().manual_seed(DATA_SEED))
     return text.select(order.tolist())
 
 
 def load_split(name: str, split: str, data: DataArguments) -> Table:
-    """One split, of the standard library or of any dataset, transformed if that is asked for."""
+    """Load one split of a data set, and apply the transform if one is set."""
     if name.startswith(STDLIB):
         corpus = stdlib_text.load(name.removeprefix(STDLIB), split)
         records: Any = [{"text": document.text} for document in corpus.documents]
@@ -115,28 +121,31 @@ def load_split(name: str, split: str, data: DataArguments) -> Table:
 
 
 def transformed(table: Table, data: DataArguments) -> Table:
-    """The prompts and ground truths that the transform makes, or the table as it is.
+    """The table after the transform, or unchanged if none is set.
 
-    Chats, which are neither text nor prompts yet, are made prompts with their last replies.
+    Without a transform, a table of chats gets prompts with the last reply as ground truth.
     """
     settings = json.loads(data.transform_args or "{}")
     name = data.transform
     if name is None:
         if settings:
-            raise ValueError(f"transform_args={data.transform_args} needs a transform; name one.")
+            raise ValueError(
+                f"transform_args={data.transform_args} would have no effect without a transform; "
+                f"set transform to one of {', '.join(TRANSFORMS)}, or drop transform_args."
+            )
         chats = chat_column(table.columns) if data.text_column is None else None
         if chats is None:
             return table
         if "tools" in table.columns:
             raise ValueError(
-                f"{table.name} has chats in {chats!r} and their tools in 'tools', which would not "
-                "reach the prompt. Render both to 'prompt' and 'completion' texts, or take the "
-                "column out."
+                f"{table.name} has chats in {chats!r} and tools in 'tools', but the tools would "
+                "not be rendered into the prompt. Render both to 'prompt' and 'completion' texts, "
+                "or remove the column 'tools'."
             )
         name, settings = "chat", {"messages_column": chats}
         logger.info(
-            "%s: chats in %r. The last reply of each is its ground truth; for others: --transform "
-            'chat --transform_args \'{"turn": "first"}\'.',
+            "%s: chats in %r. The last reply of each chat is its ground truth; for another one: "
+            '--transform chat --transform_args \'{"turn": "first"}\'.',
             table.name,
             chats,
         )
@@ -152,7 +161,7 @@ def transformed(table: Table, data: DataArguments) -> Table:
 
 
 def chat_column(columns: Sequence[str]) -> str | None:
-    """The column with chats, of a data set that has neither prompts nor text."""
+    """The column with chats, or None if there is none or the data set has prompts or text."""
     if "prompt" in columns or any(name in columns for name in TEXT_COLUMNS):
         return None
     return next((name for name in CHAT_COLUMNS if name in columns), None)

@@ -1,4 +1,4 @@
-"""Where the demo's model and configuration are: in the wheel, or in a clone's `examples/`."""
+"""Paths of the demo's model and configuration: in the wheel, or in `examples/` of a clone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ DEMO_CONFIG = _PACKAGED / "demo.yaml" if _IS_PACKAGED else _EXAMPLES / "configs"
 
 
 def require_demo_files() -> None:
-    """Refuse a demo, or a run on its model, that would fail further on.
+    """Raise if the demo's files are missing.
 
     Raises:
-        FileNotFoundError: with where the files were looked for, and what to do.
+        FileNotFoundError: naming the missing file and what to do.
     """
     missing = [path for path in (DEMO_MODEL / "config.json", DEMO_CONFIG) if not path.exists()]
     if missing:
         raise FileNotFoundError(
-            f"This installation of hf_ebft came without the demo: there is no {missing[0]}. "
-            "Install the wheel again (pip install --force-reinstall --no-deps hf_ebft) or work in "
-            "a clone of the repository; for a run of your own, give --model_name_or_path and "
+            f"This installation of hf_ebft lacks the demo: {missing[0]} is missing. Install the "
+            "wheel again (pip install --force-reinstall --no-deps hf_ebft) or work in a clone of "
+            "the repository. For a run of your own, set --model_name_or_path and "
             "--dataset_name_or_path."
         )

@@ -1,4 +1,4 @@
-"""From the checkpoint that a run goes on from to the model that it leaves."""
+"""The checkpoint that a run resumes from, and what happens after training: saving and reporting."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from hf_ebft.evaluation import PairedDifference
 
 logger = logging.getLogger(__name__)
 
-# With fewer documents than this behind the measured rows, rows are resampled instead.
+# The bootstrap resamples documents, or rows if they come from fewer documents than this.
 FEWEST_DOCUMENTS = 8
 
 
-def resume_from(args: TrainingArguments) -> str | None:
-    """The checkpoint to go on from, if any; `true` means the newest one in output_dir.
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint of `resume_from_checkpoint`; `true` means the newest one in output_dir.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such checkpoint.
     """
     wanted = args.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
@@ -40,27 +40,27 @@ def resume_from(args: TrainingArguments) -> str | None:
         if checkpoint is None:
             raise ValueError(
                 f"resume_from_checkpoint=true finds no checkpoint in {folder}; name the folder of "
-                "one, or leave the option out to start anew."
+                "a checkpoint, or leave the option out to start anew."
             )
         return str(checkpoint)
     if not Path(wanted).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint={wanted} is no folder; name that of a checkpoint, or write "
-            "true for the newest one in output_dir."
+            f"resume_from_checkpoint={wanted} is not a folder; name the folder of a checkpoint, or "
+            "write true for the newest one in output_dir."
         )
     return str(wanted)
 
 
-def refuse_lone_row(measured: int, report: ReportArguments) -> None:
-    """Refuse, before training, a report that could show no interval after it.
+def require_two_rows(measured: int, report: ReportArguments) -> None:
+    """Raise, before training, if the report after it could not compute an interval.
 
     Raises:
-        ValueError: with what gives more rows.
+        ValueError: fewer than two rows; the message says which options give more.
     """
     if measured < 2:
         raise ValueError(
-            f"report_rows={report.report_rows} leaves {measured} held-out row to measure, and an "
-            "interval of the difference takes 2. Hold out more text (eval_fraction, "
+            f"report_rows={report.report_rows} leaves {measured} held-out row to measure, but a "
+            "confidence interval needs at least 2. Hold out more text (eval_fraction, "
             "max_eval_rows, eval_dataset_name_or_path), or set report_rows=0."
         )
 
@@ -68,19 +68,19 @@ def refuse_lone_row(measured: int, report: ReportArguments) -> None:
 def documents_of(rows: TokenizedRows, indices: Iterable[int]) -> tuple[list[int], bool]:
     """The document that each measured row was cut from, and whether to resample by document.
 
-    Rows of one document resemble each other, so that intervals are over documents, except where
-    there are too few of them.
+    Rows of one document resemble each other, so the bootstrap resamples documents, unless there
+    are too few of them.
 
     Args:
-        rows: all that could be measured.
-        indices: of those that were.
+        rows: all rows.
+        indices: indices of the measured ones.
     """
     documents = [rows.sources[index][0] for index in indices]
     return documents, len(set(documents)) >= FEWEST_DOCUMENTS
 
 
 def write_report(args: TrainingArguments, differences: Mapping[str, PairedDifference]) -> None:
-    """Write the numbers of the table to report.json, and say where; in the main process."""
+    """Write the numbers of the table to report.json; call it in the main process only."""
     path = Path(str(args.output_dir), "report.json")
     numbers = {name: dataclasses.asdict(paired) for name, paired in differences.items()}
     path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
@@ -100,19 +100,19 @@ class Comparison(Protocol):
 def finish(
     trainer: Trainer, comparison: Comparison, lora: LoraArguments, data: DataArguments
 ) -> None:
-    """Save the model, measure it, show the comparison, write the card, say where everything is.
+    """Save the model, measure it, show the comparison, write the card, print where everything is.
 
-    A step that fails stops no other that can do without it: a full disk must not cost the table,
-    and no report the model.
+    If a step fails, the steps that do not depend on it are still done: a full disk must not cost
+    the user the table, nor a failing report the model.
 
     Args:
-        trainer: it has trained.
-        comparison: measured before training.
-        lora: whether adapters are merged.
-        data: for the card.
+        trainer: the trainer, after training.
+        comparison: has measured the model before training.
+        lora: says whether adapters are merged.
+        data: names of the data, for the card.
 
     Raises:
-        Exception: the first error of a step, after all others.
+        Exception: the first error of a step, raised after all other steps.
     """
     errors: list[Exception] = []
 
@@ -120,12 +120,12 @@ def finish(
         try:
             step()
         except Exception as error:
-            logger.exception("%s failed. The run goes on with what comes after it.", what)
+            logger.exception("%s failed. The run continues with the remaining steps.", what)
             errors.append(error)
             return False
         return True
 
-    if lora.lora_merge:  # measured first: a shared feature network is the model without adapters
+    if lora.lora_merge:  # measure first, since merging changes a feature network that is shared
         measured = attempt("Measuring the model", comparison.measure)
         saved = attempt("Saving the model", lambda: save(trainer, lora))
     else:
@@ -138,14 +138,14 @@ def finish(
         attempt("The model card", lambda: write_card(trainer, data))
         if trainer.args.push_to_hub:
             attempt("Pushing to the hub", trainer.push_to_hub)
-        say_where(trainer)
-    end(trainer)
+        print_locations(trainer)
+    close(trainer)
     if errors:
         raise errors[0]
 
 
 def save(trainer: Trainer, lora: LoraArguments) -> None:
-    """The model, or its adapters, with the tokenizer, into output_dir."""
+    """Save the model or its adapters, with the tokenizer, in output_dir."""
     if lora.lora_merge:
         adapted: Any = trainer.model
         trainer.model = adapted.merge_and_unload()
@@ -153,7 +153,7 @@ def save(trainer: Trainer, lora: LoraArguments) -> None:
 
 
 def write_card(trainer: Trainer, data: DataArguments) -> None:
-    """The model card, with the name of the data."""
+    """Write the model card, with the name of the data."""
     if isinstance(trainer, EBFTTrainer):
         names = [
             Path(name).name if Path(name).exists() else name for name in data.dataset_name_or_path
@@ -161,11 +161,11 @@ def write_card(trainer: Trainer, data: DataArguments) -> None:
         trainer.create_model_card(dataset=names if len(names) > 1 else names[0])
 
 
-def end(trainer: Trainer) -> None:
+def close(trainer: Trainer) -> None:
     """Close TensorBoard's file and the process group.
 
-    Evaluation after training opens the file again. A process group that is open when Python exits
-    sometimes aborts the process, though its work is done.
+    Evaluation after training has opened the file again. A process group that is still open when
+    Python exits sometimes aborts the process, though its work is done.
     """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
@@ -173,8 +173,8 @@ def end(trainer: Trainer) -> None:
     trainer.accelerator.end_training()
 
 
-def say_where(trainer: Trainer) -> None:
-    """Where curves and model are, and how to open them."""
+def print_locations(trainer: Trainer) -> None:
+    """Print where the curves and the model are, and how to open them."""
     args = trainer.args
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):

@@ -1,4 +1,4 @@
-"""The help of `hf-ebft train`: the options that matter first, or all of them in groups."""
+"""The help of `hf-ebft train`: the most used options, or all options in groups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_ebft.commands.runs.options import (
     ReportArguments,
 )
 
-#: What most runs set, by group, for each mode.
+#: The options that most runs set, by group, for each mode.
 FIRST: dict[Mode, dict[str, tuple[str, ...]]] = {
     "strided": {
         "data": ("config", "dataset_name_or_path", "sequence_len"),
@@ -41,8 +41,8 @@ def first_options(actions: Iterable[Action], mode: Mode) -> str:
     """The options of `FIRST`, for the terminal.
 
     Args:
-        actions: of the parser of the mode.
-        mode: whose options they are.
+        actions: the options of the mode's parser.
+        mode: the mode.
     """
     by_name = _by_name(actions)
     n_others = len(by_name) - sum(map(len, FIRST[mode].values()))
@@ -54,16 +54,16 @@ def first_options(actions: Iterable[Action], mode: Mode) -> str:
         "usage: hf-ebft train [--config FILE] [--option value ...]\n\n"
         + "\n".join(sections)
         + f"\nThese are the options of {mode} mode that most runs set. --help-all explains "
-        f"{n_others} more,\n--mode {other} --help the other mode. --debug shows where an error was "
-        "raised.\n"
+        f"{n_others} more,\nand --mode {other} --help the other mode. --debug shows where an error "
+        "was raised.\n"
     )
 
 
 def all_options(actions: Iterable[Action], config: type) -> str:
-    """Every option, ours before those of the libraries below.
+    """Every option: those of this library before those of TRL and transformers.
 
     Args:
-        actions: of the parser of a mode.
+        actions: the options of a mode's parser.
         config: the class of the mode's training arguments.
     """
     by_name = _by_name(actions)
@@ -76,7 +76,7 @@ def all_options(actions: Iterable[Action], config: type) -> str:
 
 
 def _by_name(actions: Iterable[Action]) -> dict[str, Action]:
-    """Name -> option; `--no_x`, which comes after `--x`, is not one of its own."""
+    """Name -> option; `--no_x` is left out, since it belongs to `--x`."""
     by_name: dict[str, Action] = {}
     for action in actions:
         if action.help is not SUPPRESS and action.dest != "help":
@@ -85,7 +85,7 @@ def _by_name(actions: Iterable[Action]) -> dict[str, Action]:
 
 
 def _groups(config: type) -> Mapping[str, Sequence[str]]:
-    """Titles with names of options; a name belongs to the first group that has it."""
+    """Group title -> names of options; a name belongs to the first group that contains it."""
 
     def names(kind: Any) -> list[str]:
         return [field.name for field in dataclasses.fields(kind)]
@@ -121,7 +121,7 @@ def _section(title: str, actions: Iterable[Action]) -> str:
 
 
 def _explanation(action: Action) -> str:
-    """The help of an option, with its default where the text does not say it."""
+    """The help of an option, with the default appended unless the text states it."""
     text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
     text = " ".join(text.split())
     default = action.default

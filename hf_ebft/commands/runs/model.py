@@ -1,4 +1,4 @@
-"""Model and tokenizer of a run."""
+"""Loading the model and the tokenizer of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_ebft.commands.runs.options import LoraArguments, ModelArguments
 
 
 def load_tokenizer(names: ModelArguments, args: TrainingArguments) -> Any:
-    """The model's tokenizer, with a pad token.
+    """Load the tokenizer; it gets a pad token if it has none.
 
     Raises:
         OSError: there is no such model.
@@ -29,16 +29,16 @@ def load_tokenizer(names: ModelArguments, args: TrainingArguments) -> Any:
     except OSError as error:
         if Path(path).exists():
             raise
-        # The hub's own message does not say what it was asked for.
+        # The hub's own message does not name the option.
         raise OSError(
-            f"{option}={path!r} is no folder here, and the hub did not give it either: "
+            f"{option}={path!r} is not a local folder, and could not be loaded from the hub: "
             f"{' '.join(str(error).split())}"
         ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"The tokenizer of {names.model_name_or_path} has neither a pad nor an EOS token; "
-                "add one and save it, then give it as tokenizer_name_or_path."
+                f"{option}={path!r} has a tokenizer with neither a pad nor an EOS token; add one, "
+                "save the tokenizer, and set tokenizer_name_or_path to its folder."
             )
         tokenizer.pad_token = tokenizer.eos_token
         say(args, f"The tokenizer has no pad token; rows are padded with {tokenizer.eos_token!r}.")
@@ -51,23 +51,23 @@ def load_model(
     lora: LoraArguments | None = None,
     args: TrainingArguments | None = None,
 ) -> Any:
-    """The model to train, prepared for adapters where it is quantized.
+    """Load the model to train; a quantized one is prepared for adapters.
 
     Args:
-        names: which model, and how its weights are stored.
-        n_tokens: of the tokenizer; the model must know them all.
-        lora: says whether the model is quantized. Default: it is not.
-        args: precision and device of the training; needed for a quantized model.
+        names: the model, and how its weights are stored.
+        n_tokens: size of the tokenizer's vocabulary.
+        lora: says whether to quantize the model. Default: no.
+        args: the training arguments, for precision and device of a quantized model.
 
     Raises:
         ValueError: the tokenizer has tokens that the model does not embed.
-        ImportError: the model is to be quantized, and bitsandbytes is not installed.
+        ImportError: the model is to be quantized, but bitsandbytes is not installed.
     """
     options = loading_options(names)
     if names.attn_implementation is not None:
         options["attn_implementation"] = names.attn_implementation
     if names.gguf_file is not None and hasattr(transformers, "GgufConfig"):
-        # Packed weights, the default of releases that know this class, cannot be trained.
+        # Releases that have this class keep the weights packed by default, which cannot be trained.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     dtype: Any = "auto" if names.dtype == "auto" else getattr(torch, names.dtype)
     quantizes = lora is not None and lora.quantizes
@@ -81,18 +81,19 @@ def load_model(
     embedded = model.get_input_embeddings().weight.shape[0]
     if n_tokens > embedded:
         raise ValueError(
-            f"The tokenizer has {n_tokens} tokens, {names.model_name_or_path} embeds {embedded}; "
-            "use the model's own tokenizer, or resize the model's embeddings and save it first."
+            f"The tokenizer has {n_tokens} tokens, but {names.model_name_or_path} has embeddings "
+            f"for {embedded} only; use the model's own tokenizer, or resize the model's embeddings "
+            "and save it first."
         )
     if quantizes:
-        # Freezes the weights and keeps norms and head in float32. The trainer switches gradient
-        # checkpointing on by itself, where it is asked for.
+        # This freezes the weights and keeps norms and head in float32. Gradient checkpointing is
+        # left to the trainer, which switches it on if it is set.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
 
 
 def loading_options(names: ModelArguments) -> dict[str, Any]:
-    """Keyword arguments of `from_pretrained` for model and tokenizer; only what was set."""
+    """Keyword arguments of `from_pretrained` for model and tokenizer: the options that are set."""
     options = {
         "revision": names.model_revision,
         "gguf_file": names.gguf_file,

@@ -1,4 +1,4 @@
-"""How the options of a run are read from a file and the command line, and checked together."""
+"""Reads the options of a run from a file and the command line, and checks them together."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LEAST = {"report_rows": 0, "report_samples": 0, "report_sample_len": 1, "card_sa
 
 
 class OptionParser(HfArgumentParser):
-    """Takes whole option names only, and raises for mistakes instead of printing 200 options."""
+    """A parser without abbreviations that raises for mistakes, instead of printing all options."""
 
-    #: What to add where an option is unknown: where there are others.
-    elsewhere = ""
+    #: Added to the message about an unknown option: where to find other options.
+    hint_about_other_options = ""
 
     def __init__(self, groups: Any, **options: Any) -> None:
         super().__init__(groups, allow_abbrev=False, **options)
@@ -45,10 +45,10 @@ class OptionParser(HfArgumentParser):
         raise ValueError(f"{message}\n--help explains the options.")
 
     def refuse_unread(self, argv: Sequence[str], where: str = "command line") -> None:
-        """Raise if something in a command line is no option and belongs to none.
+        """Raise if a command line contains an unknown option, or a value that belongs to none.
 
         Raises:
-            ValueError: of the first such thing.
+            ValueError: naming the first one.
         """
         unread = self.parse_known_args(list(argv))[1]
         names = [text[2:].partition("=")[0] for text in unread if text.startswith("--")]
@@ -57,19 +57,21 @@ class OptionParser(HfArgumentParser):
             self.error(f"{where}: {' '.join(unread)!r} belongs to no option.")
 
     def refuse_unknown(self, names: Iterable[str], where: str) -> None:
-        """Raise if one of the names is no option, with the names that it may have been meant for.
+        """Raise if one of the names is not an option; the message proposes similar options.
 
         Raises:
-            ValueError: of the first such name.
+            ValueError: naming the first one.
         """
         known = {action.dest for action in self._actions}
         for name in names:
             if name not in known:
-                begun = sorted(option for option in known if name and option.startswith(name))
-                near = [*begun, *difflib.get_close_matches(name, known, n=3)]
+                longer = sorted(option for option in known if name and option.startswith(name))
+                near = [*longer, *difflib.get_close_matches(name, known, n=3)]
                 near = list(dict.fromkeys(near))[:3]
                 hint = f"; did you mean {' or '.join(near)}?" if near else "."
-                self.error(f"{where}: there is no option {name!r}{hint}{self.elsewhere}")
+                self.error(
+                    f"{where}: there is no option {name!r}{hint}{self.hint_about_other_options}"
+                )
 
 
 class Parser(OptionParser):
@@ -78,7 +80,9 @@ class Parser(OptionParser):
     def __init__(self, mode: Mode = "strided") -> None:
         self.mode = mode
         other = get_args(Mode)[mode == "strided"]
-        self.elsewhere = f" (Options of {mode} mode; --mode {other} has others.)"
+        self.hint_about_other_options = (
+            f" (These are the options of {mode} mode; --mode {other} has others.)"
+        )
         self.config_class: Any = EBFTConfig
         model: Any = ModelArguments
         if mode == "structured":
@@ -88,7 +92,7 @@ class Parser(OptionParser):
         super().__init__((DataArguments, model, LoraArguments, ReportArguments, self.config_class))
 
     def format_help(self) -> str:
-        """The options that matter first."""
+        """The most used options."""
         return first_options(self._actions, self.mode)
 
     def format_all(self) -> str:
@@ -97,11 +101,15 @@ class Parser(OptionParser):
 
 
 def early_options(argv: Sequence[str]) -> tuple[str, dict[str, Any], Mode | None]:
-    """The file that `--config` names, what it holds, and the mode if one of the two gives it.
+    """What must be known before the other options can be parsed.
+
+    Returns:
+        The file that `--config` names, the options in that file, and the mode if the command line
+        or the file sets it.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is no YAML of options, or the mode is unknown.
+        ValueError: the file is not a YAML mapping, or the mode is unknown.
     """
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default=None if argv else str(DEMO_CONFIG))
@@ -115,7 +123,11 @@ def early_options(argv: Sequence[str]) -> tuple[str, dict[str, Any], Mode | None
 
 
 def print_help(argv: Sequence[str]) -> bool:
-    """Print help if it is asked for, of the mode that `--mode` or the file says; whether it was."""
+    """Print the help of the chosen mode if the command line asks for help.
+
+    Returns:
+        Whether help was printed.
+    """
     if not {"-h", "--help", "--help-all", "--help_all"} & set(argv):
         return False
     parser = Parser(early_options(argv)[2] or "strided")
@@ -127,31 +139,33 @@ def print_help(argv: Sequence[str]) -> bool:
 def parse_arguments(
     argv: Sequence[str], mode: Mode | None = None
 ) -> tuple[DataArguments, ModelArguments, LoraArguments, ReportArguments, Any]:
-    """Options from the file that `--config` names and from the command line, which wins.
+    """Parse the options in the file that `--config` names and on the command line, which wins.
 
-    Without any option it is the demo.
+    Without any option, the options are the demo's.
 
     Args:
         argv: the command line.
-        mode: whose options there are. Default: as file or command line say, else strided.
+        mode: the mode whose options are known. Default: the one that the command line or the file
+            sets, else strided.
 
     Returns:
         The four groups above, and an `EBFTConfig` or `EBFTGRPOConfig`.
 
     Raises:
-        OSError, ValueError: what is wrong with file or options, naming the option.
+        OSError, ValueError: a mistake in the file or the options; the message names the option.
     """
-    path, options, said = early_options(argv)
-    parser = Parser(mode or said or "strided")
+    path, options, chosen_mode = early_options(argv)
+    parser = Parser(mode or chosen_mode or "strided")
     parser.refuse_unknown(map(str, options), path)
     if "config" in options:
-        parser.error(f"--config {path} names another config file; put all options into one.")
+        parser.error(f"--config {path} names another config file; put all options into one file.")
     from_file = as_arguments(options)
-    given = [*from_file, *argv]
-    # Before the groups check their values, which may lack what a misspelt option was to say.
-    parser.refuse_unread(given)
+    all_argv = [*from_file, *argv]
+    # Before the groups check their values: an error about an unset option would be misleading if
+    # that option was misspelt.
+    parser.refuse_unread(all_argv)
     data, model, lora, report, args = parser.parse_args_into_dataclasses(
-        given, look_for_args_file=False
+        all_argv, look_for_args_file=False
     )
     data.mode = parser.mode
     if parser.mode == "structured":
@@ -160,18 +174,22 @@ def parse_arguments(
 
 
 def check(names: ModelArguments, lora: LoraArguments, report: ReportArguments) -> None:
-    """Refuse combinations that would only fail, or be ignored, after training."""
+    """Raise for combinations that would fail after training, or have no effect.
+
+    Raises:
+        ValueError: naming the options and what to write instead.
+    """
     check_adapters(lora)
     if lora.quantizes and names.gguf_file:
         raise ValueError(
-            f"gguf_file={names.gguf_file} is quantized in a way of its own and is loaded as full "
+            f"gguf_file={names.gguf_file} has a quantization of its own and is loaded as full "
             "weights; drop load_in_4bit and load_in_8bit, or name the original model."
         )
     if lora.use_peft and names.gguf_file and not lora.lora_merge:
         raise ValueError(
-            f"Adapters of a model from a GGUF file ({names.gguf_file}) cannot be loaded by "
-            "AutoModelForCausalLM, which would look for the model without gguf_file; add "
-            "lora_merge."
+            f"gguf_file={names.gguf_file} with use_peft: the saved adapters could not be loaded by "
+            "AutoModelForCausalLM, which would look for the base model without gguf_file; add "
+            "lora_merge to save the whole model."
         )
     for name, least in LEAST.items():
         if getattr(report, name) < least:

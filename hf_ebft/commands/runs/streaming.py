@@ -1,4 +1,4 @@
-"""Rows of strided mode from a data set that is read while it is trained on."""
+"""Rows of strided mode from a stream: a data set that is read during training."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from hf_ebft.data import NoRowsError, Table, TokenizedRows, open_stream
 
 logger = logging.getLogger(__name__)
 
-# Documents that are read, tokenized and packed together.
+# Number of documents that are read, tokenized and packed together.
 BATCH = 256
-# Documents among which the next one is chosen at random.
+# Number of documents in the shuffle buffer.
 SHUFFLED = 1000
-# Documents held out without max_eval_rows.
+# Number of held-out documents if max_eval_rows is not set.
 HELD_OUT = 256
 
 
-class Rows:
-    """Makes rows of a batch of a stream, for `IterableDataset.map(..., batched=True)`.
+class RowMaker:
+    """Makes rows from batches of a stream, for `IterableDataset.map(..., batched=True)`.
 
-    What is left out of a batch is logged with its number.
+    It logs how many documents of a batch it leaves out.
 
     Args:
         data, args: the options.
         tokenizer: turns text into rows.
-        name: of the data set, for messages.
+        name: name of the data set, for messages.
     """
 
     def __init__(self, data: DataArguments, args: EBFTConfig, tokenizer: Any, name: str) -> None:
@@ -41,7 +41,7 @@ class Rows:
         self.name = name
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """`input_ids`, with `labels` or `document_ids` where there are any."""
+        """`input_ids`, with `labels` or `document_ids` if the rows have them."""
         records = [
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
@@ -53,11 +53,11 @@ class Rows:
         counts = rows.counts
         if counts.short or counts.empty:
             logger.info("%s", counts)
-        made = [rows[number] for number in range(len(rows))]
-        return {column: [row[column].tolist() for row in made] for column in made[0]}
+        listed = [rows[number] for number in range(len(rows))]
+        return {column: [row[column].tolist() for row in listed] for column in listed[0]}
 
     def tokenized(self, records: Sequence[dict[str, Any]], *, pack: bool) -> TokenizedRows:
-        """Rows of some documents."""
+        """The rows of some documents."""
         table = Table(list(records), tuple(records[0]), self.name)
         text = raw_text(transformed(table, self.data), self.data, self.tokenizer)
         return tokenize(text, self.tokenizer, self.data, self.args, pack=pack)
@@ -68,21 +68,22 @@ def load_rows(
 ) -> tuple[Any, TokenizedRows | None]:
     """A stream of rows to train on and, if they are wanted, held-out rows.
 
-    Held out are the first documents of the stream, or of another split or data set if one is named.
+    The first documents of the stream are held out, or those of another split or data set if the
+    options name one.
 
     Args:
-        data: which.
+        data: the options.
         tokenizer: turns text into rows.
-        args: lengths of blocks, and `max_steps`.
+        args: settings of the blocks, and `max_steps`.
         wants_eval: whether held-out rows are wanted.
 
     Returns:
-        A `datasets.IterableDataset`, and rows.
+        A `datasets.IterableDataset` of training rows, and the held-out rows or None.
 
     Raises:
         ValueError: options that a stream cannot honour, or no data.
     """
-    refuse_what_cannot_be_streamed(data, args)
+    refuse_options_without_streaming(data, args)
     (name,) = data.dataset_name_or_path
     stream = _open(name, data.train_split, data)
     held_out, train = None, stream.records
@@ -94,15 +95,15 @@ def load_rows(
         records = list((stream if same else _open(source, split, data)).records.take(count))
         if same:
             train = train.skip(len(records))
-        held_out = Rows(data, args, tokenizer, source).tokenized(records, pack=False)
+        held_out = RowMaker(data, args, tokenizer, source).tokenized(records, pack=False)
         say(args, f"Held-out text, the first {len(records)} of {source}: {held_out.counts}")
     say(
         args,
-        f"Training text, {name}, is read while it is trained on, for max_steps={args.max_steps} "
-        f"steps: in its order but for shuffling among {SHUFFLED} documents.",
+        f"Training text, {name}, is read during training, for max_steps={args.max_steps} steps: "
+        f"in its own order, shuffled within a buffer of {SHUFFLED} documents.",
     )
     train = train.shuffle(seed=args.seed, buffer_size=SHUFFLED).map(
-        Rows(data, args, tokenizer, name),
+        RowMaker(data, args, tokenizer, name),
         batched=True,
         batch_size=BATCH,
         remove_columns=list(stream.columns),
@@ -114,16 +115,17 @@ def _open(name: str, split: str, data: DataArguments) -> Table:
     return open_stream(name, split, config_name=data.dataset_config_name, column=data.text_column)
 
 
-def refuse_what_cannot_be_streamed(data: DataArguments, args: EBFTConfig) -> None:
+def refuse_options_without_streaming(data: DataArguments, args: EBFTConfig) -> None:
     """Raise for options that need to know all of the data.
 
     Raises:
-        ValueError: with what to do instead.
+        ValueError: naming the option and what to do instead.
     """
     if args.max_steps <= 0:
         raise ValueError(
-            f"streaming=True with max_steps={args.max_steps}: a stream does not say how long it "
-            "is, so the run and its learning rate need a number of optimizer steps. Set max_steps."
+            f"streaming=True with max_steps={args.max_steps}: the length of a stream is unknown, "
+            "so the run and its learning-rate schedule need a number of optimizer steps. Set "
+            "max_steps."
         )
     if len(data.dataset_name_or_path) > 1:
         raise ValueError(
@@ -132,16 +134,17 @@ def refuse_what_cannot_be_streamed(data: DataArguments, args: EBFTConfig) -> Non
         )
     if is_stdlib(data.dataset_name_or_path[0]):
         raise ValueError(
-            f"streaming=True is for tables and the hub; {data.shown_name} is here already. Leave "
-            "it out."
+            f"streaming=True is for table files and the hub, but {data.shown_name} comes with "
+            "Python. Leave streaming out."
         )
     if data.max_train_rows is not None:
         raise ValueError(
-            f"max_train_rows={data.max_train_rows} cannot choose documents of a stream at random; "
-            "max_steps says how much of it is read."
+            f"max_train_rows={data.max_train_rows} with streaming=True: documents of a stream "
+            "cannot be chosen at random. Leave it out; max_steps limits how much is read."
         )
     if data.eval_fraction != DataArguments().eval_fraction:
         raise ValueError(
-            f"eval_fraction={data.eval_fraction} of a stream is not known; its first max_eval_rows "
-            f"documents are held out ({HELD_OUT} by default), or name eval_split."
+            f"eval_fraction={data.eval_fraction} with streaming=True: the length of a stream is "
+            "unknown, so a share of it is, too. Leave it out to hold out the first max_eval_rows "
+            f"documents ({HELD_OUT} by default), or set eval_split."
         )

@@ -1,4 +1,4 @@
-"""Strided mode of `hf-ebft train`: raw text, on `EBFTTrainer`."""
+"""Strided mode of `hf-ebft train`: raw text, trained on by `EBFTTrainer`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_ebft.commands.runs import streaming
 from hf_ebft.commands.runs.adapters import lora_config
 from hf_ebft.commands.runs.console import say
 from hf_ebft.commands.runs.data import DATA_SEED, load_text, shuffled
-from hf_ebft.commands.runs.ending import documents_of, finish, refuse_lone_row, write_report
+from hf_ebft.commands.runs.ending import documents_of, finish, require_two_rows, write_report
 from hf_ebft.commands.runs.model import load_model, load_tokenizer
 from hf_ebft.commands.runs.options import (
     DataArguments,
@@ -47,7 +47,7 @@ def run(
     Args:
         data, names, lora, report, args: the options.
         train: the training data, if it has been opened already.
-        checkpoint: where to go on from, if anywhere.
+        checkpoint: the checkpoint to resume from, or None.
     """
     wants_eval = report.report_rows > 0 or args.do_eval
     trainer, eval_rows = build_trainer(data, names, lora, args, train, wants_eval=wants_eval)
@@ -103,24 +103,24 @@ def load_rows(
     wants_eval: bool,
     train: Table | None = None,
 ) -> tuple[Any, TokenizedRows | None]:
-    """Rows to train on and, if they are wanted, held-out ones.
+    """Rows to train on and, if they are wanted, held-out rows.
 
     Args:
-        data: which.
+        data: the options.
         tokenizer: turns text into rows.
-        args: lengths of blocks.
+        args: settings of the blocks.
         wants_eval: whether held-out rows are wanted.
         train: the training data, if it has been opened already.
 
     Returns:
-        Rows to train on (a stream of them with `data.streaming`), and held-out rows.
+        Rows to train on (a stream of them with `data.streaming`), and the held-out rows or None.
     """
     if data.streaming:
         return streaming.load_rows(data, tokenizer, args, wants_eval=wants_eval)
     text, held_out = load_text(
         data, wants_eval, lambda table: raw_text(table, data, tokenizer), train
     )
-    if data.max_train_rows is not None:  # then it is not the first documents that count
+    if data.max_train_rows is not None:  # else the rows would all come from the first documents
         text = shuffled(text)
     train_rows = tokenize(text, tokenizer, data, args, pack=data.pack, most=data.max_train_rows)
     say(args, f"Training text, {text.name}: {train_rows.counts}")
@@ -137,13 +137,13 @@ def load_rows(
 
 
 class Comparison:
-    """The model on held-out text, before and after.
+    """Measures the model on held-out text before and after training, and shows the differences.
 
     Args:
-        trainer: it has the model as it is, and the feature network.
-        tokenizer: to show samples.
-        eval_rows: held-out rows, of which some are measured.
-        report: how.
+        trainer: holds the model and the feature network.
+        tokenizer: decodes the samples.
+        eval_rows: held-out rows; up to `report.report_rows` of them are measured.
+        report: the options of the report.
     """
 
     def __init__(
@@ -159,14 +159,15 @@ class Comparison:
         self.rows = None
         if eval_rows is not None and report.report_rows:
             self.rows = eval_rows.spread(report.report_rows, DATA_SEED)
-            refuse_lone_row(len(self.rows), report)
+            require_two_rows(len(self.rows), report)
         self.measured: list[DocumentMeasurements] = []
         self.samples: list[list[Continuation]] = []
 
     def measure(self) -> None:
         """Measure the model as it is now.
 
-        Every process does the same, so that none waits for another and sharded models work.
+        Every process measures all rows, so that no process waits for another and sharded models
+        work.
         """
         if self.rows is None:
             return
@@ -199,7 +200,7 @@ class Comparison:
             )
 
     def show(self) -> None:
-        """Print the differences and samples, and keep them in report.json."""
+        """Print the differences and samples, and write them to report.json and samples.jsonl."""
         if self.rows is None:
             return
         args = self.trainer.args
@@ -210,9 +211,9 @@ class Comparison:
         say(
             args,
             f"\nHeld-out text, {len(self.rows)} rows of {n_documents} documents, before and after "
-            "training: the same rows,\nrandom numbers and feature network. Intervals by bootstrap "
-            f"over {'documents' if by_document else 'rows'}; * marks a change beyond the noise.\n\n"
-            + format_table(differences),
+            "training, with the same rows,\nrandom numbers and feature network. Intervals are by "
+            f"bootstrap over {'documents' if by_document else 'rows'}; * marks a change beyond "
+            "the noise.\n\n" + format_table(differences),
         )
         if self.samples:
             old, new = self.samples
@@ -223,7 +224,7 @@ class Comparison:
             write_report(args, differences)
 
     def write_samples(self, path: Path) -> None:
-        """The samples as JSON lines, which `hf_ebft.report` shows."""
+        """Write the samples as JSON lines, which `hf_ebft.report` shows."""
         decode = self.tokenizer.decode
         lines = [
             {

@@ -1,4 +1,4 @@
-"""Structured mode of `hf-ebft train`: prompts with ground truths, on TRL's GRPOTrainer."""
+"""Structured mode of `hf-ebft train`: prompts with ground truths, on top of TRL's GRPOTrainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hf_ebft.commands.runs.adapters import lora_config
 from hf_ebft.commands.runs.console import say
 from hf_ebft.commands.runs.data import DATA_SEED, load_text, shuffled
-from hf_ebft.commands.runs.ending import finish, refuse_lone_row, write_report
+from hf_ebft.commands.runs.ending import finish, require_two_rows, write_report
 from hf_ebft.commands.runs.model import load_model, load_tokenizer
 from hf_ebft.commands.runs.options import (
     DataArguments,
@@ -33,9 +33,9 @@ from hf_ebft.watching.console import use_compact_progress
 logger = logging.getLogger(__name__)
 
 GROUND_TRUTH = "ground_truth"
-# Says whether the thinking of reasoning models is embedded; the transforms make it.
+# Column that says whether the thinking of reasoning models is embedded; the transforms make it.
 EMBED_THINKING = "embed_thinking"
-# Options of the groups in options.py that only strided mode reads.
+# Options of the groups in options.py that only strided mode uses.
 STRIDED_ONLY = (
     "streaming",
     "sequence_len",
@@ -66,11 +66,11 @@ def run(
     Args:
         data, names, lora, report, args: the options.
         train: the training data, if it has been opened already.
-        checkpoint: where to go on from, if anywhere.
+        checkpoint: the checkpoint to resume from, or None.
     """
     refuse_strided_options(data, report)
     tokenizer = load_tokenizer(names, args)
-    tokenizer.padding_side = "left"  # TRL asks for it
+    tokenizer.padding_side = "left"  # TRL requires it
     with args.main_process_first(desc="loading the data"):
         prompts, held_out = load_prompts(
             data, args, wants_eval=report.report_rows > 0 or args.do_eval, train=train
@@ -94,14 +94,14 @@ def run(
 
 
 def refuse_strided_options(data: DataArguments, report: ReportArguments) -> None:
-    """Raise if an option was set that this mode would not read."""
+    """Raise if an option was set that has no effect in this mode."""
     for group in (data, report):
         for field in dataclasses.fields(group):
             if field.name in STRIDED_ONLY and getattr(group, field.name) != field.default:
                 raise ValueError(
-                    f"{field.name}={getattr(group, field.name)!r} is for strided mode; in "
-                    "structured mode nothing would read it. Leave it out; lengths are set by "
-                    "max_completion_length, and what is printed by log_completions."
+                    f"{field.name}={getattr(group, field.name)!r} is for strided mode and would "
+                    "have no effect in structured mode. Leave it out. Here, max_completion_length "
+                    "sets lengths, and log_completions prints samples."
                 )
 
 
@@ -111,7 +111,7 @@ def refuse_strided_options(data: DataArguments, report: ReportArguments) -> None
 def load_prompts(
     data: DataArguments, args: EBFTGRPOConfig, *, wants_eval: bool, train: Table | None = None
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Prompts with ground truths to train on and, if they are wanted, held-out ones."""
+    """Prompts with ground truths to train on and, if they are wanted, held-out prompts."""
     prompts, held_out = load_text(
         data, wants_eval, lambda table: read_prompts(table, data, args), train
     )
@@ -127,21 +127,21 @@ def load_prompts(
 
 
 def read_prompts(table: Table, data: DataArguments, args: EBFTGRPOConfig) -> RawDataset:
-    """A table's prompts and ground truths, by these names.
+    """A table's prompts and ground truths, in columns `prompt` and `ground_truth`.
 
     Raises:
-        ValueError: there are none, or one of them is blank (unless such rows are skipped).
+        ValueError: a column is missing, or a value is blank (unless such rows are skipped).
     """
     if "prompt" not in table.columns:
         raise ValueError(
             f"{table.name} has no column 'prompt', only {', '.join(map(repr, table.columns))}. "
-            "Name a transform that makes prompts of them, or use --mode strided for text."
+            "Set transform to make prompts from these columns, or use --mode strided for text."
         )
     try:
         truth = ground_truth_column(table.columns, args.ground_truth_column)
     except ValueError as error:
         raise ValueError(f"{table.name}: {error}") from error
-    refuse_columns(table.columns, table.name)  # or they would be taken out, and not be missed
+    refuse_columns(table.columns, table.name)  # the next lines would drop them silently
     kept = [name for name in ("prompt", truth, EMBED_THINKING) if name in table.columns]
     records = table.take(tuple(kept)).records
     if not isinstance(records, datasets.Dataset):
@@ -149,7 +149,7 @@ def read_prompts(table: Table, data: DataArguments, args: EBFTGRPOConfig) -> Raw
     if truth != GROUND_TRUTH:
         records = records.rename_column(truth, GROUND_TRUTH)
     records = without_blanks(records, table.name, skip=data.bad_rows == "skip")
-    args.ground_truth_column = None  # it has the usual name now
+    args.ground_truth_column = None  # the column has its default name now
     return RawDataset(records, tuple(records.column_names), table.name)
 
 
@@ -157,13 +157,12 @@ def without_blanks(records: datasets.Dataset, name: str, *, skip: bool) -> datas
     """The rows that have a prompt and a ground truth.
 
     Args:
-        records: all of them.
-        name: of the data set, for messages.
-        skip: leave the others out, with a warning that counts them.
+        records: all rows.
+        name: name of the data set, for messages.
+        skip: leave out rows without a prompt or a ground truth, with a warning that counts them.
 
     Raises:
-        ValueError: there are others, and they are not to be left out, or there are no rows but
-            these.
+        ValueError: there are such rows and `skip` is False, or all rows are such rows.
     """
     columns = ("prompt", GROUND_TRUTH)
     blank = {
@@ -182,16 +181,16 @@ def without_blanks(records: datasets.Dataset, name: str, *, skip: bool) -> datas
     )
     if not skip or len(rows) == len(records):
         raise ValueError(
-            f"{counted}. Fill them in, or leave such rows out by --bad_rows skip."
+            f"{counted}. Fill them in, or leave such rows out with --bad_rows skip."
             if len(rows) < len(records)
-            else f"{counted}. There is nothing to learn from."
+            else f"{counted}. No row is left to train on; fill them in, or name other data."
         )
-    logger.warning("%s. They are left out.", counted)
+    logger.warning("%s. These rows are left out.", counted)
     return records.select([number for number in range(len(records)) if number not in blank])
 
 
 def rollouts_for(prompts: datasets.Dataset, args: EBFTGRPOConfig) -> Callable[..., Any] | None:
-    """Chats of several turns have rollouts of their own; None is what the trainer has by itself."""
+    """The rollout function for chats of several turns; None, the trainer's default, for others."""
     truth = prompts[0][GROUND_TRUTH]
     if not isinstance(truth, list) or not isinstance(truth[0], str):
         return None
@@ -203,12 +202,12 @@ def rollouts_for(prompts: datasets.Dataset, args: EBFTGRPOConfig) -> Callable[..
 
 
 class Comparison:
-    """The policy's completions of held-out prompts, before and after.
+    """Measures completions of held-out prompts before and after training, and compares them.
 
     Args:
-        trainer: it has the policy as it is, and the reward.
-        held_out: prompts, of which some are measured.
-        report: how.
+        trainer: holds the policy and the reward.
+        held_out: held-out prompts; up to `report.report_rows` of them are measured.
+        report: the options of the report.
     """
 
     def __init__(
@@ -218,13 +217,13 @@ class Comparison:
         self.rows = None
         if held_out is not None and report.report_rows:
             count = min(report.report_rows, len(held_out))
-            refuse_lone_row(count, report)
+            require_two_rows(count, report)
             self.rows = held_out.shuffle(seed=DATA_SEED).select(range(count))
         self.measured: list[dict[str, NDArray[np.float64]]] = []
         self.cross_entropy: list[float] = []
 
     def measure(self) -> None:
-        """Measure the policy as it is now: the same prompts in the same order, with one seed."""
+        """Measure the policy as it is now: on the same prompts in the same order, with one seed."""
         if self.rows is None:
             return
         say(self.trainer.args, f"Measuring {len(self.rows)} held-out prompts ...")
@@ -235,7 +234,7 @@ class Comparison:
             scored.append(score(*args, **options))
             return scored[-1]
 
-        # Evaluation keeps means; the scores themselves allow for intervals.
+        # Evaluation keeps only means, but intervals need the score of every prompt.
         reward.score = record
         try:
             metrics = self.trainer.evaluate(eval_dataset=self.rows)
@@ -256,7 +255,7 @@ class Comparison:
         )
 
     def show(self) -> None:
-        """Print the differences, and keep them in report.json."""
+        """Print the differences, and write them to report.json."""
         if self.rows is None:
             return
         args = self.trainer.args
@@ -266,8 +265,8 @@ class Comparison:
         }
         say(
             args,
-            f"\nHeld-out prompts, {len(self.rows)}, before and after training: the same prompts, "
-            "random numbers and feature\nnetwork. Intervals by bootstrap over prompts; * marks a "
+            f"\n{len(self.rows)} held-out prompts before and after training, with the same random "
+            "numbers and feature network.\nIntervals are by bootstrap over prompts; * marks a "
             "change beyond the noise.\n\n"
             + format_table(differences)
             + "\nCross-entropy of the ground truths, nats/token: {:.4f}, {:.4f}".format(

@@ -1,4 +1,4 @@
-"""Text of strided mode: what is read of a table, and the rows that it makes."""
+"""The text of strided mode: reading it from a table, and tokenizing it into rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ COMPLETION = "completion"
 
 
 def raw_text(table: Table, data: DataArguments, tokenizer: Any) -> RawDataset:
-    """What strided mode reads of a table: its text, or its prompts with completions.
+    """The text of a table, or its prompts with completions.
 
-    Ground truths of structured mode are completions here, and chats are laid out as text.
+    Ground truths of structured mode serve as completions. Chats are rendered to text.
+
+    Raises:
+        ValueError: the table has tools, or a completion that is not one reply.
     """
     truths = [name for name in (COMPLETION, *GROUND_TRUTHS) if name in table.columns]
     if data.text_column is not None or "prompt" not in table.columns or not truths:
         return table.text(data.text_column)
     if "tools" in table.columns:
         raise ValueError(
-            f"{table.name} has a column 'tools', which would not reach the prompt. Render them "
-            "into the prompt, or take the column out."
+            f"{table.name} has a column 'tools', which would not be rendered into the prompt. "
+            "Render the tools into the prompt yourself, or remove the column."
         )
     pairs = [
         {
@@ -43,10 +46,14 @@ def raw_text(table: Table, data: DataArguments, tokenizer: Any) -> RawDataset:
 
 
 def reply_of(completion: Any, where: str) -> Any:
-    """The text of a completion that is one message of the assistant, as TRL's data has it.
+    """The text of a completion, which may be a list of one assistant message as in TRL's data.
+
+    Args:
+        completion: a text, or a list of messages.
+        where: its place in the data, for messages.
 
     Raises:
-        ValueError: several messages, or one of somebody else.
+        ValueError: several messages, or one message of another role.
     """
     if not isinstance(completion, list):
         return completion
@@ -57,9 +64,9 @@ def reply_of(completion: Any, where: str) -> Any:
     ]
     if len(completion) != 1 or len(replies) != 1:
         raise ValueError(
-            f"{where} holds {len(completion)} messages, {len(replies)} of them by the assistant; "
-            "strided mode takes one reply a row. Use --mode structured for a rest of a chat, or "
-            "give the whole chat in 'messages' (--transform chat)."
+            f"{where} has {len(completion)} messages, {len(replies)} of them by the assistant, but "
+            "strided mode takes one assistant reply per row. Use --mode structured for the rest of "
+            "a chat, or put the whole chat into the column 'messages' (--transform chat)."
         )
     return replies[0]
 
@@ -73,11 +80,14 @@ def tokenize(
     pack: bool = False,
     most: int | None = None,
 ) -> TokenizedRows:
-    """Rows of at most `sequence_len` tokens, with labels if there are prompts."""
+    """Tokenize text into rows of at most `sequence_len` tokens, with labels if it has prompts."""
     min_length = args.context_length + args.generate_max_len
     if raw.has_prompts:
         if pack:
-            raise ValueError("pack=True is for text, not for prompts with completions; drop it.")
+            raise ValueError(
+                "pack=True packs documents of text, but this data has prompts with completions; "
+                "drop pack."
+            )
         return tokenize_prompt_completion(
             raw.pairs(),
             tokenizer,

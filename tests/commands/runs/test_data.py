@@ -1,4 +1,4 @@
-"""What a run makes of the columns of its data: chats, pairs, rows without a ground truth."""
+"""How a run reads the columns of its data: chats, pairs, rows without a ground truth."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def opened(path: str, *options: str, mode: str = "strided") -> tuple[Table, Any,
 
 
 def pairs(path: str, *options: str) -> list[tuple[str, str]]:
-    """What strided mode reads."""
+    """The pairs that strided mode reads."""
     table, data, _ = opened(path, *options)
     return list(text.raw_text(table, data, tokenizer()).pairs())
 
 
 def prompts(path: str, *options: str) -> list[dict[str, Any]]:
-    """What structured mode reads."""
+    """The prompts that structured mode reads."""
     table, data, args = opened(path, *options, mode="structured")
     return list(structured.read_prompts(table, data, args).records)
 
@@ -74,7 +74,7 @@ def test_chats_are_prompts_with_their_last_replies(
         rows = prompts(path)
     assert [row["ground_truth"] for row in rows] == [f"second {n}" for n in range(4)]
     assert rows[1]["prompt"] == CHATS[1][:3]
-    assert f"chats in '{column}'. The last reply of each is its ground truth" in caplog.text
+    assert f"chats in '{column}'. The last reply of each chat is its ground truth" in caplog.text
     mode, why, _ = choose_mode([f"--dataset_name_or_path={path}"])
     assert (mode, why) == ("structured", "the columns are 'prompt' and 'ground_truth'")
     assert pairs(path)[1] == (
@@ -84,7 +84,7 @@ def test_chats_are_prompts_with_their_last_replies(
     )
 
 
-def test_other_replies_are_taken_by_the_transform(tmp_path: Path) -> None:
+def test_the_transform_can_take_other_replies(tmp_path: Path) -> None:
     path = write(tmp_path, [{"messages": chat} for chat in CHATS])
     options = ("--transform=chat", '--transform_args={"turn": "first"}')
     assert [row["ground_truth"] for row in prompts(path, *options)] == [
@@ -92,16 +92,16 @@ def test_other_replies_are_taken_by_the_transform(tmp_path: Path) -> None:
     ]
 
 
-def test_text_beside_chats_is_text(tmp_path: Path) -> None:
+def test_a_text_column_beside_chats_is_read(tmp_path: Path) -> None:
     path = write(tmp_path, [{"messages": chat, "text": "plain"} for chat in CHATS])
     table, data, _ = opened(path)
     assert list(text.raw_text(table, data, tokenizer()).texts()) == ["plain"] * 4
 
 
-def test_tools_of_chats_are_not_dropped(tmp_path: Path) -> None:
+def test_chats_with_tools_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, [{"messages": chat, "tools": "[]"} for chat in CHATS])
     with pytest.raises(
-        ValueError, match="their tools in 'tools', which would not reach the prompt"
+        ValueError, match="tools in 'tools', but the tools would not be rendered into the prompt"
     ):
         pairs(path)
 
@@ -130,15 +130,15 @@ def test_conversational_pairs(tmp_path: Path) -> None:
     assert row == {"prompt": CHATS[2][:1], "ground_truth": CHATS[2][1:2]}
 
 
-def test_a_completion_of_several_messages_is_for_structured_mode(tmp_path: Path) -> None:
+def test_strided_mode_refuses_a_completion_of_several_messages(tmp_path: Path) -> None:
     whole = {"prompt": CHATS[0][:1], "completion": CHATS[0][1:]}
     path = write(tmp_path, [conversation(1), whole])
     assert prompts(path)[1]["ground_truth"] == CHATS[0][1:]
-    with pytest.raises(ValueError, match=r"row 1, 'completion', holds 3 messages, 2 of them"):
+    with pytest.raises(ValueError, match=r"row 1, 'completion', has 3 messages, 2 of them"):
         pairs(path)
 
 
-def test_plain_pairs_stay_what_they_are(tmp_path: Path) -> None:
+def test_plain_pairs_are_read_unchanged(tmp_path: Path) -> None:
     path = write(tmp_path, [{"prompt": "2 + 2 =", "completion": " 4"}])
     assert pairs(path) == [("2 + 2 =", " 4")]
 
@@ -161,19 +161,17 @@ def test_rows_without_a_ground_truth_are_counted_and_named_before_training(
         prompts(path)
     kept = prompts(path, "--bad_rows=skip")
     assert [row["prompt"] for row in kept] == ["p0", "p1", "p3", "p4", "p6", "p8"]
-    assert "3 of 9 rows have no prompt" in caplog.text and "They are left out" in caplog.text
+    assert "3 of 9 rows have no prompt" in caplog.text and "These rows are left out" in caplog.text
 
 
 def test_data_without_any_ground_truth_cannot_be_skipped(tmp_path: Path) -> None:
     path = write(tmp_path, [{"prompt": "p", "answer": " "}] * 7)
-    with pytest.raises(
-        ValueError, match=r"7 of 7 rows .*, \.\.\.\. There is nothing to learn from"
-    ):
+    with pytest.raises(ValueError, match=r"7 of 7 rows .*, \.\.\.\. No row is left to train on"):
         prompts(path, "--bad_rows=skip")
 
 
 @pytest.mark.parametrize("column", sorted(REFUSED_COLUMNS))
-def test_columns_that_the_trainer_refuses_are_not_dropped_before_it_sees_them(
+def test_columns_that_the_trainer_refuses_are_refused_when_data_is_read(
     column: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path, [{"prompt": "p", "answer": "a", column: "x"}] * 4)
@@ -181,7 +179,7 @@ def test_columns_that_the_trainer_refuses_are_not_dropped_before_it_sees_them(
         prompts(path)
 
 
-def test_columns_that_mean_nothing_to_training_are_left_behind(tmp_path: Path) -> None:
+def test_columns_that_training_does_not_use_are_dropped(tmp_path: Path) -> None:
     path = write(tmp_path, [{"prompt": "p", "answer": "a", "id": 3, "source": "web"}] * 4)
     assert prompts(path)[0] == {"prompt": "p", "ground_truth": "a"}
 
@@ -207,7 +205,7 @@ def texts_of(options: list[str]) -> tuple[list[str], list[str]]:
     return list(train.texts()), list(held_out.texts())
 
 
-def test_several_data_sets_are_joined_and_held_out_of_each(tmp_path: Path) -> None:
+def test_several_data_sets_are_joined_and_each_has_held_out_rows(tmp_path: Path) -> None:
     options = ["--dataset_name_or_path", *two_sets(tmp_path), "--eval_fraction=0.1"]
     train, held_out = texts_of(options)
     assert len(train) == 54 and len(held_out) == 6

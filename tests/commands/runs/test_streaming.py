@@ -1,4 +1,4 @@
-"""Data that is read while it is trained on: the same rows as from a data set that is loaded."""
+"""A streamed data set gives the same rows as a loaded one."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ def test_held_out_text_may_be_another_data_set(tmp_path: Path) -> None:
     assert contents(stream) == contents(rows_of(path)[0])
 
 
-def test_what_a_stream_leaves_out_is_logged(
+def test_the_number_of_documents_that_a_stream_leaves_out_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch without any row, too, does not end the run."""
+    """A batch from which no row is made does not end the run."""
     monkeypatch.setattr(streaming, "BATCH", 2)
     path = write(tmp_path, [{"text": text} for text in ("x", "", *TEXTS[:4])])
     with caplog.at_level(logging.INFO):
@@ -145,8 +145,8 @@ def test_a_run_on_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     }
     main([f"--{name}={value}" for name, value in arguments.items()])
     said = capsys.readouterr().out
-    assert "Mode: strided (a stream is read by strided mode)." in said
-    assert "is read while it is trained on, for max_steps=3 steps" in said
+    assert "Mode: strided (only strided mode can stream)." in said
+    assert "is read during training, for max_steps=3 steps" in said
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert json.loads((tmp_path / "out" / "report.json").read_text())
 
@@ -154,14 +154,14 @@ def test_a_run_on_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max_steps=-1"], "max_steps=-1: a stream does not say how long it is"),
-        (["--max_train_rows=3"], "max_train_rows=3 cannot choose"),
-        (["--eval_fraction=0.3"], "eval_fraction=0.3 of a stream is not known"),
+        (["--max_steps=-1"], "max_steps=-1: the length of a stream is unknown"),
+        (["--max_train_rows=3"], "max_train_rows=3 with streaming=True: .* cannot be chosen"),
+        (["--eval_fraction=0.3"], "eval_fraction=0.3 with streaming=True: .* is unknown"),
         (["--train_split=train[:9]"], r"split='train\[:9\]' is a slice"),
         (["--text_column=body"], "no column 'body'; it has 'text'"),
     ],
 )
-def test_what_a_stream_cannot_honour_is_refused(
+def test_options_that_a_stream_cannot_honour_are_refused(
     options: list[str], message: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path, [{"text": text} for text in TEXTS])
@@ -169,11 +169,11 @@ def test_what_a_stream_cannot_honour_is_refused(
         rows_of(path, *options)
 
 
-def test_data_that_is_no_stream_is_refused(tmp_path: Path) -> None:
+def test_data_that_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match=r"a\.txt is read as a whole"):
         rows_of(str(tmp_path / "a.txt"))
-    with pytest.raises(ValueError, match="stdlib:topics is here already"):
+    with pytest.raises(ValueError, match="stdlib:topics comes with Python"):
         rows_of("stdlib:topics")
     paths = [write(tmp_path, [{"text": "a"}], name) for name in ("a.jsonl", "b.jsonl")]
     data, args = parsed(paths[0], "--streaming")
