@@ -28,31 +28,38 @@ SHORT, AMPLE = LONGEST // 2, 4096
 INTRODUCTION = """\
 # Which models are exact
 
-Packed rows, cached sampling and the feature network are faster ways to compute what plain causal
-forward passes over `prefix + own tokens` compute. This page says for which models they do, up to
-rounding: every model type of `MODEL_FOR_CAUSAL_LM_MAPPING` in transformers {version}.
+This page lists every model type of `MODEL_FOR_CAUSAL_LM_MAPPING` in transformers {version}.
+A model is exact if packed rows, cached sampling and the feature network compute the same as plain
+causal forward passes over `prefix + own tokens`, up to rounding.
 
-Measured in float32 on tiny random models (4 layers, windows of 7 tokens, documents of up to
-{longest} tokens, packed rows of {row}): the largest difference of a log-probability over the whole
-vocabulary, in the training pass and in the cached sampler, and of a coordinate of an embedding
-(hidden states of the first, middle and last layer), with each attention implementation out of
-split, sdpa and eager that the model has, and with configured lengths above and below those of the
-documents and the row. The tests allow 1e-4; a wrong mask costs more than 1.
+**Other models.** For architectures that are not listed (for example with `trust_remote_code`), and
+for other releases of transformers, the trainer runs a self-test before it trains
+(`verify_packing`). It compares short packed rows, ragged and with two documents in a row, with
+plain forward passes. In transformers 5.17, the oldest release that the package installs with, it
+refuses `big_bird`, `rembert` and `megatron-bert`, which are exact in the release above.
 
-A model that is not exact raises a `ValueError` that says why: when the trainer is built, or, where
-it is exact up to some length, at the first batch that is longer. For architectures that are not
-listed (`trust_remote_code`, say), and for other releases of transformers, the trainer compares
-short packed rows, ragged and with two documents in a row, with plain forward passes before it
-trains (`verify_packing`). In transformers 5.17, the oldest release that the package installs with,
-it refuses `big_bird`, `rembert` and `megatron-bert`, which are exact in the release above.
+**Refused models** raise a `ValueError` that gives the reason. It is raised when the trainer is
+built. If a model is exact up to some length, it is raised at the first batch that is longer.
 
-PEFT methods are measured the same way, with adapters that do something: those that change weights
-are exact. Refused are prompt learning (virtual tokens), methods whose effect on a token depends on
-the rest of the forward pass (`LILY`, `POLY`, `SHADOW`, `XLORA`), and LoRA with
-`alora_invocation_tokens`, `monteclora_config` or `velora_config`.
+**PEFT.** Adapter methods are measured in the same way, with adapters that have an effect. Methods
+that change weights are exact. These are refused:
 
-`python -m tools.architecture_table` writes this page; the slow tests hold it against the
-code.
+- prompt learning (virtual tokens);
+- methods whose effect on a token depends on the rest of the forward pass (`LILY`, `POLY`, `SHADOW`,
+  `XLORA`);
+- LoRA with `alora_invocation_tokens`, `monteclora_config` or `velora_config`.
+
+**How it is measured.** In float32, on tiny random models (4 layers, windows of 7 tokens, documents
+of up to {longest} tokens, packed rows of {row}). "Largest difference" is the maximum over:
+
+- log-probabilities of the whole vocabulary, in the training pass and in the cached sampler;
+- coordinates of an embedding (hidden states of the first, middle and last layer);
+- the attention implementations split, sdpa and eager, as far as the model has them;
+- configured lengths above and below those of the documents and the row.
+
+The tests allow 1e-4. A wrong mask causes a difference of more than 1.
+
+`python -m tools.architecture_table` writes this page. The slow tests compare it with the code.
 """
 
 
@@ -136,7 +143,7 @@ def render() -> str:
         "| model type | largest difference | limit |\n|---|---|---|",
         *exact,
         f"\n## Refused ({len(refused)})\n",
-        "Configurations of some of these types that have attention layers only are exact and are\n"
+        "Some configurations of these types have only attention layers. Those are exact and\n"
         "accepted: `granitemoehybrid` without Mamba layers, for example.\n",
         "| model type | why |\n|---|---|",
         *refused,
