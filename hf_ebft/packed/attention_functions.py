@@ -86,7 +86,8 @@ def attend_plainly(
     """
     shared = (key.shape[1], query.shape[1] // key.shape[1])
     rows = query.unflatten(1, shared).flatten(2, 3)
-    scores = torch.matmul(rows, key.transpose(2, 3)).float() * scaling
+    # A product in bfloat16 would round scores to three digits, before their exponentials.
+    scores = torch.matmul(rows.float(), key.transpose(2, 3).float()) * scaling
     scores = scores.unflatten(2, (shared[1], -1))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -125,3 +125,22 @@ def test_the_fused_operator_is_not_taken_where_it_gives_something_else(
         assert not fused_attention_works()
     finally:
         fused_attention_works.cache_clear()
+
+
+def test_scores_of_rounded_tensors_are_not_rounded_again() -> None:
+    """Products of bfloat16 numbers in float32; rounded, they would move the sum by 1e-2."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        (2 * torch.randn(2, heads, 40, 64, generator=generator)).bfloat16() for heads in (4, 2, 2)
+    )
+    bias = torch.zeros(1, 1, 40, 40).masked_fill(torch.ones(40, 40).triu(1).bool(), HIDDEN)
+    output, lse = attend_plainly(query, key, value, bias, 64**-0.5)
+    wide = query.double(), key.double().repeat_interleave(2, 1), value.double()
+    scores = wide[0] @ wide[1].transpose(2, 3) * 64**-0.5 + bias.double()
+    expected = scores.softmax(-1) @ wide[2].repeat_interleave(2, 1)
+    torch.testing.assert_close(
+        lse.double(), scores.logsumexp(-1).transpose(1, 2), atol=1e-5, rtol=0
+    )
+    # What is left: weights and results in bfloat16.
+    error = (output.transpose(1, 2).double() - expected).norm() / expected.norm()
+    assert output.dtype == torch.bfloat16 and error < 4e-3
