@@ -1,0 +1,111 @@
+"""The most bytes that a step holds on a pretended device, and by whom they were allocated."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pretended import tensors_in
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+# What CUDA's caching allocator rounds up to.
+BLOCK = 512
+# Files whose functions say where something was allocated, the innermost of them.
+_TELLING = ("/hf_ebft/", "/transformers/models/", "/benchmarks/naive")
+
+
+class HeldMemory:
+    """Follows every storage of the device from its first tensor to its end.
+
+    Args:
+        phase: says the phase of the step that an operator belongs to.
+        block: bytes that every allocation is a multiple of.
+
+    Attributes:
+        held: bytes now.
+        peak: most of them since `start`, beyond those held then.
+        at_peak: bytes by who allocated them, at about that time.
+        by_phase: the peak of every phase, beyond what was held at the start.
+    """
+
+    def __init__(self, phase: Callable[[], str], block: int = BLOCK) -> None:
+        self._phase, self._block = phase, block
+        self._known = WeakIdKeyDictionary(ref_type=weakref.ref)
+        self._by_owner: Counter[str] = Counter()
+        self.held = self._most = 0
+        self.start()
+
+    def start(self) -> None:
+        """What is held now does not count from here on."""
+        self._before = self.held
+        self._owners_before = Counter(self._by_owner)
+        self.peak = 0
+        self.at_peak: dict[str, int] = {}
+        self.by_phase: dict[str, int] = {}
+        self._reported = 0
+
+    def ran(self, func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> None:
+        """Note the storages of an operator's results."""
+        for tensor in tensors_in((found,)):
+            if tensor.is_meta:
+                self.note(tensor, lambda: owner(self._phase(), func))
+
+    def note(self, tensor: Tensor, who: Callable[[], str]) -> None:
+        """Note a tensor's storage, if it is new."""
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        size = -(-storage.nbytes() // self._block) * self._block
+        name = who() if size >= 2**20 else "small tensors"
+        self._known[storage] = size
+        weakref.finalize(storage, self._release, size, name).atexit = False
+        self.held += size
+        self._most = max(self._most, self.held)
+        self._by_owner[name] += size
+        held = self.held - self._before
+        phase = self._phase()
+        if held > self.by_phase.get(phase, 0):
+            self.by_phase[phase] = held
+        if held > self.peak:
+            self.peak = held
+            if held > 1.002 * self._reported:
+                self._reported = held
+                self.at_peak = dict(self._by_owner - self._owners_before)
+
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[], int]]:
+        """Gives the most bytes held within the context so far."""
+        self._most = self.held
+        yield lambda: self._most
+
+    def waited(self) -> None:
+        """Nothing is allocated by waiting."""
+
+    def synchronized(self) -> None:
+        """Nor by this."""
+
+    def _release(self, size: int, name: str) -> None:
+        self.held -= size
+        self._by_owner[name] -= size
+
+
+def owner(phase: str, func: Any) -> str:
+    """Who runs an operator: phase, innermost function of ours or of the model, operator.
+
+    In a backward pass that function is the one that called it: there the operator says more.
+    """
+    name = func._schema.name.removeprefix("aten::")
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if any(part in code.co_filename for part in _TELLING):
+            return f"{phase}: {Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}: {name}"
+        frame = frame.f_back
+    return f"{phase}: {name}"

@@ -1,0 +1,346 @@
+"""What the operators of a step cost a GPU: kernels, bytes, multiply-adds, and a time from these.
+
+The model of time is plain. The host launches one operator after another; each takes it a fixed
+time, views a shorter one. The device takes for an operator the longest of the least time of any
+kernel, of its bytes at the speed of the memory, and of its multiply-adds at the speed of a large
+matrix product, or of attention. It begins with an operator once that is launched and the one before
+is done. Where the host reads something off the device, it waits until all is done.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pretended import tensors_in
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a GPU can do; by default an H100, measured where a measurement is named.
+
+    Attributes:
+        launch: seconds of the host for an operator with a kernel (measured: 10.7 microseconds).
+        view: seconds of the host for an operator without one.
+        module: seconds of the host for a call of a module, beside its operators.
+        replay: seconds of the device between two kernels of a CUDA graph.
+        kernel: least seconds of a kernel.
+        bandwidth: bytes a second that kernels reach.
+        products: multiply-adds a second of large matrix products (measured: 775 TFLOP/s).
+        float32: the same in float32, with TF32 switched off.
+        attention, attention_backward: multiply-adds a second of fused attention.
+    """
+
+    launch: float = 10.7e-6
+    view: float = 5.5e-6
+    module: float = 40e-6
+    replay: float = 1.5e-6
+    kernel: float = 2.5e-6
+    bandwidth: float = 2.2e12
+    products: float = 775e12 / 2
+    float32: float = 51e12 / 2
+    attention: float = 400e12 / 2
+    attention_backward: float = 300e12 / 2
+    # Through a dense mask (cuDNN's kernels in the measured run).
+    masked: float = 200e12 / 2
+
+
+H100 = Machine()
+
+# Operators that launch nothing, beside those that return views.
+_FREE = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.empty_strided.default,
+    aten.new_empty_strided.default,
+    aten.detach.default,
+    aten._unsafe_view.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten._reshape_alias.default,
+}
+# Kernels of operators that launch several.
+KERNELS = {
+    "index_put": 6,
+    "index_put_": 6,
+    "_index_put_impl_": 6,
+    "embedding_dense_backward": 7,
+    "sort": 8,
+    "nonzero": 4,
+    "_unique2": 12,
+    "select_backward": 2,
+    "slice_backward": 2,
+    "cumsum": 1,
+    "searchsorted": 1,
+    "linalg_eigh": 8,
+    "_linalg_eigh": 8,
+    "isin": 3,
+}
+# Operators that read of their first tensor only what they return.
+_PICKING = {"index", "gather", "embedding", "index_select", "take_along_dim", "select_scatter"}
+# Operators that read nothing.
+_FILLING = {"fill_", "zero_", "zeros", "ones", "full", "arange", "new_zeros", "scalar_tensor"}
+# Operators that write few of the entries of their first tensor. (In the backward pass autograd
+# writes a copy of it while a mode is on, and not otherwise.)
+_SCATTERING = {"scatter_add", "scatter_add_", "index_add", "index_add_", "index_copy_"}
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "baddbmm_", "addmm_"}
+
+
+@dataclass
+class Cost:
+    """Of some operators.
+
+    Attributes:
+        count: operators that launch something.
+        kernels, bytes, multiply_adds: of theirs.
+        device: seconds of the device, each operator for itself.
+    """
+
+    count: int = 0
+    kernels: int = 0
+    bytes: int = 0
+    multiply_adds: int = 0
+    device: float = 0.0
+
+    def add(self, other: Cost) -> None:
+        """One more operator."""
+        self.count += other.count
+        self.kernels += other.kernels
+        self.bytes += other.bytes
+        self.multiply_adds += other.multiply_adds
+        self.device += other.device
+
+
+@dataclass
+class Timeline:
+    """Host and device, side by side; seconds since the start."""
+
+    host: float = 0.0
+    device: float = 0.0
+
+    def launch(self, host: float, device: float) -> None:
+        """The host launches something that keeps the device busy for so long."""
+        self.host += host
+        self.device = max(self.device, self.host) + device
+
+    def wait(self) -> None:
+        """The host waits until the device is done."""
+        self.host = self.device = max(self.host, self.device)
+
+
+class LaunchedWork:
+    """Adds up what operators cost, by phase and by who launches them.
+
+    Args:
+        phase: says the phase that an operator belongs to.
+        owner: says who launches it, see `held.owner`.
+        machine: the GPU.
+
+    Attributes:
+        by_phase: costs by phase.
+        by_owner: costs by owner.
+        seconds: by phase, on the timeline.
+        busy: seconds of the device by phase.
+        waits: reads of the host by phase.
+    """
+
+    def __init__(
+        self,
+        phase: Callable[[], str],
+        owner: Callable[[str, Any], str],
+        machine: Machine = H100,
+    ) -> None:
+        self._phase, self._owner, self.machine = phase, owner, machine
+        self._record: list[tuple[str, Cost]] | None = None
+        self._region: list[tuple[Any, Any, Any, Any]] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was counted."""
+        self.by_phase: dict[str, Cost] = defaultdict(Cost)
+        self.by_owner: dict[str, Cost] = defaultdict(Cost)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.waits: dict[str, int] = defaultdict(int)
+        self.views: dict[str, int] = defaultdict(int)
+        self.calls: dict[str, int] = defaultdict(int)
+        self.timeline = Timeline()
+
+    def ran(self, func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> None:
+        """An operator has run."""
+        if self._region is not None:
+            self._region.append((func, args, kwargs, found))
+            return
+        name = func._schema.name.removeprefix("aten::")
+        if func in _FREE or _returns_a_view(func):
+            self.views[self._phase()] += 1
+            self._advance(Cost(), host=self.machine.view, func=func)
+            return
+        cost = self.cost_of(name, args, kwargs, found)
+        self._advance(cost, host=None, func=func)
+
+    def called(self, *_: Any) -> None:
+        """A module has been called: code in Python runs on the host."""
+        if self._region is None:
+            self.calls[self._phase()] += 1
+            self._advance(Cost(), host=self.machine.module, func=None)
+
+    def launched(self, name: str, cost: Cost) -> None:
+        """Something that stands in for a kernel has run."""
+        self._advance(cost, host=None, func=None, name=name)
+
+    @contextmanager
+    def fused(self, name: str, *inputs: Any) -> Iterator[list[Any]]:
+        """Operators of a compiled function: products by themselves, all else in one kernel more
+        than there are products, which reads what comes in and writes what goes out.
+
+        Args:
+            name: of the function.
+            inputs: its arguments.
+
+        Yields:
+            A list for its results.
+        """
+        if self._region is not None:
+            yield []
+            return
+        results: list[Any] = []
+        region: list[tuple[Any, Any, Any, Any]] = []
+        self._region = region
+        try:
+            yield results
+        finally:
+            self._region = None
+        total, products = Cost(), 0
+        for func, args, kwargs, found in region:
+            short = func._schema.name.removeprefix("aten::")
+            if short in _PRODUCTS:
+                total.add(self.cost_of(short, args, kwargs, found))
+                products += 1
+        n_bytes = sum(
+            map(
+                _bytes,
+                _distinct(
+                    found for found in tree_leaves((inputs, results)) if isinstance(found, Tensor)
+                ),
+            )
+        )
+        device = max((products + 1) * self.machine.kernel, n_bytes / self.machine.bandwidth)
+        total.add(Cost(products + 1, products + 1, n_bytes, 0, device))
+        self._advance(total, host=None, func=None, name=f"compiled {name}")
+
+    def synchronized(self) -> None:
+        """The host waits for the sake of a measurement."""
+        self.timeline.wait()
+
+    def waited(self) -> None:
+        """The host reads something."""
+        self.timeline.wait()
+        self.waits[self._phase()] += 1
+
+    def _advance(self, cost: Cost, host: float | None, func: Any, name: str | None = None) -> None:
+        phase = self._phase()
+        before = max(self.timeline.host, self.timeline.device)
+        if host is not None:
+            self.timeline.host += host
+        else:
+            self.timeline.launch(self.machine.launch, cost.device)
+        self.seconds[phase] += max(self.timeline.host, self.timeline.device) - before
+        if cost.count:
+            who = f"{phase}: {name}" if name else self._owner(phase, func)
+            self._count(phase, who, cost)
+            if self._record is not None:
+                self._record.append((who, cost))
+
+    def _count(self, phase: str, who: str, cost: Cost) -> None:
+        self.by_phase[phase].add(cost)
+        self.by_owner[who].add(cost)
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[tuple[str, Cost]]]:
+        """Gives a list that gets whatever is launched within the context."""
+        record: list[tuple[str, Cost]] = []
+        self._record = record
+        try:
+            yield record
+        finally:
+            self._record = None
+
+    def replay(self, record: list[tuple[str, Cost]]) -> None:
+        """What was recorded, as a CUDA graph: one launch of the host, and kernels that follow one
+        another on the device alone.
+        """
+        phase, machine = self._phase(), self.machine
+        before = max(self.timeline.host, self.timeline.device)
+        for who, cost in record:
+            in_graph = replace(cost, count=0, device=cost.device + cost.kernels * machine.replay)
+            self._count(phase, f"in graphs: {who}", in_graph)
+            self.timeline.device = max(self.timeline.device, self.timeline.host) + in_graph.device
+        self.timeline.host += machine.launch
+        self.seconds[phase] += max(self.timeline.host, self.timeline.device) - before
+
+    def cost_of(self, name: str, args: Any, kwargs: dict[str, Any], found: Any) -> Cost:
+        """Of one operator, each of whose kernels reads and writes all that it has to do with."""
+        kernels = KERNELS.get(name, 1)
+        results = _distinct(tensors_in((found,)))
+        inputs = _distinct(tensors_in(args, kwargs))
+        if name in (
+            "fill_",
+            "zero_",
+            "zeros",
+            "ones",
+            "full",
+            "arange",
+            "new_zeros",
+            "scalar_tensor",
+        ):
+            n_bytes = sum(map(_bytes, results))
+        elif name == "copy_":
+            n_bytes = _bytes(args[0]) + _bytes(args[1])
+        elif name in ("_softmax", "_log_softmax"):
+            # Its maximum, its sum, its result: rows of a large vocabulary are read three times.
+            n_bytes = 3 * _bytes(args[0]) + _bytes(results[0])
+        elif name in _PICKING:
+            n_bytes = 2 * sum(map(_bytes, results)) + sum(map(_bytes, inputs[1:]))
+        elif name in _SCATTERING:
+            n_bytes = 3 * sum(map(_bytes, inputs[1:]))
+        else:
+            n_bytes = sum(map(_bytes, inputs)) + sum(map(_bytes, results))
+        multiply_adds = 0
+        speed = self.machine.products
+        if name in _PRODUCTS:
+            left = args[0] if name in ("mm", "bmm") else args[1]
+            result = results[0]
+            multiply_adds = result.numel() * left.shape[-1]
+            if left.dtype == torch.float32:
+                speed = self.machine.float32
+        device = max(
+            kernels * self.machine.kernel, n_bytes / self.machine.bandwidth, multiply_adds / speed
+        )
+        return Cost(1, kernels, n_bytes, multiply_adds, device)
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes behind a tensor: repeated entries (of a stride of 0) count once."""
+    entries = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        entries *= size if stride != 0 else min(size, 1)
+    return entries * tensor.element_size()
+
+
+def _returns_a_view(func: Any) -> bool:
+    if func._schema.is_mutable:
+        return False
+    return any(result.alias_info is not None for result in func._schema.returns)
