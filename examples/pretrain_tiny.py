@@ -298,9 +298,9 @@ license: apache-2.0
 ---
 # A small language model of Python source
 
-A Llama of {parameters:,} parameters in float32 with its own byte-level BPE of {sizes.vocab_size}
-tokens. It is there so that energy-based fine-tuning can be tried without downloading a model: it
-has learned what Python looks like, and nothing else. It is of no use as a programming assistant.
+This is a Llama of {parameters:,} parameters in float32 with its own byte-level BPE of
+{sizes.vocab_size} tokens. With it, energy-based fine-tuning can be tried without a download. It has
+only learned what Python looks like, and is of no use as a programming assistant.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -311,17 +311,20 @@ tokenizer = AutoTokenizer.from_pretrained("examples/tiny_model")
 
 {sizes.num_hidden_layers} layers, width {sizes.hidden_size}, {sizes.num_attention_heads} heads
 ({sizes.num_key_value_heads} for keys and values), MLP {sizes.intermediate_size}, tied embeddings.
-`{EOS_TOKEN}` ends each document and begins the next; encoding does not add it. `{PAD_TOKEN}` is
-for padding only. Use rows of at most {sizes.row_length} tokens: it accepts
-{sizes.max_position_embeddings}, but was trained on {sizes.row_length} and predicts badly beyond
-(measured below).
+
+- `{EOS_TOKEN}` ends each document and begins the next. Encoding does not add it.
+- `{PAD_TOKEN}` is only for padding.
+- Use rows of at most {sizes.row_length} tokens. The model accepts
+  {sizes.max_position_embeddings}, but it was trained on {sizes.row_length} and predicts badly
+  beyond that (measured below).
 
 ## Measured
 
-Cross-entropy over all tokens but the first of each row, in nats per token and bits per UTF-8 byte,
-next to that of the token frequencies of the training text ("unigram"). The splits are those of
-`hf_ebft/data/stdlib_text.py`. The model was trained on `general/pretrain` only: `pretrain_eval`
-holds other files of the same kind, the rest are kinds of text that it has not seen.
+The table shows the cross-entropy over all tokens except the first of each row, in nats per token
+and bits per UTF-8 byte. For comparison, "unigram" is the cross-entropy of the token frequencies of
+the training text. `hf_ebft/data/stdlib_text.py` defines the splits. The model was trained only on
+`general/pretrain`. `pretrain_eval` contains other files of the same kind. The other splits are
+kinds of text that it has not seen.
 
 | text | nats/token | bits/byte | unigram nats/token | unigram bits/byte |
 |---|---|---|---|---|
@@ -338,18 +341,18 @@ holds other files of the same kind, the rest are kinds of text that it has not s
 - Steps: {args.max_steps} of {rows_a_step} rows, seed {args.seed}
 - Tokens: {seen / 1e6:.1f} million, {seen / train_tokens:.1f} times the training text
 
-Another Python version has other source files, so it gives another model.
+Another Python version has other source files and therefore gives another model.
 
 ## Samples
 
-The first continuation of each prompt at temperature 0.8, seed {args.seed}, by 64 tokens.
+The first continuation of each prompt, of 64 tokens, at temperature 0.8 with seed {args.seed}.
 
 {blocks}
 
 ## Origin of the text
 
-The source of Python {platform.python_version()}'s standard library, copyright the Python Software
-Foundation and the authors named in its files, under the PSF License Agreement
+The text is the source of Python {platform.python_version()}'s standard library, copyright the
+Python Software Foundation and the authors named in its files, under the PSF License Agreement
 (https://docs.python.org/3/license.html). No text of it is in this folder, apart from what the
 samples may repeat.
 """
