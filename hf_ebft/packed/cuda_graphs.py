@@ -23,12 +23,20 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Graphs that are kept. Each holds the keys and values of a batch and the memory of a step.
+# Graphs that are kept. Each holds the keys and values of a batch; all share the memory of a step.
 KEPT = 4
 # Shapes that are remembered until they come again.
 REMEMBERED = 256
 
-Replay = Callable[[], None]
+
+class Graph(Protocol):
+    """A captured step, as `torch.cuda.CUDAGraph` is one."""
+
+    def replay(self) -> None:
+        """Compute the step again."""
+
+    def pool(self) -> Any:
+        """The memory in which it keeps what exists during a step only."""
 
 
 class Step(Protocol):
@@ -65,13 +73,18 @@ class Step(Protocol):
         """Compute one step from nothing but its tensors and the weights themselves."""
 
 
-def capture(step: Callable[[], None]) -> Replay:
+def capture(step: Callable[[], None], pool: Any = None) -> Graph:
     """Capture what a function launches on the current device as a CUDA graph.
 
     It is called twice before. The first time, libraries prepare what they must not prepare during
     the capture, and compilers compile, for which they may wait for the device. Where the function
     makes the host wait, it fails the second time: a capture that fails leaves torch's allocator
     unable to give memory back.
+
+    Args:
+        step: nothing that it allocates may be needed after it, but by itself.
+        pool: of another graph, which must still exist and must never run at the same time; None: a
+            new one.
 
     Raises:
         RuntimeError: a step that waits for the device, or cannot be captured for other reasons.
@@ -87,12 +100,12 @@ def capture(step: Callable[[], None]) -> Replay:
     graph = torch.cuda.CUDAGraph()
     try:
         # Threads that load data may use the device meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             step()
     finally:
         # torch stays on the stream of a capture that it cannot end.
         torch.cuda.set_stream(usual)
-    return graph.replay
+    return graph
 
 
 @cache
@@ -125,13 +138,13 @@ class StepGraphs:
     """Captured steps, by what they are bound to.
 
     Attributes:
-        capture: makes a graph of a function, returns what replays it.
+        capture: makes a graph of a function, in a pool of memory or a new one.
         works: False once a capture has failed.
     """
 
-    capture: Callable[[Callable[[], None]], Replay] = capture
+    capture: Callable[[Callable[[], None], Any], Graph] = capture
     works: bool = True
-    _captured: OrderedDict[Any, tuple[Step, Replay]] = field(default_factory=OrderedDict)
+    _captured: OrderedDict[Any, tuple[Step, Graph]] = field(default_factory=OrderedDict)
     _seen: OrderedDict[Any, None] = field(default_factory=OrderedDict)
 
     def run(self, decoder: Step, n_steps: int) -> tuple[Tensor, Tensor]:
@@ -163,12 +176,25 @@ class StepGraphs:
             if not self._capture(key, decoder):
                 return None
         self._captured.move_to_end(key)
-        captured, replay = self._captured[key]
+        captured, graph = self._captured[key]
         if captured is not decoder:
             captured.take_inputs_of(decoder)
         for _ in range(n_steps):
-            replay()
+            graph.replay()
         return captured.tokens.clone(), captured.log_probs.clone()
+
+    @property
+    def _pool(self) -> Any:
+        """The pool of the graphs that exist; None where there is none yet.
+
+        They may share it. All that outlives a step (tokens, log-probabilities, the number of the
+        step, keys and values, biases) lies outside of it, since it is allocated before the capture.
+        What lies inside is written by each replay before it is read, so that graphs may follow each
+        other in any order. They do follow each other, since all are replayed by one thread in its
+        current stream. The pool is taken from a graph that exists, as torch frees the pool of the
+        last one that ends.
+        """
+        return next((graph.pool() for _, graph in self._captured.values()), None)
 
     def _capture(self, key: Any, decoder: Step) -> bool:
         """Capture a decoder's step, and put its batch back."""
@@ -176,7 +202,7 @@ class StepGraphs:
         try:
             decoder.own_documents()
             with decoder.ready():
-                replay = self.capture(decoder.step_alone)
+                graph = self.capture(decoder.step_alone, self._pool)
         # Whatever a model's code, a driver or a library raises.
         except Exception as error:
             logger.warning(
@@ -188,7 +214,7 @@ class StepGraphs:
             )
             self.works = False
         else:
-            _remember(self._captured, key, (decoder, replay), KEPT)
+            _remember(self._captured, key, (decoder, graph), KEPT)
         for tensor, value in zip(decoder.state, before, strict=True):
             tensor.copy_(value)
         return self.works

@@ -301,9 +301,12 @@ class FakeCapture:
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
+        self.pools: list[str] = []
 
-    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+    def __call__(self, step: Callable[[], None], pool: str | None) -> Any:
         self.captures += 1
+        self.pools.append(pool or f"pool {self.captures}")
+        own = self.pools[-1]
         step()  # as a warm-up does; what it wrote must not be seen later
         decoder = step.__self__  # type: ignore[attr-defined]
 
@@ -312,7 +315,7 @@ class FakeCapture:
             with evaluation_mode(decoder.model), decoder.ready():
                 step()
 
-        return replay
+        return SimpleNamespace(replay=replay, pool=lambda: own)
 
 
 @pytest.fixture
@@ -393,6 +396,8 @@ def test_other_shapes_settings_and_weights_get_graphs_of_their_own(fake: FakeCap
         assert captures(lengths(40, 33), temperature=temperature) == 1
     graphs = forward.decoding.graphs
     assert len(graphs._captured) == KEPT
+    # The first one's pool serves all, also after that graph has gone.
+    assert fake.captures > KEPT and set(fake.pools) == {"pool 1"}
 
 
 def test_weights_of_several_devices_are_not_captured() -> None:
@@ -406,7 +411,7 @@ def test_weights_of_several_devices_are_not_captured() -> None:
 def test_decoding_goes_on_where_a_capture_fails(
     fake: FakeCapture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def failing(step: Callable[[], None]) -> Callable[[], None]:
+    def failing(step: Callable[[], None], pool: Any) -> Any:
         step()
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -438,7 +443,7 @@ class PretendedDevice:
             set_stream=lambda stream: setattr(self, "stream", "usual"),
             get_sync_debug_mode=lambda: self.mode,
             set_sync_debug_mode=self._set_mode,
-            CUDAGraph=lambda: SimpleNamespace(replay=lambda: None),
+            CUDAGraph=lambda: "a graph",
             graph=self._graph,
         )
         self._breaks = breaks
@@ -465,7 +470,7 @@ class PretendedDevice:
             self.stream = "usual"
 
     @contextmanager
-    def _graph(self, graph: Any, *, stream: Any, capture_error_mode: str) -> Iterator[None]:
+    def _graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
         # Like torch's, which does not come back from a capture that it cannot end.
         self.stream = "other"
         yield
