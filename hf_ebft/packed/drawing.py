@@ -10,12 +10,16 @@ vocabulary, X width of a state.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from hf_ebft.packed.flex import compiled
 from hf_ebft.packed.heads import ToLogits
 
 # A sum of positive numbers times this is smaller than the sum, by one or two places of rounding.
@@ -51,10 +55,18 @@ class Sampler:
         chunks = states.flatten(0, 1).split(self.chunk_size)
         numbers = uniform.flatten(0, 1).split(self.chunk_size)
         for chunk, of_chunk in zip(chunks, numbers, strict=True):
-            probabilities = token_probabilities(to_logits(chunk), self.temperature)
-            tokens.append(draw(nucleus(probabilities, self.top_p), of_chunk))
-            log_probs.append(probabilities.gather(1, tokens[-1]).log())
+            drawn, of_drawn = self._of_chunk(to_logits(chunk), of_chunk)
+            tokens.append(drawn)
+            log_probs.append(of_drawn)
         return [_joined(parts).view(states.shape[0], -1) for parts in (tokens, log_probs)]
+
+    def _of_chunk(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (N, each) and their log-probabilities for logits (N, V)."""
+        if self.top_p >= 1.0 and _draws_in_few_passes(logits.device.type):
+            return _compiled_draw()(logits, uniform, self.temperature)
+        probabilities = token_probabilities(logits, self.temperature)
+        tokens = draw(nucleus(probabilities, self.top_p), uniform)
+        return tokens, probabilities.gather(1, tokens).log()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -131,6 +143,64 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     left = torch.minimum(left, inside[..., -1:] * _JUST_BELOW_ONE)
     token = torch.searchsorted(inside, left, right=True)[..., 0] + part * width
     return token.clamp_(max=vocabulary - 1)
+
+
+def draw_from_logits(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """What `token_probabilities` and `draw` do, written for a compiler.
+
+    Compiled, it reads the logits once and writes nothing of their size: every part of the
+    vocabulary has its sum of exponentials beside its own highest score, and only these sums are put
+    on one scale. Operator by operator it is slower than the two functions.
+
+    Where the logits of a row hold NaN, so do its log-probabilities.
+
+    Args:
+        logits: (N, V) in any floating dtype.
+        uniform: (N, each) of `uniform_numbers`.
+        temperature: > 0, divides the logits.
+
+    Returns:
+        Tokens (N, each) int64 and their log-probabilities (N, each) float32.
+    """
+    vocabulary = logits.shape[1]
+    width = _part_width(vocabulary)
+    missing = -vocabulary % width
+    padded = nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+    parts = padded.unflatten(1, (-1, width))
+    scores = parts.float() / temperature
+    # Parts may hold nothing but impossible tokens: minus infinity less itself would be NaN.
+    highest = scores.amax(dim=-1).clamp(min=torch.finfo(torch.float32).min)
+    sums = torch.exp(scores - highest[..., None]).sum(dim=-1, dtype=torch.float64)
+    top = highest.amax(dim=-1, keepdim=True)
+    scale = torch.exp((highest - top).double())
+    up_to_part = (sums * scale).cumsum(dim=-1)
+    total = up_to_part[:, -1:]
+    threshold = uniform * total
+    # As many are passed as are no larger, since sums only grow.
+    part = (up_to_part[:, None] <= threshold[..., None]).sum(dim=-1)
+    part = part.clamp(max=parts.shape[1] - 1)
+    before_part = nn.functional.pad(up_to_part, (1, 0)).gather(1, part)
+    of_part = parts.gather(1, part[..., None].expand(-1, -1, width)).float() / temperature
+    inside = torch.exp(of_part - highest.gather(1, part)[..., None])
+    inside = inside.cumsum(dim=-1, dtype=torch.float64)
+    left = ((threshold - before_part) / scale.gather(1, part))[..., None]
+    left = torch.minimum(left, inside[..., -1:] * _JUST_BELOW_ONE)
+    place = (inside <= left).sum(dim=-1).clamp(max=width - 1)
+    score = of_part.gather(2, place[..., None])[..., 0]
+    tokens = (part * width + place).clamp(max=vocabulary - 1)
+    return tokens, score - top - total.log().float()
+
+
+@cache
+def _draws_in_few_passes(device: str) -> bool:
+    """Whether `draw_from_logits` is compiled for a type of device: on CUDA, like flex_attention."""
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _compiled_draw() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
+    """One for the process."""
+    return compiled(draw_from_logits)
 
 
 def _part_width(vocabulary: int) -> int:
