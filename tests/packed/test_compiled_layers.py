@@ -240,11 +240,18 @@ def test_layers_that_do_more_with_a_cache_sample_as_written(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
-    # With adapters, what the first layer reads needs no gradient, and what others read does.
-    [("llama", 3), pytest.param("lora", 5, marks=pytest.mark.slow)],
+    ("kind", "attention", "expected"),
+    [
+        ("llama", "sdpa", 3),
+        pytest.param("llama", "flex_attention", 3, marks=pytest.mark.slow),
+        # Two kinds of layers.
+        pytest.param("gemma3_text", "flex_attention", 6, marks=pytest.mark.slow),
+        # With adapters, what the first layer reads needs no gradient, and what others read does.
+        pytest.param("lora", "sdpa", 5, marks=pytest.mark.slow),
+        pytest.param("lora", "flex_attention", 5, marks=pytest.mark.slow),
+    ],
 )
-def test_chunks_of_training_share_one_graph_too(kind: str, expected: int) -> None:
+def test_chunks_of_training_share_one_graph_too(kind: str, attention: str, expected: int) -> None:
     """Against keys and values of the documents: one graph for these, one for all chunks; each with
     gradient, and chunks without it, too.
     """
@@ -253,7 +260,7 @@ def test_chunks_of_training_share_one_graph_too(kind: str, expected: int) -> Non
     rollouts = rollouts_of(30, 29)
     found = []
     for policy_model, compiler in ((plain, None), (model, TRACED)):
-        forward = PackedForward.for_model(policy_model, "sdpa", compiler=compiler)
+        forward = PackedForward.for_model(policy_model, attention, compiler=compiler)
         policy_model.train()
         before = graphs()
         # Four blocks a row, two at a time.
@@ -272,7 +279,35 @@ def test_chunks_of_training_share_one_graph_too(kind: str, expected: int) -> Non
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 
 
-def test_the_feature_network_s_hooks_stay_outside() -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_chunks_are_not_compiled_again_over_fifty_lengths_of_one_bucket(attention: str) -> None:
+    """Documents, chunks and the same without gradient, and four chunks of the head."""
+    model = tiny_model("llama", limit=4096).train()
+    forward = PackedForward.for_model(model, attention, compiler=AOT)
+    # Six chunks of six blocks each for 32 blocks: the last is filled up.
+    training = TrainingPass(
+        forward, temperature=0.8, with_document=True, chunk_size=64, training_chunk_size=72
+    )
+    shapes = set()
+    for step in range(50):
+        rollouts = rollouts_of(17 + step % 16, 5 + step // 2, seed=step, multiple=32)
+        shapes.add((rollouts.layout.document_width, rollouts.tokens.shape))
+        assert [chunk.stop for chunk in training._chunks(rollouts.layout)][-1] > 32
+        found = training.log_probs(model, rollouts)
+        assert found.document is not None
+        (found.rollout.sum() + found.document.sum()).backward()
+    assert len(shapes) == 1
+    assert graphs() == 3 + 4
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    # Documents and chunks, else the whole row.
+    ("chunk_size", "expected_graphs"),
+    [(1000, 1), pytest.param(72, 2, marks=pytest.mark.slow)],
+)
+def test_the_feature_network_s_hooks_stay_outside(chunk_size: int, expected_graphs: int) -> None:
     """Hooks in a graph would be traced anew for every pass."""
     model = tiny_model("llama", limit=4096)
     settings: dict[str, Any] = {
@@ -280,6 +315,7 @@ def test_the_feature_network_s_hooks_stay_outside() -> None:
         "embed_method": "last_token",
         "normalization": "per_layer",
         "packed_attention": "flex_attention",
+        "chunk_size": chunk_size,
     }
     plain = FeatureNetwork(copy.deepcopy(model), **settings)
     traced = FeatureNetwork(copy.deepcopy(model), compiler=TRACED, **settings)
@@ -289,7 +325,7 @@ def test_the_feature_network_s_hooks_stay_outside() -> None:
     for rollouts, embeddings in zip(batches, expected, strict=True):
         found = traced.embed(rollouts).generated
         torch.testing.assert_close(found, embeddings, atol=1e-5, rtol=0)
-    assert graphs() == before + 1
+    assert graphs() == before + expected_graphs
 
 
 def test_plain_rows_sampling_and_the_self_test_are_not_compiled() -> None:
