@@ -25,7 +25,7 @@ def test_pages_claim_the_noise_that_was_measured() -> None:
         assert ratio in page
         assert again in page
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"the noise of its gradient to {ratio.split()[0]} of `rloo`'s" in readme
+    assert f"the noise of EBFT's gradient to {ratio.split()[0]} of `rloo`'s" in readme
 
 
 def test_what_is_not_finite_is_unknown() -> None:
