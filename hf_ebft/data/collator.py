@@ -16,12 +16,11 @@ class EBFTDataCollator:
 
     Rows are dicts with `input_ids` and, optionally, `attention_mask`, `labels`,
     `completion_mask`, `assistant_masks`, `position_ids`, `document_ids` / `seq_idx` (one value per
-    token) and `prompt_length` (one value per row). A missing `attention_mask` is made, so padding
-    is never mistaken for text, and a tokenizer without a pad token needs none.
+    token) and `prompt_length` (one value per row). A missing `attention_mask` is added, so padding
+    is never mistaken for text, and the tokenizer needs no pad token.
 
     Args:
-        processing_class: tokenizer whose pad token fills `input_ids`; 0 is used where it has
-            none.
+        processing_class: tokenizer whose pad token fills `input_ids`; 0 is used if it has none.
     """
 
     def __init__(self, processing_class: Any = None) -> None:
@@ -32,8 +31,8 @@ class EBFTDataCollator:
         """Collate rows of different lengths into tensors (rows, longest row).
 
         Raises:
-            ValueError: a row without `input_ids` or without a column that others have, a
-                per-token column of another length, or one that holds no whole numbers.
+            ValueError: a row has no `input_ids` or lacks a column that others have, or a per-token
+                column has another length or values that are not whole numbers.
         """
         for row in rows:
             if "input_ids" not in row:
@@ -51,7 +50,8 @@ class EBFTDataCollator:
     ) -> Tensor:
         if name != "attention_mask" and not all(name in row for row in rows):
             raise ValueError(
-                f"Column {name!r} is only in some rows of the batch; add it to all, or drop it."
+                f"Column {name!r} is in some rows of the batch only, so its value in the others is "
+                "unknown; add it to all rows, or drop it."
             )
         if name == PROMPT_LENGTH:
             return torch.tensor([int(row[name]) for row in rows])
@@ -71,18 +71,18 @@ class EBFTDataCollator:
 
     @staticmethod
     def _values(name: str, row: Mapping[str, Any]) -> Tensor:
-        """A row's column as int64; what holds no whole numbers is refused, not rounded."""
+        """A row's column as int64; raises for values that are not whole numbers."""
         try:
             values = torch.as_tensor(row[name])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"Column {name!r} of a row holds no numbers ({row[name]!r:.60}); drop it, or leave "
-                "remove_unused_columns=True."
+                f"Column {name!r} of a row contains values that are not numbers "
+                f"({row[name]!r:.60}); drop it, or leave remove_unused_columns=True."
             ) from error
         whole = not values.is_floating_point() and values.dtype != torch.bool
         if values.numel() > 0 and not whole and name not in ("attention_mask", *LABEL_MASKS):
             raise ValueError(
-                f"Column {name!r} of a row holds {values.dtype}, not whole numbers; convert it to "
-                "int64, or drop it."
+                f"Column {name!r} of a row has values of type {values.dtype}, not whole numbers; "
+                "convert it to int64, or drop it."
             )
         return values.long()

@@ -1,4 +1,4 @@
-"""Several data sets as one, by `datasets`: one after the other, or in given shares."""
+"""Combines several data sets into one, with `datasets`: joined, or mixed in given shares."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from hf_ebft.data.sources import RawDataset, import_datasets
 
 logger = logging.getLogger(__name__)
 
-# Of each row, which data set it is from; taken out again.
+# Temporary column with the number of the data set that a row is from.
 _SOURCE = "__source"
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> None:
-    """Refuse weights that do not fit `count` data sets.
+    """Raise for weights that do not fit `count` data sets.
 
     Raises:
-        ValueError: not one for each, none of one data set to weigh, or not above 0.
+        ValueError: there is a single data set, or not one weight for each, or a weight is not above
+            0.
     """
     if weights is None:
         return
     if count < 2 or len(weights) != count:
         raise ValueError(
-            f"dataset_weights={list(weights)} are {len(weights)} for {count} data set(s); give one "
-            "weight to each of several data sets, or none."
+            f"dataset_weights={list(weights)}: {len(weights)} for {count} data set(s). Give one "
+            "weight for each of several data sets, or leave dataset_weights unset."
         )
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(
-                f"dataset_weights={list(weights)} holds {weight}; shares are above 0. Leave out a "
-                "data set that is not to be used."
+                f"dataset_weights={list(weights)} contains {weight}, but weights must be above 0. "
+                "Leave out a data set that should not be used."
             )
 
 
 def mix(parts: Sequence[RawDataset], weights: Sequence[float] | None, seed: int) -> RawDataset:
-    """One data set of several.
+    """Combine several data sets into one.
 
-    Without weights every row of every part is there, one part after the other. With weights rows
-    are drawn from part i with probability `weights[i]` over their sum, each row once, until one
-    part has no row left; what is left of the others is logged.
+    Without weights the result contains every row of every part, one part after the other. With
+    weights, rows are drawn from part i with probability `weights[i] / sum(weights)`, each row once,
+    until one part is used up. The log says how many rows of each part are used.
 
     Args:
-        parts: with the same kind of columns, which get the names of the first one's.
-        weights: shares, of any sum.
-        seed: of the drawing.
+        parts: data sets with the same kind of columns, which are renamed to those of the first one.
+        weights: shares of the parts; they need not add up to 1.
+        seed: seed of the random choice.
 
     Raises:
-        ValueError: weights or columns that do not fit.
+        ValueError: weights or columns do not fit.
     """
     check_weights(weights, len(parts))
     if len(parts) == 1:
@@ -72,7 +73,7 @@ def mix(parts: Sequence[RawDataset], weights: Sequence[float] | None, seed: int)
     )
     used = Counter(mixed[_SOURCE])
     logger.info(
-        "Rows by dataset_weights, until one data set has none left: %s.",
+        "Rows drawn by dataset_weights, until one data set was used up: %s.",
         ", ".join(
             f"{used[number]} of {len(part)} of {part.name}" for number, part in enumerate(parts)
         ),
@@ -81,14 +82,15 @@ def mix(parts: Sequence[RawDataset], weights: Sequence[float] | None, seed: int)
 
 
 def _aligned(parts: Sequence[RawDataset], datasets: Any) -> list[Any]:
-    """Each part as a `datasets.Dataset`, with names and types of the first one's columns."""
+    """Each part as a `datasets.Dataset` with the column names and types of the first one."""
     first = parts[0]
     tables: list[Any] = []
     for part in parts:
         if len(part.columns) != len(first.columns):
             raise ValueError(
-                f"{part.name} has {' with '.join(part.columns)} and {first.name} has "
-                f"{' with '.join(first.columns)}; only data sets of one kind can be mixed."
+                f"{part.name} has the columns {' and '.join(part.columns)}, but {first.name} has "
+                f"{' and '.join(first.columns)}; only data sets of one kind can be mixed. Use text "
+                "in all of them, or prompts with completions in all."
             )
         table = part.records
         if not isinstance(table, datasets.Dataset):
@@ -103,8 +105,9 @@ def _aligned(parts: Sequence[RawDataset], datasets: Any) -> list[Any]:
                 table = table.cast(tables[0].features)
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{part.name} and {first.name} hold values of different types "
-                    f"({table.features} and {tables[0].features}); make them alike first."
+                    f"{part.name} and {first.name} have values of different types "
+                    f"({table.features} and {tables[0].features}); convert them to the same types "
+                    "first."
                 ) from error
         tables.append(table)
     return tables

@@ -1,6 +1,7 @@
-"""Raw text from where people keep it: text files, folders of them, tables, the hub.
+"""Reads raw text from text files, folders of them, tables and the hub.
 
-Text files are read here; everything else through the `datasets` library, imported when needed.
+Text files are read here; everything else with the `datasets` library, which is imported when it is
+needed.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson")
 # All of these, and all of the text files, may be compressed: `.csv.gz`.
 LISTED_SUFFIXES = ", ".join((*TEXT_SUFFIXES, *TABLE_SUFFIXES)) + f" (also with {COMPRESSED})"
-# What makes a folder a data set. Folders of source code often hold a .json or a .md as well; a .csv
-# makes one only where there is no such code.
+# Files that make a folder a data set of tables. Folders of source code often contain a .json or .md
+# file, so these do not count; a .csv counts only if the folder has no source code.
 FOLDER_TABLE_SUFFIXES = (*JSON_LINES, ".parquet")
 FOLDER_SUFFIXES = (*FOLDER_TABLE_SUFFIXES, *SEPARATORS)
-# The one split of what has no splits of its own; also the name that `datasets` gives it.
+# The split of data without splits of its own; `datasets` calls it so, too.
 ONLY_SPLIT = "train"
 
 
@@ -50,8 +51,8 @@ class RawDataset:
 
     Attributes:
         records: the rows, in any indexable container (a list, a `datasets.Dataset`).
-        columns: `(text column,)`, or those of a prompt, its completion and what belongs to them.
-        name: where it comes from, for messages.
+        columns: `(text column,)`, or the columns of prompts, completions and further values.
+        name: source of the data, for messages.
     """
 
     records: Sequence[Mapping[str, Any]]
@@ -67,20 +68,20 @@ class RawDataset:
         return len(self.records)
 
     def texts(self) -> Iterator[str]:
-        """The documents; a missing value reads as an empty one."""
+        """The documents; a missing value is read as an empty text."""
         (column,) = self.columns
         for index in range(len(self)):
             yield self._text(index, column)
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """The prompts with their completions; a missing value reads as an empty one."""
+        """The prompts with their completions; a missing value is read as an empty text."""
         prompt, completion = self.columns
         for index in range(len(self)):
             yield self._text(index, prompt), self._text(index, completion)
 
     def select(self, indices: Sequence[int]) -> RawDataset:
         """The rows at `indices`, in that order."""
-        if hasattr(self.records, "select"):  # a datasets.Dataset, which then stays on disk
+        if hasattr(self.records, "select"):  # a datasets.Dataset, whose rows stay on disk
             return RawDataset(self.records.select(indices), self.columns, self.name)
         return RawDataset([self.records[index] for index in indices], self.columns, self.name)
 
@@ -90,20 +91,20 @@ class RawDataset:
             return ""
         if not isinstance(value, str):
             raise ValueError(
-                f"Column {column!r} of {self.name} holds a {type(value).__name__} in row {index}, "
-                "not text; choose another column, or turn it into text first."
+                f"Column {column!r} of {self.name} contains a {type(value).__name__} in row "
+                f"{index}, not text; choose another column, or convert its values to text first."
             )
         return require_unicode(value, f"Column {column!r} of {self.name}, row {index},")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with all their columns, before anybody has said what they are for.
+    """Rows with all their columns, before the columns to train on are chosen.
 
     Attributes:
         records: the rows, in any indexable container (a list, a `datasets.Dataset`).
-        columns: their names.
-        name: where it comes from, for messages.
+        columns: the names of the columns.
+        name: source of the data, for messages.
     """
 
     records: Any
@@ -111,16 +112,16 @@ class Table:
     name: str
 
     def text(self, column: str | None = None) -> RawDataset:
-        """The documents, or prompts with completions, as `find_columns` finds them.
+        """The documents, or prompts with completions, in the columns that `find_columns` finds.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are no such columns.
         """
         return self.take(find_columns(self.columns, column, self.name))
 
     def take(self, columns: tuple[str, ...]) -> RawDataset:
-        """These columns and no others."""
-        if hasattr(self.records, "select_columns"):  # a datasets.Dataset, which then stays on disk
+        """The rows with these columns only."""
+        if hasattr(self.records, "select_columns"):  # a datasets.Dataset, whose rows stay on disk
             return RawDataset(self.records.select_columns(list(columns)), columns, self.name)
         records = [{column: record[column] for column in columns} for record in self.records]
         return RawDataset(records, columns, self.name)
@@ -137,17 +138,19 @@ def load_text_dataset(
 
     Args:
         name_or_path: a `.txt`, `.md` or `.py` file (one document); a folder of such files, at
-            any depth (a document each, sorted by path); a `.csv`, `.tsv`, `.jsonl`, `.ndjson`,
-            `.json` or `.parquet` file; a folder of tables, or one that `Dataset.save_to_disk`
-            wrote; or a dataset's name on the hub. Files may be compressed (`.csv.gz`).
-        split: which split; `datasets` also takes slices such as `train[:10%]`. Text files have
-            only `train`.
+            any depth (one document per file, sorted by path); a `.csv`, `.tsv`, `.jsonl`,
+            `.ndjson`, `.json` or `.parquet` file; a folder of tables, or one that
+            `Dataset.save_to_disk` wrote; or a dataset's name on the hub. Files may be compressed
+            (`.csv.gz`).
+        split: the split; `datasets` also takes slices such as `train[:10%]`. Text files have only
+            `train`.
         config_name: configuration of a hub dataset that has several.
-        column: the column with the text. By default `prompt` with `completion` if both are
-            there, else the first of `text`, `content` and `code`.
+        column: the column with the text. By default `prompt` and `completion` if both exist, else
+            the first of `text`, `content` and `code`.
 
     Raises:
-        ValueError: no such data, split or column; nothing in it; or undecodable text.
+        ValueError: the data, the split or the column does not exist, the data is empty, or a text
+            cannot be decoded.
         ImportError: the format needs `datasets`, which is not installed.
     """
     return load_table(name_or_path, split, config_name=config_name, column=column).text(column)
@@ -163,13 +166,12 @@ def load_table(
     """Load rows with all their columns; text files have one, `text`.
 
     Args:
-        name_or_path: as for `load_text_dataset`.
-        split: likewise.
-        config_name: likewise.
-        column: a column that has to be there.
+        name_or_path, split, config_name: as for `load_text_dataset`.
+        column: a column that must exist.
 
     Raises:
-        ValueError: no such data, split or column; nothing in it; or undecodable text.
+        ValueError: the data, the split or the column does not exist, the data is empty, or a text
+            cannot be decoded.
         ImportError: the format needs `datasets`, which is not installed.
     """
     path = Path(name_or_path).expanduser()
@@ -177,8 +179,8 @@ def load_table(
     if text_files:
         if split != ONLY_SPLIT or column not in (None, TEXT_COLUMNS[0]):
             raise ValueError(
-                f"{name_or_path} holds text files, which have one split, 'train', and one column, "
-                f"'text'; there is no split={split!r} with column={column!r}. Name another file or "
+                f"split={split!r} with column={column!r} does not exist in {name_or_path}: text "
+                "files have one split, 'train', and one column, 'text'. Name another file or "
                 "folder for other data."
             )
         records: Any = _read_text_files(text_files, str(path))
@@ -187,7 +189,7 @@ def load_table(
         records = _load_table(name_or_path, path, split, config_name)
         columns = tuple(records.column_names)
     if column is not None and column not in columns:
-        raise ValueError(_no_column(name_or_path, column, columns))
+        raise ValueError(_missing_column_message(name_or_path, column, columns))
     if len(records) == 0:
         raise ValueError(
             f"{name_or_path} (split {split!r}) is empty: there is no text to sample prefixes from. "
@@ -203,54 +205,59 @@ def open_stream(
     config_name: str | None = None,
     column: str | None = None,
 ) -> Table:
-    """Rows that are read one after the other when they are wanted, from the hub or a table.
+    """Open rows from the hub or a table that are read one after the other when they are needed.
 
     Args:
-        name_or_path: as for `load_text_dataset`, but no text file and no saved data set.
-        split: which one; a stream has no slices.
+        name_or_path: as for `load_text_dataset`, but not a text file or a saved data set.
+        split: the split; a stream has no slices.
         config_name: configuration of a hub dataset that has several.
-        column: a column that has to be there.
+        column: a column that must exist.
 
     Returns:
         A table whose `records` are a `datasets.IterableDataset`.
 
     Raises:
-        ValueError: no such data, split or column; nothing in it; or data that is no stream.
+        ValueError: the data, the split or the column does not exist, the data is empty, or it
+            cannot be streamed.
         ImportError: `datasets` is not installed.
     """
     path = Path(name_or_path).expanduser()
     if _text_files(path) or (path.is_dir() and _is_saved_dataset(path)):
         raise ValueError(
-            f"{name_or_path} is read as a whole, so it cannot be streamed; leave streaming out."
+            f"{name_or_path} is a text file or a saved data set, which is read as a whole, so it "
+            "cannot be streamed; leave streaming out."
         )
     if "[" in split:
         raise ValueError(
-            f"split={split!r} is a slice, and a stream has no end to count from; name a whole "
-            "split, and say by max_steps how much of it is read."
+            f"split={split!r} is a slice, but the length of a stream is unknown; name a whole "
+            "split. max_steps limits how much of it is read."
         )
     records = _load_table(name_or_path, path, split, config_name, streaming=True)
     first = next(iter(records), None)
     if first is None:
-        raise ValueError(f"{name_or_path} (split {split!r}) is empty: there is nothing to stream.")
+        raise ValueError(
+            f"{name_or_path} (split {split!r}) is empty: there is nothing to stream. Check the "
+            "path and the split."
+        )
     if column is not None and column not in first:
-        raise ValueError(_no_column(name_or_path, column, list(first)))
+        raise ValueError(_missing_column_message(name_or_path, column, list(first)))
     return Table(records, tuple(first), name_or_path)
 
 
-def _no_column(name: str, column: str, available: Sequence[str]) -> str:
+def _missing_column_message(name: str, column: str, available: Sequence[str]) -> str:
     return f"{name} has no column {column!r}; it has {', '.join(map(repr, available))}."
 
 
 def find_columns(available: Sequence[str], column: str | None, name: str) -> tuple[str, ...]:
-    """The columns that hold the text: `column` if given, else pairs, else a usual name.
+    """The columns with the text: `column` if given, else `prompt` and `completion`, else `text`...
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no such columns.
     """
     listed = ", ".join(map(repr, available))
     if column is not None:
         if column not in available:
-            raise ValueError(_no_column(name, column, available))
+            raise ValueError(_missing_column_message(name, column, available))
         return (column,)
     if set(PAIR_COLUMNS) <= set(available):
         return PAIR_COLUMNS
@@ -259,32 +266,32 @@ def find_columns(available: Sequence[str], column: str | None, name: str) -> tup
             return (candidate,)
     if "messages" in available:
         raise ValueError(
-            f"{name} holds chats ('messages'), which are not read directly. Turn them into prompts "
-            "and ground truths with hf_ebft.data.chat, into 'prompt' and 'completion' columns with "
-            "tokenizer.apply_chat_template, or name a text column."
+            f"{name} contains chats ('messages'), which are not read directly. Convert them to "
+            "prompts and ground truths with hf_ebft.data.chat, or to 'prompt' and 'completion' "
+            "columns with tokenizer.apply_chat_template, or name a text column."
         )
     raise ValueError(
         f"{name} has neither a text column ({', '.join(TEXT_COLUMNS)}) nor both of "
-        f"{' and '.join(PAIR_COLUMNS)}; it has {listed}. Name the column that holds the "
-        "text (text_column)."
+        f"{' and '.join(PAIR_COLUMNS)}; it has {listed}. Name the column with the text "
+        "(text_column)."
     )
 
 
 def hold_out(data: RawDataset, fraction: float) -> tuple[RawDataset, RawDataset]:
-    """Split off a share of the documents for evaluation, the same one every time.
+    """Split off a share of the documents for evaluation; it is the same in every run.
 
-    Every k-th document is held out, k = 1 / fraction, so both parts run through the whole dataset.
-    Of a single document the end is held out.
+    Every k-th document is held out, k = 1 / fraction, so both parts cover the whole dataset. Of a
+    single document, the end is held out.
 
     Args:
         data: at least one document, or two pairs.
         fraction: share to hold out, above 0 and at most one half.
 
     Returns:
-        What remains, and what is held out.
+        The remaining data, and the held-out data.
 
     Raises:
-        ValueError: a fraction out of range, or too little data to split.
+        ValueError: the fraction is out of range, or there is too little data to split.
     """
     if not 0.0 < fraction <= 0.5:
         raise ValueError(f"fraction={fraction} must be above 0 and at most 0.5 to hold out text.")
@@ -299,7 +306,7 @@ def hold_out(data: RawDataset, fraction: float) -> tuple[RawDataset, RawDataset]
     if len(data) < 2:
         raise ValueError(
             f"{data.name} has {len(data)} row(s), too few to hold one out for evaluation; name a "
-            "dataset or split to evaluate on, or do without."
+            "dataset or split to evaluate on, or do not evaluate."
         )
     step = min(round(1 / fraction), len(data))
     held_out = range(step - 1, len(data), step)
@@ -308,7 +315,7 @@ def hold_out(data: RawDataset, fraction: float) -> tuple[RawDataset, RawDataset]
 
 
 def _text_files(path: Path) -> list[Path]:
-    """The text files at `path`, sorted; none if it is something else."""
+    """The text files at `path`, sorted; none if `path` is another kind of data."""
     if path.is_file():
         return [path] if suffix_of(path) in TEXT_SUFFIXES else []
     if not path.is_dir() or _is_saved_dataset(path):
@@ -320,14 +327,15 @@ def _text_files(path: Path) -> list[Path]:
     documents = _documents(text_files)
     if documents:
         raise ValueError(
-            f"The folder {path} holds text files ({documents[0].name}, ...) and tables "
-            f"({tables[0].name}, ...); name a file, or a folder with one kind of them."
+            f"The folder {path} contains text files ({documents[0].name}, ...) and tables "
+            f"({tables[0].name}, ...), so it is unclear which to read; name a file, or a folder "
+            "with one kind only."
         )
     return []
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted, but for hidden files and folders."""
+    """All files below `folder`, sorted, without hidden files and folders."""
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
@@ -340,13 +348,13 @@ def _with_suffix(files: Sequence[Path], suffixes: Sequence[str]) -> list[Path]:
 
 
 def _tables(files: Sequence[Path]) -> list[Path]:
-    """Of the files of a folder, the tables that make it a data set, if there are any."""
-    beside_code = _documents(_with_suffix(files, TEXT_SUFFIXES))
-    return _with_suffix(files, FOLDER_TABLE_SUFFIXES if beside_code else FOLDER_SUFFIXES)
+    """The tables among the files of a folder that make it a data set, if there are any."""
+    text_files = _documents(_with_suffix(files, TEXT_SUFFIXES))
+    return _with_suffix(files, FOLDER_TABLE_SUFFIXES if text_files else FOLDER_SUFFIXES)
 
 
 def _documents(text_files: Sequence[Path]) -> list[Path]:
-    """Text files that are more than a README."""
+    """Text files without those that may be a README."""
     return [file for file in text_files if suffix_of(file) != ".md"]
 
 
@@ -362,7 +370,7 @@ def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
         except ValueError as error:
             undecodable.append(str(error))
             continue
-        # As Python reads text files.
+        # Python reads newlines of text files in this way, too.
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         if text.strip():
             records.append({TEXT_COLUMNS[0]: text})
@@ -371,7 +379,7 @@ def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
     if undecodable and not records:
         raise ValueError(undecodable[0])
     if not records:
-        raise ValueError(f"{blank[0]} is empty: there is no text in it.")
+        raise ValueError(f"{blank[0]} is empty: there is no text in it. Check the path.")
     if undecodable:
         logger.warning(
             "%d of %d files of %s are not UTF-8 text and were left out. The first: %s",
@@ -382,7 +390,7 @@ def _read_text_files(files: Sequence[Path], name: str) -> list[dict[str, str]]:
         )
     if blank:
         logger.warning(
-            "%d of %d files of %s are empty and were left out, %s first.",
+            "%d of %d files of %s are empty and were left out. The first: %s",
             len(blank),
             len(files),
             name,
@@ -421,11 +429,11 @@ def _load_table(
 
 
 def _readable_tables(name_or_path: str, path: Path) -> list[Path]:
-    """The files of a data set that lies here as tables; none of a saved one and of the hub's.
+    """The files of a local data set of tables; none for a saved data set or one on the hub.
 
     Raises:
-        ValueError: files and folders that are not there, of no known kind, empty, or not UTF-8,
-            with what to name instead.
+        ValueError: a file or folder does not exist, is of an unknown kind, is empty or is not
+            UTF-8; the message says what to name instead.
     """
     suffix = suffix_of(path)
     looks_local = name_or_path.startswith((".", "/", "~")) or suffix in (
@@ -433,21 +441,21 @@ def _readable_tables(name_or_path: str, path: Path) -> list[Path]:
         *TABLE_SUFFIXES,
     )
     if not path.exists() and looks_local:
-        raise ValueError(f"There is no file or folder {name_or_path}.")
+        raise ValueError(f"There is no file or folder {name_or_path}; check the path.")
     if path.is_file() and suffix not in TABLE_SUFFIXES:
         raise ValueError(
-            f"{name_or_path} ends in {path.suffix!r}, which is not read; use one of "
+            f"{name_or_path} ends in {path.suffix!r}, which cannot be read; use one of "
             f"{LISTED_SUFFIXES}, or a dataset's name on the hub."
         )
     if path.is_file() and _is_blank(path):
-        raise ValueError(f"{name_or_path} is empty.")
+        raise ValueError(f"{name_or_path} is empty; check the path.")
     tables = [path] if path.is_file() else []
     if path.is_dir() and not _is_saved_dataset(path):
         tables = _tables(_files(path))
         if not tables:
             raise ValueError(
-                f"The folder {name_or_path} holds no file that is read from folders; these are: "
-                f"{', '.join((*TEXT_SUFFIXES, *FOLDER_SUFFIXES))}."
+                f"The folder {name_or_path} contains no file that can be read from a folder; these "
+                f"end in {', '.join((*TEXT_SUFFIXES, *FOLDER_SUFFIXES))}."
             )
     for table in tables:
         fault = None if suffix_of(table) == ".parquet" else not_utf8(table)
@@ -457,28 +465,28 @@ def _readable_tables(name_or_path: str, path: Path) -> list[Path]:
 
 
 def _csv_options(tables: Sequence[Path], datasets: Any) -> dict[str, Any]:
-    """How tables of text are read, so that every cell stays the text that it is.
+    """Options for reading .csv and .tsv files, so that the text of every cell stays unchanged.
 
-    pandas would make a number of `4` and a missing value of `NA` or `null`.
+    By default, pandas would make a number of `4`, and a missing value of `NA` or `null`.
 
     Raises:
-        ValueError: two of the files have other columns or another separator.
+        ValueError: the files differ in their columns or separators.
     """
     suffixes = {suffix_of(table) for table in tables}
     if not suffixes & SEPARATORS.keys():
         return {}
     if len(suffixes) > 1:
         raise ValueError(
-            f"its files are of several kinds ({', '.join(sorted(suffixes))}); put each kind into a "
-            "folder of its own."
+            f"its files are of several kinds ({', '.join(sorted(suffixes))}); put each kind into "
+            "its own folder."
         )
     separator = SEPARATORS[suffixes.pop()]
     columns = _header(tables[0], separator)
     for table in tables[1:]:
         if (found := _header(table, separator)) != columns:
             raise ValueError(
-                f"{table.name} has the columns {', '.join(found)}, {tables[0].name} has "
-                f"{', '.join(columns)}; give all files the same ones, or name one file."
+                f"{table.name} has the columns {', '.join(found)}, but {tables[0].name} has "
+                f"{', '.join(columns)}; give all files the same columns, or name one file."
             )
     features = datasets.Features({column: datasets.Value("string") for column in columns})
     return {
@@ -490,10 +498,12 @@ def _csv_options(tables: Sequence[Path], datasets: Any) -> dict[str, Any]:
 
 
 def _header(table: Path, separator: str) -> list[str]:
-    """The names in the first line of a .csv or .tsv; one without a name is called as by pandas.
+    """The column names in the first line of a .csv or .tsv file.
+
+    A column without a name gets the name that pandas gives it.
 
     Raises:
-        ValueError: two columns have one name.
+        ValueError: two columns have the same name.
     """
     with open_bytes(table) as stream:
         lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
@@ -506,18 +516,18 @@ def _header(table: Path, separator: str) -> list[str]:
 
 
 def _is_blank(path: Path) -> bool:
-    """Whether a file holds nothing but some space, or an empty list."""
+    """Whether a file contains only white space, or an empty list."""
     with open_bytes(path) as stream:
         start = stream.read(1024)
     return len(start) < 1024 and start.removeprefix(b"\xef\xbb\xbf").strip() in (b"", b"[]")
 
 
 def _json_fault(path: Path) -> str | None:
-    """The first line of a file of JSON lines that cannot be read, and why; None if all can."""
+    """A message about the first line of a JSON-lines file that cannot be read; None if all can."""
     if suffix_of(path) not in JSON_LINES or not path.is_file():
         return None
     with open_bytes(path) as stream:
-        # Bytes: a text would also be split at characters that JSON may hold as they are (U+2028).
+        # Bytes, since text would also be split at characters that JSON allows in a line (U+2028).
         for number, line in enumerate(stream, start=1):
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if not text.strip():
@@ -525,8 +535,8 @@ def _json_fault(path: Path) -> str | None:
             try:
                 record = json.loads(text)
             except ValueError as error:
-                return f"line {number} is no JSON ({error})"
-            # Surrogates are found in the text that they are escaped in, however deep they lie.
+                return f"line {number} is not valid JSON ({error})"
+            # Dumping the record finds surrogates in all its texts, however deeply nested.
             fault = fault_of(json.dumps(record, ensure_ascii=False))
             if fault is not None:
                 return f"line {number} {fault}"
@@ -534,13 +544,13 @@ def _json_fault(path: Path) -> str | None:
 
 
 def import_datasets(name: str) -> Any:
-    """The library `datasets`.
+    """Import the library `datasets`.
 
     Args:
-        name: what it is needed for.
+        name: the data that needs it, for the error.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: `datasets` is not installed.
     """
     try:
         import datasets

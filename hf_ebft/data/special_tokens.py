@@ -1,4 +1,4 @@
-"""The special tokens around a text: the BOS before it, and what ends it or an assistant's turn."""
+"""The special tokens around a text: the BOS before it, and the end of a document or a reply."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from jinja2 import TemplateError
 
 logger = logging.getLogger(__name__)
 
-# A chat that every template can lay out. Its words are in no template, so they can be found again.
+# A chat that every template can render. Its words are in no template, so they can be found in the
+# rendered text.
 QUESTION = {"role": "user", "content": "ebftquestion"}
 REPLY = {"role": "assistant", "content": "ebftreply"}
 
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a text, with the special tokens that the tokenizer adds and only one BOS.
+    """Token ids of a text, with the special tokens that the tokenizer adds but only one BOS.
 
-    A text that a chat template has rendered often begins with BOS. Most tokenizers then put a
-    second one before it.
+    A text that a chat template has rendered often begins with BOS, and most tokenizers add a second
+    one.
 
     Args:
         text: any text.
@@ -35,27 +36,27 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
 
 
 def added_bos(tokenizer: Any) -> list[int]:
-    """The BOS token that the tokenizer puts before a text, as a list of one id; [] if none."""
+    """The BOS token that the tokenizer adds before a text, as a list of one id; [] if none."""
     added = list(tokenizer("").input_ids)
     return [tokenizer.bos_token_id] if added[:1] == [tokenizer.bos_token_id] else []
 
 
 def without_bos(ids: Sequence[int], bos: Sequence[int]) -> list[int]:
-    """Token ids of a text without the BOS that the text itself begins with.
+    """Remove the BOS with which a text itself begins from its token ids.
 
     Args:
-        ids: of the text, without the special tokens that the tokenizer adds.
-        bos: what `added_bos` returns.
+        ids: token ids of the text, without the special tokens that the tokenizer adds.
+        bos: the result of `added_bos`.
     """
     ids = list(ids)
     return ids[len(bos) :] if ids[: len(bos)] == list(bos) else ids
 
 
 class Endings:
-    """What texts end with: EOS, or what the chat template writes after a reply.
+    """The ends of texts: EOS, or the tokens that the chat template writes after a reply.
 
-    The two differ for many models: a reply ends with `<end_of_turn>`, `<|im_end|>` or `<|eot_id|>`
-    where the EOS token is another.
+    The two differ for many models: a reply ends with `<end_of_turn>`, `<|im_end|>` or `<|eot_id|>`,
+    but the EOS token is another one.
 
     Args:
         tokenizer: a transformers tokenizer, with or without EOS and chat template.
@@ -75,8 +76,8 @@ class Endings:
             self._reply_opening = _reply_opening(rendered, tokenizer)
         except (TemplateError, ValueError) as error:
             logger.warning(
-                "The chat template cannot lay out a question with a reply (%s), so chats end with "
-                "the EOS token, as other texts do.",
+                "The chat template cannot render a question with a reply (%s), so chats end with "
+                "the EOS token, like other texts.",
                 error,
             )
             return
@@ -86,7 +87,7 @@ class Endings:
         self._turn_texts = [text for text in (after.rstrip(), end) if text.strip()]
 
     def of_document(self, text: str) -> tuple[str, list[int]]:
-        """A document without the end that its text may have already, and the ids of its end."""
+        """A document without an end that its text already has, and the ids of its end."""
         bare = _without_end(text, self._turn_texts)
         if bare is not None:
             return bare, self._turn_end
@@ -96,12 +97,13 @@ class Endings:
     def of_completion(
         self, prompt: str, completion: str, *, chat: bool = False
     ) -> tuple[str, list[int]]:
-        """A completion without the end that its text may have already, and the ids of its end.
+        """A completion without an end that its text already has, and the ids of its end.
 
         Args:
-            prompt: what it follows; a chat if the template's opening of a reply is in it.
-            completion: text.
-            chat: the prompt is a chat, whatever it holds.
+            prompt: the prompt; it counts as a chat if it contains the text with which the template
+                opens a reply.
+            completion: the text of the completion.
+            chat: treat the prompt as a chat in any case.
         """
         if self._turn_end and (chat or (self._reply_opening and self._reply_opening in prompt)):
             stripped = [text.strip() for text in self._turn_texts]
@@ -111,12 +113,12 @@ class Endings:
         return completion if bare is None else bare, self._eos
 
 
-# Rendering a template and listing special tokens costs more than encoding a row.
+# A cache, since rendering a template and listing special tokens costs more than encoding a row.
 _KNOWN: WeakKeyDictionary[Any, tuple[tuple[Any, ...], Endings]] = WeakKeyDictionary()
 
 
 def endings_of(tokenizer: Any) -> Endings:
-    """The tokenizer's `Endings`, made once as long as its template and special tokens stay."""
+    """The tokenizer's `Endings`, cached until its template or special tokens change."""
     state = (str(tokenizer.chat_template), tokenizer.eos_token_id, len(tokenizer))
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != state:
@@ -125,7 +127,7 @@ def endings_of(tokenizer: Any) -> Endings:
 
 
 def _without_end(text: str, ends: Sequence[str]) -> str | None:
-    """The text without the first of these ends that it has, None if it has none."""
+    """The text without the first of these ends that it ends with; None if it has none of them."""
     stripped = text.rstrip()
     for end in ends:
         if stripped.endswith(end):
@@ -141,7 +143,7 @@ def _render(messages: list[dict[str, str]], tokenizer: Any, *, generation: bool 
 
 
 def _reply_opening(rendered: str, tokenizer: Any) -> str:
-    """What the template writes between a question and its reply, as a mark of rendered chats.
+    """The text that the template writes between a question and its reply; it marks rendered chats.
 
     Raises:
         ValueError: the template leaves out the question or the reply.
@@ -151,14 +153,17 @@ def _reply_opening(rendered: str, tokenizer: Any) -> str:
     _, asked, between = before.rpartition(question)
     if not (found and asked):
         raise ValueError("the template leaves out the question or the reply")
-    # The generation prompt alone where there is one: what is between may hold an empty thought.
+    # Use the generation prompt if there is one: the text in between may contain an empty thought.
     short, long = (_render([QUESTION], tokenizer, generation=added) for added in (False, True))
     generation = long.removeprefix(short).strip() if long.startswith(short) else ""
     return generation or between.strip()
 
 
 def _turn_end(after: str, tokenizer: Any) -> list[int]:
-    """Ids of what follows a reply, up to the first token that ends a turn; else with EOS added."""
+    """Ids of the text after a reply, up to the first token that ends a turn.
+
+    If no token ends a turn, EOS is added.
+    """
     reply = tokenizer(REPLY["content"], add_special_tokens=False).input_ids
     ids = tokenizer(REPLY["content"] + after, add_special_tokens=False).input_ids
     if ids[: len(reply)] == reply:

@@ -1,8 +1,7 @@
-"""Functions that every Python carries, as prompts with ground truths: the head, then the body.
+"""Functions of Python's standard library as prompts (head) with ground truths (body).
 
-For structured mode without anything to download. Which file belongs to which domain and split is
-decided by `hf_ebft/data/stdlib_text.py`; the small model has seen `general/pretrain` and nothing
-else.
+They are for structured mode without downloads. `hf_ebft/data/stdlib_text.py` decides which file
+belongs to which domain and split. The small model was trained on `general/pretrain` only.
 """
 
 import ast
@@ -14,7 +13,7 @@ from hf_ebft.data import stdlib_text
 # Short enough for completions of a few dozen tokens, long enough to be more than `pass`.
 BODY_CHARACTERS = range(20, 101)
 HEAD_CHARACTERS = range(1, 301)
-# Longer files have most of the functions, and take most of the time to parse.
+# Longer files are left out: they have most of the functions, but take most of the time to parse.
 FILE_CHARACTERS = range(1, 20_001)
 
 
@@ -27,11 +26,11 @@ def load(domain: str, split: str, root: Path | None = None) -> list[dict[str, st
         root: the library's folder; `None` means the running Python's.
 
     Returns:
-        Rows with `prompt` (from `def` to the docstring's end) and `ground_truth` (the rest of
-        the function, indented as it stands).
+        Rows with `prompt` (from `def` to the end of the docstring) and `ground_truth` (the rest of
+        the function, with its indentation).
 
     Raises:
-        ValueError: no such domain or split, or none of its functions is short enough.
+        ValueError: the domain or split does not exist, or none of its functions is short enough.
     """
     rows = [
         {"prompt": head, "ground_truth": body}
@@ -41,14 +40,14 @@ def load(domain: str, split: str, root: Path | None = None) -> list[dict[str, st
     ]
     if not rows:
         raise ValueError(
-            f"domain {domain!r}, split {split!r} holds no short functions; use another domain, "
-            "'tests' or 'general' for example."
+            f"domain {domain!r}, split {split!r} contains no short functions; use another domain, "
+            "such as 'tests' or 'general'."
         )
     return rows
 
 
 def functions(source: str) -> Iterator[tuple[str, str]]:
-    """Head and body of every short function, outermost first; nothing if it does not parse."""
+    """Head and body of every short function, outermost first; none if the source does not parse."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -61,7 +60,7 @@ def functions(source: str) -> Iterator[tuple[str, str]]:
         if not statements:
             continue
         start = statements[0].lineno - 1
-        # Only a body that begins on a line of its own is told from the head by lines.
+        # Head and body can be separated by lines only if the body begins on its own line.
         if lines[start][: statements[0].col_offset].strip():
             continue
         head, body = (

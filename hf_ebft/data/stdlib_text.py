@@ -1,10 +1,10 @@
-"""Text that every Python carries: the source of its own standard library, in fixed splits.
+"""Text that comes with every Python: the source of the standard library, in fixed splits.
 
 The small model in `examples/tiny_model` is trained on it (`examples/pretrain_tiny.py`), and
-`hf-ebft demo` takes its documents from it, so that nothing has to be downloaded. Both must
-agree on which text is whose; this module is the one place that decides.
+`hf-ebft demo` trains on it, so that nothing has to be downloaded. Each uses splits of its own,
+which are defined only here.
 
-A *domain* is a kind of text, decided by the file's place in the library:
+A *domain* is a kind of text. It depends on the file's place in the library:
 
 =============  ===============================================  ================================
 domain         documents                                        splits (share of the names)
@@ -19,13 +19,13 @@ domain         documents                                        splits (share of
 `encodings`    the character tables in `encodings/`             train 70, tune 10, report 20 %
 =============  ===============================================  ================================
 
-The small model has seen `general/pretrain` and nothing else; `pretrain_eval` measures it, and
-nobody trains on `demo_reserve`. In the other domains `tune` is for choosing hyper-parameters
-and `report` for the results that are published.
+The small model was trained on `general/pretrain` only and is measured on `pretrain_eval`; nothing
+is trained on `demo_reserve`. In the other domains, `tune` is for choosing hyper-parameters and
+`report` for published results.
 
-A document belongs to the split that the SHA-256 of its name falls into, so the splits are disjoint
-by construction and a file keeps its split on every machine and every Python version. Which files
-exist does differ: some distributions leave out the `test` folders, for example.
+The SHA-256 of a document's name decides its split. So the splits are disjoint, and a file has the
+same split on every machine and with every Python version. The files themselves can differ: some
+distributions leave out the `test` folders, for example.
 """
 
 import ast
@@ -48,14 +48,14 @@ SPLITS: dict[str, dict[str, int]] = {
 }
 
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
-# Not the standard library: what users install next to it, and compiled copies.
+# Folders that are not part of the standard library: installed packages, and compiled copies.
 _FOREIGN_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 class Document(NamedTuple):
     """One document.
 
-    `name` is the file's path relative to the library, with forward slashes; a topic is called
+    `name` is the file's path relative to the library, with forward slashes; the name of a topic is
     `pydoc_data/topics.py#<topic>`.
     """
 
@@ -71,15 +71,15 @@ class Corpus(NamedTuple):
 
 
 def stdlib_root() -> Path:
-    """Folder of the running Python's standard library (the base one's, in a venv)."""
+    """Folder of the running Python's standard library (in a venv, that of the base Python)."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def file_names(root: Path) -> list[str]:
     """Relative names of the library's Python files, sorted; empty if `root` does not exist.
 
-    Left out is what building Python has written on this machine (`_sysconfigdata*`,
-    `config-*`): it differs from machine to machine.
+    Files that building Python has generated (`_sysconfigdata*`, `config-*`) are left out, since
+    they differ from machine to machine.
     """
     names = []
     for folder, subfolders, files in os.walk(root):
@@ -122,7 +122,8 @@ def split_of(name: str) -> str:
 def parse_topics(source: str) -> dict[str, str]:
     """The dictionary that `pydoc_data/topics.py` assigns to `topics`, without running it.
 
-    Raises `ValueError` if `source` holds no such literal.
+    Raises:
+        ValueError: `source` contains no such literal.
     """
     try:
         statements = ast.parse(source).body
@@ -148,8 +149,8 @@ def parse_topics(source: str) -> dict[str, str]:
 def whole_topics(topics: dict[str, str]) -> dict[str, str]:
     """`topics` without those that are parts of others, so that no text is in two splits.
 
-    The reference manual's sections nest ("while" is also printed within "compound"). A topic is
-    left out if longer topics repeat half of its text or more, paragraph by paragraph.
+    Sections of the reference manual are nested ("while" is also printed within "compound"). A topic
+    is left out if at least half of its text, by paragraphs, also occurs in longer topics.
     """
     whole: dict[str, str] = {}
     seen: set[str] = set()
@@ -165,9 +166,13 @@ def whole_topics(topics: dict[str, str]) -> dict[str, str]:
 def documents_of_file(root: Path, name: str) -> Iterator[Document]:
     """The documents of one file: its text, or one for each topic; none if it is blank.
 
-    The file is decoded as Python itself would (coding cookie, UTF-8 otherwise; any newline reads
-    as `\\n`). Raises `OSError`, `SyntaxError` (unknown encoding) or `ValueError`
-    (undecodable bytes, no topics found).
+    The file is decoded as Python does it (by the coding cookie, else as UTF-8; every newline is
+    read as `\\n`).
+
+    Raises:
+        OSError: the file cannot be read.
+        SyntaxError: its encoding is unknown.
+        ValueError: its bytes cannot be decoded, or it contains no topics.
     """
     with tokenize.open(root / name) as file:
         text = file.read()
@@ -186,8 +191,9 @@ def load(domain: str, split: str, root: Path | None = None) -> Corpus:
         split: one of that domain's splits.
         root: the library's folder; `None` means the running Python's.
 
-    Raises `ValueError` for an unknown domain or split, and where this Python installation has
-    no document of that kind.
+    Raises:
+        ValueError: the domain or split is unknown, or this Python installation has no document of
+            that kind.
     """
     if domain not in SPLITS:
         raise ValueError(f"domain {domain!r} does not exist: use one of {', '.join(SPLITS)}")
@@ -201,7 +207,7 @@ def load(domain: str, split: str, root: Path | None = None) -> Corpus:
     for name in file_names(root):
         if domain_of(name) != domain:
             continue
-        # A file of topics is spread over the splits; any other file has just one.
+        # The topics of one file are spread over the splits; any other file is in one split.
         if name != TOPICS_FILE and split_of(name) != split:
             continue
         try:

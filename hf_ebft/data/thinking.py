@@ -1,8 +1,9 @@
-"""Text of reasoning models: thinking between tags, then the answer.
+"""Splits text of reasoning models into thinking (between tags) and answer.
 
-In structured mode the policy may think before it answers. Features compare sequences, so rollout
-and ground truth have to be treated alike: either both keep their thinking, or both lose it before
-they reach the feature network. The policy gradient covers every sampled token either way.
+In structured mode the policy may think before it answers. Features compare whole sequences, so
+rollout and ground truth must be treated in the same way: either both keep their thinking, or it is
+removed from both before the feature network reads them. The policy gradient covers every sampled
+token in both cases.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any
 
 THINKING_STARTS = "<think>"
 THINKING_ENDS = "</think>"
-# Tokens at the prompt's end that hold the tag and the space after it, where a template opens it.
+# Number of tokens at the end of a prompt in which to look for an opening tag of the template.
 _PROMPT_TAIL = 64
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:
-    """Thinking and answer of a reply.
+    """Split a reply into thinking and answer.
 
     The answer is what follows the last `</think>`. The opening tag may be missing (some chat
     templates write it at the end of the prompt).
@@ -26,57 +27,57 @@ def split_thinking(text: str) -> tuple[str | None, str]:
         text: a whole reply.
 
     Returns:
-        The thinking without its tags and surrounding space, None if there is none, and the answer
-        without leading space if there was thinking.
+        The thinking without its tags and surrounding space, or None if there is none; and the
+        answer, without leading space if there was thinking.
 
     Raises:
-        ValueError: thinking that is opened and not closed: there is no telling where the answer
-            starts.
+        ValueError: thinking is opened but not closed, so that the start of the answer is unknown.
     """
     thinking, end, answer = text.rpartition(THINKING_ENDS)
     if not end:
         if THINKING_STARTS in text:
             raise ValueError(
-                f"{THINKING_STARTS} without {THINKING_ENDS}: the reply breaks off in its thinking, "
-                "or the tags are others."
+                f"{THINKING_STARTS} without {THINKING_ENDS}: the reply ends within its thinking, "
+                "or uses other tags. Complete the reply, or leave the row out."
             )
         return None, text
     if THINKING_STARTS in answer:
         raise ValueError(
-            f"The last {THINKING_STARTS} comes after the last {THINKING_ENDS}: the reply breaks "
-            "off in its thinking."
+            f"The last {THINKING_STARTS} comes after the last {THINKING_ENDS}: the reply ends "
+            "within its thinking. Complete the reply, or leave the row out."
         )
     return thinking.strip().removeprefix(THINKING_STARTS).strip(), answer.lstrip()
 
 
 def join_thinking(thinking: str, answer: str) -> str:
-    """A reply with its thinking between tags, as the templates of common models lay it out."""
+    """A reply with its thinking between tags, in the format of common chat templates."""
     return f"{THINKING_STARTS}\n{thinking.strip()}\n{THINKING_ENDS}\n\n{answer}"
 
 
 def answer_start(prompt_ids: Sequence[int], completion_ids: Sequence[int], tokenizer: Any) -> int:
     """Index in `completion_ids` at which the answer begins, after any thinking.
 
-    Found in the decoded text, so that it does not matter how the tags are tokenized: the first
-    token after the one that completes the last `</think>`, and after space. A token that holds
-    the end of the tag and the answer's first characters counts as thinking.
+    The tag is found in the decoded text, so its tokenization does not matter. The answer starts at
+    the first token that is not space after the token that completes the last `</think>`. A token
+    with both the end of the tag and the first characters of the answer counts as thinking.
 
     Args:
-        prompt_ids: (P,) token ids; where they end in an open `<think>`, the completion starts out
+        prompt_ids: (P,) token ids; if they end with an open `<think>`, the completion begins with
             thinking.
         completion_ids: (C,) token ids.
-        tokenizer: whose ids they are.
+        tokenizer: the tokenizer of these ids.
 
     Returns:
-        0 where there is no thinking; C where the thinking has not ended, so that there is no answer
-        yet.
+        The index; 0 if there is no thinking, C if the thinking has not ended, so that there is no
+        answer yet.
     """
     text = tokenizer.decode(completion_ids, skip_special_tokens=False)
     end = text.rfind(THINKING_ENDS)
     reopened = text.rfind(THINKING_STARTS) > end
     if end < 0 and not reopened:
         tail = tokenizer.decode(prompt_ids[-_PROMPT_TAIL:], skip_special_tokens=False)
-        reopened = tail.rstrip().endswith(THINKING_STARTS)  # a user may write of the tag elsewhere
+        # Only at the end: a user's message may contain the tag elsewhere.
+        reopened = tail.rstrip().endswith(THINKING_STARTS)
     if reopened:
         return len(completion_ids)
     if end < 0:
@@ -89,7 +90,7 @@ def answer_start(prompt_ids: Sequence[int], completion_ids: Sequence[int], token
 
 
 def _shortest_prefix(ids: Sequence[int], tokenizer: Any, count: int) -> int:
-    """The least number of tokens whose text holds the closing tag `count` times, by bisection."""
+    """The smallest number of tokens whose text contains the closing tag `count` times."""
     low, high = 0, len(ids)
     while low < high:
         middle = (low + high) // 2

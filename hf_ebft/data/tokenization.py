@@ -1,7 +1,7 @@
-"""From raw text to rows of token ids, with everything that is cut or left out counted.
+"""Tokenizes raw text into rows of token ids, and counts everything that is cut or left out.
 
-A *document* is a text as it came; it becomes one or more *pieces* of at most `sequence_len` tokens;
-a *row* is one piece or, packed, several.
+A *document* is a text as it was read. It is cut into *pieces* of at most `sequence_len` tokens. A
+*row* is one piece or, with packing, several.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from hf_ebft.rows.documents import DOCUMENT_COLUMNS, IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
-# Texts handed to the tokenizer at once: enough for its threads, little enough to stop early.
+# Number of texts per call of the tokenizer: enough for its threads, few enough to stop early.
 BATCH = 256
 
 
 @dataclass
 class TokenizationCounts:
-    """What became of the text.
+    """Numbers of texts that were read, cut and left out, and of rows.
 
     Attributes:
-        documents: texts, or prompt/completion pairs, that were read.
-        empty: of these, how many hold no tokens (pairs: whose completion holds none).
-        cut: of these, how many were longer than a row: texts continue in the next row, completions
-            end there.
-        short: pieces (pairs: examples) with no room for a block.
-        short_tokens: tokens of these.
-        kept_short: whether short pieces were kept, to train by cross-entropy only.
-        rows: rows made.
-        tokens: tokens in them.
-        stopped_early: whether reading ended because `max_rows` were reached.
+        documents: number of texts, or prompt/completion pairs, that were read.
+        empty: number of these without tokens (of pairs, without completion tokens).
+        cut: number of these that were longer than a row. A text continues in the next row; a
+            completion is cut off.
+        short: number of pieces (or pairs) without room for a block.
+        short_tokens: number of their tokens.
+        kept_short: whether short pieces were kept, to train on their cross-entropy only.
+        rows: number of rows.
+        tokens: number of tokens in the rows.
+        stopped_early: whether reading stopped because there were `max_rows` rows.
     """
 
     documents: int = 0
@@ -62,14 +62,14 @@ class TokenizationCounts:
         if self.cut:
             parts.append(f"{self.cut} documents longer than a row")
         if self.short:
-            fate = "kept for cross-entropy only" if self.kept_short else "dropped"
+            action = "kept for cross-entropy only" if self.kept_short else "dropped"
             parts.append(
-                f"{self.short} pieces too short for a block {fate} ({self.short_tokens} tokens)"
+                f"{self.short} pieces too short for a block {action} ({self.short_tokens} tokens)"
             )
         if self.empty:
             parts.append(f"{self.empty} empty documents skipped")
         if self.stopped_early:
-            parts.append("stopped at the most rows wanted")
+            parts.append("stopped at the largest number of rows")
         return "; ".join(parts)
 
 
@@ -78,7 +78,7 @@ class TokenizedRows(Dataset[dict[str, Tensor]]):
 
     Attributes:
         sources: for each row, the index of the source document of each of its documents.
-        counts: what became of the text they were made from.
+        counts: counts of the text that the rows were made from.
     """
 
     def __init__(
@@ -95,27 +95,28 @@ class TokenizedRows(Dataset[dict[str, Tensor]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        # Kept in 4 bytes a token, handed out in the 8 that embeddings and losses take.
+        # Stored in 4 bytes per token, returned in the 8 that embeddings and losses need.
         return {name: torch.from_numpy(ids).long() for name, ids in self._rows[index].items()}
 
     def spread(self, count: int, seed: int = 0) -> TokenizedRows:
         """At most `count` of the rows, from as many sources as possible and otherwise at random.
 
-        Rows of one source resemble each other, so that a few of many tell more about the text.
+        Rows of one source resemble each other, so rows of many sources represent the text better.
 
         Args:
-            count: rows wanted, at least 1.
-            seed: of the choice.
+            count: number of rows, at least 1.
+            seed: seed of the random choice.
 
         Raises:
-            ValueError: `count` below 1.
+            ValueError: `count` is below 1.
         """
         if count < 1:
             raise ValueError(f"count={count} must be at least 1; leave it out to take all rows.")
         taken: Counter[int] = Counter()
         ranked: list[tuple[int, int, int]] = []
         for row in np.random.default_rng(seed).permutation(len(self)).tolist():
-            # How many rows of the same source come before it: every source has one of rank 0.
+            # The rank is the number of earlier rows of the same source, so each source has one row
+            # of rank 0.
             ranked.append((taken[self.sources[row][0]], len(ranked), row))
             taken[self.sources[row][0]] += 1
         chosen = sorted(row for _, _, row in sorted(ranked)[:count])
@@ -136,27 +137,27 @@ def tokenize_and_cut(
 ) -> TokenizedRows:
     """Tokenize raw text and cut it into rows of at most `sequence_len` tokens.
 
-    Every document ends with the tokenizer's EOS token, if it has one, and is cut where a row is
-    full. A document that ends as the chat template ends a reply keeps that end and gets no EOS.
+    Every document ends with the tokenizer's EOS token, if it has one, and is cut when a row is
+    full. A document that ends like a reply in the chat template keeps that end and gets no EOS.
     Each piece begins with the BOS token if the tokenizer adds one. Documents are read only until
     there are enough rows.
 
     Args:
         documents: raw texts.
         tokenizer: a transformers tokenizer.
-        sequence_len: most tokens of a row.
-        min_length: tokens that one block needs, `context_length + generate_max_len`; pieces below
-            are dropped.
-        pack: put pieces that do not fill a row together into one, told apart by a `document_ids`
-            column. A piece goes to the fullest row that has room for it.
-        keep_short: keep pieces below `min_length`, to train by cross-entropy only.
-        max_rows: stop when there are so many rows. Default: take everything.
+        sequence_len: largest number of tokens of a row.
+        min_length: number of tokens that one block needs, `context_length + generate_max_len`;
+            shorter pieces are dropped.
+        pack: pack pieces that do not fill a row into one row, with a `document_ids` column. A piece
+            goes to the fullest row that has room for it.
+        keep_short: keep pieces below `min_length`, to train on their cross-entropy only.
+        max_rows: largest number of rows. Default: read everything.
 
     Raises:
-        ValueError: lengths that do not fit, or no row at all.
+        ValueError: the lengths do not fit each other, or there is no row.
     """
     rows = _cut(documents, tokenizer, sequence_len, min_length, pack, keep_short, max_rows)
-    return _refuse_none(rows)
+    return _require_rows(rows)
 
 
 def raw_text(
@@ -173,35 +174,36 @@ def raw_text(
         dataset.map(raw_text, batched=True, remove_columns=dataset.column_names,
                     fn_kwargs={"tokenizer": tokenizer})
 
-    A text gives as many rows as it fills. What is left out is logged with its number.
+    A long text gives several rows. The log says how much is left out.
 
     Args:
         batch: columns of several rows.
         tokenizer: a transformers tokenizer.
         text_column: the column with the texts.
-        sequence_len: most tokens of a row.
-        min_length: tokens that one block needs, `context_length + generate_max_len`; pieces below
-            are dropped.
-        keep_short: keep these, to train by cross-entropy only.
+        sequence_len: largest number of tokens of a row.
+        min_length: number of tokens that one block needs, `context_length + generate_max_len`;
+            shorter pieces are dropped.
+        keep_short: keep pieces below `min_length`, to train on their cross-entropy only.
 
     Returns:
-        `input_ids`, one list for each row made.
+        `input_ids`, one list for each row.
 
     Raises:
-        ValueError: no such column, a call without `batched=True`, or a value that is no text.
+        ValueError: the column does not exist, the call is not batched, or a value is not text.
     """
     if text_column not in batch:
         raise ValueError(f"There is no column {text_column!r}, only {', '.join(map(repr, batch))}.")
     texts = batch[text_column]
     if isinstance(texts, str):
         raise ValueError(
-            "raw_text makes several rows of one text, so dataset.map needs batched=True for it."
+            "raw_text makes several rows of one text, so it needs a batch; call dataset.map with "
+            "batched=True."
         )
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(
-                f"Column {text_column!r} holds a {type(text).__name__} in row {number} of the "
-                "batch, not text."
+                f"Column {text_column!r} contains a {type(text).__name__} in row {number} of the "
+                "batch, not text; choose another text_column, or convert its values to text first."
             )
         require_unicode(text, f"Column {text_column!r}, row {number} of the batch,")
     rows = _cut(texts, tokenizer, sequence_len, min_length, False, keep_short, None)
@@ -219,7 +221,7 @@ def _cut(
     keep_short: bool,
     max_rows: int | None,
 ) -> TokenizedRows:
-    """`tokenize_and_cut`, where no row at all is a result like others."""
+    """`tokenize_and_cut`, without an error if there is no row."""
     _check_lengths(sequence_len, min_length, max_rows)
     counts = TokenizationCounts(kept_short=keep_short)
     prefix = added_bos(tokenizer)
@@ -227,7 +229,7 @@ def _cut(
     room = sequence_len - len(prefix)
     if room < 1:
         raise ValueError(
-            f"sequence_len={sequence_len} has no room for text beside the BOS token; raise it."
+            f"sequence_len={sequence_len} has no room for text after the BOS token; raise it."
         )
     rows = _Rows(sequence_len, pack, max_rows)
     for source, (ids, end) in enumerate(_encode_documents(documents, tokenizer, endings)):
@@ -265,25 +267,25 @@ def tokenize_prompt_completion(
 ) -> TokenizedRows:
     """Tokenize prompts with completions into rows whose `labels` are -100 on the prompt.
 
-    The two texts are tokenized apart, so that no token spans the boundary; the prompt begins with
-    the BOS token if the tokenizer adds one. The completion ends with EOS; after a prompt that the
-    chat template has rendered it ends as the template ends a reply. A completion that does not fit
-    is cut and has no such end then.
+    The two texts are tokenized separately, so that no token spans the boundary. The prompt begins
+    with the BOS token if the tokenizer adds one. The completion ends with EOS, or, after a prompt
+    that the chat template has rendered, with the template's end of a reply. A completion that does
+    not fit is cut, and then has no end.
 
     Args:
         pairs: prompts with their completions.
         tokenizer: a transformers tokenizer with an EOS token.
-        sequence_len: most tokens of a row.
-        min_length: tokens that one block needs, `context_length + generate_max_len`.
-        min_completion: tokens of the completion that one block needs, `min_completion_prefix +
-            generate_max_len`. Examples with less, perhaps because their prompt fills the row, are
-            dropped.
-        keep_short: keep these (as far as any token of the completion is left), to train by
+        sequence_len: largest number of tokens of a row.
+        min_length: number of tokens that one block needs, `context_length + generate_max_len`.
+        min_completion: number of completion tokens that one block needs, `min_completion_prefix +
+            generate_max_len`. Examples with fewer, for example because the prompt fills the row,
+            are dropped.
+        keep_short: keep these examples (if they have any completion token), to train on their
             cross-entropy only.
-        max_rows: stop when there are so many rows. Default: take everything.
+        max_rows: largest number of rows. Default: read everything.
 
     Raises:
-        ValueError: lengths that do not fit, a tokenizer without EOS, or no row at all.
+        ValueError: the lengths do not fit each other, the tokenizer has no EOS, or there is no row.
     """
     _check_lengths(sequence_len, max(min_length, min_completion), max_rows)
     _require_eos(tokenizer)
@@ -315,7 +317,7 @@ def tokenize_prompt_completion(
         labels[:completion_start] = IGNORE_INDEX
         rows.append({"input_ids": input_ids, "labels": labels})
         sources.append((source,))
-    return _refuse_none(_finish(rows, sources, counts))
+    return _require_rows(_finish(rows, sources, counts))
 
 
 def prompt_completion(
@@ -330,28 +332,28 @@ def prompt_completion(
 ) -> dict[str, list[int]]:
     """`tokenize_prompt_completion` for `dataset.map`, one row at a time.
 
-    A prompt may also be chat messages, which the tokenizer's chat template lays out up to where the
-    assistant is to speak; the row then ends as the template ends a reply. `labels` are -100 on
-    the prompt, so that strided mode has its blocks in the completion only. A completion that does
-    not fit is cut at its end.
+    A prompt may also be a list of chat messages. The tokenizer's chat template renders them with a
+    generation prompt, and the row ends with the template's end of a reply. `labels` are -100 on the
+    prompt, so that strided mode has blocks in the completion only. A completion that does not fit
+    is cut at its end.
 
     Args:
         row: one row.
-        index: its number, for messages (`with_indices=True`).
+        index: number of the row, for messages (`with_indices=True`).
         tokenizer: a transformers tokenizer with an EOS token.
-        prompt_column: text or messages.
-        completion_column: text.
-        sequence_len: most tokens of a row.
-        min_completion: tokens of the completion that one block needs, `min_completion_prefix +
+        prompt_column: column with the prompt, text or messages.
+        completion_column: column with the completion, text.
+        sequence_len: largest number of tokens of a row.
+        min_completion: number of completion tokens that one block needs, `min_completion_prefix +
             generate_max_len`.
 
     Returns:
         `input_ids` and `labels`.
 
     Raises:
-        ValueError: a missing column, or a tokenizer without EOS or chat template.
-        BadRowError: a value that is no text, or a completion that is empty or of which too little
-            fits. `transform_rows` can leave out such rows.
+        ValueError: a column is missing, or the tokenizer has no EOS or no chat template.
+        BadRowError: a value is not text, or the completion is empty, or too little of it fits.
+            `transform_rows` can leave out such rows.
     """
     _require_eos(tokenizer)
     where = "A row" if index is None else f"Row {index}"
@@ -362,7 +364,7 @@ def prompt_completion(
             )
     completion = row[completion_column]
     if not isinstance(completion, str) or not completion:
-        raise BadRowError(f"{where}: column {completion_column!r} holds no text.")
+        raise BadRowError(f"{where}: column {completion_column!r} contains no text.")
     prompt = render_prompt(row[prompt_column], tokenizer, f"{where}: column {prompt_column!r}")
     for column, text in ((prompt_column, prompt), (completion_column, completion)):
         if (fault := fault_of(text)) is not None:
@@ -379,32 +381,32 @@ def prompt_completion(
     n_completion = max(0, len(input_ids) - start)
     if n_completion < min_completion:
         raise BadRowError(
-            f"{where}: of {len(whole) - start} tokens of the completion {n_completion} fit into "
-            f"sequence_len={sequence_len} after {start} tokens of the prompt, fewer than the "
-            f"{min_completion} that a block needs."
+            f"{where}: {n_completion} of {len(whole) - start} completion tokens fit into "
+            f"sequence_len={sequence_len} after {start} prompt tokens, fewer than the "
+            f"{min_completion} that a block needs. Raise sequence_len, or leave the row out."
         )
     return {"input_ids": input_ids, "labels": [IGNORE_INDEX] * start + input_ids[start:]}
 
 
 def render_prompt(prompt: Any, tokenizer: Any, where: str) -> str:
-    """A prompt as the text that the tokenizer is to encode, without the BOS token that it adds.
+    """Render a prompt as text, without the BOS token that the tokenizer adds.
 
     Args:
         prompt: text, or chat messages.
-        tokenizer: its chat template is used for messages.
-        where: what the prompt is, for errors.
+        tokenizer: the tokenizer, whose chat template renders messages.
+        where: name of the prompt, for errors.
 
     Raises:
-        ValueError: messages without a chat template.
-        BadRowError: neither text nor messages.
+        ValueError: the prompt is a list of messages, but there is no chat template.
+        BadRowError: the prompt is neither text nor messages.
     """
     if isinstance(prompt, str):
         return prompt
     if not isinstance(prompt, (list, tuple)) or not prompt:
-        raise BadRowError(f"{where} holds a {type(prompt).__name__}, neither text nor messages.")
+        raise BadRowError(f"{where} contains a {type(prompt).__name__}, not text or messages.")
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{where} holds chat messages, and the tokenizer has no chat template; set "
+            f"{where} contains chat messages, but the tokenizer has no chat template; set "
             "tokenizer.chat_template, or give the prompts as text."
         )
     text: str = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -424,7 +426,7 @@ class _Rows:
         self.sources: list[tuple[int, ...]] = []
 
     def add(self, ids: list[int], source: int) -> bool:
-        """Place a piece; False if that would need one row too many."""
+        """Add a piece to a row; False if that would exceed the largest number of rows."""
         row = self._row_with_space(len(ids)) if self._pack else None
         if row is None:
             if self._max_rows is not None and len(self._pieces) == self._max_rows:
@@ -447,7 +449,7 @@ class _Rows:
 
     def columns(self) -> list[dict[str, NDArray[np.int32]]]:
         """The rows, with `document_ids` if they are packed."""
-        made = []
+        rows = []
         for pieces in self._pieces:
             row = {"input_ids": np.concatenate(pieces)}
             if self._pack:
@@ -455,8 +457,8 @@ class _Rows:
                 row[DOCUMENT_COLUMNS[0]] = np.repeat(
                     np.arange(len(pieces), dtype=np.int32), lengths
                 )
-            made.append(row)
-        return made
+            rows.append(row)
+        return rows
 
 
 def _check_lengths(sequence_len: int, needed: int, max_rows: int | None) -> None:
@@ -464,7 +466,7 @@ def _check_lengths(sequence_len: int, needed: int, max_rows: int | None) -> None
         raise ValueError(
             f"sequence_len={sequence_len} is shorter than the {needed} tokens that one block needs "
             "(context_length or min_completion_prefix, plus generate_max_len); raise sequence_len "
-            "or lower these."
+            "or lower these settings."
         )
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1; leave it out to take all rows.")
@@ -480,7 +482,7 @@ def _require_eos(tokenizer: Any) -> None:
 
 def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
-    # Not verbose: texts longer than the model's context are no mistake, they are cut later.
+    # verbose=False: no warning for texts longer than the model's context, which are cut later.
     ids: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, verbose=False
     ).input_ids
@@ -528,11 +530,11 @@ def _finish(
     return TokenizedRows(rows, sources, counts)
 
 
-def _refuse_none(rows: TokenizedRows) -> TokenizedRows:
+def _require_rows(rows: TokenizedRows) -> TokenizedRows:
     if len(rows) == 0:
         raise NoRowsError(
-            f"No row of text is left ({rows.counts}). Give longer texts, lower context_length, "
-            "generate_max_len or min_completion_prefix, raise sequence_len where prompts fill it, "
-            "or keep short pieces for cross-entropy."
+            f"No row of text is left ({rows.counts}). Use longer texts, lower context_length, "
+            "generate_max_len or min_completion_prefix, raise sequence_len if prompts fill it, or "
+            "keep short pieces for their cross-entropy (keep_short)."
         )
     return rows

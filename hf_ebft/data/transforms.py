@@ -1,13 +1,13 @@
-"""From the columns that data sets have to the ones that structured mode trains on.
+"""Transforms the columns of common data sets into prompts and ground truths.
 
 Every transform is a plain function of one row, for `dataset.map`:
 
     dataset = dataset.map(question_answer, with_indices=True, remove_columns=dataset.column_names)
 
-and takes its settings by keyword (`fn_kwargs={"answer_column": "solution"}`). With
-`with_indices=True` its errors say which row they are about. It returns a `prompt`, as text or
-as chat messages, and the `ground_truth` to match. `transform_rows` does the same in one
-call and can leave out bad rows, counting them.
+Its settings are keyword arguments (`fn_kwargs={"answer_column": "solution"}`). With
+`with_indices=True` its errors name the row. It returns a `prompt`, as text or as chat messages, and
+the `ground_truth` to match. `transform_rows` does the same in one call, and can leave out bad rows
+and count them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Message = dict[str, str]
 Transform = Callable[..., dict[str, Any]]
 
-#: Names of languages that the translation prompt spells out; others are given by `languages`.
+#: Names of languages for the translation prompt; the argument `languages` adds others.
 LANGUAGES: dict[str, str] = {
     "ar": "Arabic",
     "cs": "Czech",
@@ -52,7 +52,7 @@ TRANSLATION_PROMPT = (
     "{source_language}: {source}\n"
     "{target_language}:"
 )
-# The names that other formats of chats give to the three roles.
+# Names of the three roles in several chat formats.
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -63,11 +63,11 @@ _ROLES = {
 
 
 class BadRowError(ValueError):
-    """A row that cannot be used, while others of the same data set may be."""
+    """A row cannot be used, but other rows of the data set may be usable."""
 
 
 class NoRowsError(ValueError):
-    """Of some rows none could be used, while others of the same data set may be."""
+    """None of the given rows can be used, but other rows of the data set may be usable."""
 
 
 def question_answer(
@@ -80,15 +80,15 @@ def question_answer(
     chat: bool = False,
     system_prompt: str | None = None,
 ) -> dict[str, Any]:
-    """Questions with answers, such as OpenCodeInstruct's `input` and `output`.
+    """Transform questions with answers, such as OpenCodeInstruct's `input` and `output`.
 
     Args:
         row: one row.
-        index: its number, for messages.
-        question_column: the question or instruction.
-        answer_column: the ground truth.
-        prompt_template: text with the names of columns in braces, `"Q: {input}\\nA:"` for
-            example. Default: the question as it is.
+        index: number of the row, for messages.
+        question_column: column with the question or instruction.
+        answer_column: column with the ground truth.
+        prompt_template: text with names of columns in braces, such as `"Q: {input}\\nA:"`. Default:
+            the question alone.
         chat: make the prompt a chat message of the user.
         system_prompt: a system message before it; needs `chat`.
 
@@ -96,8 +96,8 @@ def question_answer(
         `prompt` (text, or messages with `chat`) and `ground_truth` (text).
 
     Raises:
-        ValueError: a column or template that does not fit the data set.
-        BadRowError: a question or answer that is missing, blank or no text.
+        ValueError: a column or the template does not fit the data set.
+        BadRowError: the question or the answer is missing, blank or not text.
     """
     _refuse_system_prompt(chat, system_prompt)
     if prompt_template is None:
@@ -123,27 +123,27 @@ def translation(
     chat: bool = False,
     system_prompt: str | None = None,
 ) -> dict[str, Any]:
-    """Translation pairs, `{"translation": {"de": ..., "en": ...}}`, as WMT and ALMA have them.
+    """Transform translation pairs, `{"translation": {"de": ..., "en": ...}}`, as in WMT and ALMA.
 
     Args:
         row: one row.
-        index: its number, for messages.
+        index: number of the row, for messages.
         source: code of the language to translate from.
         target: code of the language to translate to.
-        translation_column: the column with a text by language code.
+        translation_column: column with a mapping from language codes to texts.
         prompt_template: text with `{source}`, `{source_language}` and `{target_language}` in
             braces. Default: the instruction of the ALMA models.
-        languages: names of languages by code, on top of the ones in `LANGUAGES`.
+        languages: names of further languages by code, in addition to `LANGUAGES`.
         chat: make the prompt a chat message of the user.
         system_prompt: a system message before it; needs `chat`.
 
     Returns:
-        `prompt` and `ground_truth`, which as plain text begins with a space, as a text after
-        the prompt's colon does.
+        `prompt` and `ground_truth`. Without `chat`, the ground truth begins with a space, since it
+        follows the colon of the prompt.
 
     Raises:
-        ValueError: a column, language or template that does not fit the data set.
-        BadRowError: a translation that is missing, blank or no text.
+        ValueError: a column, a language or the template does not fit the data set.
+        BadRowError: a translation is missing, blank or not text.
     """
     _refuse_system_prompt(chat, system_prompt)
     if source == target:
@@ -152,14 +152,14 @@ def translation(
     for code in (source, target):
         if code not in names:
             raise ValueError(
-                f"There is no name for the language {code!r}; give it as "
+                f"The name of the language {code!r} is unknown; give it as "
                 f"languages={{{code!r}: 'its name'}}."
             )
     pair = _value(row, translation_column, index)
     if not isinstance(pair, Mapping):
         raise BadRowError(
-            f"{_where(index)}: column {translation_column!r} holds a {type(pair).__name__}, not a "
-            "text by language code."
+            f"{_where(index)}: column {translation_column!r} contains a {type(pair).__name__}, "
+            "not a mapping from language codes to texts."
         )
     values = {
         "source": _text(pair, source, index, within=translation_column),
@@ -169,7 +169,7 @@ def translation(
     unknown = _fields(prompt_template) - values.keys()
     if unknown:
         raise ValueError(
-            f"prompt_template has {{{sorted(unknown)[0]}}}; what it can hold is "
+            f"prompt_template contains {{{sorted(unknown)[0]}}}, which is unknown; use "
             f"{', '.join(f'{{{name}}}' for name in values)}."
         )
     prompt = prompt_template.format(**values)
@@ -188,40 +188,40 @@ def chat(
     turn: Literal["first", "last", "all"] = "last",
     thinking: Literal["strip", "keep"] | None = None,
 ) -> dict[str, Any]:
-    """Chats: lists of messages `{"role", "content"}`, or `{"from", "value"}` as ShareGPT has.
+    """Transform chats: lists of messages `{"role", "content"}`, or `{"from", "value"}` (ShareGPT).
 
-    What follows the last reply of the assistant has no ground truth and is not used.
+    Messages after the last reply of the assistant have no ground truth and are not used.
 
     Args:
         row: one row.
-        index: its number, for messages.
-        messages_column: the column with the messages.
-        turn: which reply is learned. `"first"`: the prompt is what comes before the first reply.
-            `"last"`: the prompt is the whole chat before the last reply, earlier replies as they
-            stand in the data. `"all"`: the prompt is the chat without any reply and the ground
-            truth is the list of replies, for `hf_ebft.structured.MultiTurnRollouts`, which
-            continues from the replies that it has generated.
-        thinking: what becomes of the thinking of reasoning models in replies, between
-            `<think>` tags or in a `reasoning_content` of a message; see `reasoning`.
-            Earlier replies of the prompt lose theirs, as chat templates do it. Needed where there
-            is any; `"strip"` is not for `turn="all"`.
+        index: number of the row, for messages.
+        messages_column: column with the messages.
+        turn: the reply that is the ground truth. `"first"`: the first one; the prompt is the chat
+            before it. `"last"`: the last one; the prompt is the whole chat before it, with the
+            earlier replies of the data. `"all"`: all replies, as a list; the prompt is the chat
+            without replies, for `hf_ebft.structured.MultiTurnRollouts`, which continues from the
+            replies that it has generated.
+        thinking: what to do with thinking in replies, which is between `<think>` tags or in the
+            `reasoning_content` of a message: `"strip"` or `"keep"`, see `reasoning`. Earlier
+            replies in the prompt always lose theirs, as in chat templates. Must be set if a reply
+            has thinking; `"strip"` is not possible with `turn="all"`.
 
     Returns:
-        `prompt` (messages), `ground_truth` (text; a list of them with `"all"`), and
-        `embed_thinking` if `thinking` was given.
+        `prompt` (messages), `ground_truth` (text; a list of texts with `"all"`), and
+        `embed_thinking` if `thinking` is set.
 
     Raises:
-        ValueError: a column or setting that does not fit the data set.
-        BadRowError: a chat without reply, with unknown roles or without text in a message, or, for
-            `"all"`, one in which user and assistant do not take turns.
+        ValueError: a column or setting does not fit the data set.
+        BadRowError: the chat has no reply, an unknown role or a message without text, or, with
+            `"all"`, user and assistant do not take turns.
     """
     if turn not in ("first", "last", "all"):
         raise ValueError(f"turn={turn!r} is unknown; choose first, last or all.")
     _check_thinking(thinking)
     if turn == "all" and thinking == "strip":
         raise ValueError(
-            "thinking='strip' needs one answer after the thinking, and chats of several turns "
-            "(turn='all') think before each reply; use turn='last', or thinking='keep'."
+            "thinking='strip' needs one answer after the thinking, but chats of several turns "
+            "(turn='all') have thinking before each reply; use turn='last', or thinking='keep'."
         )
     messages = [
         _message(message, index, number, messages_column, thinking)
@@ -230,7 +230,7 @@ def chat(
     replies = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if not replies:
         raise BadRowError(
-            f"{_where(index)}: column {messages_column!r} holds no reply of the assistant."
+            f"{_where(index)}: column {messages_column!r} contains no reply of the assistant."
         )
     result: dict[str, Any]
     if turn == "all":
@@ -258,29 +258,29 @@ def reasoning(
     answer_column: str = "ground_truth",
     thinking_column: str | None = None,
 ) -> dict[str, Any]:
-    """Answers with the thinking that led to them, as data for reasoning models has it.
+    """Transform answers with thinking, from data for reasoning models.
 
-    `"strip"`: only answers are compared. The ground truth loses its thinking here, and
-    `embed_thinking=False` tells structured mode to take the thinking out of rollouts before they
-    reach the feature network. `"keep"`: both are embedded with their thinking. Either way the
-    policy gradient covers all that the policy has sampled.
+    `"strip"`: only answers are compared. The thinking is removed from the ground truth here, and
+    `embed_thinking=False` tells structured mode to remove it from rollouts before the feature
+    network reads them. `"keep"`: both are embedded with their thinking. In both cases the policy
+    gradient covers all sampled tokens.
 
     Args:
         row: one row.
-        index: its number, for messages.
+        index: number of the row, for messages.
         thinking: `"strip"` or `"keep"`.
-        prompt_column: the prompt, text or messages.
-        answer_column: the reply, with its thinking between `<think>` tags unless there is a
-            `thinking_column`.
-        thinking_column: a column of its own with the thinking, such as `reasoning_content`.
+        prompt_column: column with the prompt, text or messages.
+        answer_column: column with the reply; its thinking is between `<think>` tags unless there is
+            a `thinking_column`.
+        thinking_column: a separate column with the thinking, such as `reasoning_content`.
 
     Returns:
         `prompt`, `ground_truth` (text) and `embed_thinking` (bool).
 
     Raises:
-        ValueError: a column or setting that does not fit the data set.
-        BadRowError: a value that is missing, blank or no text; thinking that never ends; or, to
-            `"keep"` it, a reply without any.
+        ValueError: a column or setting does not fit the data set.
+        BadRowError: a value is missing, blank or not text; thinking does not end; or, with
+            `"keep"`, the reply has no thinking.
     """
     _check_thinking(thinking)
     answer = _text(row, answer_column, index)
@@ -291,7 +291,8 @@ def reasoning(
     if thinking_column is not None:
         if thought is not None:
             raise BadRowError(
-                f"{_where(index)}: thinking stands in {answer_column!r} and in {thinking_column!r}."
+                f"{_where(index)}: thinking is in {answer_column!r} and in {thinking_column!r}; "
+                "keep it in one of them."
             )
         thought = _text(row, thinking_column, index)
     if not answer.strip():
@@ -323,20 +324,20 @@ def transform_rows(
     bad_rows: Literal["raise", "skip"] = "raise",
     **settings: Any,
 ) -> Any:
-    """Apply a transform to all rows; the columns that it does not return are dropped.
+    """Apply a transform to all rows; columns that it does not return are dropped.
 
     Args:
         rows: a `datasets.Dataset`, or a list of rows.
         transform: a function of a row and its number, such as those of this module.
-        bad_rows: `"raise"` the first `BadRowError`, or `"skip"` such rows and log how
-            many there were, with the first reason. Settings that do not fit are errors either way.
+        bad_rows: `"raise"` the first `BadRowError`, or `"skip"` such rows and log their number and
+            the first reason. Settings that do not fit are errors in both cases.
         settings: passed to the transform.
 
     Returns:
-        What was given, transformed: a `datasets.Dataset` or a list.
+        The transformed rows: a `datasets.Dataset` or a list, like `rows`.
 
     Raises:
-        ValueError: no rows, or none that could be used.
+        ValueError: there are no rows, or none can be used.
     """
     if bad_rows not in ("raise", "skip"):
         raise ValueError(f"bad_rows={bad_rows!r} is unknown; choose raise or skip.")
@@ -348,7 +349,7 @@ def transform_rows(
     if bad_rows == "skip":
         good, reason = _good_rows(rows, transform, settings)
         if not good:
-            raise NoRowsError(f"None of {total} rows could be used. {reason}")
+            raise NoRowsError(f"None of {total} rows can be used. {reason}")
         if len(good) < total:
             logger.warning("%d of %d rows were left out. %s", total - len(good), total, reason)
             kept = rows.select(good) if is_dataset else [rows[number] for number in good]
@@ -362,7 +363,7 @@ def transform_rows(
 def _good_rows(
     rows: Any, transform: Transform, settings: dict[str, Any]
 ) -> tuple[list[int], str | None]:
-    """Numbers of the rows that can be used, and what was wrong with the first that cannot."""
+    """Numbers of the rows that can be used, and the reason why the first other one cannot."""
     good, reason = [], None
     for number, row in enumerate(rows):
         try:
@@ -392,13 +393,13 @@ def _text(
     if within is None or column in row:
         value = _value(row, column, index)
     else:
-        raise BadRowError(f"{_where(index)}: {name} is missing; there is {', '.join(row)}.")
+        raise BadRowError(f"{_where(index)}: {name} is missing; it has {', '.join(row)}.")
     if isinstance(value, (list, tuple)) and index is None and within is None:
         raise ValueError(
-            f"{name} holds a list: transforms take one row at a time, so leave batched=False."
+            f"{name} contains a list: transforms take one row at a time, so leave batched=False."
         )
     if not isinstance(value, str):
-        raise BadRowError(f"{_where(index)}: {name} holds a {type(value).__name__}, not text.")
+        raise BadRowError(f"{_where(index)}: {name} contains a {type(value).__name__}, not text.")
     if not value.strip():
         raise BadRowError(f"{_where(index)}: {name} is blank.")
     if (fault := fault_of(value)) is not None:
@@ -407,12 +408,12 @@ def _text(
 
 
 def _fields(template: str) -> set[str]:
-    """Names in braces of a template."""
+    """The names in braces in a template."""
     names = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
     if not names or not all(name.isidentifier() for name in names):
         raise ValueError(
-            f"prompt_template={template!r} has to name columns in braces, such as {{input}}; write "
-            "{{ and }} for braces that are meant as such."
+            f"prompt_template={template!r} must contain names of columns in braces, such as "
+            "{input}; write {{ and }} for literal braces."
         )
     return names
 
@@ -420,7 +421,7 @@ def _fields(template: str) -> set[str]:
 def _refuse_system_prompt(chat: bool, system_prompt: str | None) -> None:
     if system_prompt is not None and not chat:
         raise ValueError(
-            "system_prompt needs chat=True; for prompts of plain text put it into prompt_template."
+            "system_prompt needs chat=True; for plain-text prompts, put it into prompt_template."
         )
 
 
@@ -437,11 +438,11 @@ def _check_thinking(thinking: str | None) -> None:
 def _messages(row: Mapping[str, Any], column: str, index: int | None) -> Sequence[Any]:
     messages = _value(row, column, index)
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise BadRowError(f"{_where(index)}: column {column!r} holds no list of messages.")
+        raise BadRowError(f"{_where(index)}: column {column!r} contains no list of messages.")
     if isinstance(messages[0], (list, tuple)) and index is None:
         raise ValueError(
-            f"column {column!r} holds a list of chats: transforms take one row at a time, so leave "
-            "batched=False."
+            f"column {column!r} contains a list of chats: transforms take one row at a time, so "
+            "leave batched=False."
         )
     return messages
 
@@ -449,18 +450,18 @@ def _messages(row: Mapping[str, Any], column: str, index: int | None) -> Sequenc
 def _message(
     message: Any, index: int | None, number: int, column: str, thinking: str | None
 ) -> Message:
-    """A message by role and content, whatever it was written as."""
+    """A message with role and content, from any of the known formats."""
     where = f"{_where(index)}: message {number} of column {column!r}"
     if not isinstance(message, Mapping):
         raise BadRowError(f"{where} is a {type(message).__name__}, not a role with content.")
-    said = message.get("role", message.get("from"))
+    name = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    if said not in _ROLES:
+    if name not in _ROLES:
         raise BadRowError(
-            f"{where} has the role {said!r}; known are {', '.join(_ROLES)}. Tool calls are not "
-            "supported."
+            f"{where} has the role {name!r}; the known roles are {', '.join(_ROLES)}. Tool calls "
+            "are not supported."
         )
-    role = _ROLES[said]
+    role = _ROLES[name]
     if not isinstance(content, str) or not content.strip():
         raise BadRowError(f"{where} ({role}) has no text.")
     if (fault := fault_of(content)) is not None:
@@ -481,8 +482,8 @@ def _reply(content: str, thought: str | None, where: str, thinking: str | None) 
         return content
     if thinking is None:
         raise ValueError(
-            f"{where} holds thinking; say thinking='strip' (answers alone are compared) or "
-            "thinking='keep'."
+            f"{where} contains thinking, but the option thinking is not set; set thinking='strip' "
+            "(only answers are compared) or thinking='keep'."
         )
     if not answer.strip():
         raise BadRowError(f"{where} has no answer after its thinking.")
@@ -496,11 +497,11 @@ def _without_thinking(message: Message) -> Message:
 
 
 def _check_turns(messages: Sequence[Message], index: int | None, column: str) -> None:
-    """Refuse a chat that is not user, assistant, user, assistant, ... after a system message."""
+    """Raise unless the roles are user, assistant, user, ... after at most one system message."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != ["user", "assistant"] * (len(turns) // 2):
         raise BadRowError(
-            f"{_where(index)}: column {column!r} has the roles {', '.join(roles)}; for turn='all' "
-            "user and assistant have to take turns, after at most one system message."
+            f"{_where(index)}: column {column!r} has the roles {', '.join(roles)}; for turn='all', "
+            "user and assistant must take turns, after at most one system message."
         )

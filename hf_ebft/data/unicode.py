@@ -1,30 +1,33 @@
-"""Text that is no Unicode: halves of characters, which tokenizers refuse."""
+"""Detects text that is not valid Unicode: lone surrogates, which tokenizers refuse."""
 
 from __future__ import annotations
 
 
 def fault_of(text: str) -> str | None:
-    """What is wrong with the characters of a text, as the rest of a sentence; None if nothing."""
+    """A description of what is wrong with the characters of a text, or None.
+
+    It is the end of a sentence that begins with the name of the text.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         return (
-            f"holds a lone surrogate ({text[error.start]!r} at character {error.start}), half of a "
-            "character, which no tokenizer reads; drop the row, or repair its text: "
+            f"contains a lone surrogate ({text[error.start]!r} at character {error.start}): half a "
+            "character, which tokenizers cannot encode. Drop the row, or repair its text: "
             "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
         )
     return None
 
 
 def require_unicode(text: str, where: str) -> str:
-    """The text.
+    """Return the text if it is valid Unicode.
 
     Args:
         text: any text.
-        where: what it is, for the error.
+        where: name of the text, for the error.
 
     Raises:
-        ValueError: it holds half of a character.
+        ValueError: the text contains a lone surrogate.
     """
     fault = fault_of(text)
     if fault is not None:

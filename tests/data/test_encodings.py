@@ -56,7 +56,7 @@ def test_the_advice_converts_the_file(suffix: str, tmp_path: Path) -> None:
 def test_utf16_is_known_by_its_mark(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("word".encode("utf-16"))
-    assert "it begins as UTF-16 does" in str(not_utf8(path))
+    assert "the file begins with the mark of UTF-16" in str(not_utf8(path))
     assert "iconv -f UTF-16 -t UTF-8" in str(not_utf8(path))
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_a_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
 def test_a_broken_line_of_a_compressed_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.ndjson.gz"
     path.write_bytes(gzip.compress(b'{"text": "one"}\n{"te'))
-    with pytest.raises(ValueError, match="line 2 is no JSON"):
+    with pytest.raises(ValueError, match="line 2 is not valid JSON"):
         load_text_dataset(str(path))
 
 
@@ -143,7 +144,7 @@ def test_a_folder_of_csv_has_the_splits_that_its_names_say(tmp_path: Path) -> No
     assert list(load_text_dataset(str(tmp_path / "data")).texts()) == list(TEXTS)
     assert list(load_text_dataset(str(tmp_path / "data"), "test").texts()) == ["4", "NA"]
     write(tmp_path / "data" / "test.csv", ["4"], column="other")
-    with pytest.raises(ValueError, match=r"has the columns n, text.*give all files the same ones"):
+    with pytest.raises(ValueError, match=r"the columns n, text.*give all files the same columns"):
         load_text_dataset(str(tmp_path / "data"))
 
 
@@ -162,4 +163,4 @@ def test_files_that_are_left_out_are_counted(
     with caplog.at_level(logging.WARNING):
         assert list(load_text_dataset(str(tmp_path)).texts()) == ["one"]
     assert "1 of 3 files" in caplog.text and "b.txt is not UTF-8 text: byte 0xE9" in caplog.text
-    assert "are empty and were left out" in caplog.text and "c.txt first" in caplog.text
+    assert re.search(r"are empty and were left out. The first: .*c.txt", caplog.text)

@@ -62,7 +62,7 @@ def test_pairs_are_mixed_with_pairs_only() -> None:
     pairs = RawDataset([{"prompt": "p", "completion": "c"}], ("prompt", "completion"), "pairs")
     other = RawDataset([{"q": "2", "a": "d"}], ("q", "a"), "other")
     assert list(mix([pairs, other], None, 0).pairs()) == [("p", "c"), ("2", "d")]
-    with pytest.raises(ValueError, match="pairs has prompt with completion and a has text"):
+    with pytest.raises(ValueError, match="the columns prompt and completion, but a has text"):
         mix([part("a", 2), pairs], None, 0)
 
 
@@ -71,19 +71,19 @@ def test_types_of_text_are_made_alike() -> None:
     mixed = mix([part("a", 1), RawDataset(large, ("text",), "large")], None, 0)
     assert list(mixed.texts()) == ["a 0", "x"]
     chats = RawDataset([{"text": [{"role": "user", "content": "x"}]}], ("text",), "chats")
-    with pytest.raises(ValueError, match="chats and a hold values of different types"):
+    with pytest.raises(ValueError, match="chats and a have values of different types"):
         mix([part("a", 1), chats], None, 0)
 
 
 @pytest.mark.parametrize(
     ("weights", "count", "message"),
     [
-        ([0.5], 2, "are 1 for 2 data set(s)"),
-        ([0.5, 0.5], 1, "are 2 for 1 data set(s)"),
-        ([1.0], 1, "give one weight to each of several"),
-        ([1.0, 0.0], 2, "holds 0.0; shares are above 0"),
-        ([1.0, -1.0], 2, "holds -1.0"),
-        ([float("nan"), 1.0], 2, "holds nan"),
+        ([0.5], 2, ": 1 for 2 data set(s)"),
+        ([0.5, 0.5], 1, ": 2 for 1 data set(s)"),
+        ([1.0], 1, "Give one weight for each of several"),
+        ([1.0, 0.0], 2, "contains 0.0, but weights must be above 0"),
+        ([1.0, -1.0], 2, "contains -1.0"),
+        ([float("nan"), 1.0], 2, "contains nan"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(

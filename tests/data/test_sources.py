@@ -149,7 +149,7 @@ def test_columns_that_are_not_there_are_named(
 def test_values_that_are_no_text(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", [{"text": "a", "n": 1}, {"text": None, "n": 2}])
     assert list(load_text_dataset(path).texts()) == ["a", ""]
-    with pytest.raises(ValueError, match=r"Column 'n' of .* holds a int in row 0"):
+    with pytest.raises(ValueError, match=r"Column 'n' of .* contains a int in row 0"):
         list(load_text_dataset(path, column="n").texts())
 
 
@@ -158,10 +158,10 @@ def test_values_that_are_no_text(tmp_path: Path) -> None:
     [
         ("missing.jsonl", "train", "no file or folder"),
         ("./missing", "train", "no file or folder"),
-        ("picture.png", "train", r"ends in '.png', which is not read; use one of \.txt"),
-        ("nothing", "train", "holds no file that is read from folders"),
+        ("picture.png", "train", r"ends in '.png', which cannot be read; use one of \.txt"),
+        ("nothing", "train", "contains no file that can be read from a folder"),
         ("mixed", "train", r"text files \(a\.txt, \.\.\.\) and tables \(b\.jsonl, \.\.\.\)"),
-        ("text.txt", "test", "one split, 'train'.*split='test'"),
+        ("text.txt", "test", "split='test'.*one split, 'train'"),
         ("data.jsonl", "test", "could not be loaded with split='test'"),
         ("broken.jsonl", "train", "could not be loaded"),
         ("empty.jsonl", "train", r"empty\.jsonl is empty"),

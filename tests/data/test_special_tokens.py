@@ -179,7 +179,7 @@ def test_a_template_that_cannot_lay_out_a_reply_is_said(
     row = {"prompt": "2 + 2 =", "completion": "4"}
     made = prompt_completion(row, tokenizer=tokenizer, min_completion=1)
     assert made["labels"][-1] == tokenizer.eos_token_id
-    assert "cannot lay out a question with a reply (only tools)" in caplog.text
+    assert "cannot render a question with a reply (only tools)" in caplog.text
 
 
 def test_a_template_is_looked_at_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:

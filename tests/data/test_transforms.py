@@ -94,7 +94,7 @@ def test_translations() -> None:
 def test_a_language_without_name_gets_one() -> None:
     row = {"pair": {"xx": "a", "en": "b"}}
     settings: dict[str, Any] = {"source": "xx", "target": "en", "translation_column": "pair"}
-    with pytest.raises(ValueError, match="no name for the language 'xx'"):
+    with pytest.raises(ValueError, match="name of the language 'xx' is unknown"):
         translation(row, **settings)
     made = translation(row, languages={"xx": "Xish"}, **settings)
     assert made["prompt"].startswith("Translate this from Xish to English:\nXish: a")
@@ -131,7 +131,7 @@ def test_thinking_in_chats_is_stripped_or_kept_by_choice(separate: bool) -> None
         return {"role": "assistant", "content": f"<think>\nHm.\n</think>\n\n{answer}"}
 
     row = {"messages": [USER, reply("Hello"), USER_2, reply("Bye")]}
-    with pytest.raises(ValueError, match="holds thinking; say thinking='strip'"):
+    with pytest.raises(ValueError, match=r"contains thinking, .* set thinking='strip'"):
         chat(row)
     kept, stripped = chat(row, thinking="keep"), chat(row, thinking="strip")
     # Earlier replies lose it either way, as chat templates do it.
@@ -146,7 +146,7 @@ def test_thinking_in_chats_is_stripped_or_kept_by_choice(separate: bool) -> None
         "<think>\nHm.\n</think>\n\nHello",
         "<think>\nHm.\n</think>\n\nBye",
     ]
-    with pytest.raises(ValueError, match="think before each reply"):
+    with pytest.raises(ValueError, match="have thinking before each reply"):
         chat(row, turn="all", thinking="strip")
 
 
@@ -169,7 +169,7 @@ def test_thinking_is_told_from_the_answer(text: str, parts: tuple[str | None, st
 
 @pytest.mark.parametrize("text", ["<think>on and on", "<think>a</think>b<think>c"])
 def test_thinking_without_end_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="breaks off in its thinking"):
+    with pytest.raises(ValueError, match="ends within its thinking"):
         split_thinking(text)
 
 
@@ -231,14 +231,18 @@ GERMAN = partial(translation, source="de", target="en")
 @pytest.mark.parametrize(
     ("transform", "row", "message"),
     [
-        (question_answer, {"input": None, "output": "b"}, "Row 3: column 'input' holds a NoneType"),
+        (
+            question_answer,
+            {"input": None, "output": "b"},
+            "Row 3: column 'input' contains a None",
+        ),
         (question_answer, {"input": "a", "output": " "}, "Row 3: column 'output' is blank"),
-        (question_answer, {"input": "a", "output": 2}, "Row 3: column 'output' holds a int"),
+        (question_answer, {"input": "a", "output": 2}, "Row 3: column 'output' contains a int"),
         (GERMAN, {"translation": {"de": "a"}}, "'en' of column 'translation' is missing; .* de"),
-        (GERMAN, {"translation": {"de": "a", "en": None}}, "'en' of .* holds a NoneType"),
-        (GERMAN, {"translation": "a"}, "Row 3: column 'translation' holds a str"),
-        (chat, {"messages": []}, "Row 3: column 'messages' holds no list"),
-        (chat, {"messages": [USER]}, "Row 3: .* holds no reply of the assistant"),
+        (GERMAN, {"translation": {"de": "a", "en": None}}, "'en' of .* contains a NoneType"),
+        (GERMAN, {"translation": "a"}, "Row 3: column 'translation' contains a str"),
+        (chat, {"messages": []}, "Row 3: column 'messages' contains no list"),
+        (chat, {"messages": [USER]}, "Row 3: .* contains no reply of the assistant"),
         (chat, {"messages": [REPLY]}, "Row 3: .* no message of the user before the last reply"),
         (chat, {"messages": ["Hi"]}, "Row 3: message 0 .* is a str"),
         (chat, {"messages": [USER, {"role": "tool", "content": "x"}]}, "message 1 .* role 'tool'"),
@@ -255,7 +259,7 @@ GERMAN = partial(translation, source="de", target="en")
         (
             partial(chat, thinking="strip"),
             {"messages": [USER, {"role": "assistant", "content": "<think>a"}]},
-            "Row 3: message 1 .* breaks off",
+            "Row 3: message 1 .* ends within its thinking",
         ),
         (
             partial(reasoning, thinking="keep"),
@@ -270,7 +274,7 @@ GERMAN = partial(translation, source="de", target="en")
         (
             partial(reasoning, thinking="strip", thinking_column="why"),
             {"prompt": "a", "ground_truth": "<think>b</think>c", "why": "d"},
-            "Row 3: thinking stands in 'ground_truth' and in 'why'",
+            "Row 3: thinking is in 'ground_truth' and in 'why'",
         ),
     ],
 )
@@ -285,11 +289,11 @@ def test_bad_rows_are_named(transform: Any, row: dict[str, Any], message: str) -
         (lambda: question_answer({"q": "a"}, 0), "Row 0 has no column 'input'; it has 'q'"),
         (
             lambda: question_answer({"input": "a", "output": "b"}, prompt_template="Q: {}"),
-            "has to name columns in braces",
+            "must contain names of columns in braces",
         ),
         (
             lambda: question_answer({"input": "a", "output": "b"}, prompt_template="{x.y}"),
-            "has to name columns",
+            "must contain names of columns",
         ),
         (
             lambda: question_answer({"input": "a", "output": "b"}, system_prompt="s"),
@@ -306,7 +310,7 @@ def test_bad_rows_are_named(transform: Any, row: dict[str, Any], message: str) -
                 target="en",
                 prompt_template="{text}",
             ),
-            r"has \{text\}; what it can hold",
+            r"contains \{text\}, which is unknown",
         ),
         (lambda: reasoning({}, thinking="drop"), "thinking='drop' is unknown"),  # type: ignore[arg-type]
     ],
@@ -331,7 +335,7 @@ def test_bad_rows_are_left_out_and_counted(kind: Any, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         made = transform_rows(kind(ROWS), question_answer, bad_rows="skip")
     assert list(made) == GOOD
-    assert "2 of 7 rows were left out. Row 1: column 'output' holds a NoneType" in caplog.text
+    assert "2 of 7 rows were left out. Row 1: column 'output' contains a NoneType" in caplog.text
     caplog.clear()
     assert list(transform_rows(kind(ROWS[2:4]), question_answer, bad_rows="skip")) == GOOD[1:3]
     assert caplog.text == ""
@@ -340,7 +344,7 @@ def test_bad_rows_are_left_out_and_counted(kind: Any, caplog: pytest.LogCaptureF
 def test_data_sets_without_a_usable_row_are_refused() -> None:
     with pytest.raises(ValueError, match="no rows to transform"):
         transform_rows([], question_answer)
-    with pytest.raises(ValueError, match=r"None of 1 rows could be used\. Row 0: column 'output'"):
+    with pytest.raises(ValueError, match=r"None of 1 rows can be used\. Row 0: column 'output'"):
         transform_rows([ROWS[1]], question_answer, bad_rows="skip")
     with pytest.raises(ValueError, match="no column 'question'"):
         transform_rows(ROWS, question_answer, bad_rows="skip", question_column="question")
@@ -415,9 +419,9 @@ def test_raw_text_in_dataset_map_is_what_is_cut_at_once(caplog: pytest.LogCaptur
 def test_raw_text_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="no column 'text', only 'body'"):
         raw_text({"body": ["a"]}, tokenizer=TOKENIZER)
-    with pytest.raises(ValueError, match="needs batched=True"):
+    with pytest.raises(ValueError, match=r"needs a batch; call dataset\.map with batched=True"):
         raw_text({"text": "a"}, tokenizer=TOKENIZER)
-    with pytest.raises(ValueError, match="holds a NoneType in row 1"):
+    with pytest.raises(ValueError, match="contains a NoneType in row 1"):
         raw_text({"text": ["a", None]}, tokenizer=TOKENIZER)
 
 
@@ -458,9 +462,13 @@ def test_chat_prompts_follow_the_template() -> None:
     ("row", "error", "message"),
     [
         ({"prompt": "a"}, ValueError, "Row 2 has no column 'completion'"),
-        ({"prompt": "a", "completion": ""}, BadRowError, "Row 2: column 'completion' holds no"),
-        ({"prompt": 3, "completion": "b"}, BadRowError, "Row 2: column 'prompt' holds a int"),
-        ({"prompt": "abc " * 30, "completion": "b" * 9}, BadRowError, "0 fit into sequence_len=32"),
+        ({"prompt": "a", "completion": ""}, BadRowError, "Row 2: column 'completion' contains no"),
+        ({"prompt": 3, "completion": "b"}, BadRowError, "Row 2: column 'prompt' contains a int"),
+        (
+            {"prompt": "abc " * 30, "completion": "b" * 9},
+            BadRowError,
+            "0 of 10 completion tokens fit",
+        ),
     ],
 )
 def test_pairs_that_do_not_fit(row: Any, error: type[Exception], message: str) -> None:

@@ -31,20 +31,20 @@ REPLY = {"role": "assistant", "content": "c"}
 @pytest.mark.parametrize(
     ("call", "where"),
     [
-        (lambda: tokenize_and_cut(["good", HALF], TOKENIZER, **LENGTHS), "Document 1 holds"),
+        (lambda: tokenize_and_cut(["good", HALF], TOKENIZER, **LENGTHS), "Document 1 contains"),
         (
             lambda: tokenize_prompt_completion(
                 [("good", "x"), ("good", HALF)], TOKENIZER, min_completion=1, **LENGTHS
             ),
-            "The completion of pair 1 holds",
+            "The completion of pair 1 contains",
         ),
         (
             lambda: raw_text({"text": ["good", HALF]}, tokenizer=TOKENIZER),
-            "Column 'text', row 1 of the batch, holds",
+            "Column 'text', row 1 of the batch, contains",
         ),
         (
             lambda: list(RawDataset([{"text": HALF}], ("text",), "data").texts()),
-            "Column 'text' of data, row 0, holds",
+            "Column 'text' of data, row 0, contains",
         ),
     ],
 )
@@ -64,7 +64,7 @@ def test_half_a_character_is_named_by_its_row(call: Callable[[], Any], where: st
     ],
 )
 def test_rows_with_half_a_character_can_be_skipped(call: Callable[[], Any]) -> None:
-    with pytest.raises(BadRowError, match=r"^Row 3: .*holds a lone surrogate"):
+    with pytest.raises(BadRowError, match=r"^Row 3: .*contains a lone surrogate"):
         call()
     rows = [{"input": "a", "output": "b"}, {"input": HALF, "output": "b"}]
     kept = transform_rows(rows, question_answer, bad_rows="skip")
@@ -92,17 +92,19 @@ def test_empty_text_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFix
     (tmp_path / "full.txt").write_text("hello")
     with caplog.at_level(logging.WARNING, "hf_ebft"):
         assert list(load_text_dataset(str(tmp_path)).texts()) == ["hello"]
-    assert f"1 of 2 files of {tmp_path} are empty and were left out, {empty} first" in caplog.text
+    assert (
+        f"1 of 2 files of {tmp_path} are empty and were left out. The first: {empty}" in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (json.dumps({"text": "a"}) + "\n" + json.dumps({"text": HALF}), r"line 2 holds a lone"),
-        ('{"text": "a"}\n{"text": \n', r"line 2 is no JSON"),
+        (json.dumps({"text": "a"}) + "\n" + json.dumps({"text": HALF}), r"line 2 contains a lone"),
+        ('{"text": "a"}\n{"text": \n', r"line 2 is not valid JSON"),
         ("\n\n", r"data\.jsonl is empty"),
         (b'{"text": "\xe9"}\n{"text": \n', r"not UTF-8 text: byte 0xE9 at offset 10 \(line 1\)"),
-        ('{"text": "a\u2028b"}\n{"text": \n', r"line 2 is no JSON"),
+        ('{"text": "a\u2028b"}\n{"text": \n', r"line 2 is not valid JSON"),
     ],
 )
 def test_lines_that_cannot_be_read_are_named(
