@@ -158,7 +158,7 @@ class EBFTTrainer(StepsMixin, EvaluationMixin, SearchMixin, CardTrainer):
             reference_log_probs=scores.reference_log_probs,
             coefficients=self.coefficients,
         )
-        outputs = EBFTOutput.of(rollouts, scores, log_probs.rollout, objective)
+        outputs = EBFTOutput.from_step(rollouts, scores, log_probs.rollout, objective)
         self.step_log.record(outputs)
         loss = objective.loss * self.share_of_step(rollouts.layout.documents, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

@@ -170,7 +170,7 @@ class Study:
         for part in range(4):  # in parts, so that the penalty is chosen
             for _ in range(fitted_on // 4):
                 batch = self.batch(N)
-                fitted.learn(batch.generated, batch.knowledge, batch.rollouts.exists)
+                fitted.add_rollouts(batch.generated, batch.knowledge, batch.rollouts.exists)
             start = time.process_time()
             fitted._steps += 1
             fitted.fit()

@@ -1,1 +1,1 @@
-"""The frozen feature network phi: building, placing and reading it."""
+"""The frozen feature network phi: loading and placing it, and computing features with it."""

@@ -1,8 +1,8 @@
 """Whitening by corpus: the second moment of frozen features over training text, measured once.
 
-It is measured on what rewards compare rollouts with: the features of the ground-truth windows of
-all blocks of a sample of training rows. Being a function of the frozen network, the rows and the
-seed, it needs no place in checkpoints: a resumed run measures the same again.
+It is measured on the features of the ground-truth windows of all blocks of a sample of training
+rows, since rewards compare rollouts with these. It depends only on the frozen network, the rows and
+the seed. So it is not saved in checkpoints: a resumed run measures the same again.
 
 Dimension letters: B rows of the batch, K blocks, D feature width, N features.
 """
@@ -35,10 +35,10 @@ def choose_rows(dataset: Any, count: int, generator: torch.Generator) -> list[An
     """Rows of a training dataset to measure on, the same on every process.
 
     Args:
-        dataset: of training rows. One with a length is sampled without replacement; of a stream the
-            first rows are taken.
-        count: how many; all rows if there are fewer.
-        generator: of the choice, on the CPU; the same on every process.
+        dataset: the training rows. A dataset with a length is sampled without replacement; of a
+            stream, the first rows are taken.
+        count: number of rows to choose; all rows if there are fewer.
+        generator: random numbers of the choice, on the CPU; the same on every process.
     """
     if not isinstance(dataset, Sized):
         return list(islice(dataset, count))
@@ -55,17 +55,17 @@ def measure_corpus_whitening(
     sum_over_processes: Callable[[Tensor], Tensor] = lambda total: total,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> CorpusWhitening:
-    """The second moment of the ground-truth features of batches, shrunk and decomposed.
+    """Measure the second moment of ground-truth features, and make a whitening from it.
 
-    Every process of a run must call this together, with equally many batches. torch's global
-    generator, which iterating a DataLoader draws from, is left as it was.
+    All processes of a run must call this together, with equally many batches. The state of torch's
+    global generator, which iterating a DataLoader draws from, is restored.
 
     Args:
         feature_network: phi.
-        batches: of training rows, those of this process.
-        settings: where blocks lie, and the shrinkage.
+        batches: batches of training rows, those of this process.
+        settings: the settings of blocks, and the shrinkage.
         sum_over_processes: sums a tensor over processes.
-        autocast: context in which rewards run the feature network.
+        autocast: the context in which rewards run the feature network.
 
     Returns:
         The same `CorpusWhitening` on every process.
@@ -86,8 +86,10 @@ def measure_corpus_whitening(
             count = count + len(features_ND)
     if total is None:
         raise ValueError(
-            "whitening_space='corpus' found no batch of training rows to measure: with "
-            "dataloader_drop_last, corpus_whitening_documents must fill a batch on every process"
+            "whitening_space='corpus' found no batch of training rows to measure on: with "
+            "dataloader_drop_last=True, corpus_whitening_documents="
+            f"{settings.corpus_whitening_documents} must fill a batch on every process. Raise it, "
+            "or set dataloader_drop_last=False"
         )
     total = sum_over_processes(total)
     n_features = int(sum_over_processes(count.to(total.device)))
@@ -95,16 +97,17 @@ def measure_corpus_whitening(
         raise ValueError(
             "whitening_space='corpus' found no block in the sampled training rows: a document "
             f"needs context_length + generate_max_len = "
-            f"{settings.context_length + settings.generate_max_len} unmasked tokens. Raise "
-            "corpus_whitening_documents if most are shorter, or whiten by group with 'feature'"
+            f"{settings.context_length + settings.generate_max_len} unmasked tokens. If most "
+            "documents are shorter, raise corpus_whitening_documents, or whiten by group with "
+            "whitening_space='feature'"
         )
     whitening = CorpusWhitening.from_second_moment(
         total / n_features, settings.corpus_whitening_shrinkage
     )
     if PartialState().is_main_process:
         logger.info(
-            "Whitening by corpus: second moment of %d features in %d dimensions, of effective "
-            "rank %.1f; shrinkage %g.",
+            "Whitening by corpus: second moment of %d features in %d dimensions, effective rank "
+            "%.1f, shrinkage %g.",
             n_features,
             len(total),
             whitening.effective_rank,
@@ -114,10 +117,11 @@ def measure_corpus_whitening(
 
 
 def _from_main_process(whitening: CorpusWhitening) -> CorpusWhitening:
-    """The main process's whitening, on every process.
+    """Broadcast the main process's whitening to all processes.
 
-    Each has decomposed the same matrix, but on another device perhaps, and to the bit matters:
-    rewards must not depend on which process a document went to.
+    Every process has decomposed the same matrix, but perhaps on another kind of device, with other
+    rounding. The copies must agree to the bit: rewards must not depend on the process that a
+    document went to.
     """
     matrix: Tensor = broadcast(whitening.matrix.contiguous())
     return CorpusWhitening(matrix, whitening.shrinkage, whitening.effective_rank)
@@ -129,7 +133,7 @@ def _ground_truth_features(
     """(N, D) features of the windows of all blocks of a batch."""
     blocks = find_blocks_for(settings, documents)
     layout = PackedLayout(documents, blocks, n_samples=1, length=settings.generate_max_len)
-    # Nothing of the document sees rollouts, so any tokens will do.
+    # Document tokens do not attend to rollouts, so the rollouts may be any tokens.
     tokens = torch.zeros(layout.rollout_shape, dtype=torch.long, device=blocks.exists.device)
     rollouts = Rollouts(tokens=tokens, exists=blocks.exists, layout=layout)
     return feature_network.embed(rollouts).ground_truth[blocks.exists]

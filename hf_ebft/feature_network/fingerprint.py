@@ -1,4 +1,4 @@
-"""A fingerprint of the feature network phi, to notice on resuming that another one is used."""
+"""A fingerprint of the feature network phi, to detect another network when a run is resumed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from hf_ebft.feature_network.network import FrozenNetwork
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Equal for networks with the same weights, whatever device or process holds them.
+    """Equal for networks with the same weights, on any device and process.
 
     Attributes:
-        digest: of names, shapes and exact sums of the bits of all weights.
-        dtypes: of the weights. In another precision the same network has another digest.
+        digest: hash of the names, shapes and exact sums of the bits of all weights.
+        dtypes: data types of the weights. In another precision, the same network has another
+            digest.
     """
 
     digest: str
@@ -29,11 +30,11 @@ class Fingerprint:
 
 
 def fingerprint_of(network: FrozenNetwork) -> Fingerprint:
-    """The fingerprint of a network as it is, that of the main process on all.
+    """The fingerprint of a network as it is now; all processes get the main process's.
 
-    One pass over the weights. A collective call.
+    A collective call that reads all weights once.
     """
-    weights = _weights_that_count(network)
+    weights = _weights_in_use(network)
     sums = {name: _bit_sum(weight) for name, weight in weights.items()}
     # One transfer from the device for all of them.
     values = torch.stack([*sums.values()]).tolist() if sums else []
@@ -48,11 +49,12 @@ def fingerprint_of(network: FrozenNetwork) -> Fingerprint:
     return fingerprint
 
 
-def _weights_that_count(network: FrozenNetwork) -> dict[str, Tensor]:
+def _weights_in_use(network: FrozenNetwork) -> dict[str, Tensor]:
     """Weights by the names that they have without adapters.
 
-    Of a PEFT model: the base, and adapters that change something. Those that start at zero have
-    random parts, which differ from one start of a script to the next and do nothing.
+    For a PEFT model these are the weights of the base, and of adapters that change the output.
+    Adapters that start at zero are left out: they have random weights, which differ between two
+    starts of a script, but no effect.
     """
     model = network.model
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
@@ -76,18 +78,19 @@ def _weights_that_count(network: FrozenNetwork) -> dict[str, Tensor]:
 
 
 def _bit_sum(weight: Tensor) -> Tensor:
-    """The sum of a tensor's bits, read as integers: exact in any order, on any device."""
+    """The sum of a tensor's bits, read as integers: exact in any order and on any device."""
     whole = weight.detach()
     if isinstance(whole, DTensor):
         whole = whole.full_tensor()
-    if whole.is_meta:  # the main process has the real ones
+    if whole.is_meta:  # the main process has the real weights
         return torch.zeros((), dtype=torch.int64)
-    if hasattr(whole, "__tensor_flatten__"):  # several tensors that stand for one, quantized say
+    if hasattr(whole, "__tensor_flatten__"):  # a tensor made of several, such as a quantized one
         names, _ = whole.__tensor_flatten__()
         return torch.stack([_bit_sum(getattr(whole, name)) for name in names]).sum()
     bits = whole.contiguous().view(-1).view(torch.uint8)
     if bits.storage_offset() % 8:
         bits = bits.clone()
-    # Words of eight bytes, many times faster than the elements; sums wrap around alike everywhere.
+    # Summing words of eight bytes is many times faster than summing elements. Integer overflow
+    # wraps around, in the same way on every device.
     words = bits[: len(bits) // 8 * 8].view(torch.int64)
     return words.sum() + bits[8 * len(words) :].sum(dtype=torch.int64)

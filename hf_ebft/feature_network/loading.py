@@ -1,4 +1,4 @@
-"""Building the feature network: from what, in which precision, on which device."""
+"""Builds the feature network: loads or copies it, sets its precision and its device."""
 
 from __future__ import annotations
 
@@ -40,10 +40,14 @@ def build_feature_network(
     *,
     compiler: CompileOptions | None = None,
 ) -> FeatureNetwork:
-    """The feature network that the settings ask for, for packed rows, placed and frozen.
+    """Build the feature network that the settings ask for, for packed rows, placed and frozen.
 
-    `compiler` compiles its layers, if given. Other arguments, errors and what
-    processes must do: see `build_placed_network`.
+    Args:
+        policy, given, settings, accelerator: see `build_placed_network`.
+        compiler: compiles the layers of the network, if given.
+
+    Raises:
+        ValueError: as `build_placed_network`, or the network is not exact on packed rows.
     """
 
     def make(model: nn.Module, *, shared: bool, device: torch.device) -> FeatureNetwork:
@@ -52,7 +56,7 @@ def build_feature_network(
             feature_layers=settings.feature_layers,
             embed_method=settings.embed_method,
             normalization=settings.feature_normalization,
-            # One model has one attention: the one that the policy got.
+            # A shared network is the policy's model, so it has the policy's attention.
             packed_attention=attention_of(model) if shared else settings.packed_attention,
             chunk_size=settings.training_chunk_size,
             shared=shared,
@@ -61,8 +65,9 @@ def build_feature_network(
         )
 
     network = build_placed_network(policy, given, settings, accelerator, make)
-    is_own = given is not None or settings.feature_model_name_or_path is not None
-    if is_own and settings.verify_packing and not is_sharded(network.model):
+    # A copy of the policy needs no check of its own: the policy is checked.
+    is_other_model = given is not None or settings.feature_model_name_or_path is not None
+    if is_other_model and settings.verify_packing and not is_sharded(network.model):
         verify_packing(network.model, network.forward)
     return network
 
@@ -74,21 +79,23 @@ def build_placed_network(
     accelerator: Accelerator,
     make: Callable[..., Network],
 ) -> Network:
-    """The feature network that the settings ask for, placed and frozen.
+    """Build the feature network that the settings ask for, placed and frozen.
 
-    Every process calls this once, before the policy is wrapped, and comes to the same placement.
+    All processes must call this together, once, before the policy is wrapped. They get the same
+    placement.
 
     Args:
-        policy: the unwrapped policy, as training starts from it.
-        given: the user's own network, or None for the one at `feature_model_name_or_path` or a
-            copy.
-        settings: the trainer's.
-        accelerator: the trainer's.
-        make: `make(model, shared=..., device=...)` freezes a model, which will compute on that
-            device, into a network.
+        policy: the unwrapped policy that training starts from.
+        given: the user's own network. None: the model at `feature_model_name_or_path`, or a copy
+            of the policy if that is unset.
+        settings: the trainer's settings.
+        accelerator: the trainer's accelerator.
+        make: `make(model, shared=..., device=...)` returns a frozen network from a model that will
+            run on that device.
 
     Raises:
-        ValueError: two networks asked for, another vocabulary, or a placement that is not possible.
+        ValueError: two networks are given, the vocabulary differs from the policy's, or the
+            placement is not possible.
     """
     own = _load_own(given, policy, settings)
     facts = _gather_facts(policy, own, settings, accelerator)
@@ -115,11 +122,12 @@ def ram_efficient_fsdp(accelerator: Accelerator) -> bool:
 def _load_own(
     given: nn.Module | None, policy: nn.Module, settings: FeatureMatchingArguments
 ) -> nn.Module | None:
-    """The user's network, or None for a copy of the policy."""
+    """The network that the user gave or named, or None if there is none."""
     path = settings.feature_model_name_or_path
     if given is not None and path is not None:
         raise ValueError(
-            f"Both feature_network and feature_model_name_or_path={path!r} are given; keep one."
+            f"Both feature_network and feature_model_name_or_path={path!r} are given, but there is "
+            "one feature network only; keep one of the two."
         )
     if given is not None:
         _refuse_shared_parameters(given, policy)
@@ -149,7 +157,11 @@ def _load(path: str, settings: FeatureMatchingArguments, policy_dtype: torch.dty
 
 @contextmanager
 def _loading_on_every_process() -> Iterator[None]:
-    """Switch off FSDP's loading on the main process only: the feature network is not the policy."""
+    """Let every process load the weights, where FSDP would load them on the main process only.
+
+    FSDP2 later distributes the policy's weights from the main process, but not those of the feature
+    network.
+    """
     before = os.environ.get(RAM_EFFICIENT_LOADING)
     os.environ[RAM_EFFICIENT_LOADING] = "false"
     try:
@@ -188,9 +200,13 @@ def _gather_facts(
     settings: FeatureMatchingArguments,
     accelerator: Accelerator,
 ) -> Facts:
-    """Facts, equal on every process: the main process judges, the least memory counts."""
+    """Gather facts that are equal on all processes.
+
+    The main process decides whether the policy's base can be shared. Free memory is the smallest of
+    all processes.
+    """
     if own is not None:
-        not_shareable: str | None = "a feature network of its own was given"
+        not_shareable: str | None = "another model was given as feature network"
     elif settings.feature_dtype is not None:
         not_shareable = f"feature_dtype={settings.feature_dtype} asks for another precision"
     elif accelerator.is_main_process:
@@ -221,10 +237,10 @@ def _require_same_vocabulary(network: nn.Module, policy: nn.Module) -> None:
     own, others = vocabulary_size(network), vocabulary_size(policy)
     if own != others:
         raise ValueError(
-            f"The feature network embeds {own} token ids, the policy {others}: they must share one "
-            "tokenizer, since the feature network reads the policy's rollouts. Choose a feature "
-            "network of the same family, or, where only padding differs, make both equal with "
-            "resize_token_embeddings."
+            f"The feature network embeds {own} token ids, but the policy {others}. Both must have "
+            "the same tokenizer, since the feature network reads the policy's rollouts. "
+            "Choose a feature network of the same family; or, if only the padding of the "
+            "embeddings differs, make their sizes equal with resize_token_embeddings."
         )
 
 

@@ -1,6 +1,6 @@
-"""Where the feature network lives: decided once, from facts that every process agrees on.
+"""Decides where the feature network lives: once, from facts that are equal on all processes.
 
-Nothing here touches a model: facts go in, a decision with its reason comes out.
+Nothing here touches a model: functions take facts and return a decision with its reason.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ NamedPlacement = Literal["auto", "shared", "same_device", "second_device", "cpu"
 NAMED_PLACEMENTS: tuple[NamedPlacement, ...] = get_args(NamedPlacement)
 Kind = Literal["shared", "replicated", "sharded"]
 
-# Under FSDP2 the policy is placed after the feature network: weights, gradients and two Adam
-# moments, each split over the processes.
+# Under FSDP2 the policy is placed after the feature network. It then needs memory for weights,
+# gradients and two Adam moments, each split over the processes.
 POLICY_STATES = 4
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the decision depends on.
+    """The facts that the decision depends on.
 
     Attributes:
         device: the policy's device on this process.
-        visible_devices: accelerators of its type that this process sees.
+        visible_devices: number of accelerators of this type that the process sees.
         processes: number of processes.
         fsdp: whether the policy will be sharded by FSDP2.
-        not_shareable: why the policy's base weights cannot serve as feature network; None if they
-            can.
+        not_shareable: the reason why the policy's base weights cannot serve as feature network;
+            None if they can.
         network_bytes: size of the feature network's weights.
         policy_bytes: size of the policy's weights.
-        free_bytes: free memory of the device, the least over all processes.
+        free_bytes: free memory of the device, the smallest over all processes.
     """
 
     device: torch.device
@@ -47,7 +47,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Placement:
-    """The decision: `kind`, the device, and why, for one line of log."""
+    """The decision: `kind`, the device, and the reason, for one line of the log."""
 
     kind: Kind
     device: torch.device
@@ -60,7 +60,7 @@ class Placement:
         return facts.network_bytes // (facts.processes if self.kind == "sharded" else 1)
 
     def describe(self, facts: Facts) -> str:
-        """One line: where, at what cost, why."""
+        """One line for the log: where the network lives, its memory, and the reason."""
         gigabytes = self.extra_bytes(facts) / 2**30
         return (
             f"Feature network: {self.kind} on {self.device}, {gigabytes:.3f} GiB per process "
@@ -73,10 +73,10 @@ def choose_placement(request: str, facts: Facts) -> Placement:
 
     Args:
         request: one of `NAMED_PLACEMENTS` or a torch device such as "cuda:1".
-        facts: the surroundings.
+        facts: the facts of this run.
 
     Raises:
-        ValueError: the request cannot be met, with the reason and what to write instead.
+        ValueError: the request cannot be met; the message says why and what to write instead.
     """
     if request == "auto":
         return _choose_automatically(facts)
@@ -84,7 +84,7 @@ def choose_placement(request: str, facts: Facts) -> Placement:
         if facts.not_shareable is not None:
             raise ValueError(
                 f"feature_placement='shared' is not possible: {facts.not_shareable}. Use 'auto', "
-                "which places a frozen copy."
+                "which makes a frozen copy."
             )
         return Placement("shared", facts.device, "asked for")
     if request == "same_device":
@@ -94,8 +94,8 @@ def choose_placement(request: str, facts: Facts) -> Placement:
     if request == "sharded":
         if facts.processes == 1:
             raise ValueError(
-                "feature_placement='sharded' splits the feature network over processes, but "
-                "there is only one. Launch several, or use 'same_device' or 'cpu'."
+                "feature_placement='sharded' splits the feature network over processes, but there "
+                "is only one process. Launch several, or use 'same_device' or 'cpu'."
             )
         return Placement("sharded", facts.device, "asked for")
     try:
@@ -133,21 +133,22 @@ def _choose_automatically(facts: Facts) -> Placement:
 def _second_device(facts: Facts) -> torch.device:
     if facts.visible_devices < 2:
         raise ValueError(
-            f"feature_placement='second_device', but this process sees {facts.visible_devices} "
-            f"device(s) of type {facts.device.type!r}. Make two visible, or use 'same_device' or "
-            "'cpu'."
+            f"feature_placement='second_device' needs two devices, but this process sees "
+            f"{facts.visible_devices} device(s) of type {facts.device.type!r}. Make two visible, "
+            "or use 'same_device' or 'cpu'."
         )
     if facts.processes > 1:
         raise ValueError(
-            f"feature_placement='second_device' is for one process; with {facts.processes} every "
-            "second device holds a policy. Use 'same_device', 'sharded' or 'cpu'."
+            f"feature_placement='second_device' works with one process only: with "
+            f"{facts.processes} processes, the second device already holds another process's "
+            "policy. Use 'same_device', 'sharded' or 'cpu'."
         )
     first = facts.device.index or 0
     return torch.device(facts.device.type, 1 if first == 0 else 0)
 
 
 def visible_devices(device: torch.device) -> int:
-    """Accelerators of this device's type that the process sees; 1 for the CPU."""
+    """Number of accelerators of this device's type that the process sees; 1 for the CPU."""
     if device.type == "cpu":
         return 1
     return torch.accelerator.device_count()

@@ -1,7 +1,7 @@
-"""Whether a PEFT policy's own base weights can serve as its feature network.
+"""Decides whether a PEFT policy's own base weights can serve as its feature network.
 
-They can exactly as long as the policy with its adapters switched off is, and stays, the policy that
-training started from.
+They can if the policy with its adapters switched off is the policy that training starts from, and
+stays so during training.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from hf_ebft.packed.model_parts import (
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# A probe of this many tokens; adapters that start at zero change nothing but rounding.
+# A forward pass over this many tokens compares the policy with and without its adapters. Adapters
+# that start at zero change logits by rounding only, far less than the tolerance.
 PROBE_LENGTH = 8
 RELATIVE_TOLERANCE = 1e-3
-# Of the tokens whose embeddings are trained, as many as this are probed as well.
+# At most this many of the tokens whose embeddings have adapters are probed as well.
 MOST_SPECIAL = 64
 
 
 def why_not_shareable(policy: nn.Module) -> str | None:
-    """The reason why the base under the adapters is not the policy as it starts, or None.
+    """The reason why the base without adapters cannot serve as feature network; None if it can.
 
     Args:
-        policy: the unwrapped policy, PEFT or not.
+        policy: the unwrapped policy, a PEFT model or not.
     """
     from peft import PeftModel
 
@@ -45,7 +46,7 @@ def why_not_shareable(policy: nn.Module) -> str | None:
         if getattr(config, "modules_to_save", None):
             return f"modules_to_save={config.modules_to_save} trains copies of base modules"
         if config.is_adaption_prompt:
-            return "the adapters are attention modules, not weights beside those of the base"
+            return "the adapters are attention modules, not weights added to the base's"
     prefix = str(policy.base_model.prefix)  # part of every adapter parameter's name
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad and prefix not in name:
@@ -53,21 +54,21 @@ def why_not_shareable(policy: nn.Module) -> str | None:
     if any(getattr(module, "merged", False) for module in policy.modules()):
         return "an adapter is merged into the base"
     if any(parameter.is_meta for parameter in policy.parameters()):
-        # No forward pass is possible on the meta device; go by the configuration.
+        # No forward pass is possible on the meta device, so the configuration decides.
         initial = {getattr(config, "init_lora_weights", True) for config in configs}
         others = initial - {True, "gaussian"}
         return f"init_lora_weights={others.pop()!r}" if others else None
-    if not _adapters_do_nothing(policy):
+    if not _adapters_have_no_effect(policy):
         return "the adapters do not start at zero, so the base alone is not the initial policy"
     return None
 
 
 @contextmanager
 def adapters_off(policy: nn.Module) -> Iterator[None]:
-    """A PEFT policy as its base alone, within the context; afterwards exactly as it was.
+    """Switch off the adapters of a PEFT policy within the context; restore its state afterwards.
 
-    PEFT itself switches every adapter layer on when its own context ends, and makes all parameters
-    of the active adapters trainable: the ones that the user froze would be trained.
+    PEFT's own context manager switches every adapter layer on when it ends, and makes all
+    parameters of the active adapters trainable, also those that the user froze.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -87,22 +88,22 @@ def adapters_off(policy: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def trainable_kept(policy: nn.Module) -> Iterator[None]:
-    """Within the context PEFT may switch adapters; afterwards what was frozen is frozen again.
+    """Restore `requires_grad` of all parameters after the context, in which PEFT may change it.
 
-    Parameters that are new afterwards are left as they are.
+    Parameters that did not exist before are not changed.
     """
     before = dict(policy.named_parameters())
     trainable = {name: weight.requires_grad for name, weight in before.items()}
     try:
         yield
     finally:
-        # FSDP2 may show its shards before and whole parameters afterwards.
+        # Under FSDP2, `parameters` may return shards before and whole parameters afterwards.
         for name, weight in [*before.items(), *policy.named_parameters()]:
             if weight.requires_grad != trainable.get(name, weight.requires_grad):
                 weight.requires_grad_(trainable[name])
 
 
-def _adapters_do_nothing(policy: nn.Module) -> bool:
+def _adapters_have_no_effect(policy: nn.Module) -> bool:
     device = next(policy.parameters()).device
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(vocabulary_size(policy), (1, PROBE_LENGTH), generator=generator)

@@ -1,4 +1,4 @@
-"""The paper's equations, tensors in and tensors out: features, whitening, rewards, losses."""
+"""The paper's equations as functions of tensors: features, whitening, rewards, losses."""
 
 from hf_ebft.objective.advantages import compute_advantages
 from hf_ebft.objective.rewards import Rewards, feature_matching_rewards

@@ -1,7 +1,7 @@
-"""From rewards to advantages: what multiplies grad log p of a rollout.
+"""Advantages from rewards: the factors of grad log p of each rollout in the policy gradient.
 
 Dimension letters: B rows of the batch, n rollouts per block, K blocks. A group is the n rollouts of
-one block (b, k); advantages only ever compare rollouts of the same group.
+one block (b, k); advantages compare rollouts of the same group only.
 """
 
 from torch import Tensor
@@ -9,40 +9,42 @@ from torch import Tensor
 from hf_ebft.config import ADVANTAGE_ESTIMATORS, AdvantageEstimator
 from hf_ebft.objective.rewards import Rewards
 
-# Far above the rounding of rewards of order 1 (1e-7). With less, a group of duplicates would get
-# advantages of order 1 made of nothing but rounding.
+# Far above the rounding of rewards of order 1 (1e-7). With a smaller value, a group of duplicates
+# would get advantages of order 1 that consist of rounding errors.
 GROUP_NORM_EPSILON = 1e-4
 
 
 def compute_advantages(rewards: Rewards, estimator: AdvantageEstimator = "rloo") -> Tensor:
     """Advantages of rollouts.
 
-    - `rloo`: reward_j - b_j, see `rloo_baseline`. Sums to zero over every group of n >= 3 (for
-      n = 2 this holds for the alignment part only). Without whitening its policy gradient has the
-      mean of `reinforce`.
-      It has less variance where the rewards of a group share an offset: with whitening (0.4 times
-      that of `reinforce` for n = 4 and features with cosines of 0.8), or with one of the two
-      coefficients at 0. Not so without whitening and with equal coefficients: there reward_j =
-      2 x_j . (y - mean of the others) is centred already, and the noise of the baseline comes on
-      top (1.5 times for n = 4, 1.05 times for n = 16). With n = 2 the baseline even takes the
-      offset from the alignment part alone, for hundreds of times the variance: use `reinforce` or
+    - `rloo`: reward_j - b_j, see `rloo_baseline`. The advantages sum to zero over every group of
+      n >= 3 (for n = 2 this holds for the alignment part only). Without whitening, the expected
+      policy gradient is that of `reinforce`.
+      The variance is smaller than that of `reinforce` if the rewards of a group share an offset:
+      with whitening (0.4 times for n = 4 and features with cosines of 0.8), or with one of the two
+      coefficients at 0. It is larger without whitening and with equal coefficients: there
+      reward_j = 2 x_j . (y - mean of the others) is already centred, and the baseline adds noise
+      (1.5 times for n = 4, 1.05 times for n = 16). With n = 2 the baseline removes the offset of
+      the alignment part only, and the variance is hundreds of times larger: use `reinforce` or
       more rollouts there.
     - `group_norm`: (reward_j - group mean) / (group standard deviation + `GROUP_NORM_EPSILON`),
-      with the unbiased (n - 1) standard deviation. Biased: the mean contains rollout j, and the
-      scale depends on the group.
+      with the unbiased (n - 1) standard deviation. The gradient is biased: the mean contains
+      rollout j, and the scale depends on the group.
     - `reinforce`: reward_j itself.
 
-    (`fitted` has advantages by token and needs more than rewards: `hf_ebft.objective.fitted`.)
+    `fitted` has advantages for each token and needs more than rewards: see
+    `hf_ebft.objective.fitted`.
 
     Args:
-        rewards: with fields (B, n, K).
+        rewards: rewards of rollouts, with fields (B, n, K).
         estimator: one of `ADVANTAGE_ESTIMATORS`.
 
     Returns:
         (B, n, K).
 
     Raises:
-        ValueError: an unknown estimator, or `rloo` or `group_norm` with a single rollout.
+        ValueError: the estimator is unknown, is `fitted`, or is `rloo` or `group_norm` with a
+            single rollout.
     """
     if estimator == "reinforce":
         return rewards.reward
@@ -56,8 +58,8 @@ def compute_advantages(rewards: Rewards, estimator: AdvantageEstimator = "rloo")
         return centred_BnK / (variance_B1K.sqrt() + GROUP_NORM_EPSILON)
     if estimator == "fitted":
         raise ValueError(
-            "advantage_estimator='fitted' needs more than rewards: see "
-            "hf_ebft.objective.fitted.fitted_advantages"
+            "advantage_estimator='fitted' needs more than rewards: call "
+            "hf_ebft.objective.fitted.fitted_advantages instead"
         )
     raise ValueError(
         f"advantage_estimator={estimator!r} is unknown: "
@@ -73,25 +75,26 @@ def rloo_baseline(rewards: Rewards) -> Tensor:
         b_j = alignment_coef * (sum a - a_j) / (n - 1)
               - diversity_coef * (sum d - 2 d_j) / (n - 2)
 
-    a_j' depends on no rollout but j', so the plain leave-one-out mean serves. Diversities are sums
-    over pairs, d_j' = 2/(n-1) * sum over l != j' of x_j' . x_l, and each of the others contains one
-    pair with j. Those pairs together are d_j once more: sum d - d_j still holds them, sum d - 2 d_j
-    holds exactly the pairs without j. Over (n - 2) it is the mean diversity that the n - 1 other
-    rollouts would have among themselves. With n = 2 there is no pair without j and the diversity
-    part is 0, the only choice that keeps the baseline independent of j.
+    a_j' depends on rollout j' only, so the alignment part is the plain leave-one-out mean.
+    Diversities are sums over pairs, d_j' = 2/(n-1) * sum over l != j' of x_j' . x_l, so each of the
+    other diversities contains one pair with j. These pairs add up to d_j: sum d - d_j still
+    contains them, and sum d - 2 d_j contains exactly the pairs without j. Divided by (n - 2), it is
+    the mean diversity that the n - 1 other rollouts would have among themselves. With n = 2 there
+    is no pair without j, and the diversity part is 0: the only choice that keeps the baseline
+    independent of j.
 
-    A baseline that does not depend on rollout j leaves the expected gradient as it is:
+    A baseline that does not depend on rollout j does not change the expected gradient:
     E[b_j * grad log p_j] = E[b_j] * E[grad log p_j] = 0. Whitening mixes the rollouts of a group,
-    so with it this independence holds only up to the influence of j on the whitening.
+    so there the independence holds only up to the influence of j on the whitening.
 
     Args:
-        rewards: with fields (B, n, K).
+        rewards: rewards of rollouts, with fields (B, n, K).
 
     Returns:
         (B, n, K).
 
     Raises:
-        ValueError: n = 1, where there is nothing to leave out.
+        ValueError: n = 1, where there is no other rollout.
     """
     _require_several_rollouts(rewards, "rloo")
     n_rollouts = rewards.reward.shape[1]

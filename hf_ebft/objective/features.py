@@ -1,10 +1,10 @@
-"""Features of a rollout: hidden states, normalised and pooled (pure functions, no model here).
+"""Features of a rollout: normalised and pooled hidden states (pure functions of tensors).
 
 Dimension letters: m feature layers, H hidden width, F = m * H width of a token's feature,
 G tokens of a block, T of them that a pooling reads, D width of a block's feature
 (F, or 3 * F for `concat`). `...` stands for any leading dimensions, (B, n, K) for rollouts.
 
-Whatever the number of layers or of pooled positions, a feature has at most unit norm, so that
+A feature has at most unit norm, whatever the number of layers or of pooled positions, so that
 alignment and diversity keep their scale when these settings change.
 """
 
@@ -28,13 +28,14 @@ def normalize_layers(
 ) -> Tensor:
     """Join the hidden states of the feature layers into one unit vector per token.
 
-    - `per_layer`: each layer is L2-normalised on its own, the layers are concatenated and divided
-      by sqrt(m). Deep layers, whose hidden states are often much larger, weigh no more than others.
-    - `joint`: the layers are concatenated as they are and normalised once.
+    - `per_layer`: each layer is L2-normalised separately, then the layers are concatenated and
+      divided by sqrt(m). So all layers have the same weight, although the hidden states of deep
+      layers are often much larger.
+    - `joint`: the layers are concatenated and then normalised once.
 
     Args:
         hidden: the m layers, each (..., H) and of any floating dtype: a sequence, or a tensor
-            whose first dimension counts layers.
+            whose first dimension is the layer.
         normalization: one of `FEATURE_NORMALIZATIONS`.
 
     Returns:
@@ -42,11 +43,11 @@ def normalize_layers(
         `per_layer` a zero layer contributes zeros (the norm is then below 1).
 
     Raises:
-        ValueError: no layers, layers of different shapes, or an unknown `normalization`.
+        ValueError: there are no layers, their shapes differ, or `normalization` is unknown.
     """
     layers = [layer.float() for layer in hidden]
     if not layers:
-        raise ValueError("hidden holds no layers: pass the hidden states of at least one layer")
+        raise ValueError("hidden has no layers: pass the hidden states of at least one layer")
     shapes = [tuple(layer.shape) for layer in layers]
     if len(set(shapes)) > 1:
         raise ValueError(f"the feature layers must have one shape (..., H), got {shapes}")
@@ -62,7 +63,7 @@ def normalize_layers(
 
 
 def token_positions(embed_method: EmbedMethod, length: int) -> list[int]:
-    """Which tokens of a block a pooling reads, so that only their states need to be kept.
+    """The tokens of a block that a pooling reads; only their hidden states need to be kept.
 
     Args:
         embed_method: one of `STRIDED_EMBED_METHODS`.
@@ -73,30 +74,30 @@ def token_positions(embed_method: EmbedMethod, length: int) -> list[int]:
         of the length (floor(fraction * G); they may repeat when G < 4).
 
     Raises:
-        ValueError: `length` below 1, or a method that does not pool fixed positions.
+        ValueError: `length` is below 1, or the method does not pool fixed positions.
     """
     if length < 1:
-        raise ValueError(f"a block must have at least 1 token to pool, got length={length}")
+        raise ValueError(f"length={length} must be at least 1: a block needs a token to pool")
     if embed_method == "last_token":
         return [length - 1]
     if embed_method == "mean_pooling":
         return list(range(length))
     if embed_method == "concat":
         return [quarter * length // 4 for quarter in (1, 2, 3)]
-    raise _no_fixed_positions(embed_method)
+    raise _embed_method_error(embed_method)
 
 
 def pool(tokens: Tensor, embed_method: EmbedMethod) -> Tensor:
     """Pool token features into the feature of a block.
 
     - `last_token`: the token itself.
-    - `mean_pooling`: the mean over the block. It is not normalised again: its norm, at most 1,
-      says how much the tokens agree.
-    - `concat`: the three tokens side by side, divided by sqrt(3), so that unit token features give
-      a unit feature and rewards stay on the scale of the other methods.
+    - `mean_pooling`: the mean over the block. It is not normalised again: its norm is at most 1,
+      and is larger the more the tokens agree.
+    - `concat`: the three tokens concatenated and divided by sqrt(3), so that unit token features
+      give a unit feature, and rewards stay on the scale of the other methods.
 
     Args:
-        tokens: (..., T, F), the features at exactly the positions of `token_positions`.
+        tokens: (..., T, F), the features at the positions of `token_positions`.
         embed_method: one of `STRIDED_EMBED_METHODS`.
 
     Returns:
@@ -106,7 +107,7 @@ def pool(tokens: Tensor, embed_method: EmbedMethod) -> Tensor:
         ValueError: T does not fit the method, or the method does not pool fixed positions.
     """
     if embed_method not in STRIDED_EMBED_METHODS:
-        raise _no_fixed_positions(embed_method)
+        raise _embed_method_error(embed_method)
     n_tokens = tokens.shape[-2]
     expected = {"last_token": 1, "concat": 3}.get(embed_method, max(n_tokens, 1))
     if n_tokens != expected:
@@ -121,7 +122,7 @@ def pool(tokens: Tensor, embed_method: EmbedMethod) -> Tensor:
     return tokens.flatten(start_dim=-2) / math.sqrt(n_tokens)
 
 
-def _no_fixed_positions(embed_method: str) -> ValueError:
+def _embed_method_error(embed_method: str) -> ValueError:
     valid = ", ".join(map(repr, STRIDED_EMBED_METHODS))
     if embed_method == "completion_mean":
         return ValueError(

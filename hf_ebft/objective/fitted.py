@@ -1,24 +1,27 @@
-"""Advantages per token with baselines and control variates that were fitted to earlier batches.
+"""Advantages for each token, with baselines and control variates fitted to earlier batches.
 
 The reward of rollout j is `2 x_j . d_j`, with x_j its feature and d_j = alignment_coef * y -
-diversity_coef * (mean feature of the others), which does not depend on j. Most of its variance is
-luck that later tokens bring: the last token alone decides about two thirds of x_j. A policy
-gradient charges every token with all of it. Here each token is charged with less:
+diversity_coef * (mean feature of the others), which does not depend on rollout j. Most of its
+variance comes from the sampling of later tokens: the last token alone decides about two thirds of
+x_j. A plain policy gradient multiplies every token's grad log p by the whole reward. Here the
+factor has less variance:
 
     advantage of token t = 2 (x_j - later_jt - baseline_jt) . d_j
 
-With s_t the feature network's state before token t, g(a) what it makes of token a on its own, and a
-ridge regression x ~ A_t s_t + B_t g(a_t) + c_t for every place t:
+Let s_t be the feature network's state before token t, g(a) the feature of token a without context,
+and x ~ A_t s_t + B_t g(a_t) + c_t a ridge regression for every position t. Then
 
-- `later_jt` = sum over u > t of B_u (g(a_u) - E g(a_u)), the expectation being the policy's, given
-  what comes before token u: what the later tokens added by luck, as far as the regression knows.
-  Each term has mean zero given all that token t may depend on (a control variate; C.-A. Cheng, X.
-  Yan and B. Boots, "Trajectory-wise control variates for variance reduction in policy gradient
-  methods", 2019, call sums of them trajectory-wise).
-- `baseline_jt` = A_t s_t + B_t E g(a_t) + c_t: what was to be expected before token t was drawn.
+- `later_jt` = sum over u > t of B_u (g(a_u) - E g(a_u)). The expectation is over the policy's
+  distribution of token u, given all tokens before it. This is the contribution of the later tokens'
+  sampling noise, as the regression predicts it. Each term is a control variate: it has mean zero
+  given everything up to token t (C.-A. Cheng, X. Yan and B. Boots, "Trajectory-wise control
+  variates for variance reduction in policy gradient methods", 2019, call such sums
+  trajectory-wise).
+- `baseline_jt` = A_t s_t + B_t E g(a_t) + c_t: the feature that is expected before token t is
+  sampled.
 
-Neither changes the expected gradient, whatever the regression says, as long as it was fitted to
-other rollouts than these. The mean of the other rollouts in d_j is freed of its luck the same way.
+Neither changes the expected gradient, however bad the regression, as long as it was fitted to other
+rollouts than these. The mean of the other rollouts in d_j is corrected in the same way.
 
 Dimension letters: B rows of the batch, n rollouts per block, K blocks, G tokens of a rollout, D
 width of a feature, r width of states and of tokens' features, F = 2 r + 1 regressors, N rollouts.
@@ -34,11 +37,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenKnowledge:
-    """What is known of every rollout token, in r dimensions, (B, n, K, G, r) each.
+    """The inputs of the regressions for every rollout token, (B, n, K, G, r) each.
 
     Attributes:
-        states: of the feature network before the token.
-        tokens: of the token on its own.
+        states: states of the feature network before the token.
+        tokens: features of the token without context.
         expected: expectation of `tokens` under the policy, given all tokens before.
     """
 
@@ -60,21 +63,21 @@ def fitted_advantages(
     alignment_coef: float = 1.0,
     diversity_coef: float = 1.0,
 ) -> Tensor:
-    """Advantages of every token, for unit features without whitening.
+    """Advantages for each token, for unit features without whitening.
 
     Args:
         generated: (B, n, K, D) features of the rollouts, n >= 2.
         ground_truth: (B, K, D).
-        knowledge: of the same rollouts.
-        coefficients: (G, F, D) of regressions fitted to other rollouts; None: all zero, which gives
-            the reward itself.
-        alignment_coef, diversity_coef: of the reward.
+        knowledge: the regressions' inputs for the same rollouts.
+        coefficients: (G, F, D) coefficients of regressions that were fitted to other rollouts. None
+            means all zero, which gives the reward itself.
+        alignment_coef, diversity_coef: coefficients of the reward.
 
     Returns:
         (B, n, K, G).
 
     Raises:
-        ValueError: a single rollout per block, where there are no others.
+        ValueError: there is a single rollout per block.
     """
     n = generated.shape[1]
     if n < 2:
@@ -82,32 +85,32 @@ def fitted_advantages(
             "advantage_estimator='fitted' compares rollouts with the others of their block, but "
             "n_samples_per_prompt is 1: set it to 2 or more, or use 'reinforce'"
         )
-    freed = generated
+    corrected = generated
     if coefficients is not None:
         r = knowledge.tokens.shape[-1]
         surprise = knowledge.tokens - knowledge.expected
-        of_tokens = coefficients[:, r : 2 * r]
-        freed = generated - torch.einsum("bnkgr,grd->bnkd", surprise, of_tokens)
-    others = (freed.sum(dim=1, keepdim=True) - freed) / (n - 1)
+        token_coefficients = coefficients[:, r : 2 * r]
+        corrected = generated - torch.einsum("bnkgr,grd->bnkd", surprise, token_coefficients)
+    others = (corrected.sum(dim=1, keepdim=True) - corrected) / (n - 1)
     direction = alignment_coef * ground_truth[:, None] - diversity_coef * others
     reward = (generated * direction).sum(dim=-1)[..., None]
     if coefficients is None:
         return 2 * reward.expand(*reward.shape[:-1], knowledge.tokens.shape[-2])
-    # Everything below is along one direction a rollout: F numbers a token instead of F x D.
-    along = torch.einsum("bnkd,gfd->bnkgf", direction, coefficients)
-    luck = (surprise * along[..., r : 2 * r]).sum(dim=-1)
-    later = luck.sum(dim=-1, keepdim=True) - luck.cumsum(dim=-1)
-    baseline = (knowledge.regressors(knowledge.expected) * along).sum(dim=-1)
+    # Only the component along each rollout's direction matters: F numbers per token, not F x D.
+    along_direction = torch.einsum("bnkd,gfd->bnkgf", direction, coefficients)
+    noise = (surprise * along_direction[..., r : 2 * r]).sum(dim=-1)
+    later = noise.sum(dim=-1, keepdim=True) - noise.cumsum(dim=-1)
+    baseline = (knowledge.regressors(knowledge.expected) * along_direction).sum(dim=-1)
     return 2 * (reward - later - baseline)
 
 
 class Moments:
-    """Second moments of regressors with themselves and with features, by token.
+    """Sums of products of regressors with each other and with features, for each token position.
 
     Attributes:
-        gram: (G, F, F).
-        cross: (G, F, D).
-        count: rollouts.
+        gram: (G, F, F), regressors with regressors.
+        cross: (G, F, D), regressors with features.
+        count: number of rollouts.
     """
 
     def __init__(self, gram: Tensor, cross: Tensor, count: Tensor) -> None:
@@ -115,7 +118,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, length: int, n_regressors: int, width: int, device: torch.device) -> Moments:
-        """Of nothing yet."""
+        """Moments of no rollouts."""
         return cls(
             torch.zeros(length, n_regressors, n_regressors, device=device),
             torch.zeros(length, n_regressors, width, device=device),
@@ -123,28 +126,28 @@ class Moments:
         )
 
     def add(self, regressors: Tensor, features: Tensor) -> None:
-        """Count rollouts: (N, G, F) and their features (N, D)."""
+        """Add rollouts: their regressors (N, G, F) and their features (N, D)."""
         by_token = regressors.transpose(0, 1)
         self.gram += by_token.transpose(1, 2) @ by_token
         self.cross += by_token.transpose(1, 2) @ features
         self.count += len(features)
 
     def plus(self, other: Moments, *, decay: float) -> Moments:
-        """These, weighed by `decay`, and others."""
+        """The sum of `decay` times these moments and others."""
         pairs = zip(self.parts, other.parts, strict=True)
         return Moments(*(decay * own + new for own, new in pairs))
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What must be summed over processes."""
+        """The tensors that must be summed over processes."""
         return self.gram, self.cross, self.count
 
     def solve(self, strength: Tensor) -> Tensor:
         """Ridge coefficients (G, F, D), float32.
 
         Args:
-            strength: (G,) of the penalty, in rollouts: with as many rollouts, data and penalty
-                weigh about the same. The constant is not penalised.
+            strength: (G,) strength of the penalty, in rollouts: with that many rollouts, data and
+                penalty have about the same weight. The constant is not penalised.
         """
         gram = self.gram.double()
         scale = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(dim=1) / self.count.clamp(min=1)
@@ -154,6 +157,6 @@ class Moments:
         return torch.cholesky_solve(self.cross.double(), factor).to(self.cross.dtype)
 
     def error(self, coefficients: Tensor) -> Tensor:
-        """(G,) squared error of predictions for these rollouts, up to a constant."""
+        """(G,) squared error of predictions by these coefficients, up to a constant."""
         quadratic = (coefficients * (self.gram @ coefficients)).sum(dim=(1, 2))
         return quadratic - 2 * (coefficients * self.cross).sum(dim=(1, 2))

@@ -1,13 +1,13 @@
-"""How much of a gradient is noise: the noise scale, and cosines that noise does not shrink.
+"""How much of a gradient is noise: the noise scale, and cosines that are not biased by noise.
 
 With g_i the gradient of document i, G its expectation and Sigma its covariance, the mean over B
 documents has expected square |G|^2 + tr(Sigma) / B. The noise scale tr(Sigma) / |G|^2 (S.
 McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, arXiv 1812.06162, eq. 2.9) is
-the number of documents a step at which signal and noise are equal. Smaller batches take steps that
-are mostly noise, much larger ones waste documents.
+the number of documents in a step at which signal and noise are equal. Steps of smaller batches are
+mostly noise; much larger batches waste documents.
 
-All estimates come from products of gradients, so that no gradient has to be kept once its products
-are known. Dimension letters: N gradients, P parameters.
+All estimates are computed from dot products of gradients, so that a gradient can be dropped once
+its products are known. Dimension letters: N gradients, P parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its interval over documents."""
+    """A number and its confidence interval over documents."""
 
     value: float
     low: float
@@ -35,12 +35,12 @@ class NoiseScale:
     """Signal and noise of the gradient of one document.
 
     Attributes:
-        signal: |G|^2, without bias: below zero now and then where there is next to none.
-        noise: tr(Sigma), without bias.
-        documents: noise scale `noise / signal`, in documents; infinite where `signal` is not above
+        signal: |G|^2, estimated without bias; it can be below zero if there is hardly any signal.
+        noise: tr(Sigma), estimated without bias.
+        documents: the noise scale `noise / signal`, in documents; infinite if `signal` is not above
             0.
-        low, high: interval of the noise scale; `high` is infinite where the documents at hand
-            cannot tell the signal from zero.
+        low, high: confidence interval of the noise scale; `high` is infinite if the signal cannot
+            be distinguished from zero with these documents.
         n_gradients: N.
     """
 
@@ -57,7 +57,7 @@ def gradient_products(gradients: Tensor | Iterable[Tensor], *, chunk: int = 2**2
 
     Args:
         gradients: (N, P), or N tensors (P,); any floating dtype.
-        chunk: entries of a gradient that are held in float64 at once.
+        chunk: number of entries of a gradient that exist in float64 at once.
 
     Returns:
         (N, N) float64.
@@ -78,29 +78,32 @@ def noise_scale(
         |G|^2     = mean over pairs i != j of g_i . g_j
         tr(Sigma) = mean of g_i . g_i - |G|^2           (times the documents of a gradient)
 
-    The interval is the jackknife's for signal / noise, turned over: the noise is known well, the
-    signal may be compatible with zero, and then the noise scale has no upper bound. Where there is
-    next to no signal the jackknife's standard error is up to sqrt(2) times too large (B. Efron and
-    C. Stein, "The jackknife estimate of variance", 1981): it errs on the wide side.
+    The interval is the inverse of the jackknife's interval for signal / noise. The noise is known
+    well, but the signal may be compatible with zero, and then the noise scale has no upper bound.
+    If there is hardly any signal, the jackknife's standard error is up to sqrt(2) times too large
+    (B. Efron and C. Stein, "The jackknife estimate of variance", 1981), so the interval is too
+    wide rather than too narrow.
 
     Args:
-        products: (N, N) of N >= 3 independent gradients.
-        documents_per_gradient: of how many documents each gradient is the mean.
-        confidence: of the interval.
+        products: (N, N) dot products of N >= 3 independent gradients.
+        documents_per_gradient: number of documents that each gradient is the mean of.
+        confidence: level of the interval.
 
     Raises:
-        ValueError: no square matrix, fewer than three gradients, or settings out of range.
+        ValueError: the matrix is not square, there are fewer than three gradients, or another
+            argument is out of range.
     """
     _check_products(products, "products")
     if documents_per_gradient < 1:
         raise ValueError(
-            f"documents_per_gradient={documents_per_gradient} must be at least 1: the number of "
-            "documents that each gradient is a mean over"
+            f"documents_per_gradient={documents_per_gradient} must be at least 1: write the number "
+            "of documents that each gradient is the mean of"
         )
     signal, without_signal = _pair_means(products)
     noise, without_noise = _noise(products)
     ratio = _jackknife(signal / noise, [without_signal / without_noise], confidence)
-    scaled = Estimate(*(documents_per_gradient * _inverse(x) for x in _falling(ratio)))
+    inverted = (ratio.value, ratio.high, ratio.low)  # inversion swaps the bounds
+    scaled = Estimate(*(documents_per_gradient * _inverse(x) for x in inverted))
     return NoiseScale(
         signal=float(signal),
         noise=documents_per_gradient * float(noise),
@@ -112,26 +115,26 @@ def noise_scale(
 
 
 def noise_ratio(products: Tensor, other: Tensor, *, confidence: float = 0.95) -> Estimate:
-    """tr(Sigma) of an estimator of the gradient relative to that of another one.
+    """Ratio of tr(Sigma) of two estimators of the gradient.
 
-    Where both estimate the same gradient this is the ratio of their noise scales, and far better
-    known than either of them.
+    If both estimate the same gradient, this is the ratio of their noise scales, and it is known far
+    better than either of them.
 
     Args:
-        products: (N, N) of one estimator.
-        other: (N, N) of the other one, on the same N >= 3 documents. On as many independent ones
-            the interval holds as well, but is wider.
-        confidence: of the jackknife's interval.
+        products: (N, N) dot products of one estimator's gradients.
+        other: (N, N) dot products of the other one's, on the same N >= 3 documents. For N other
+            documents the interval is valid as well, but wider.
+        confidence: level of the jackknife's interval.
 
     Raises:
-        ValueError: matrices that do not fit, or fewer than three documents.
+        ValueError: the matrices do not fit, or there are fewer than three documents.
     """
     _check_products(products, "products")
     _check_products(other, "other")
     if products.shape != other.shape:
         raise ValueError(
-            f"products {tuple(products.shape)} and other {tuple(other.shape)} must come from the "
-            "same documents"
+            f"products {tuple(products.shape)} and other {tuple(other.shape)} must have the same "
+            "shape: compute both on the same documents"
         )
     (noise, without), (base, base_without) = _noise(products), _noise(other)
     return _jackknife(noise / base, [without / base_without], confidence)
@@ -147,23 +150,23 @@ def gradient_cosine(
 ) -> Estimate:
     """Cosine between the expectations of two kinds of gradients.
 
-    The cosine of two means is too small, since their noise is in the norms and not in the product.
-    Here all three products are unbiased, so that two estimators of one gradient have cosine 1 on
-    average, and single estimates lie above 1 as well as below.
+    The cosine of two sample means is too small, since noise enlarges their norms but not their
+    product. Here all three products are unbiased. Two estimators of one gradient therefore have
+    cosine 1 on average, and a single estimate can be above 1.
 
     Args:
-        products: (N, N) of the first kind.
-        other: (M, M) of the second kind.
-        cross: (N, M) products of the first with the second.
-        same_documents: whether gradients i of both kinds share their noise, as those of one
+        products: (N, N) dot products of gradients of the first kind.
+        other: (M, M) dot products of gradients of the second kind.
+        cross: (N, M) dot products of the first kind with the second.
+        same_documents: whether gradients i of both kinds share their noise, as two gradients of one
             document do; then N = M and the diagonal of `cross` is left out.
-        confidence: of the jackknife's interval.
+        confidence: level of the jackknife's interval.
 
     Returns:
-        NaN where a signal is not above zero: there is no direction to compare.
+        The cosine with its interval; NaN if a signal is not above zero.
 
     Raises:
-        ValueError: matrices that do not fit, or fewer than three gradients of a kind.
+        ValueError: the matrices do not fit, or there are fewer than three gradients of a kind.
     """
     _check_products(products, "products")
     _check_products(other, "other")
@@ -196,13 +199,13 @@ def gradient_cosine(
 def _check_products(products: Tensor, name: str) -> None:
     if products.dim() != 2 or products.shape[0] != products.shape[1] or len(products) < 3:
         raise ValueError(
-            f"{name} must hold the products of three or more gradients with each other, (N, N), "
-            f"got {tuple(products.shape)}"
+            f"{name} must be (N, N), the dot products of N >= 3 gradients with each other, got "
+            f"{tuple(products.shape)}"
         )
 
 
 def _pair_means(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over pairs of different gradients: of all, and (N,) without each gradient in turn."""
+    """Mean over pairs of different gradients: over all, and (N,) without each gradient in turn."""
     products = products.double()
     n, own, row = len(products), products.diagonal(), products.sum(dim=1)
     pairs = products.sum() - own.sum()
@@ -210,7 +213,7 @@ def _pair_means(products: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _noise(products: Tensor) -> tuple[Tensor, Tensor]:
-    """tr(Sigma) of one gradient: of all, and (N,) without each in turn."""
+    """tr(Sigma) of one gradient: from all gradients, and (N,) without each in turn."""
     signal, without_signal = _pair_means(products)
     squares = products.double().diagonal()
     total, n = squares.sum(), len(products)
@@ -218,12 +221,19 @@ def _noise(products: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cosine(product: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    # The root of a negative signal is NaN, as documented; both below zero must not cancel.
+    # The root of a negative signal is NaN, as documented. One root of the product of both signals
+    # would be wrong: if both are negative, their product is positive.
     return product / (first.sqrt() * second.sqrt())
 
 
 def _jackknife(value: Tensor, left_out: list[Tensor], confidence: float) -> Estimate:
-    """An interval from the values with one document left out, by independent sample."""
+    """A confidence interval from the values with one document left out.
+
+    Args:
+        value: the estimate from all documents.
+        left_out: for each independent sample of documents, (N,) estimates without each of them.
+        confidence: level of the interval.
+    """
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1")
     variance = sum(
@@ -232,11 +242,6 @@ def _jackknife(value: Tensor, left_out: list[Tensor], confidence: float) -> Esti
     )
     margin = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(variance)
     return Estimate(float(value), float(value) - margin, float(value) + margin)
-
-
-def _falling(estimate: Estimate) -> tuple[float, float, float]:
-    """Value and bounds in the order that they have after inversion."""
-    return estimate.value, estimate.high, estimate.low
 
 
 def _inverse(value: float) -> float:

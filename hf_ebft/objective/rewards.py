@@ -3,8 +3,8 @@
 Dimension letters: B rows of the batch, n rollouts per block, K blocks, D feature width. A group is
 the n rollouts of one block (b, k) together with its ground truth.
 
-All reductions are elementwise products and sums in float32, never matrix products: those an
-enclosing autocast region would run in half precision, and TF32 would cut to 10 bits.
+All reductions are elementwise products and sums in float32. Matrix products are avoided: an
+enclosing autocast region would compute them in half precision, and TF32 with 10 bits.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from hf_ebft.objective.whitening import CorpusWhitening, whiten
 if TYPE_CHECKING:
     from hf_ebft.config import FeatureMatchingArguments
 
-# Features and whitened features have norms of order 1. A vector as short as this is zero but for
-# rounding: its direction means nothing.
+# Features and whitened features have norms of order 1. A vector as short as this is zero up to
+# rounding, and its direction means nothing.
 _ZERO_NORM = 1e-8
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards of rollouts, with what the advantages need to know about how they were made."""
+    """Rewards of rollouts, their parts, and the coefficients that the advantages need."""
 
     reward: Tensor  # (B, n, K), alignment_coef * alignment - diversity_coef * diversity
     alignment: Tensor  # (B, n, K), 2 * cosine with the ground truth: in [-2, 2]
@@ -52,7 +52,7 @@ def feature_matching_rewards(
     whitening_tolerance: float = DEFAULT_TOLERANCE,
     corpus_whitening: CorpusWhitening | None = None,
 ) -> Rewards:
-    """Reward rollouts for features like the ground truth's and unlike each other's.
+    """Reward rollouts whose features resemble the ground truth's and differ from each other's.
 
     With x_j the feature of rollout j of a group and y that of its ground truth, whitened if
     `use_whitening` (paper eq. 7 and 49):
@@ -64,12 +64,12 @@ def feature_matching_rewards(
     Without whitening, with unit features and both coefficients 1, the mean over j of
     reward_j * grad log p(rollout j) is an unbiased estimate of minus the gradient of the CFM loss.
     With whitening by group, n different rollouts in at least n dimensions have diversity 0: the
-    term then penalises duplicates only. Whitening by corpus is a fixed map of features instead, to
-    which the sentence about the gradient applies again, with the CFM loss of the mapped features.
+    term then penalises duplicates only. Whitening by corpus is a fixed map of features, so there
+    the mean above is again an unbiased gradient estimate, for the CFM loss of the mapped features.
 
     The CFM loss ||E[x] - y||^2 (paper eq. 2), the excess over the policy's own spread and the
-    energy score (`hf_ebft.objective.scoring`) are taken from the features as they come in, not from
-    the whitened ones, so that they can be compared across steps and runs.
+    energy score (`hf_ebft.objective.scoring`) are computed from the unwhitened features, so that
+    they can be compared across steps and runs.
 
     Args:
         generated: (B, n, K, D) normalised features of the rollouts, any floating dtype.
@@ -77,17 +77,18 @@ def feature_matching_rewards(
         alignment_coef: weight of the alignment term.
         diversity_coef: weight of the diversity term.
         use_whitening: whiten features first (`hf_ebft.objective.whitening`).
-        whitening_space: "feature" or "sample": each group by its own rollouts; "corpus": all by
-            `corpus_whitening`.
-        whitening_tolerance: by group, singular values below this times the largest count as zero.
-        corpus_whitening: for `whitening_space="corpus"`.
+        whitening_space: "feature" or "sample" whiten each group by its own rollouts; "corpus"
+            whitens all groups by `corpus_whitening`.
+        whitening_tolerance: in whitening by group, singular values below this times the largest
+            one count as zero.
+        corpus_whitening: the whitening of `whitening_space="corpus"`.
 
     Returns:
         `Rewards` in float32 (float64 if an input is float64).
 
     Raises:
-        ValueError: shapes that do not fit, n or D of 0, features that are not floating point, an
-            unknown `whitening_space`, or "corpus" without `corpus_whitening`.
+        ValueError: shapes do not fit, n or D is 0, features are not floating point,
+            `whitening_space` is unknown, or is "corpus" without `corpus_whitening`.
     """
     _check_features(generated, ground_truth)
     _check_space(whitening_space, missing=use_whitening and corpus_whitening is None)
@@ -101,7 +102,7 @@ def feature_matching_rewards(
         "energy_score": energy_score(x_BKnD, y_BKD),
     }
 
-    y_BKnD = y_BKD.unsqueeze(2)  # one for all n rollouts
+    y_BKnD = y_BKD.unsqueeze(2)  # all n rollouts share one ground truth
     if use_whitening and whitening_space == "corpus":
         assert corpus_whitening is not None  # checked above
         x_BKnD, y_BKnD = corpus_whitening.apply(x_BKnD), corpus_whitening.apply(y_BKnD)
@@ -123,7 +124,7 @@ def feature_matching_rewards(
 
 
 def _check_space(whitening_space: str, *, missing: bool) -> None:
-    """Raise for a space that is unknown, or whose matrix is missing."""
+    """Raise for an unknown space, or for "corpus" if its whitening is missing."""
     if whitening_space not in WHITENING_SPACES:
         raise ValueError(
             f"whitening_space={whitening_space!r} is unknown: "
@@ -131,14 +132,14 @@ def _check_space(whitening_space: str, *, missing: bool) -> None:
         )
     if whitening_space == "corpus" and missing:
         raise ValueError(
-            "whitening_space='corpus' needs corpus_whitening, made from features of "
-            "training text once (hf_ebft.feature_network.corpus_whitening): pass it, or "
-            "whiten by group with 'feature'"
+            "whitening_space='corpus' needs corpus_whitening, but none was given: measure it once "
+            "on training text (hf_ebft.feature_network.corpus_whitening) and pass it, or whiten "
+            "by group with whitening_space='feature'"
         )
 
 
 def _cosine(x_BKnD: Tensor, y_BKnD: Tensor) -> Tensor:
-    """Cosines along D, (B, K, n); 0 where either vector is (all but) zero."""
+    """Cosines along D, (B, K, n); 0 where either vector is zero up to rounding."""
     x_norm_BKn = torch.linalg.vector_norm(x_BKnD, dim=-1).clamp(min=_ZERO_NORM)
     y_norm_BKn = torch.linalg.vector_norm(y_BKnD, dim=-1).clamp(min=_ZERO_NORM)
     return _dot(x_BKnD, y_BKnD) / (x_norm_BKn * y_norm_BKn)
@@ -176,7 +177,7 @@ def _check_features(generated: Tensor, ground_truth: Tensor) -> None:
     if not (generated.is_floating_point() and ground_truth.is_floating_point()):
         raise ValueError(
             f"features must be floating point, got {generated.dtype} and {ground_truth.dtype}: "
-            "pass the features of the tokens, not the tokens"
+            "pass the features of the tokens, not the token ids"
         )
 
 
@@ -188,12 +189,12 @@ def rewards_from_settings(
     use_whitening: bool | None = None,
     corpus_whitening: CorpusWhitening | None = None,
 ) -> Rewards:
-    """`feature_matching_rewards` with a run's settings.
+    """Call `feature_matching_rewards` with a run's settings.
 
     Args:
-        settings: coefficients and whitening.
-        generated, ground_truth, corpus_whitening: see there.
-        use_whitening: replaces the settings' if given.
+        settings: the coefficients and the whitening.
+        generated, ground_truth, corpus_whitening: see `feature_matching_rewards`.
+        use_whitening: replaces the value of the settings if given.
     """
     return feature_matching_rewards(
         generated,

@@ -1,7 +1,7 @@
-"""Weights of the loss's parts that move over the optimizer steps of a run.
+"""Schedules of the weights of policy gradient, cross-entropy and KL penalty in the loss.
 
-A weight depends on the number of the optimizer step and on how many there are, and on nothing else:
-the micro-batches of a step, all processes and a resumed run have the same one.
+A weight depends only on the number of the optimizer step and on the total number of steps. So it is
+the same for all micro-batches of a step, on all processes and in a resumed run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Coefficients:
     """Weights of policy gradient, cross-entropy and KL penalty in the loss of one step.
 
     Attributes:
-        rl, ce, kl: their values.
-        scheduled: which of them move in the course of the run, as `"ce_coef"`.
+        rl, ce, kl: the values of `rl_coef`, `ce_coef` and `kl_coef`.
+        scheduled: names of those that change during the run.
     """
 
     rl: float
@@ -29,8 +29,8 @@ class Coefficients:
     kl: float
     scheduled: tuple[Coefficient, ...] = ()
 
-    def moving(self) -> dict[str, float]:
-        """The values of those that move, by the name of their setting."""
+    def scheduled_values(self) -> dict[str, float]:
+        """The coefficients that change during the run, by the name of their setting."""
         values = {"rl_coef": self.rl, "ce_coef": self.ce, "kl_coef": self.kl}
         return {name: values[name] for name in self.scheduled}
 
@@ -39,9 +39,9 @@ def coefficients_at(settings: EBFTSettings, step: int, total: int) -> Coefficien
     """The coefficients of an optimizer step of strided mode.
 
     Args:
-        settings: with `rl_coef`, `rl_coef_schedule`, `rl_coef_final` and so on.
-        step: optimizer steps that were made before this one (`state.global_step`).
-        total: optimizer steps of the run (`state.max_steps`); 0 where there is no run.
+        settings: settings with `rl_coef`, `rl_coef_schedule`, `rl_coef_final` and so on.
+        step: number of optimizer steps before this one (`state.global_step`).
+        total: number of optimizer steps of the run (`state.max_steps`); 0 if there is no run.
     """
     names: tuple[Coefficient, ...] = ("rl_coef", "ce_coef", "kl_coef")
     rl, ce, kl = (coefficient_at(settings, name, step, total) for name in names)
@@ -62,7 +62,7 @@ def coefficient_at(
 
 
 def is_scheduled(settings: FeatureMatchingArguments, name: Coefficient) -> bool:
-    """Whether a coefficient moves in the course of a run."""
+    """Whether a coefficient changes during a run."""
     return bool(getattr(settings, f"{name}_schedule") != "constant")
 
 
@@ -76,16 +76,16 @@ def scheduled_value(
     A run of one step has the weight `start`. After the last step the weight stays `final`.
 
     Args:
-        schedule: the course.
-        start, final: the weight at the first and at the last step; no `final` if constant.
-        step: steps made before this one.
-        total: steps of the run; 0 where there is none.
+        schedule: how the weight changes.
+        start, final: the weight at the first and at the last step; `final` is None if constant.
+        step: number of steps before this one.
+        total: number of steps of the run; 0 if there is no run.
     """
     if schedule == "constant":
         return start
-    assert final is not None  # the configuration has checked it
+    assert final is not None  # checked when the settings were made
     progress = min(1.0, step / max(1, total - 1))
     if schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
-    # The last step has `final` itself, without the rounding of the difference.
+    # At the last step, return `final` itself, without rounding errors.
     return final if progress == 1.0 else start + (final - start) * progress

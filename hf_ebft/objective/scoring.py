@@ -1,29 +1,31 @@
 """How well the features of rollouts match those of the truth: three estimates from one group.
 
-Let x, x' be the features of two independent rollouts of the policy after a prefix, y that of the
-truth, and V = E||x - E x||^2 the policy's own spread. Then
+Let x and x' be the features of two independent rollouts of the policy after a prefix, y the feature
+of the truth, and V = E||x - E x||^2 the policy's own spread. Then
 
     E||x - y||^2 = ||E x - y||^2 + V = CFM loss + V,       E||x - x'||^2 = 2 V, hence
     CFM loss     = E||x - y||^2 - 1/2 E||x - x'||^2,
 
 which is the energy score with exponent 2 of Gneiting & Raftery (2007, "Strictly Proper Scoring
-Rules, Prediction, and Estimation", section 4.3). It is proper, but not strictly: it sees E x alone,
-and every policy with the right mean feature is as good as the truth. Over the truths of a prefix
+Rules, Prediction, and Estimation", section 4.3). It is proper, but not strictly: it depends on E x
+only, so every policy with the right mean feature scores as well as the truth. In expectation over
+the truths of a prefix,
 
-    E_y CFM loss = ||E x - E y||^2 + E||y - E y||^2,
+    E_y CFM loss = ||E x - E y||^2 + E||y - E y||^2.
 
-so that a policy may lower it by becoming sharper around a mean that was a little off. Two more
-figures see the spread:
+A policy may therefore lower it by becoming sharper, if that moves its mean feature towards the
+truth's. Two more scores depend on the spread:
 
-- `excess_over_spread`: CFM loss - V. Over the truths it is ||E x - E y||^2 + E||y - E y||^2 - V:
-  zero for a policy that writes as the truth does, above zero for one that is surer than it is
-  right. A policy that spreads too widely makes it negative, so it is no score to be minimised.
-- `energy_score`: E||x - y|| - 1/2 E||x - x'||, exponent 1. It is strictly proper: over the truths
-  only the distribution of the truth's own features reaches the least.
+- `excess_over_spread`: CFM loss - V. In expectation over the truths it is
+  ||E x - E y||^2 + E||y - E y||^2 - V. It is zero if the policy's features have the distribution of
+  the truth's, and above zero for an overconfident policy. A policy that spreads too widely makes it
+  negative, so it must not be minimised.
+- `energy_score`: E||x - y|| - 1/2 E||x - x'||, exponent 1. It is strictly proper: in expectation
+  over the truths, only the distribution of the truth's own features reaches the minimum.
 
-Each is estimated without bias from n >= 2 rollouts by means over the n rollouts and over the
-n (n - 1) pairs of different ones. All are computed by elementwise products and sums, never by
-matrix products, which an enclosing autocast region or TF32 would cut to a few bits.
+Each is estimated without bias from n >= 2 rollouts, by means over the n rollouts and over the
+n (n - 1) pairs of different rollouts. All are computed by elementwise products and sums. Matrix
+products are avoided, since an enclosing autocast region or TF32 would compute them with few bits.
 
 Dimension letters: n rollouts of a group, D feature width; `...` any leading dimensions.
 """
@@ -37,15 +39,15 @@ from torch import Tensor
 def cfm_loss(x: Tensor, y: Tensor) -> Tensor:
     """||E x - y||^2 (paper, eq. 2): the mean over pairs j != j' of (x_j - y) . (x_j' - y).
 
-    Unbiased, hence sometimes negative. Written in the differences to y, it is exactly 0 where every
-    rollout hits the truth.
+    The estimate is unbiased and can therefore be negative. Since it is computed from the
+    differences to y, it is exactly 0 if every rollout has the feature of the truth.
 
     Args:
         x: (..., n, D) float32 or float64 features of the rollouts.
-        y: (..., D) those of the truth.
+        y: (..., D) features of the truth.
 
     Returns:
-        (...). With n = 1 there are no pairs: ||x - y||^2, which is too large by the spread of x.
+        (...). For n = 1, which has no pairs, ||x - y||^2: too large by the spread of x.
     """
     n_rollouts = x.shape[-2]
     difference = x - y.unsqueeze(-2)
@@ -57,17 +59,18 @@ def cfm_loss(x: Tensor, y: Tensor) -> Tensor:
 
 
 def excess_over_spread(x: Tensor, y: Tensor) -> Tensor:
-    """||E x - y||^2 - E||x - E x||^2: what the spread of the rollouts does not account for.
+    """||E x - y||^2 - E||x - E x||^2: the CFM loss minus the spread of the rollouts.
 
     The second term is estimated by the sample variance, sum_j ||x_j - mean x||^2 / (n - 1). For
-    unit features the whole is minus the mean reward without whitening, with both coefficients 1.
+    unit features, the result is minus the mean reward without whitening and with both coefficients
+    1.
 
     Args:
         x: (..., n, D) float32 or float64 features of the rollouts.
-        y: (..., D) those of the truth.
+        y: (..., D) features of the truth.
 
     Returns:
-        (...), unbiased for n >= 2. With n = 1 the spread is unknown: ||x - y||^2.
+        (...), unbiased for n >= 2. For n = 1, where the spread is unknown, ||x - y||^2.
     """
     n_rollouts = x.shape[-2]
     if n_rollouts == 1:
@@ -79,18 +82,19 @@ def excess_over_spread(x: Tensor, y: Tensor) -> Tensor:
 
 
 def energy_score(x: Tensor, y: Tensor) -> Tensor:
-    """E||x - y|| - 1/2 E||x - x'||: the lower, the nearer is the distribution to the truth's.
+    """E||x - y|| - 1/2 E||x - x'||: lower if the policy's distribution is nearer to the truth's.
 
-    Strictly proper (Gneiting & Raftery 2007, section 4.3, exponent 1, with the sign turned). The
-    second mean is over pairs of different rollouts. Never negative, by the triangle inequality.
+    It is strictly proper (Gneiting & Raftery 2007, section 4.3, exponent 1, with the sign
+    reversed). The second mean is over pairs of different rollouts. By the triangle inequality it is
+    never negative.
 
     Args:
         x: (..., n, D) float32 or float64 features of the rollouts.
-        y: (..., D) those of the truth.
+        y: (..., D) features of the truth.
 
     Returns:
-        (...), unbiased for n >= 2. With n = 1 there are no pairs: ||x - y||, which is too large by
-        half the mean distance of two rollouts.
+        (...), unbiased for n >= 2. For n = 1, which has no pairs, ||x - y||: too large by half the
+        mean distance of two rollouts.
     """
     n_rollouts = x.shape[-2]
     to_truth = torch.linalg.vector_norm(x - y.unsqueeze(-2), dim=-1).mean(dim=-1)

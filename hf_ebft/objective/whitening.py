@@ -1,21 +1,21 @@
-"""Whitening of features: each group by itself, or all by one matrix that training text gives.
+"""Whitening of features: each group by its own rollouts, or all by the moments of training text.
 
-**By group.** With X (n, D) the rollouts of a group and X = U diag(s) Vt, singular values below a
-tolerance times the largest one counting as zero (their inverse too), whitened rollouts are
-X V diag(1/s) Vt = U Vt. Their rows are orthonormal when all rollouts differ (and n <= D), and m
-equal rollouts have dot products of 1/m among each other: after whitening the diversity term
-penalises duplicates and nothing else.
+**By group.** Let X (n, D) be the rollouts of a group and X = U diag(s) Vt. Singular values below a
+tolerance times the largest one count as zero, and so do their inverses. The whitened rollouts are
+X V diag(1/s) Vt = U Vt. They are orthonormal if all rollouts differ (and n <= D), and m equal
+rollouts have dot products of 1/m with each other. So after whitening, the diversity term penalises
+duplicates only.
 
-U and s come from the n x n Gram matrix X Xt = U diag(s^2) Ut rather than from an SVD of X. That
-costs two products with X and one batched n x n eigenproblem, where the SVD of a wide matrix costs
-a QR factorisation per group. Squaring halves the digits, so the Gram matrix is float64: it resolves
-s down to about 1e-8 of the largest, well below the tolerance, and below what float32 features can
-tell from zero (6e-8).
+U and s come from the n x n Gram matrix X Xt = U diag(s^2) Ut, not from an SVD of X. That costs two
+products with X and one batched n x n eigenproblem; the SVD of a wide matrix would cost a QR
+factorisation per group. Squaring halves the number of correct digits, so the Gram matrix is
+float64: it resolves s down to about 1e-8 of the largest one. This is well below the tolerance, and
+below what float32 features can distinguish from zero (6e-8).
 
 **By corpus.** The feature network is frozen, so the second moment of its features over the training
-text is a constant of the run. Whitening with that (`CorpusWhitening`) is one fixed map of features,
-the same for every group and step: it evens out the directions that all features share, and leaves
-the diversity term a function of how rollouts differ, not only of how many are equal.
+text is a constant of the run. Whitening by it (`CorpusWhitening`) is one fixed map of features, the
+same for every group and step. It reduces the directions that all features share, and the diversity
+term still measures how much rollouts differ, not only how many are equal.
 """
 
 from __future__ import annotations
@@ -52,19 +52,20 @@ def whiten(
     space: GroupWhiteningSpace = "feature",
     tolerance: float = DEFAULT_TOLERANCE,
 ) -> Whitened:
-    """Whiten every group with its own rollouts.
+    """Whiten every group by its own rollouts.
 
     - `feature` (the paper's equation): X and y are multiplied from the right by V diag(1/s) Vt.
       The D x D matrix is never formed: y V diag(1/s) Vt = Xt U diag(1/s^3) Ut (X y).
     - `sample` (the released code): X is multiplied from the left by P = U diag(1/s) Ut, an n x n
       matrix; row j of the whitened ground truth is (P 1)_j * y.
 
-    Degenerate groups (duplicated rollouts, fewer dimensions than rollouts, zero features) are
-    finite. A group that contains a NaN or an infinity becomes NaN, other groups don't notice.
+    The result is finite for degenerate groups (duplicated rollouts, fewer dimensions than rollouts,
+    zero features). A group that contains a NaN or an infinity becomes NaN; other groups are not
+    affected.
 
     Args:
-        generated: (..., n, D), the rollouts of each group.
-        ground_truth: (..., D), one per group.
+        generated: (..., n, D), features of the rollouts of each group.
+        ground_truth: (..., D), features of the ground truth, one per group.
         space: one of `GROUP_WHITENING_SPACES`.
         tolerance: singular values below `tolerance` times the largest of their group count as zero.
 
@@ -72,7 +73,7 @@ def whiten(
         `Whitened`, on the device of `generated`, float32 (float64 if an input is float64).
 
     Raises:
-        ValueError: an unknown space, a tolerance outside [1e-6, 1), or shapes that do not fit.
+        ValueError: the space is unknown, the tolerance is outside [1e-6, 1), or shapes do not fit.
     """
     if space not in GROUP_WHITENING_SPACES:
         raise ValueError(
@@ -129,7 +130,7 @@ def _whiten_slice(
     eigenvalues_Qn, u_Qnn = torch.linalg.eigh(gram_Qnn.where(finite_Q11, 0.0))  # ascending
     s_Qn = eigenvalues_Qn.clamp(min=0).sqrt()
     kept_Qn = s_Qn > tolerance * s_Qn[..., -1:]
-    # The inner `where` keeps 1 / 0 from appearing at all.
+    # The inner `where` avoids computing 1 / 0.
     inverse_Qn = torch.where(kept_Qn, 1 / torch.where(kept_Qn, s_Qn, 1.0), 0.0)
     inverse_Qn1 = inverse_Qn.unsqueeze(-1).where(finite_Q11, torch.nan)
     p_Qnn = u_Qnn @ (inverse_Qn1 * u_Qnn.mT)
@@ -137,7 +138,7 @@ def _whiten_slice(
     if space == "sample":
         return p_Qnn @ x_QnD, p_Qnn.sum(-1, keepdim=True) * y_QD1.mT
     # The factors are applied one after the other: entries of U diag(1/s^3) Ut reach 1e15, and
-    # adding those up first would lose the small ones.
+    # forming that matrix would lose the small terms to rounding.
     weights_Qn1 = u_Qnn @ (inverse_Qn1**3 * (u_Qnn.mT @ (x_QnD @ y_QD1)))
     whitened_Qn1D = torch.cat((p_Qnn, weights_Qn1.mT), dim=-2) @ x_QnD
     return whitened_Qn1D[:, :-1], whitened_Qn1D[:, -1]
@@ -145,28 +146,29 @@ def _whiten_slice(
 
 @dataclass(frozen=True)
 class CorpusWhitening:
-    """A fixed linear map of features that evens out their second moment, keeping their norms.
+    """A fixed map of features that evens out their second moment and keeps their norms.
 
     With C = E[phi phi^T] over a corpus and a shrinkage s in (0, 1],
 
         M  = (1 - s) C + s tr(C) / D I
         x' = ||x|| M^(-1/2) x / ||M^(-1/2) x||
 
-    Shrinking towards the identity bounds how much a direction that the corpus hardly uses is
-    amplified, to 1 / sqrt(s) times one of mean variance, and makes M invertible from fewer features
-    than dimensions. With s = 1, or where C is a multiple of the identity, x' = x.
+    Shrinking towards the identity has two effects. A direction that the corpus hardly uses is
+    amplified at most 1 / sqrt(s) times as much as one of mean variance. And M is invertible even
+    if there are fewer features than dimensions. With s = 1, or if C is a multiple of the identity,
+    x' = x.
 
-    Every feature keeps its own norm (1, for unpooled features), rather than being scaled to unit
-    norm on average: alignment and diversity stay on the scale that they have without whitening, a
-    rare feature cannot outweigh a batch of others, and the reward's cosine is a dot product. As x'
-    is a fixed function of x, `alignment - diversity` with unit features is then the exact gradient
-    direction of a CFM loss, the one of the feature map phi', whose value is
-    1 - mean alignment + mean diversity / 2 at every step of a run.
+    Every feature keeps its own norm (1 for unpooled features). So alignment and diversity stay on
+    the scale that they have without whitening, a rare feature cannot outweigh all others of a
+    batch, and the reward's cosine is a dot product. Since x' is a fixed function of x,
+    `alignment - diversity` with unit features is the exact gradient direction of the CFM loss of
+    the feature map phi', whose value is 1 - mean alignment + mean diversity / 2 at every step.
 
     Attributes:
         matrix: (D, D) float32, M^(-1/2) times sqrt(tr(C) / D), symmetric.
         shrinkage: s.
-        effective_rank: tr(C)^2 / tr(C^2), in how many directions features vary: from 1 to D.
+        effective_rank: tr(C)^2 / tr(C^2), the number of directions in which features vary, from 1
+            to D.
     """
 
     matrix: Tensor
@@ -175,7 +177,7 @@ class CorpusWhitening:
 
     @classmethod
     def from_second_moment(cls, second_moment: Tensor, shrinkage: float) -> CorpusWhitening:
-        """Decompose a second moment once, in float64.
+        """Compute the whitening from a second moment, in float64.
 
         Args:
             second_moment: (D, D), C; symmetric and positive semidefinite up to rounding.
@@ -185,8 +187,8 @@ class CorpusWhitening:
             `CorpusWhitening` on the device of `second_moment`.
 
         Raises:
-            ValueError: no square matrix, one that is not finite or all zero, or a shrinkage out of
-                range.
+            ValueError: the second moment is not square, not finite or all zero, or the shrinkage is
+                out of range.
         """
         if second_moment.dim() != 2 or second_moment.shape[0] != second_moment.shape[1]:
             raise ValueError(
@@ -195,8 +197,9 @@ class CorpusWhitening:
             )
         if not 0.0 < shrinkage <= 1.0:
             raise ValueError(
-                f"corpus_whitening_shrinkage={shrinkage} must lie in (0, 1]: 0 would divide by the "
-                "rounding of directions that no feature uses, 1 is no whitening; 0.1 is the default"
+                f"corpus_whitening_shrinkage={shrinkage} must lie in (0, 1]: 0 would divide by "
+                "rounding errors in directions that no feature uses, and 1 means no whitening; the "
+                "default is 0.1"
             )
         device = _float64_device(second_moment.device)
         c_DD = second_moment.to(device, torch.float64)
@@ -204,8 +207,8 @@ class CorpusWhitening:
         mean = c_DD.diagonal().mean()
         if not bool(c_DD.isfinite().all()) or float(mean) <= 0:
             raise ValueError(
-                f"second_moment has a mean diagonal of {float(mean):g}: the features are all zero, "
-                "or not finite"
+                f"second_moment has a mean diagonal of {float(mean):g}, but it must be positive "
+                "and finite: the features are all zero or not finite, so check the feature network"
             )
         eigenvalues_D, u_DD = torch.linalg.eigh(c_DD / mean)  # their mean is 1
         shrunk_D = (1 - shrinkage) * eigenvalues_D.clamp(min=0) + shrinkage
@@ -216,7 +219,7 @@ class CorpusWhitening:
         )
 
     def apply(self, features: Tensor) -> Tensor:
-        """Whiten features, whatever they are features of.
+        """Whiten features, of rollouts as well as of ground truths.
 
         Args:
             features: (..., D), float32 or wider.
@@ -225,17 +228,17 @@ class CorpusWhitening:
             (..., D) in the dtype and with the norms of `features`; zero features stay zero.
 
         Raises:
-            ValueError: another width than the corpus's features had.
+            ValueError: the features of the corpus had another width.
         """
         width = self.matrix.shape[0]
         if features.shape[-1] != width:
             raise ValueError(
-                f"features are {features.shape[-1]} wide, those of the corpus were {width}: "
-                "whitening and features must come from one feature network, with the same "
-                "feature_layers and embed_method"
+                f"features have width {features.shape[-1]}, but those of the corpus had width "
+                f"{width}: whitening and features must come from one feature network, with the "
+                "same feature_layers and embed_method"
             )
-        # Autocast would round to half precision. TF32, where a user allowed it, rounds no more
-        # than a bfloat16 feature network has done already.
+        # Autocast would round to half precision. TF32, if the user allowed it, rounds no more than
+        # a bfloat16 feature network has done already.
         with torch.autocast(features.device.type, enabled=False):
             mapped = features @ self.matrix.to(features.device, features.dtype)
         norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)

@@ -1,1 +1,1 @@
-"""The machinery of a training step: preparation, metrics, averages of the weights."""
+"""The machinery around a training step: preparation, metrics, averages of the weights."""

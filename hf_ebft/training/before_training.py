@@ -1,4 +1,4 @@
-"""What comes before `train()`: evaluation and logging that leave no trace, and a check of FSDP."""
+"""Evaluation and logging before `train()` that do not affect it, and a check of FSDP."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from transformers import Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 from transformers.trainer_utils import EvalLoopOutput
 
-# accelerate sets it on every model that it has prepared, and then prepares it no second time.
+# accelerate sets this on every model that it has prepared, and does not prepare it again.
 _PREPARED = "_is_accelerate_prepared"
 
 
 class BeforeTrainingMixin(Trainer):
-    """Goes before `Trainer` (or a subclass) among the bases of a trainer.
+    """A base class to list before `Trainer` (or a subclass of it).
 
-    - `evaluate()` or `predict()` before `train()`: `Trainer` has accelerate prepare the model for
-      evaluation, which marks it as prepared, so that `train()` would not wrap it into DDP: each
-      process would train on its own gradients. Here the mark is taken off again. Under FSDP the
-      model is sharded as `train()` does it, once for both.
-    - `bf16_full_eval` and `fp16_full_eval`: `Trainer` casts the weights and leaves them so; a
-      later `train()` or `save_model()` would go on with rounded ones. Here it casts stand-ins. They
-      need memory beside the weights: half as much again, for weights in float32.
+    - `evaluate()` or `predict()` before `train()`: `Trainer` lets accelerate prepare the model for
+      evaluation, which marks the model as prepared. `train()` would then not wrap it into DDP, and
+      each process would train on its own gradients. Here the mark is removed. Under FSDP the model
+      is sharded as in `train()`, once for both.
+    - `bf16_full_eval` and `fp16_full_eval`: `Trainer` casts the weights and does not restore them,
+      so a later `train()` or `save_model()` would use rounded weights. Here copies are cast. They
+      need additional memory: half as much as weights in float32.
     - FSDP1 is refused.
     - A log before `train()`: TensorBoard's writer would open in `./runs` of the current folder, and
       stay there. Here it opens in `output_dir/runs`, as in `train()`.
     """
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The parent's; FSDP1 is refused, whoever asked for it.
+        """Create the accelerator, and refuse FSDP1, however it was configured.
 
         Raises:
             ValueError: `fsdp_version` is not 2, or `bf16_full_eval` or `fp16_full_eval` is set
@@ -43,19 +43,19 @@ class BeforeTrainingMixin(Trainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and (self.args.bf16_full_eval or self.args.fp16_full_eval):
             raise ValueError(
-                "bf16_full_eval and fp16_full_eval cast the weights in place, which is not "
-                "supported for the shards of FSDP: training and checkpoints would go on with "
-                "rounded ones. Leave them off; with bf16=True evaluation computes in bfloat16, too."
+                "bf16_full_eval and fp16_full_eval cast the weights in place. With FSDP, training "
+                "and checkpoints would continue with the rounded weights. Leave both off; with "
+                "bf16=True evaluation computes in bfloat16, too."
             )
         if plugin is not None and plugin.fsdp_version != 2:
             raise ValueError(
-                "FSDP1 is not supported: it flattens the weights that EBFT reads layer by layer. "
-                "Use FSDP2, by fsdp_version: 2 in accelerate's configuration "
-                "(accelerate_configs/fsdp2.yaml) or fsdp_config={'version': 2}."
+                "FSDP1 is not supported: it flattens weights, but EBFT needs them layer by layer. "
+                "Use FSDP2: set fsdp_version: 2 in accelerate's configuration "
+                "(accelerate_configs/fsdp2.yaml), or fsdp_config={'version': 2}."
             )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The parent's loop; the model can be prepared for training afterwards."""
+        """Evaluate; the model can still be prepared for training afterwards."""
         with self._model_unprepared_after(), self._weights_kept():
             return super().evaluation_loop(*args, **kwargs)
 
@@ -86,10 +86,11 @@ class BeforeTrainingMixin(Trainer):
 
     @contextmanager
     def _weights_kept(self) -> Iterator[None]:
-        """Let an evaluation that casts the weights cast others, which share memory until then.
+        """Replace the weights by copies if the evaluation casts them; restore them afterwards.
 
-        To cast a parameter in place and back would cut it off from the hooks by which DDP averages
-        its gradients: a later `train()` would let the processes drift apart.
+        The copies share memory with the weights until they are cast. Casting a parameter in place
+        and back would detach it from the hooks with which DDP averages its gradients, and in a
+        later `train()` the weights of the processes would diverge.
         """
         args = self.args
         if self.is_in_train or not (args.bf16_full_eval or args.fp16_full_eval):
@@ -114,7 +115,7 @@ class BeforeTrainingMixin(Trainer):
                 module._buffers.update(kept)
 
     def _shard(self) -> None:
-        """Shard the policy as `train()` does, together with its optimizer, as FSDP2 needs it."""
+        """Shard the policy and its optimizer as `train()` does; FSDP2 needs both at once."""
         self.create_optimizer()
         model: Any = self.model
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
@@ -123,7 +124,7 @@ class BeforeTrainingMixin(Trainer):
         self.model_wrapped = self.model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's, on parameters that FSDP2 has sharded again after a forward pass."""
+        """Train; under FSDP2, parameters that a forward pass has gathered are resharded first."""
         model: Any = self.model
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -131,7 +132,7 @@ class BeforeTrainingMixin(Trainer):
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The parent's; TensorBoard's folder is that of `train()`."""
+        """Log; before `train()`, TensorBoard's folder is set to the one that `train()` uses."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = os.path.join(str(self.args.output_dir), default_logdir())
@@ -146,5 +147,5 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _is_prepared(model: nn.Module) -> bool:
-    """Whether accelerate has prepared the model itself; DDP's mark is on its wrapper."""
+    """Whether accelerate has marked the model itself, and not a DDP wrapper, as prepared."""
     return bool(getattr(model, _PREPARED, False))

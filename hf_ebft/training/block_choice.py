@@ -1,9 +1,10 @@
-"""Leaving out blocks at random: those that have little to teach, most of the time.
+"""Leaves out blocks at random, mostly blocks that would give a small gradient.
 
-Where the policy is sure of what follows, and right, its rollouts equal the truth and their
-advantages are next to nothing; their tokens cost as much as any others. A block is kept with a
-probability that grows with the cross-entropy of its ground-truth window, and then weighs by the
-inverse, so that the expected gradient stays what it is (D. G. Horvitz and D. J. Thompson, 1952).
+If the policy is certain of what follows, and right, its rollouts equal the truth and their
+advantages are almost zero, but their tokens cost as much as others. A block is kept with a
+probability that grows with the cross-entropy of its ground-truth window, and is then weighted by
+the inverse of that probability. So the expected gradient does not change (D. G. Horvitz and D. J.
+Thompson, 1952).
 
 Dimension letters: B rows, K blocks.
 """
@@ -18,10 +19,10 @@ from hf_ebft.packed.log_probs import document_log_probs
 from hf_ebft.rows.buckets import EXACT, Buckets
 from hf_ebft.rows.layout import PackedLayout
 
-# No block is left out more often than this times as often as the average one: an unlucky block must
-# not come with a weight that drowns all others.
+# No block is kept with less than this times the average probability. Otherwise the weight of an
+# unlikely block, the inverse of its probability, could outweigh all others.
 LEAST = 0.2
-# Halvings in the search for the scale of the probabilities: far below float32's resolution.
+# Bisection steps in the search for the scale of the probabilities: more than float32 can resolve.
 HALVINGS = 40
 
 
@@ -35,16 +36,19 @@ def choose_blocks(
     chunk_size: int,
     counts: Buckets = EXACT,
 ) -> PackedLayout:
-    """The batch with a share of its blocks: one pass over the documents, without gradient.
+    """Choose a random share of a batch's blocks, by one pass over the documents without gradient.
 
     Args:
         model: the policy.
-        forward: how it runs packed rows.
+        forward: its forward pass over packed rows.
         layout: the batch with all of its blocks.
-        share: of the blocks that are kept, on average.
-        generator: of the choice, on the batch's device.
-        chunk_size: rows of logits that exist at once.
+        share: average share of the blocks to keep.
+        generator: random numbers of the choice, on the batch's device.
+        chunk_size: number of tokens whose logits exist at once.
         counts: K is rounded up to one of these.
+
+    Returns:
+        The layout with the chosen blocks and their weights.
     """
     with evaluation_mode(model):
         log_probs = document_log_probs(model, forward, layout.documents, chunk_size=chunk_size)
@@ -57,22 +61,22 @@ def choose_blocks(
 
 
 def keep_probabilities(loss: Tensor, exists: Tensor, share: float) -> Tensor:
-    """Probabilities of keeping blocks, proportional to the root of their loss within bounds.
+    """Probabilities of keeping blocks: proportional to the square root of their loss, bounded.
 
-    With noise in proportion to the loss, this is the choice of least noise at given cost (J.
-    Neyman, 1934).
+    If the variance of a block's gradient is proportional to its loss, this choice has the least
+    variance at a given cost (J. Neyman, 1934).
 
     Args:
         loss: (B, K), cross-entropy of the windows, in nats.
-        exists: (B, K), which blocks there are.
-        share: their mean.
+        exists: (B, K), whether each block exists.
+        share: mean of the probabilities.
 
     Returns:
-        (B, K), between `LEAST * share` and 1; 0 where there is no block.
+        (B, K), between `LEAST * share` and 1; 0 for blocks that do not exist.
     """
     size = loss.clamp(min=0).sqrt()
 
-    def at(scale: Tensor) -> Tensor:
+    def probabilities(scale: Tensor) -> Tensor:
         return torch.where(exists, (scale * size).clamp(LEAST * share, 1.0), 0.0)
 
     count = exists.sum().clamp(min=1)
@@ -80,6 +84,6 @@ def keep_probabilities(loss: Tensor, exists: Tensor, share: float) -> Tensor:
     high = 1 / torch.where(exists, size, torch.inf).amin().clamp(min=1e-6)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        enough = at(middle).sum() / count >= share
+        enough = probabilities(middle).sum() / count >= share
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    return at(high)
+    return probabilities(high)

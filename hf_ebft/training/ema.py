@@ -1,13 +1,13 @@
-"""An exponential moving average of the trained weights (EMA), kept beside them.
+"""An exponential moving average (EMA) of the trained weights.
 
-Rollouts make noisy gradients; the average of the last few weights is less noisy than the last
-weights. After step t, for every trainable weight W,
+Gradients from rollouts are noisy, so the weights after a step are noisy, too. An average over the
+last steps is less noisy. After step t, for every trainable weight W,
 
     A_0 = W_0,   A_t = decay * A_(t-1) + (1 - decay) * W_t
 
-in float32 whatever the weights are in: with a decay of 0.99, bfloat16 would round most changes
-away. Frozen weights (the base under adapters) are not copied. Under FSDP2 each process averages its
-own shard; under DDP every process has the same average, as it has the same weights.
+in float32, whatever the data type of the weights: with a decay of 0.99, bfloat16 would round most
+changes away. Frozen weights (the base under adapters) are not copied. Under FSDP2 each process
+averages its own shard. Under DDP all processes have the same weights, and so the same average.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from transformers import (
 
 from hf_ebft.config import check_ema_decay
 
-# In output_dir and in each checkpoint. The model is one folder deeper: Trainer takes adapters in a
-# folder directly below a checkpoint for adapters of the policy when it resumes.
+# Folder in output_dir and in each checkpoint. The model is one folder deeper: when Trainer resumes,
+# it would take adapters in a folder directly below the checkpoint for adapters of the policy.
 FOLDER = "ema"
 MODEL_FOLDER = "model"
 STATE_FILE = "state.safetensors"
@@ -48,11 +48,11 @@ class WeightAverage:
     """The moving average of a model's trainable weights.
 
     Args:
-        model: the policy, as prepared for training (sharded by then, under FSDP2).
-        decay: weight of the past, in (0, 1).
+        model: the policy, prepared for training (under FSDP2, already sharded).
+        decay: weight of the previous average, in (0, 1).
 
     Raises:
-        ValueError: a decay out of range, or a model without trainable weights.
+        ValueError: the decay is out of range, or the model has no trainable weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -64,18 +64,21 @@ class WeightAverage:
             for name, weight in self._weights().items()
         }
         if not self._averages:
-            raise ValueError("There are no trainable weights to average; all are frozen.")
+            raise ValueError(
+                "ema_decay has no trainable weights to average: all weights of the model are "
+                "frozen. Set requires_grad on those to train."
+            )
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the weights as they are now."""
+        """Update the averages with the model's current weights."""
         for name, weight in self._weights().items():
             local = _local(weight).to(torch.float32)
             _local(self._averages[name]).lerp_(local, 1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with the averaged weights, then with its own again, to the bit."""
+        """Give the model the averaged weights within the context; restore its own ones after it."""
         weights = self._weights()
         own = {name: _local(weight).detach().clone() for name, weight in weights.items()}
         self._copy_into_model(self._averages)
@@ -85,9 +88,9 @@ class WeightAverage:
             self._copy_into_model(own)
 
     def state(self) -> dict[str, Tensor]:
-        """Whole averages in float32 on the CPU, by name; a collective call under FSDP2.
+        """The full (unsharded) averages in float32 on the CPU, by name, on the main process.
 
-        Empty on all processes but the main one.
+        On other processes the result is empty. A collective call under FSDP2.
         """
         keep = PartialState().is_main_process
         state = {}
@@ -98,10 +101,10 @@ class WeightAverage:
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over averages that `state` gave, on every process.
+        """Set the averages to those that `state` returned; every process needs all of them.
 
         Raises:
-            ValueError: averages of other weights.
+            ValueError: these are averages of other weights.
         """
         expected = {name: tuple(average.shape) for name, average in self._averages.items()}
         found = {name: tuple(whole.shape) for name, whole in state.items()}
@@ -110,14 +113,14 @@ class WeightAverage:
                 name for name in expected | found if expected.get(name) != found.get(name)
             )
             raise ValueError(
-                f"The saved averages are of other weights than those in training, which differ in "
-                f"{len(different)}, such as {different[:3]}: resume with the same model, adapters "
-                "and trainable weights."
+                f"The saved averages do not fit the weights in training: {len(different)} names or "
+                f"shapes differ, such as {different[:3]}. Resume with the same model, adapters and "
+                "trainable weights."
             )
         for name, average in self._averages.items():
             whole = state[name].to(average.device)
             if isinstance(average, DTensor):
-                # Every process has the whole: each takes its own shard, without communication.
+                # Every process has the full tensor and takes its own shard, without communication.
                 whole = distribute_tensor(
                     whole, average.device_mesh, average.placements, src_data_rank=None
                 )
@@ -129,10 +132,10 @@ class WeightAverage:
             _local(weight).copy_(_local(values[name]))
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        """Trainable weights by name; the shards, under FSDP2."""
+        """Trainable weights by name; under FSDP2, their shards."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # a forward pass without backward leaves some gathered
+                module.reshard()  # after a forward pass without backward, some are still gathered
         return {
             name: weight for name, weight in self.model.named_parameters() if weight.requires_grad
         }
@@ -142,25 +145,26 @@ class EMACallback(TrainerCallback):
     """Averages the policy's weights during training; evaluates and saves the average as well.
 
     - Each evaluation is repeated with the averaged weights, on the same rows and with the same
-      random numbers; its metrics are named `eval_ema_...` instead of `eval_...`, are logged, and
-      may be named as `metric_for_best_model`.
-    - Each checkpoint holds `ema/model`, which `from_pretrained` loads (adapters, for a PEFT
+      random numbers. Its metrics are logged under `eval_ema_...` instead of `eval_...`, and one of
+      them can be `metric_for_best_model`.
+    - Each checkpoint contains `ema/model`, which `from_pretrained` loads (adapters, for a PEFT
       policy), and `ema/state.safetensors`, the float32 average that a resumed run continues from.
-      At the end of training the same is written to `output_dir`.
+      At the end of training, both are written to `output_dir`, too.
 
-    `EBFTTrainer` adds one where `ema_decay` is set; other trainers take it by
+    `EBFTTrainer` adds this callback if `ema_decay` is set. For other trainers, call
     `trainer.add_callback(EMACallback(trainer, decay))`.
 
     Args:
-        trainer: it evaluates and saves.
-        decay: weight of the past, in (0, 1). The configurations released with the paper have 0.9.
+        trainer: the trainer, which evaluates and saves.
+        decay: weight of the previous average, in (0, 1). The configurations released with the
+            paper have 0.9.
         evaluate: repeat evaluations with the average.
-        resume_from: checkpoint to continue an average from; default that of the run's step in
-            `output_dir`.
+        resume_from: checkpoint to continue an average from. Default: the checkpoint of the run's
+            step in `output_dir`.
 
     Raises:
-        ValueError: a decay out of range; when training starts, DeepSpeed, FSDP1 or a
-            hyperparameter search; on resuming, a checkpoint without a matching average.
+        ValueError: the decay is out of range. When training starts: with DeepSpeed, FSDP1 or a
+            hyperparameter search. On resuming: the checkpoint has no matching average.
     """
 
     def __init__(
@@ -180,13 +184,15 @@ class EMACallback(TrainerCallback):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The trainer's model with the averaged weights, for evaluation or saving by hand.
+        """Give the trainer's model the averaged weights within the context.
 
         Raises:
-            RuntimeError: before training has started.
+            RuntimeError: training has not started.
         """
         if self.average is None:
-            raise RuntimeError("There is no average before training has started.")
+            raise RuntimeError(
+                "There is no average before training has started; call trainer.train() first."
+            )
         with self.average.applied():
             yield
 
@@ -197,7 +203,7 @@ class EMACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Start from the weights as they are, or from the checkpoint that training resumes from."""
+        """Start the average at the current weights, or continue that of the resumed checkpoint."""
         _refuse_unsupported(self.trainer, state)
         model: Any = self.trainer.model
         self.average = WeightAverage(model, self.decay)
@@ -211,7 +217,7 @@ class EMACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Move towards the new weights."""
+        """Update the average with the new weights."""
         assert self.average is not None
         self.average.update()
 
@@ -223,7 +229,7 @@ class EMACallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Evaluate the average on the dataset that the weights were evaluated on."""
+        """Evaluate the average on the dataset on which the weights were just evaluated."""
         if not self.evaluate or self.average is None or metrics is None:
             return
         prefix, dataset = self._evaluated(metrics)
@@ -266,14 +272,14 @@ class EMACallback(TrainerCallback):
         self.save(Path(str(args.output_dir), FOLDER))
 
     def save(self, folder: str | os.PathLike[str], *, with_state: bool = True) -> None:
-        """Write the averaged model, and the float32 average unless told not to.
+        """Write the averaged model and the float32 average.
 
-        Every process must call this together. As `Trainer.save_model` writes no model under FSDP
-        with `SHARDED_STATE_DICT`, neither does this; the float32 average is whole in any case.
+        All processes must call this together. Under FSDP with `SHARDED_STATE_DICT` the model is not
+        written, since `Trainer.save_model` writes none; the float32 average is always complete.
 
         Args:
-            folder: gets `model/` and `state.safetensors`.
-            with_state: whether a run is to be resumed from it.
+            folder: folder for `model/` and `state.safetensors`.
+            with_state: also write the float32 average, from which a run can be resumed.
         """
         with self.applied():
             # An internal call does not push to the hub.
@@ -295,21 +301,22 @@ class EMACallback(TrainerCallback):
         if not path.is_file():
             raise ValueError(
                 f"Training resumes at step {state.global_step}, but there is no average at {path}: "
-                "it was saved without ema_decay or with save_only_model, or lies elsewhere. Name "
-                "the checkpoint's path in train(resume_from_checkpoint=...) (or resume_from of "
-                "EMACallback), or start a new run."
+                "the checkpoint was saved without ema_decay or with save_only_model, or is in "
+                "another folder. Pass the checkpoint's path to train(resume_from_checkpoint=...) "
+                "(or as resume_from of EMACallback), or start a new run."
             )
         with safe_open(path, "pt") as file:
             step = (file.metadata() or {}).get("global_step")
         if step != str(state.global_step):
             raise ValueError(
                 f"{path} is the average at step {step}, but training resumes at step "
-                f"{state.global_step}: name the checkpoint that it resumes from."
+                f"{state.global_step}: set resume_from to the checkpoint that training resumes "
+                "from."
             )
         self.average.load(load_file(path))
 
     def _evaluated(self, metrics: dict[str, float]) -> tuple[str, Any]:
-        """Prefix of the metrics and the dataset they are of; no dataset if that is not known."""
+        """The prefix of the metrics, and the dataset that they were measured on or None."""
         datasets: Any = self.trainer.eval_dataset
         named = (
             {f"eval_{name}": data for name, data in datasets.items()}
@@ -323,7 +330,7 @@ class EMACallback(TrainerCallback):
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where `Trainer` puts the checkpoint of this step."""
+    """The folder in which `Trainer` saves the checkpoint of this step."""
     return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
 
 
@@ -336,7 +343,8 @@ def _refuse_unsupported(trainer: Trainer, state: TrainerState) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "ema_decay cannot average weights that DeepSpeed partitions; use DDP or FSDP2."
+            "ema_decay cannot average weights that DeepSpeed partitions; use DDP or FSDP2, or "
+            "leave ema_decay unset."
         )
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError(
@@ -344,6 +352,6 @@ def _refuse_unsupported(trainer: Trainer, state: TrainerState) -> None:
         )
     if state.is_hyper_param_search:
         raise ValueError(
-            "ema_decay would mix the checkpoints of the trials of a hyperparameter search; leave "
-            "it unset there."
+            "ema_decay would mix up the checkpoints of the trials of a hyperparameter search; "
+            "leave ema_decay unset for the search."
         )

@@ -28,14 +28,15 @@ class EvaluationMixin(BeforeTrainingMixin, ReadingMixin):
     """The part of `EBFTTrainer` that evaluates.
 
     Attributes:
-        ebft: `eval_rollouts` says whether there are rollouts, `rollout_batch_size` how many rows
-            are sampled at once.
-        random_streams: whether evaluation is going on, and its random numbers.
+        ebft: the settings; `eval_rollouts` says whether to sample rollouts, `rollout_batch_size`
+            is the number of rows sampled at once.
+        random_streams: the generators of rollouts, which also know whether an evaluation is in
+            progress.
     """
 
     random_streams: RolloutStreams
     _forward: PackedForward
-    _teacher_forced = False  # whether compute_loss is to be Trainer's
+    _teacher_forced = False  # whether compute_loss computes Trainer's loss
     _evaluation_metrics: MetricAccumulator
 
     def sample_rollouts(self, model: nn.Module, inputs: dict[str, Any]) -> Rollouts:
@@ -85,7 +86,7 @@ class EvaluationMixin(BeforeTrainingMixin, ReadingMixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """`Trainer`'s loop, with `{prefix}_ebft/*` added from rollouts drawn with a fixed seed."""
+        """Evaluate as `Trainer` does, and add `{prefix}_ebft/*` from rollouts with a fixed seed."""
         self._evaluation_metrics = MetricAccumulator(self.args.device)
         # Iterating a DataLoader draws from torch's global generator, which would change the
         # dropout of the training steps that follow.

@@ -1,11 +1,11 @@
-"""`advantage_estimator="fitted"`: regressions on the feature network's states, kept over a run.
+"""`advantage_estimator="fitted"`: regressions on the feature network's states, updated over a run.
 
-They are fitted between optimizer steps, to rollouts of the steps before, so that what they say of a
-rollout does not depend on it. All processes fit the same, and checkpoints hold what is needed to go
-on with the same.
+They are fitted between optimizer steps, to rollouts of earlier steps, so that the prediction for a
+rollout does not depend on that rollout. All processes fit the same regressions. Checkpoints contain
+everything that a resumed run needs to continue exactly.
 
 Dimension letters: B rows of the batch, n rollouts per block, K blocks, G tokens of a rollout, V
-vocabulary, D width of a feature, r of what the regressions read, F = 2 r + 1.
+vocabulary, D width of a feature, r width of the regressions' inputs, F = 2 r + 1.
 """
 
 from __future__ import annotations
@@ -31,23 +31,25 @@ from hf_ebft.training.ema import checkpoint_folder
 from hf_ebft.training.metrics import sum_over_processes
 
 FILE = "fitted_baseline.safetensors"
-# Dimensions that the regressions read of states and of tokens: of 576 of the shipped model, these
-# keep 98 % of what all of them explain.
+# Number of dimensions of states and of token features that the regressions use. For the shipped
+# model, 256 of 576 dimensions keep 98 % of the variance that all of them explain.
 RANK = 256
-# Weight of a step's rollouts after another step: the policy moves, about 100 steps count.
+# The weight of earlier rollouts decays by this factor per step, since the policy changes: about the
+# last 100 steps count.
 DECAY = 0.99
-# Strengths of the penalty to choose from by token, in rollouts, and the one to begin with.
+# Strengths of the ridge penalty, in rollouts, from which one is chosen for each token; and the
+# index of the first choice.
 STRENGTHS = (30.0, 300.0, 3000.0, 30000.0)
 FIRST_STRENGTH = 3
-# New regressions after a quarter more steps, or after this many.
+# Regressions are fitted again after a quarter more steps, or after this many steps.
 GROWTH, MOST_STEPS = 1.25, 25
 
 
 class FittedBaseline(TrainerCallback):
-    """Advantages of every token, and the regressions behind them.
+    """Computes advantages for each token, and fits the regressions for them.
 
     Args:
-        trainer: an `EBFTTrainer`; gives the settings, phi and the policy.
+        trainer: the `EBFTTrainer`, which has the settings, phi and the policy.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -66,7 +68,7 @@ class FittedBaseline(TrainerCallback):
 
     @property
     def basis(self) -> Tensor:
-        """(D, r), orthonormal: the directions in which single tokens differ most."""
+        """(D, r), orthonormal: the directions in which features of single tokens vary most."""
         if self._basis is None:
             self._basis = _from_main_process(self._principal_directions())
         return self._basis
@@ -79,7 +81,7 @@ class FittedBaseline(TrainerCallback):
         return vectors[:, -RANK:].flip(1).float().to(features.device)
 
     def _token_vectors(self, device: torch.device) -> Tensor:
-        """(V, r): features of single tokens in the basis."""
+        """(V, r): features of single tokens, projected on the basis."""
         if self._table is None:
             self._table = self._token_features() @ self.basis
         if self._table.device != device:
@@ -92,30 +94,30 @@ class FittedBaseline(TrainerCallback):
         return features
 
     def embed(self, rollouts: Rollouts, score: Callable[..., TokenLogProbs] | None) -> FeaturePass:
-        """Features of rollouts and states in `basis`; see `FeatureNetwork.embed`."""
+        """Features of rollouts, and states projected on `basis`; see `FeatureNetwork.embed`."""
         network: FeatureNetwork = self._trainer.feature_network
         return network.embed_with_states(rollouts, self.basis, score)
 
     def score(
         self, model: nn.Module, forward: PackedForward, rollouts: Rollouts, features: FeaturePass
     ) -> Tensor:
-        """Advantages (B, n, K, G), and rollouts kept for the next regressions.
+        """Advantages (B, n, K, G); the rollouts are also added to the data of the next regressions.
 
         Args:
             model: the policy.
-            forward: how it runs packed rows.
+            forward: its forward pass over packed rows.
             rollouts: the batch and its sampled tokens.
-            features: of the rollouts, with states in `basis`.
+            features: features of the rollouts, with states in `basis`.
         """
         assert features.states is not None, "embedded without a basis"
         knowledge = self.knowledge(model, forward, rollouts, features.states)
-        self.learn(features.generated, knowledge, rollouts.exists)
+        self.add_rollouts(features.generated, knowledge, rollouts.exists)
         return self.advantages(features, knowledge)
 
     def knowledge(
         self, model: nn.Module, forward: PackedForward, rollouts: Rollouts, states: Tensor
     ) -> TokenKnowledge:
-        """What the regressions read of rollouts; arguments as of `score`."""
+        """The inputs of the regressions for rollouts; arguments as in `score`."""
         settings, table = self._trainer.ebft, self._token_vectors(rollouts.tokens.device)
         with self._trainer.accelerator.autocast():
             expected = expected_over_tokens(
@@ -140,26 +142,26 @@ class FittedBaseline(TrainerCallback):
             diversity_coef=self._trainer.ebft.diversity_coef,
         )
 
-    def learn(self, features: Tensor, knowledge: TokenKnowledge, exists: Tensor) -> None:
-        """Keep rollouts for the next regressions.
+    def add_rollouts(self, features: Tensor, knowledge: TokenKnowledge, exists: Tensor) -> None:
+        """Add rollouts to the data of the next regressions.
 
         Args:
-            features: (B, n, K, D).
-            knowledge: of the same rollouts.
-            exists: (B, K), which blocks there are.
+            features: (B, n, K, D) features of the rollouts.
+            knowledge: the regressions' inputs for the same rollouts.
+            exists: (B, K), whether each block exists.
         """
-        there = exists[:, None].expand(features.shape[:3])
-        regressors = knowledge.regressors(knowledge.tokens)[there]
+        rollout_exists = exists[:, None].expand(features.shape[:3])
+        regressors = knowledge.regressors(knowledge.tokens)[rollout_exists]
         if self._new is None:
             _, length, width = regressors.shape
             self._new = Moments.zeros(length, width, features.shape[-1], features.device)
-        self._new.add(regressors, features[there])
+        self._new.add(regressors, features[rollout_exists])
 
     def fit(self) -> None:
-        """New regressions from everything learned so far: a collective call."""
+        """Fit regressions to all rollouts so far: a collective call."""
         if self._new is None:
             return
-        new = self._reduced()
+        new = self._new_of_all_processes()
         if self._errors is None:
             shape = (len(STRENGTHS), len(new.gram))
             self._errors = torch.zeros(shape, dtype=torch.float64, device=new.gram.device)
@@ -167,7 +169,7 @@ class FittedBaseline(TrainerCallback):
             self._old = new
             chosen = torch.full_like(self._errors[0], FIRST_STRENGTH, dtype=torch.long)
         else:
-            # Each strength is judged on rollouts that its regressions have not seen.
+            # The error of each strength is measured on rollouts that were not used for fitting.
             weight = DECAY ** (self._steps - self._fitted_at)
             trials = [self._old.solve(torch.full_like(self._errors[0], s)) for s in STRENGTHS]
             found = torch.stack([new.error(trial) for trial in trials])
@@ -179,19 +181,19 @@ class FittedBaseline(TrainerCallback):
         self._new = None
         self._fitted_at = self._steps
 
-    def _reduced(self) -> Moments:
-        """What was learned since the last regressions, on all processes."""
+    def _new_of_all_processes(self) -> Moments:
+        """Moments of the rollouts since the last regressions, summed over processes."""
         assert self._new is not None
         return Moments(*(sum_over_processes(part) for part in self._new.parts))
 
-    def _counted_once(self, reduced: Moments) -> Moments:
-        """What this process goes on with, so that the next sum over processes is right.
+    def _counted_once(self, summed: Moments) -> Moments:
+        """This process's share of summed moments: all of them on the main process, zero elsewhere.
 
-        The main one has all of it, the others have nothing.
+        So the next sum over processes counts them once.
         """
         if self._trainer.accelerator.is_main_process:
-            return reduced
-        return Moments(*(torch.zeros_like(part) for part in reduced.parts))
+            return summed
+        return Moments(*(torch.zeros_like(part) for part in summed.parts))
 
     def on_step_end(
         self,
@@ -200,7 +202,7 @@ class FittedBaseline(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Fit again every now and then, in all processes at the same steps."""
+        """Fit the regressions again at certain steps, which are the same on all processes."""
         self._steps += 1
         longest = self._fitted_at + MOST_STEPS
         if self._steps >= min(max(self._fitted_at + 1, int(GROWTH * self._fitted_at)), longest):
@@ -213,11 +215,11 @@ class FittedBaseline(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Start afresh, or from the checkpoint that training resumes from.
+        """Start without regressions, or with those of the checkpoint that training resumes from.
 
         Raises:
-            ValueError: a checkpoint that was saved without regressions, or with those of rollouts
-                of another length.
+            ValueError: the checkpoint has no regressions, or regressions for another length of
+                rollouts.
         """
         self._restart()
         if state.global_step > 0:
@@ -231,16 +233,16 @@ class FittedBaseline(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Save regressions, and what the next ones are to be made of, into the checkpoint."""
+        """Save the regressions, and the data of the next ones, into the checkpoint."""
         if args.save_only_model:
             return
         tensors: dict[str, Tensor] = {"steps": torch.tensor([self._steps, self._fitted_at])}
         if self._new is not None:
-            new = self._reduced()
-            tensors |= _named("new", new)
+            new = self._new_of_all_processes()
+            tensors |= _to_tensors("new", new)
             self._new = self._counted_once(new)
         if self._old is not None:
-            tensors |= _named("old", self._old)
+            tensors |= _to_tensors("old", self._old)
         kept = {"basis": self._basis, "errors": self._errors, "coefficients": self.coefficients}
         tensors |= {name: value for name, value in kept.items() if value is not None}
         if args.should_save:
@@ -253,7 +255,7 @@ class FittedBaseline(TrainerCallback):
             raise ValueError(
                 "Training resumes with advantage_estimator='fitted', but there are no regressions "
                 f"at {path}: the checkpoint was saved with another estimator or with "
-                "save_only_model, or lies elsewhere. Name its path in "
+                "save_only_model, or is in another folder. Pass its path to "
                 "train(resume_from_checkpoint=...), or start a new run."
             )
         tensors = load_file(path)
@@ -262,13 +264,13 @@ class FittedBaseline(TrainerCallback):
             fitted_length = len(tensors["coefficients"])
             raise ValueError(
                 f"Training resumes with generate_max_len={length}, but the regressions at {path} "
-                f"are for the places of rollouts of {fitted_length} tokens. Resume with "
+                f"are for rollouts of {fitted_length} tokens. Resume with "
                 f"generate_max_len={fitted_length}, or start a new run."
             )
         self._steps, self._fitted_at = tensors["steps"].tolist()
         on_device = {name: value.to(device) for name, value in tensors.items()}
-        self._old = _moments("old", on_device)
-        new = _moments("new", on_device)
+        self._old = _from_tensors("old", on_device)
+        new = _from_tensors("new", on_device)
         self._new = None if new is None else self._counted_once(new)
         self._errors = on_device.get("errors")
         self.coefficients = on_device.get("coefficients")
@@ -276,18 +278,18 @@ class FittedBaseline(TrainerCallback):
         self._basis = None if basis is None else basis.to(self._trainer.feature_network.device)
 
 
-def _named(name: str, moments: Moments) -> dict[str, Tensor]:
+def _to_tensors(name: str, moments: Moments) -> dict[str, Tensor]:
     parts = zip(("gram", "cross", "count"), moments.parts, strict=True)
     return {f"{name}.{part}": value for part, value in parts}
 
 
-def _moments(name: str, tensors: dict[str, Tensor]) -> Moments | None:
+def _from_tensors(name: str, tensors: dict[str, Tensor]) -> Moments | None:
     if f"{name}.gram" not in tensors:
         return None
     return Moments(*(tensors[f"{name}.{part}"] for part in ("gram", "cross", "count")))
 
 
 def _from_main_process(tensor: Tensor) -> Tensor:
-    """The main process's, on every process: to the bit, which a solver on another one may miss."""
+    """The main process's tensor, on every process: solvers may round differently elsewhere."""
     found: Tensor = broadcast(tensor.contiguous(), from_process=0)
     return found

@@ -1,7 +1,7 @@
-"""One policy under fixed settings: read a batch, sample after its prefixes, embed, reward.
+"""Measures one policy under fixed settings: read a batch, sample after its prefixes, reward.
 
-Whatever looks at a policy beside the training step itself goes through a `Measurer`: the
-evaluation by document, the comparison of models, and the samples that people read.
+Everything that samples from a policy outside of the training step uses a `Measurer`: the evaluation
+by document, the comparison of models, and the samples that people read.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from hf_ebft.rows.layout import PackedLayout
 
 @dataclass(frozen=True)
 class Measurer:
-    """What stays the same from batch to batch.
+    """A policy and everything that is the same for all batches.
 
     Attributes:
-        model: the policy, not wrapped by DDP; a PEFT model is one.
-        forward: how it runs packed rows.
+        model: the policy, not wrapped by DDP; it may be a PEFT model.
+        forward: its forward pass over packed rows.
         settings: how rollouts are sampled, embedded and rewarded.
-        reader: how batches are read.
-        feature_network: phi; None where nothing is rewarded.
-        corpus_whitening: for `whitening_space="corpus"`.
+        reader: reads batches.
+        feature_network: phi; None if no rewards are needed.
+        corpus_whitening: the whitening of `whitening_space="corpus"`.
     """
 
     model: nn.Module
@@ -55,11 +55,12 @@ class Measurer:
         corpus_whitening: CorpusWhitening | None = None,
         eos_token_id: int | None = None,
     ) -> Measurer:
-        """A measurer of a model outside of any trainer.
+        """A measurer of a model without a trainer.
 
         Args:
             model, settings, feature_network, corpus_whitening: see the class.
-            eos_token_id: ends documents if `document_masking` is True and rows mark no boundaries.
+            eos_token_id: the token that ends documents if `document_masking` is True and rows mark
+                no boundaries.
 
         Raises:
             ValueError: the model cannot be exact on packed rows.
@@ -103,7 +104,7 @@ class Measurer:
         )
 
     def rewards(self, rollouts: Rollouts) -> tuple[Rewards, Rewards]:
-        """Rewards (B, n, K) as training with these settings gives them, and without whitening."""
+        """Rewards (B, n, K) as in training with these settings, and rewards without whitening."""
         length = rollouts.layout.length
         return self.rewards_of_beginnings(rollouts, (length,))[length]
 

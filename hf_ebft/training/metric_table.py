@@ -18,18 +18,18 @@ PREFIX = "ebft/"
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric, for people and for code.
+    """The description of a metric.
 
     Attributes:
-        name: as in `log_history`, without the `eval_` of an evaluation.
-        label: for people.
-        better: the direction to hope for; None where neither is good in itself.
-        unit: of its values; empty for plain numbers.
-        meaning: what it is, with the paper's equation where it has one.
-        advice: what to look for; empty if its meaning says it.
-        matters: smaller changes are not worth a word.
-        mode: which mode logs it; None: `Trainer` itself does.
-        short: its name on the progress bar; empty: not shown there.
+        name: its name in `log_history`, without the `eval_` of an evaluation.
+        label: its name in tables and charts.
+        better: the desired direction; None if neither is good in itself.
+        unit: unit of its values; empty for plain numbers.
+        meaning: its definition, with the paper's equation if there is one.
+        advice: what to look for; empty if the meaning says so.
+        matters: changes smaller than this are not reported.
+        mode: the mode that logs it; None if `Trainer` itself does.
+        short: its name on the progress bar; empty if it is not shown there.
         in_summary: whether it is in the table at the end of a run, and in the model card.
         in_overview: whether it may be in the report's overview picture.
     """
@@ -47,7 +47,7 @@ class Metric:
     in_overview: bool = False
 
 
-#: What a run logs, the most telling first.
+#: The metrics that a run logs, the most informative first.
 METRICS = (
     Metric(
         "ebft/cfm_loss",
@@ -300,7 +300,7 @@ def metric_of(name: str) -> Metric | None:
 
 
 def label_of(name: str) -> str:
-    """What people call a logged name."""
+    """The label of a logged name, for tables and charts."""
     metric = metric_of(name)
     if metric is None:
         return name
@@ -398,7 +398,7 @@ ROLLOUT_METRICS = {
         meaning="mean −log p of the sampled tokens, at the sampling temperature",
     ),
 }
-#: Names of what a second feature network says about the same rollouts begin with this.
+#: Prefix of the metrics that a second feature network measures on the same rollouts.
 SECOND_NETWORK = "second_"
 SECOND_NETWORK_METRICS = {
     SECOND_NETWORK + name: replace(
@@ -415,7 +415,7 @@ SECOND_NETWORK_METRICS = {
         "dot_diversity",
     )
 }
-#: exp of these is shown beside them.
+#: Metrics of which exp is shown as well.
 PERPLEXITIES = {
     "cross_entropy": Metric("perplexity", "perplexity", "lower", meaning="exp of `cross_entropy`"),
     "cross_entropy_completion": Metric(
@@ -434,7 +434,7 @@ HELD_OUT_METRICS = (
 
 
 def training_table() -> str:
-    """The metrics that EBFT logs, as docs/metrics.md shows them."""
+    """The table of logged metrics in docs/metrics.md."""
     lines = ["| metric | better | what it is, and what to look for |", "|---|---|---|"]
     for metric in METRICS:
         if metric.mode is None:
@@ -450,7 +450,7 @@ def training_table() -> str:
 
 
 def measurement_table() -> str:
-    """What is measured on held-out text, as docs/evaluation.md shows it."""
+    """The table of held-out measurements in docs/evaluation.md."""
     lines = ["| measurement | better | what it is |", "|---|---|---|"]
     lines += [
         f"| `{metric.name}` | {metric.better or ''} | {metric.meaning} |"

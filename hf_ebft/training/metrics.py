@@ -1,8 +1,7 @@
-"""Numbers that let a person see a run go right or wrong: collected per micro-batch, reduced on
-logging.
+"""The metrics of a run: collected per micro-batch, summed over processes when they are logged.
 
-Every metric is a ratio of two sums, so that micro-batches, accumulation steps and processes with
-different numbers of blocks are averaged correctly, and one small all-reduce serves them all.
+Every metric is a ratio of two sums. So means over micro-batches, accumulation steps and processes
+with different numbers of blocks are correct, and one small all-reduce is enough for all metrics.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.training.metric_table import PREFIX
 
-# Advantages smaller than this share of a reward's range of 2 move nothing.
+# Advantages up to this count as zero. Rewards have a range of about 2.
 ZERO_ADVANTAGE = 1e-6
 
-# Always reduced in this order, whatever a process has seen: all processes send equally many
-# numbers.
+# Sums are reduced in this order, also those of metrics that a process has not seen, so that all
+# processes send equally many numbers.
 NAMES = (
     "alignment",
     "diversity",
@@ -65,7 +64,7 @@ class MetricAccumulator:
     """Sums of metrics since they were last taken.
 
     Args:
-        device: where the sums live; adding to them does not wait for the device.
+        device: device of the sums; adding to them does not synchronize with it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -81,13 +80,13 @@ class MetricAccumulator:
             self._sums[1, column] += ratio.count
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means over everything added since the last call, on all processes; then start afresh.
+        """Means over everything added since the last call, on all processes; clears the sums.
 
         Args:
             reduce: sums a tensor over processes. Called exactly once, on every process.
 
         Returns:
-            `ebft/...` names to numbers; metrics that nobody contributed to are absent.
+            `ebft/...` names to numbers; metrics without contributions are left out.
         """
         totals, counts = reduce(self._sums).tolist()
         self.clear()
@@ -115,7 +114,7 @@ def block_metrics(rewards: Rewards, advantages: Tensor, layout: PackedLayout) ->
     """Metrics of rewards and advantages over the blocks that exist.
 
     Args:
-        rewards: of the batch, fields (B, n, K) and (B, K).
+        rewards: rewards of the batch, fields (B, n, K) and (B, K).
         advantages: (B, n, K).
         layout: the batch.
     """
@@ -129,7 +128,7 @@ def block_metrics(rewards: Rewards, advantages: Tensor, layout: PackedLayout) ->
     def over_blocks(values: Tensor, count: Tensor = blocks) -> Ratio:
         return Ratio((torch.where(exists, values, 0.0) * weights).sum(), count)
 
-    idle = (advantages.abs() <= ZERO_ADVANTAGE).all(dim=1)
+    all_zero = (advantages.abs() <= ZERO_ADVANTAGE).all(dim=1)
     return {
         "alignment": over_rollouts(rewards.alignment),
         "diversity": over_rollouts(rewards.diversity),
@@ -139,12 +138,12 @@ def block_metrics(rewards: Rewards, advantages: Tensor, layout: PackedLayout) ->
         "excess_over_spread": over_blocks(rewards.excess_over_spread),
         "advantages_mean": over_rollouts(advantages),
         "advantages_square": over_rollouts(advantages.square()),
-        "zero_advantage_groups": over_blocks(idle.float()),
+        "zero_advantage_groups": over_blocks(all_zero.float()),
     }
 
 
 def rollout_metrics(tokens: Tensor, layout: PackedLayout) -> dict[str, Ratio]:
-    """How many rollouts repeat another of their group, and how many blocks documents have.
+    """Metrics of duplicate rollouts, and of the number of blocks per document.
 
     Args:
         tokens: (B, n, K, G).
@@ -181,12 +180,12 @@ def token_metrics(
 ) -> dict[str, Ratio]:
     """Metrics of the training pass.
 
-    The entropy is estimated by `-log p` of the sampled tokens at the sampling temperature,
-    unbiased when `top_p` is 1 and free of cost.
+    The entropy is estimated by the mean of `-log p` of the sampled tokens at the sampling
+    temperature. This costs nothing, and is unbiased when `top_p` is 1.
 
     Args:
         rollout_log_probs: (B, n, K, G).
-        rl_loss, ce_loss, kl: scalars; None is left out.
+        rl_loss, ce_loss, kl: scalars; metrics of those that are None are left out.
         layout: the batch.
     """
     exists, weights = layout.blocks.exists, layout.blocks.weights

@@ -1,4 +1,4 @@
-"""What a training step computes, for callbacks and for callers of `compute_loss`."""
+"""Results of a training step, for callbacks and for callers of `compute_loss`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from hf_ebft.packed.sampling import Rollouts
 
 @dataclass(frozen=True)
 class Scores:
-    """What `EBFTTrainer.score_rollouts` makes of rollouts.
+    """Rewards and advantages of rollouts, as `EBFTTrainer.score_rollouts` returns them.
 
     Attributes:
         rewards: (B, n, K) rewards and their parts.
         advantages: (B, n, K).
-        reference_log_probs: (B, n, K, G) of the rollout tokens under phi, at the sampling
-            temperature; None without a KL penalty.
-        token_advantages: (B, n, K, G) where every token has its own; `advantages` are their means.
+        reference_log_probs: (B, n, K, G) log-probabilities of the rollout tokens under phi, at the
+            sampling temperature; None without a KL penalty.
+        token_advantages: (B, n, K, G) if every token has its own advantage, of which `advantages`
+            are the means; else None.
     """
 
     rewards: Rewards
@@ -31,21 +32,22 @@ class Scores:
 
     @property
     def by_token(self) -> Tensor:
-        """What the loss takes: (B, n, K, G), or (B, n, K) where all tokens have the same."""
+        """The advantages for the loss: (B, n, K, G), or (B, n, K) if all tokens have the same."""
         return self.advantages if self.token_advantages is None else self.token_advantages
 
 
 @dataclass(frozen=True)
 class EBFTOutput:
-    """What `compute_loss(..., return_outputs=True)` returns beside the loss.
+    """The outputs that `compute_loss(..., return_outputs=True)` returns in addition to the loss.
 
     Attributes:
         rollouts: the sampled rollouts.
         rewards: (B, n, K) rewards and their parts.
         advantages: (B, n, K).
-        log_probs: (B, n, K, G) of the rollout tokens, at the sampling temperature, with gradient.
-        rl_loss, ce_loss, kl: scalars before their weights; None where the weight is zero.
-        coefficients: these weights.
+        log_probs: (B, n, K, G) log-probabilities of the rollout tokens, at the sampling
+            temperature, with gradient.
+        rl_loss, ce_loss, kl: scalars, not yet weighted; None if the weight is zero.
+        coefficients: the weights.
     """
 
     rollouts: Rollouts
@@ -58,10 +60,10 @@ class EBFTOutput:
     coefficients: Coefficients
 
     @classmethod
-    def of(
+    def from_step(
         cls, rollouts: Rollouts, scores: Scores, log_probs: Tensor, objective: Objective
     ) -> EBFTOutput:
-        """From the results of the parts of a step."""
+        """Collect the results of the parts of a step."""
         return cls(
             rollouts,
             scores.rewards,

@@ -1,4 +1,4 @@
-"""What is checked and set right before an `EBFTTrainer` is built."""
+"""Checks and corrections of arguments before an `EBFTTrainer` is built."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def check_arguments(
     train_dataset: Any,
     eval_dataset: Any,
 ) -> None:
-    """Check all that can be checked before a trainer is built, and set `args` right.
+    """Check everything that can be checked before a trainer is built, and correct `args`.
 
     Args:
-        args: of the run.
-        settings: those of `args`, or the defaults.
-        kwargs: what the trainer hands on to `Trainer`.
-        train_dataset, eval_dataset: as given.
+        args: the training arguments.
+        settings: the EBFT settings in `args`, or the defaults.
+        kwargs: further arguments, which the trainer passes on to `Trainer`.
+        train_dataset, eval_dataset: the datasets of the trainer.
 
     Raises:
         ValueError: something cannot work, or would be ignored.
     """
-    refuse_what_would_be_ignored(args, kwargs)
+    refuse_ignored_arguments(args, kwargs)
     refuse_options_of_other_trainers(args)
-    refuse_updates_in_parts(args, settings)
+    refuse_updates_between_parts(args, settings)
     refuse_unsupported_parallelism(args)
     refuse_empty(train_dataset, "train_dataset")
     refuse_empty(eval_dataset, "eval_dataset")
@@ -55,7 +55,11 @@ def check_arguments(
 
 
 def with_adapters(model: nn.Module | None, peft_config: PeftConfig | None) -> nn.Module | None:
-    """The model wrapped by PEFT if a configuration is given; 4-bit weights keep their gradients."""
+    """Wrap the model with adapters if a configuration is given; 4-bit weights keep their gradients.
+
+    Raises:
+        ValueError: there is no model to wrap, or it has adapters already.
+    """
     if model is not None:
         keep_gradients(model)
     if peft_config is None:
@@ -64,38 +68,39 @@ def with_adapters(model: nn.Module | None, peft_config: PeftConfig | None) -> nn
 
     if model is None:
         raise ValueError(
-            "peft_config needs a model; with model_init, return a PEFT model from it instead."
+            "peft_config needs a model to wrap, but model is None; pass model, or let model_init "
+            "return a PEFT model."
         )
     if isinstance(model, PeftModel):
         raise ValueError(
-            "model is a PEFT model already, so peft_config would put adapters on adapters; "
-            "drop one."
+            "peft_config would add adapters to a model that has adapters already; drop "
+            "peft_config, or pass the model without adapters."
         )
     return get_peft_model(cast(PreTrainedModel, model), peft_config)
 
 
 def fill_in_learning_rate(args: TrainingArguments, model: nn.Module) -> None:
-    """Give a configuration of ours the learning rate that fits the model, if it has none.
+    """Fill in the default learning rate for the model, if `args` is ours and has none.
 
     Args:
-        args: of the run.
-        model: the policy, with its adapters if it has some.
+        args: the training arguments.
+        model: the policy, with its adapters if it has any.
     """
     if not isinstance(args, OptimizerDefaults):
         return
-    # PEFT's wrapper has it, and so have models to which transformers itself added adapters.
+    # PEFT models have this attribute, and so do models to which transformers has added adapters.
     adapters = hasattr(model, "peft_config")
     rate = args.fill_in_learning_rate(adapters=adapters)
     if rate is not None and args.process_index == 0:
         logger.info(
-            "learning_rate is not set: %g, for %s.",
+            "learning_rate is not set; using %g, the default for %s.",
             rate,
-            "adapters" if adapters else "training all weights",
+            "adapters" if adapters else "full fine-tuning",
         )
 
 
-def refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
-    """Raise a ValueError for arguments of `Trainer` that EBFT would not honour."""
+def refuse_ignored_arguments(args: TrainingArguments, kwargs: dict[str, Any]) -> None:
+    """Raise a ValueError for arguments of `Trainer` that would have no effect with EBFT."""
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError(
             "compute_loss_func would replace the EBFT loss; drop it, or override compute_loss in a "
@@ -103,16 +108,16 @@ def refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]
         )
     if args.torch_compile and isinstance(args, EBFTSettings) and args.packed_attention == "split":
         raise ValueError(
-            "torch_compile=True with packed_attention='split': TorchDynamo cannot trace what split "
-            "attention hands through the model. Use packed_attention='auto' (flex_attention on "
-            "CUDA, dense masks elsewhere)."
+            "torch_compile=True with packed_attention='split': TorchDynamo cannot trace the object "
+            "that split attention passes through the model. Use packed_attention='auto' "
+            "(flex_attention on CUDA, dense masks elsewhere)."
         )
-    # TrainingArguments itself switches it off where there is one process.
+    # With one process, TrainingArguments itself sets it to False.
     if not args.average_tokens_across_devices and args.world_size > 1:
         raise ValueError(
             "average_tokens_across_devices=False asks each process to average over its own tokens, "
-            "but the EBFT loss is a mean over the documents of the step, those of all processes. "
-            "Leave it at True."
+            "but the EBFT loss is a mean over the documents of the step on all processes. Leave it "
+            "at True."
         )
     if args.label_smoothing_factor != 0:
         raise ValueError(
@@ -122,14 +127,14 @@ def refuse_what_would_be_ignored(args: TrainingArguments, kwargs: dict[str, Any]
 
 
 def refuse_options_of_other_trainers(args: TrainingArguments) -> None:
-    """Raise a ValueError for options of another trainer that are set, and warn of the others.
+    """Raise a ValueError if options of another trainer are set; warn if they have defaults.
 
-    `SFTConfig` and the like are `TrainingArguments`, too, but nothing here reads `packing` or
+    `SFTConfig`, for example, is a `TrainingArguments`, but EBFTTrainer does not use `packing` or
     `completion_only_loss`. A field counts as another trainer's if a library declares it. Fields
-    that a script adds in a class of its own are the script's to read.
+    that a script declares in a class of its own are allowed, since the script may use them.
     """
-    read = EBFTConfig if isinstance(args, EBFTSettings) else TrainingArguments
-    known = {field.name for field in fields(read)}
+    known_class = EBFTConfig if isinstance(args, EBFTSettings) else TrainingArguments
+    known = {field.name for field in fields(known_class)}
     foreign = [
         field
         for field in fields(args)
@@ -144,37 +149,37 @@ def refuse_options_of_other_trainers(args: TrainingArguments) -> None:
     if changed:
         listed = ", ".join(f"{name}={value!r}" for name, value in changed.items())
         raise ValueError(
-            f"{kind} sets {listed}, which EBFTTrainer does not know and would ignore. Use an "
-            "EBFTConfig; cut, pack and mask rows when the dataset is made (hf_ebft.data, or the "
-            "columns labels, completion_mask, assistant_masks, position_ids)."
+            f"args is of type {kind} and sets {listed}, which EBFTTrainer would ignore. Use an "
+            "EBFTConfig; cut, pack and mask rows when the dataset is made (with hf_ebft.data, or "
+            "by the columns labels, completion_mask, assistant_masks, position_ids)."
         )
     if foreign:
         logger.warning(
-            "args is of type %s: EBFTTrainer applies none of its own options, not even their "
+            "args is of type %s: EBFTTrainer ignores the options of that class, also their "
             "defaults (%s). Use an EBFTConfig.",
             kind,
             ", ".join(f"{f.name}={getattr(args, f.name)!r}" for f in foreign if _default(f)),
         )
 
 
-def refuse_updates_in_parts(args: TrainingArguments, settings: EBFTSettings) -> None:
-    """Raise a ValueError where the optimizer would change the weights between parts of a batch."""
+def refuse_updates_between_parts(args: TrainingArguments, settings: EBFTSettings) -> None:
+    """Raise a ValueError if the optimizer would change the weights between parts of a batch."""
     if settings.rollout_batch_size is not None and args.optim in (
         OptimizerNames.LOMO,
         OptimizerNames.ADALOMO,
     ):
         raise ValueError(
             f"optim={OptimizerNames(args.optim).value!r} updates the weights within the backward "
-            f"pass, and rollout_batch_size={settings.rollout_batch_size} makes one for each part "
-            "of a batch: the later parts would be trained on with other weights than they were "
-            "sampled from. Leave rollout_batch_size unset and lower per_device_train_batch_size."
+            f"pass, and rollout_batch_size={settings.rollout_batch_size} makes one backward pass "
+            "for each part of a batch. So the weights would change between parts of one optimizer "
+            "step. Leave rollout_batch_size unset and lower per_device_train_batch_size."
         )
 
 
 def _declaring_library(kind: type, name: str) -> str | None:
-    """Which of the libraries around `Trainer` declares a field of a class; None for a script."""
-    declares = [base for base in kind.__mro__ if name in inspect.get_annotations(base)]
-    library = declares[0].__module__.split(".")[0] if declares else ""
+    """The library (transformers, TRL or this one) that declares a field of a class, or None."""
+    declaring = [base for base in kind.__mro__ if name in inspect.get_annotations(base)]
+    library = declaring[0].__module__.split(".")[0] if declaring else ""
     return library if library in ("transformers", "trl", "hf_ebft") else None
 
 
@@ -183,16 +188,16 @@ def _default(field: Field[Any]) -> Any:
 
 
 def refuse_unsupported_parallelism(args: TrainingArguments) -> None:
-    """Raise a ValueError for ways of distributing a run that EBFT has no tests for.
+    """Raise a ValueError for ways of distributing a run that EBFT does not support.
 
-    Whether they are asked for in `args` or by `accelerate launch`.
+    It checks both `args` and the environment variables that `accelerate launch` sets.
     """
     if args.deepspeed or args.deepspeed_plugin is not None:
         raise ValueError(
-            "DeepSpeed is not supported: several passes a step over the policy, some of them "
-            "without gradient, and a frozen copy of it are not what its engine wraps. Use DDP, or "
-            "FSDP2 to shard weights, gradients and optimizer state as ZeRO does "
-            "(accelerate_configs/fsdp2.yaml)."
+            "DeepSpeed is not supported: its engine wraps one model with one forward and backward "
+            "pass per step, but EBFT runs several passes over the policy, some of them without "
+            "gradient, and a frozen copy. Use DDP, or FSDP2 to shard weights, gradients and "
+            "optimizer state as ZeRO does (accelerate_configs/fsdp2.yaml)."
         )
     parallelism = args.parallelism_config
     if parallelism is None and os.environ.get(_PARALLELISM_VARIABLE, "").lower() == "true":
@@ -202,14 +207,14 @@ def refuse_unsupported_parallelism(args: TrainingArguments) -> None:
     if split:
         raise ValueError(
             f"parallelism_config with {split} is not supported: context and sequence parallelism "
-            "cut rows apart, and with them the prefix that all rollouts of a document share; "
-            "tensor parallelism is not tested. Leave these sizes at 1 and distribute by documents "
-            "(DDP, or FSDP2 with dp_shard_size)."
+            "split rows, and with them the prefix that all rollouts of a document share; tensor "
+            "parallelism is not tested. Leave these sizes at 1, and distribute documents over "
+            "processes (DDP, or FSDP2 with dp_shard_size)."
         )
 
 
 def refuse_empty(dataset: Any, name: str) -> None:
-    """Raise a ValueError for a dataset, or one of a dict of them, that has no rows."""
+    """Raise a ValueError if a dataset, or one in a dict of datasets, has no rows."""
     datasets = dataset if isinstance(dataset, dict) else {name: dataset}
     for key, value in datasets.items():
         if isinstance(value, Sized) and len(value) == 0:
@@ -220,54 +225,54 @@ def refuse_empty(dataset: Any, name: str) -> None:
 
 
 def refuse_missing_corpus(settings: EBFTSettings, train_dataset: Any) -> None:
-    """Raise a ValueError where whitening by corpus has no corpus."""
+    """Raise a ValueError for whitening by corpus without a training dataset."""
     if settings.use_whitening and settings.whitening_space == "corpus" and train_dataset is None:
         raise ValueError(
-            "whitening_space='corpus' measures features of training text, and there is no "
-            "train_dataset; pass one, or whiten by group with whitening_space='feature'."
+            "whitening_space='corpus' measures features of training text, but train_dataset is "
+            "None; pass one, or whiten by group with whitening_space='feature'."
         )
 
 
 def refuse_frozen(model: nn.Module) -> None:
-    """Raise a ValueError where training would change nothing, since all weights are frozen."""
+    """Raise a ValueError if all weights are frozen, so that training would change nothing."""
     if any(weight.requires_grad for weight in model.parameters()):
         return
-    loaded = hasattr(type(model), "get_base_model")
+    has_adapters = hasattr(type(model), "get_base_model")
     raise ValueError(
         "No weight of the model is trainable (requires_grad is False for all of them), so there is "
         "nothing to train. "
         + (
             "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)."
-            if loaded
-            else "Set requires_grad on what is to be trained, or pass peft_config."
+            if has_adapters
+            else "Set requires_grad on the weights to train, or pass peft_config."
         )
     )
 
 
 def refuse_no_batch(args: TrainingArguments, dataset: Any) -> None:
-    """Raise a ValueError where `dataloader_drop_last` would drop all rows: a run of 0 steps."""
+    """Raise a ValueError if `dataloader_drop_last` would drop all rows, for a run of 0 steps."""
     if not args.dataloader_drop_last or args.auto_find_batch_size or not isinstance(dataset, Sized):
         return
     needed = args.train_batch_size * args.world_size
     if len(dataset) < needed:
         raise ValueError(
-            f"dataloader_drop_last=True drops all {len(dataset)} rows of train_dataset: a batch on "
-            f"every process takes {needed} (per_device_train_batch_size="
-            f"{args.per_device_train_batch_size}). Lower the batch size, or leave "
-            "dataloader_drop_last off."
+            f"dataloader_drop_last=True drops all {len(dataset)} rows of train_dataset: one batch "
+            f"on every process needs {needed} rows (per_device_train_batch_size="
+            f"{args.per_device_train_batch_size}). Lower the batch size, or set "
+            "dataloader_drop_last=False."
         )
 
 
 def keep_one_device_per_process(args: TrainingArguments) -> None:
     """Keep `Trainer` from wrapping the policy into DataParallel when several devices are visible.
 
-    DataParallel scatters the arguments of forward along their first dimension, which cuts masks and
-    caches apart, and would train on one device's rollouts only. `_n_gpu` is private, and what
-    `Trainer` itself sets to 1 for models that it must not wrap.
+    DataParallel splits the arguments of forward along their first dimension. This would split masks
+    and caches, and training would use the rollouts of one device only. `_n_gpu` is private;
+    `Trainer` itself sets it to 1 for models that it must not wrap.
     """
     if args.n_gpu > 1:
         logger.warning(
-            "%d devices are visible to one process: EBFT trains on %s alone. Use `accelerate "
+            "%d devices are visible to one process, but EBFT trains on %s only. Use `accelerate "
             "launch` with one process per device to train on all of them.",
             args.n_gpu,
             args.device,

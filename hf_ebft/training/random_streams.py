@@ -1,8 +1,8 @@
-"""Every random stream of the package has its name and number here, so that no two are the same.
+"""The random streams of the package: each has a name and a number here, so that all differ.
 
-A generator is seeded from (seed, stream, place in the run) by `make_generator`. It leaves torch's
-global generator alone, and with it the order of the data and dropout. It needs no place in
-checkpoints: a resumed run draws what an uninterrupted one would have drawn.
+A generator is seeded from (seed, stream, place in the run) by `make_generator`. It does not touch
+torch's global generator, so the order of the data and dropout do not change. Generators are not
+saved in checkpoints: a resumed run draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from hf_ebft.packed.sampling import make_generator
 
 
 class Stream(IntEnum):
-    """What the random numbers are for. Changing a number changes what seeded runs draw."""
+    """Uses of random numbers. Changing a number here changes the results of seeded runs."""
 
     TRAINING = 0  # rollouts of training steps
     EVALUATION = 1  # rollouts of the trainer's evaluation
     DOCUMENTS = 2  # rollouts of `evaluate_documents`, `sample_groups`
-    CORPUS_ROWS = 3  # which rows corpus whitening is measured on
+    CORPUS_ROWS = 3  # choice of the rows on which corpus whitening is measured
     MODELS = 4  # rollouts of `measure_model`
     COMPLETIONS = 5  # completions of `CompletionMetricsCallback`
     PREFLIGHT = 10  # rows, rungs and rollouts of a preflight
-    SKETCH = 11  # signs of gradients of a preflight that are folded
+    SKETCH = 11  # random signs for the compressed gradients of a preflight
 
 
 def corpus_rows(seed: int) -> torch.Generator:
-    """The generator that chooses the rows which corpus whitening is measured on."""
+    """The generator that chooses the rows on which corpus whitening is measured."""
     return make_generator(torch.device("cpu"), seed, Stream.CORPUS_ROWS)
 
 
@@ -39,7 +39,7 @@ class RolloutStreams:
     """A trainer's generators of rollouts: one for each micro-batch, one for each evaluation batch.
 
     Args:
-        args: its seed, and which process this is.
+        args: the training arguments, for the seed and the number of this process.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
@@ -48,17 +48,17 @@ class RolloutStreams:
         self.restart()
 
     def restart(self) -> None:
-        """A new run begins."""
+        """Begin a new run."""
         self._step, self._micro_batch = -1, 0
 
     @property
     def evaluating(self) -> bool:
-        """Whether an evaluation is going on."""
+        """Whether an evaluation is in progress."""
         return self._evaluation_batch is not None
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """An evaluation: its batches get the same generators in every evaluation."""
+        """Mark an evaluation; its batches get the same generators in every evaluation."""
         self._evaluation_batch = 0
         try:
             yield
@@ -66,7 +66,7 @@ class RolloutStreams:
             self._evaluation_batch = None
 
     def next(self, device: torch.device, global_step: int) -> torch.Generator:
-        """The generator of the next batch: of an optimizer step, or of the evaluation."""
+        """The generator of the next batch, of training or of the evaluation in progress."""
         if self._evaluation_batch is not None:
             generator = self._make(device, Stream.EVALUATION, self._evaluation_batch)
             self._evaluation_batch += 1

@@ -1,4 +1,4 @@
-"""How the trainer reads batches into documents, and which columns it keeps for that."""
+"""Reads batches into documents, and keeps the columns that this needs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class ReadingMixin(Trainer):
 
     @property
     def static_shapes(self) -> bool:
-        """Whether each shape of the packed rows is compiled by itself, or captured in a graph."""
+        """Whether each shape of the packed rows is compiled separately, or captured in a graph."""
         return self.accelerator.device.type == "cuda" or self._forward.compiler is not None
 
     @property
     def _buckets(self) -> tuple[Buckets, Buckets]:
-        """Of a row's tokens and of its blocks."""
+        """The sizes to which the tokens of a row, and its blocks, are rounded up."""
         settings = self.ebft
         return buckets_for(
             settings.pad_to_multiple_of, settings.stride, static_shapes=self.static_shapes
@@ -45,7 +45,7 @@ class ReadingMixin(Trainer):
 
     @property
     def document_reader(self) -> DocumentReader:
-        """How batches are read, in training and in evaluation."""
+        """The reader of batches, in training and in evaluation."""
         return DocumentReader(
             document_masking=self.ebft.document_masking,
             eos_token_id=end_of_text_id(self.model, self.processing_class),
@@ -55,7 +55,7 @@ class ReadingMixin(Trainer):
         )
 
     def read_layout(self, inputs: Mapping[str, Any]) -> PackedLayout:
-        """Where the documents of a batch and their rollouts lie in the packed row.
+        """The layout of a batch: where its documents and their rollouts are in the packed row.
 
         Args:
             inputs: the batch, on the policy's device.
@@ -67,8 +67,8 @@ class ReadingMixin(Trainer):
         )
 
     def _set_signature_columns_if_needed(self) -> None:
-        # Private in transformers, and the only way to keep columns that the model does not take
-        # while remove_unused_columns drops the others (TRL's trainers override it too).
+        # Private in transformers, but the only way to keep columns that are not arguments of the
+        # model while remove_unused_columns drops the others (TRL's trainers override it, too).
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             columns = cast(list[str], self._signature_columns)

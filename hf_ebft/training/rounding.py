@@ -1,8 +1,8 @@
-"""Weights of low precision that the steps of an optimizer do not move.
+"""Warns of low-precision weights that are too large to be changed by optimizer steps.
 
 An Adam step changes a weight by about the learning rate, whatever its gradient. A weight in
-bfloat16 has 8 significant bits: around 0.02 its neighbours are 1.2e-4 apart, and a step of 1e-6
-is rounded away, every time.
+bfloat16 has 8 significant bits: numbers around 0.02 are 1.2e-4 apart, so every step of 1e-6 is
+rounded away.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from transformers import TrainingArguments
 logger = logging.getLogger(__name__)
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-# A run in which no more than this share of weights stand still is not warned of.
+# There is no warning if at most this share of the weights cannot change.
 TOLERATED_SHARE = 0.1
-# Optimizers whose step is about the learning rate, by transformers' names and by their classes'.
+# Parts of the names of optimizers whose step is about the learning rate (transformers' names and
+# names of classes).
 STEP_OF_LEARNING_RATE = ("adam", "lion")
 
 
 def still_weights(weight: Tensor, step: float) -> Tensor:
-    """How many entries a step cannot move: it is below half a unit in their last place.
+    """Number of entries that a step cannot change, since it is below half a unit in the last place.
 
-    A unit in the last place of `m * 2^e`, 1/2 <= m < 1, is `2^e` times half the type's epsilon;
-    below the smallest normal number units stay what they are there.
+    A unit in the last place of `m * 2^e`, 1/2 <= m < 1, is `2^e` times half the type's epsilon.
+    Numbers below the smallest normal number have that number's unit.
 
     Args:
-        weight: in a floating dtype.
-        step: at least 0.
+        weight: a weight of a floating dtype.
+        step: size of the step, at least 0.
 
     Returns:
         A scalar, int64.
@@ -43,7 +44,7 @@ def still_weights(weight: Tensor, step: float) -> Tensor:
 
 
 def share_that_stands_still(weights: Iterable[Tensor], step: float) -> float:
-    """Share of the entries of trained weights that a step cannot move, those of any precision."""
+    """Share of the entries of all trained weights, of any precision, that a step cannot change."""
     still = total = 0
     for weight in weights:
         total += weight.numel()
@@ -55,13 +56,13 @@ def share_that_stands_still(weights: Iterable[Tensor], step: float) -> float:
 def warn_of_still_weights(
     model: nn.Module, args: TrainingArguments, optimizer: object | None, *, upcast: bool
 ) -> None:
-    """Warn where rounding would keep many weights from being trained.
+    """Warn if rounding would keep many weights from being trained.
 
     Args:
-        model: the policy, with its weights.
-        args: of the run.
-        optimizer: the user's own, if any.
-        upcast: whether weights will be held in float32 beside the model's, as FSDP2 does with mixed
+        model: the policy.
+        args: the training arguments.
+        optimizer: the user's own optimizer, if any.
+        upcast: whether training keeps float32 copies of the weights, as FSDP2 does with mixed
             precision.
     """
     name = str(args.optim if optimizer is None else type(optimizer).__name__).lower()
@@ -75,12 +76,11 @@ def warn_of_still_weights(
     if share <= TOLERATED_SHARE:
         return
     logger.warning(
-        "The policy's weights are in %s, and for %.1f %% of them a step of learning_rate=%g is "
-        "below half a unit in the last place: rounding undoes it, and they are not trained. Load "
+        "The policy's weights are in %s. For %.1f %% of them, a step of learning_rate=%g is below "
+        "half a unit in the last place: rounding undoes the step, and they are not trained. Load "
         "the model in float32 (dtype='float32') and set bf16=True, which computes in bfloat16 and "
-        "keeps float32 weights; or take an optimizer that keeps float32 master weights, which "
-        "this check does not know of; or train adapters (peft_config), which PEFT keeps in "
-        "float32.",
+        "keeps float32 weights; or use an optimizer that keeps float32 master weights (this check "
+        "cannot detect one); or train adapters (peft_config), which PEFT keeps in float32.",
         ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in low)),
         100 * share,
         args.learning_rate,

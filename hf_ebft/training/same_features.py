@@ -1,4 +1,4 @@
-"""Resuming with the feature network that the run began with."""
+"""Refuses to resume a run with another feature network than it began with."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_ebft.feature_network.fingerprint import Fingerprint
 
-# In trainer_state.json, beside the states of transformers' own callbacks.
+# Key in trainer_state.json, where transformers' own callbacks save their states, too.
 KEY = "hf_ebft_feature_network"
 
 
 class SameFeaturesCallback(TrainerCallback):
-    """Keeps a fingerprint of phi in checkpoints, and refuses to resume with another phi.
+    """Saves a fingerprint of phi in checkpoints, and refuses to resume with another phi.
 
-    By default phi is a copy of the policy as the trainer gets it. A trainer that is built from its
-    own checkpoint would take that for phi, and go on with other rewards than before.
+    By default phi is a copy of the model that the trainer gets. A trainer that is built from its
+    own checkpoint would use the checkpoint as phi, and continue with other rewards than before.
 
     Args:
-        fingerprint: gives that of the trainer's feature network.
+        fingerprint: returns the fingerprint of the trainer's feature network.
     """
 
     def __init__(self, fingerprint: Callable[[], Fingerprint]) -> None:
@@ -34,7 +34,7 @@ class SameFeaturesCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Compare with the checkpoint's; the state carries the fingerprint into later ones.
+        """Compare the fingerprint with the checkpoint's, and store it for later checkpoints.
 
         Raises:
             ValueError: training resumes with another feature network.
@@ -49,9 +49,9 @@ class SameFeaturesCallback(TrainerCallback):
             )
             raise ValueError(
                 f"Training resumes at step {state.global_step} with another feature network than "
-                f"it began with{precision if cast else ''}, so that rewards before and after could "
-                "not be compared. Without feature_network the policy that the trainer is given "
-                "becomes it: give the model that training started from, not a checkpoint "
+                f"it began with{precision if cast else ''}, so rewards before and after could not "
+                "be compared. If feature_network is not given, a copy of model is used. Pass as "
+                "model the one that training started from, not a checkpoint "
                 "(resume_from_checkpoint loads the trained weights), or pass feature_network. To "
                 "train with a new feature network, start a new run from the checkpoint's weights, "
                 "without resume_from_checkpoint."

@@ -1,4 +1,4 @@
-"""Hyperparameter search: what is minimised, and settings of EBFT as parameters of a trial."""
+"""Hyperparameter search: its objective, and EBFT settings as parameters of a trial."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from hf_ebft.config import EBFTSettings
 
-# Read while the trainer is built, which is before the first trial.
+# Settings that are read when the trainer is built, before the first trial.
 _FIXED = ("ema_decay", "log_pictures_steps", "gather_params_for_sampling", "verify_packing")
 
 
@@ -32,20 +32,20 @@ class SearchMixin(Trainer):
         hp_name: Callable[[Any], str] | None = None,
         **kwargs: Any,
     ) -> BestRun | list[BestRun]:
-        """`Trainer`'s, which minimises `eval_loss` unless `compute_objective` says otherwise.
+        """Search as `Trainer` does; without `compute_objective`, minimise `eval_loss`.
 
-        transformers' own default adds up all metrics but `eval_loss` where there are any, here
-        `eval_ebft/alignment`, the number of blocks, and so on.
+        The default objective of transformers is the sum of all metrics other than `eval_loss`. Here
+        it would add up `eval_ebft/alignment`, the number of blocks, and so on.
 
         Raises:
-            ValueError: a direction other than "minimize" without a `compute_objective`.
+            ValueError: `direction` is not "minimize", and there is no `compute_objective`.
         """
         if compute_objective is None:
             if direction != "minimize":
                 raise ValueError(
                     f"direction={direction!r} without compute_objective would make eval_loss, the "
-                    "default objective, as large as possible. Pass compute_objective=lambda "
-                    'metrics: metrics["eval_ebft/alignment"], or whatever is to grow.'
+                    "default objective, as large as possible. Pass compute_objective, such as "
+                    'lambda metrics: metrics["eval_ebft/alignment"].'
                 )
             compute_objective = evaluation_loss
         return super().hyperparameter_search(
@@ -53,8 +53,8 @@ class SearchMixin(Trainer):
         )
 
     def _hp_search_setup(self, trial: Any) -> None:
-        # Private in transformers, and the only place between the setting of a trial's parameters
-        # and its training. The networks were built before, from the last trial's settings.
+        # Private in transformers, but the only hook after a trial's parameters are set and before
+        # it is trained. The networks were built earlier, from the last trial's settings.
         before = _values(self.ebft)
         super()._hp_search_setup(trial)
         changed = {name for name, value in _values(self.ebft).items() if value != before[name]}
@@ -63,8 +63,8 @@ class SearchMixin(Trainer):
         fixed = sorted(changed.intersection(_FIXED))
         if fixed:
             raise ValueError(
-                f"A trial sets {', '.join(fixed)}, which is read only when the trainer is built. "
-                "Leave it out of hp_space, or build one trainer for each value."
+                f"A trial sets {', '.join(fixed)}, but this is read only when the trainer is "
+                "built. Leave it out of hp_space, or build one trainer for each value."
             )
         self.ebft.validate()
         self._prepare_networks(self.model)
@@ -74,16 +74,16 @@ class SearchMixin(Trainer):
 
 
 def evaluation_loss(metrics: dict[str, float]) -> float:
-    """`eval_loss`, the objective of a search unless another is given.
+    """`eval_loss`, the default objective of a search.
 
     Raises:
-        ValueError: there is none, since there are several evaluation sets.
+        ValueError: there is no `eval_loss`, since there are several evaluation sets.
     """
     if "eval_loss" not in metrics:
         losses = sorted(name for name in metrics if name.endswith("_loss"))
         raise ValueError(
-            f"There is no eval_loss to minimise, only {losses}. Pass compute_objective=lambda "
-            "metrics: ..., which makes one number of them."
+            f"There is no eval_loss to minimise, only {losses}. Pass compute_objective, a function "
+            "that makes one number of the metrics."
         )
     return metrics["eval_loss"]
 

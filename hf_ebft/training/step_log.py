@@ -1,4 +1,4 @@
-"""What a training step leaves behind: metrics, seconds by phase, a warning, calls of callbacks."""
+"""Records training steps: metrics, seconds by phase, warnings, and calls of callbacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf_ebft.training.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-# Shapes of packed rows that a run may meet without a word.
+# A warning is logged if packed rows have had more shapes than this.
 MOST_SHAPES = 16
 
 
@@ -30,9 +30,9 @@ class StepLog:
     """Records the steps of one trainer.
 
     Args:
-        trainer: its device holds the sums, and its callbacks are told of every micro-batch.
-        settings: for the warning.
-        static_shapes: whether each shape of the rows is compiled by itself.
+        trainer: the trainer, whose device has the sums and whose callbacks get every micro-batch.
+        settings: the settings, for warnings.
+        static_shapes: whether each shape of the rows is compiled separately.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class StepLog:
         self._warned_of_shapes = False
 
     def restart(self) -> None:
-        """A new run begins: nothing recorded so far counts."""
+        """Begin a new run: forget everything recorded so far."""
         self._metrics.clear()
         self._stopwatch.take()
 
@@ -57,10 +57,11 @@ class StepLog:
         return self._stopwatch.phase(name)
 
     def record(self, outputs: EBFTOutput) -> None:
-        """A micro-batch: its metrics, a warning where it has no block, and the callbacks.
+        """Record a micro-batch: its metrics, a warning if it has no block, and calls of callbacks.
 
         Every callback that defines `on_ebft_outputs(args, state, control, outputs=...)` is called,
-        in every process. The tensors are the step's own: detach and copy what is to be kept.
+        on every process. Callbacks get the tensors of the step: they must detach and copy what they
+        keep.
         """
         layout = outputs.rollouts.layout
         self._metrics.add(
@@ -68,17 +69,20 @@ class StepLog:
             | rollout_metrics(outputs.rollouts.tokens, layout)
             | token_metrics(outputs.log_probs, outputs.rl_loss, outputs.ce_loss, outputs.kl, layout)
             | self._shape_metrics(layout)
-            | {name: Ratio(value, 1.0) for name, value in outputs.coefficients.moving().items()}
+            | {
+                name: Ratio(value, 1.0)
+                for name, value in outputs.coefficients.scheduled_values().items()
+            }
         )
         self._warn_of_no_blocks(outputs)
         trainer = self._trainer
         for callback in trainer.callback_handler.callbacks:
-            listen = getattr(callback, "on_ebft_outputs", None)
-            if listen is not None:
-                listen(trainer.args, trainer.state, trainer.control, outputs=outputs)
+            on_ebft_outputs = getattr(callback, "on_ebft_outputs", None)
+            if on_ebft_outputs is not None:
+                on_ebft_outputs(trainer.args, trainer.state, trainer.control, outputs=outputs)
 
     def end_batch(self) -> None:
-        """Count the seconds that the phases of a batch took."""
+        """Record the seconds that the phases of a batch took."""
         seconds = self._stopwatch.take()
         self._metrics.add(
             {f"seconds_{phase}": Ratio(spent, 1.0) for phase, spent in seconds.items()}
@@ -89,10 +93,10 @@ class StepLog:
         return self._metrics.take(sum_over_processes)
 
     def _shape_metrics(self, layout: PackedLayout) -> dict[str, Ratio]:
-        """How many shapes rows have had in this process, and a warning where they are too many.
+        """The number of shapes that rows have had in this process; warns if there are too many.
 
-        Nothing where no shape costs anything: the number depends on how batches are split and on
-        where a run was resumed, as no other metric does.
+        Nothing is logged if new shapes cost nothing, since the number, unlike other metrics,
+        depends on how batches are split and on where a run was resumed.
         """
         if not self._static_shapes:
             return {}
@@ -101,10 +105,10 @@ class StepLog:
             self._warned_of_shapes = True
             logger.warning(
                 "Packed rows have had %d shapes (rows, samples, blocks, tokens of a rollout, width "
-                "of the documents), the last one %s. Each is compiled by itself, which takes "
-                "seconds to minutes. Set pad_to_multiple_of to a large part of the longest "
+                "of the documents), the last one %s. Each shape is compiled separately, which "
+                "takes seconds to minutes. Set pad_to_multiple_of to a large part of the longest "
                 "document, cut documents to one length, and set dataloader_drop_last=True. "
-                "Their number is logged as ebft/row_shapes.",
+                "The number of shapes is logged as ebft/row_shapes.",
                 len(self._shapes),
                 (*layout.rollout_shape, layout.document_width),
             )
@@ -117,10 +121,11 @@ class StepLog:
         self._warned_of_no_blocks = True
         settings, documents = self._settings, rollouts.layout.documents
         logger.warning(
-            "No document of a micro-batch has room for a block: the longest has %d tokens, a block "
-            "needs context_length + generate_max_len = %d unmasked ones (after the prompt, if one "
-            "is marked). Such documents contribute only their cross-entropy (ce_coef=%g); their "
-            "share is logged as ebft/documents_without_blocks.",
+            "No document of a micro-batch has room for a block: the longest has %d tokens, but a "
+            "block needs context_length + generate_max_len = %d unmasked ones (after the prompt, "
+            "if one is marked). Such documents contribute only their cross-entropy (ce_coef=%g); "
+            "their share is logged as ebft/documents_without_blocks. Use longer documents, or "
+            "lower these settings.",
             int(documents.length.max()),
             settings.context_length + settings.generate_max_len,
             outputs.coefficients.ce,

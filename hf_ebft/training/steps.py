@@ -1,4 +1,4 @@
-"""An optimizer step: micro-batches weigh by their documents, and are processed in parts."""
+"""Optimizer steps: micro-batches are weighted by their documents, and are processed in parts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class StepsMixin(ReadingMixin):
     """The part of `EBFTTrainer` that runs and logs optimizer steps.
 
     Attributes:
-        ebft: `rollout_batch_size` says how many rows are processed at once.
+        ebft: the settings; `rollout_batch_size` is the number of rows processed at once.
         step_log: collects metrics.
-        random_streams: start afresh with every run.
-        averaging: of the weights; None if unused.
-        fitted: baselines that are fitted between steps; None if unused.
+        random_streams: the generators of rollouts, restarted with every run.
+        averaging: the moving average of the weights; None if unused.
+        fitted: the baselines that are fitted between steps; None if unused.
     """
 
     step_log: StepLog
@@ -44,11 +44,11 @@ class StepsMixin(ReadingMixin):
     fitted: FittedBaseline | None = None
 
     _in_training_step = False
-    # Trainer divides the loss by the accumulation steps; see share_of_step.
+    # Tells Trainer to divide the loss by the number of accumulation steps; see share_of_step.
     loss_is_scaled_for_ga = False
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The parent's; accelerate compiles nothing, since layers are compiled one by one."""
+        """Create the accelerator; it compiles nothing, since we compile layers one by one."""
         super().create_accelerator_and_postprocess()
         if self.args.torch_compile:
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
@@ -56,10 +56,12 @@ class StepsMixin(ReadingMixin):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """`Trainer`'s, started afresh: no earlier run and no loss computed by hand counts.
+        """Train as `Trainer` does, with fresh metrics and random streams.
+
+        Earlier runs, and losses that the user computed before, have no influence.
 
         Raises:
-            ValueError: no weight of the model is trainable, or no batch has enough rows.
+            ValueError: no weight of the model is trainable, or there are too few rows for a batch.
         """
         refuse_no_batch(self.args, self.train_dataset)
         if self.model_init is None:
@@ -83,9 +85,9 @@ class StepsMixin(ReadingMixin):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of an optimizer step and the number of documents in them, everywhere.
+        """The micro-batches of an optimizer step, and their number of documents on all processes.
 
-        `Trainer` counts label tokens here; EBFT's loss is a mean over documents.
+        `Trainer` counts label tokens here, but EBFT's loss is a mean over documents.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(float(self.document_reader.read(batch).count) for batch in batches)
@@ -94,7 +96,7 @@ class StepsMixin(ReadingMixin):
     def choose_blocks(
         self, model: nn.Module, layout: PackedLayout, generator: torch.Generator
     ) -> PackedLayout:
-        """The batch with the blocks that a step samples: `block_share` of them, in training."""
+        """The layout with the blocks that a step samples: in training, a share `block_share`."""
         share = self.ebft.block_share
         if share == 1.0 or self.random_streams.evaluating:
             return layout
@@ -122,10 +124,11 @@ class StepsMixin(ReadingMixin):
     def share_of_step(
         self, documents: Documents, documents_of_step: Tensor | int | None
     ) -> Tensor | float:
-        """What turns a mean over this micro-batch into its part of the mean over the step.
+        """The factor that turns a mean over this micro-batch into its part of the step's mean.
 
-        `Trainer` then divides by the accumulation steps, and DDP or FSDP by the processes. It is 1
-        where all micro-batches hold equally many documents, and where this batch is the step.
+        `Trainer` then divides by the number of accumulation steps, and DDP or FSDP by the number of
+        processes. The factor is 1 if all micro-batches have equally many documents, or if this
+        batch is the whole step.
         """
         if documents_of_step is None:
             return 1.0
@@ -133,7 +136,7 @@ class StepsMixin(ReadingMixin):
 
     @property
     def coefficients(self) -> Coefficients:
-        """Weights of the loss's parts at the current optimizer step; before a run, at its first."""
+        """Weights of the loss's parts at the current optimizer step (before a run, the first)."""
         return coefficients_at(self.ebft, self.state.global_step, self.state.max_steps)
 
     @property
@@ -149,7 +152,7 @@ class StepsMixin(ReadingMixin):
         """`Trainer`'s step, in parts of `rollout_batch_size` rows, timed by phase."""
         parts = split_rows(inputs, self.ebft.rollout_batch_size)
         if num_items_in_batch is None and len(parts) > 1:
-            # This batch is the step; its parts are not.
+            # This batch is the whole step; each of its parts is not.
             num_items_in_batch = self.document_reader.read(inputs).count * self._shares
         losses = []
         self._in_training_step = True
@@ -166,7 +169,7 @@ class StepsMixin(ReadingMixin):
         return torch.stack(losses).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the `ebft/*` means since the last training log: means over all processes."""
+        """Log; a training log also gets the `ebft/*` means since the last one, of all processes."""
         if "loss" in logs:
             logs = logs | self.step_log.take()
         super().log(logs, start_time)

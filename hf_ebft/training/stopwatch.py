@@ -1,4 +1,4 @@
-"""Seconds by phase of a training step."""
+"""Measures the seconds of each phase of a training step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Stopwatch:
         return seconds
 
     def _now(self) -> float:
-        # A few waits a step; without them a phase would be billed for its predecessor's kernels.
+        # Kernels run asynchronously: without synchronizing, their time would count for the next
+        # phase. This happens a few times per step only.
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return time.perf_counter()

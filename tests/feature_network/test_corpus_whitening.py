@@ -130,7 +130,7 @@ def test_a_moment_of_nothing_is_refused(moment: Tensor, message: str) -> None:
 
 def test_features_of_another_width_are_refused() -> None:
     whitening = CorpusWhitening.from_second_moment(skewed_moment(), 0.1)
-    with pytest.raises(ValueError, match="7 wide, those of the corpus were 6"):
+    with pytest.raises(ValueError, match="width 7, but those of the corpus had width 6"):
         whitening.apply(unit(3, 7))
 
 
@@ -320,7 +320,7 @@ def test_rows_are_chosen_by_seed_without_repeats() -> None:
 
 
 def test_without_training_text_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no train_dataset"):
+    with pytest.raises(ValueError, match="train_dataset is None"):
         EBFTTrainer(tiny_llama(), config(tmp_path, **CORPUS), eval_dataset=texts(20))
 
 

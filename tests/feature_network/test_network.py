@@ -1,4 +1,4 @@
-"""phi: its embeddings are those of plain forward passes, and it computes no more than they need."""
+"""phi's embeddings are those of plain forward passes, and no unneeded layer is computed."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def facts(**changes):
 
 
 @pytest.mark.parametrize(
-    ("surroundings", "kind", "device"),
+    ("situation", "kind", "device"),
     [
         (facts(), "replicated", "cuda:0"),
         (facts(not_shareable=None), "shared", "cuda:0"),
@@ -42,13 +42,13 @@ def facts(**changes):
         (facts(device=torch.device("cpu")), "replicated", "cpu"),
     ],
 )
-def test_auto(surroundings, kind, device):
-    placement = choose_placement("auto", surroundings)
+def test_auto(situation, kind, device):
+    placement = choose_placement("auto", situation)
     assert (placement.kind, placement.device) == (kind, torch.device(device))
 
 
 @pytest.mark.parametrize(
-    ("request_", "surroundings", "kind", "device"),
+    ("request_", "situation", "kind", "device"),
     [
         ("same_device", facts(visible_devices=2), "replicated", "cuda:0"),
         ("second_device", facts(visible_devices=2), "replicated", "cuda:1"),
@@ -59,29 +59,29 @@ def test_auto(surroundings, kind, device):
         ("shared", facts(not_shareable=None), "shared", "cuda:0"),
     ],
 )
-def test_explicit_requests_are_met(request_, surroundings, kind, device):
-    placement = choose_placement(request_, surroundings)
+def test_explicit_requests_are_met(request_, situation, kind, device):
+    placement = choose_placement(request_, situation)
     assert (placement.kind, placement.device) == (kind, torch.device(device))
 
 
 @pytest.mark.parametrize(
-    ("request_", "surroundings", "message"),
+    ("request_", "situation", "message"),
     [
         ("shared", facts(), "the policy has no adapters"),
         ("second_device", facts(), "sees 1 device"),
-        ("second_device", facts(visible_devices=2, processes=2), "for one process"),
-        ("sharded", facts(), "only one"),
+        ("second_device", facts(visible_devices=2, processes=2), "works with one process only"),
+        ("sharded", facts(), "only one process"),
         ("gpu2", facts(), "neither one of auto, shared"),
     ],
 )
-def test_impossible_requests_are_refused(request_, surroundings, message):
+def test_impossible_requests_are_refused(request_, situation, message):
     with pytest.raises(ValueError, match=message):
-        choose_placement(request_, surroundings)
+        choose_placement(request_, situation)
 
 
 def test_cost_is_told_in_one_line():
-    surroundings = facts(processes=4, network_bytes=8 * GIB)
-    line = choose_placement("sharded", surroundings).describe(surroundings)
+    situation = facts(processes=4, network_bytes=8 * GIB)
+    line = choose_placement("sharded", situation).describe(situation)
     assert "2.000 GiB per process" in line and "\n" not in line
     shared = facts(not_shareable=None)
     assert "0.000 GiB" in choose_placement("auto", shared).describe(shared)

@@ -143,7 +143,7 @@ def test_cosine_without_signal_is_nan() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: noise_scale(p[:2, :2]), "three or more gradients"),
+        (lambda p: noise_scale(p[:2, :2]), "dot products of N >= 3 gradients"),
         (lambda p: noise_scale(p[:3]), "(3, 4)"),
         (lambda p: noise_scale(p, documents_per_gradient=0), "documents_per_gradient=0"),
         (lambda p: noise_scale(p, confidence=95), "confidence=95"),

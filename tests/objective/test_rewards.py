@@ -257,7 +257,7 @@ def test_shapes_that_do_not_fit(
 
 def test_tokens_are_not_features() -> None:
     tokens = torch.zeros(1, 4, 2, 8, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"floating point.*int64.*not the tokens"):
+    with pytest.raises(ValueError, match=r"floating point.*int64.*not the token ids"):
         feature_matching_rewards(tokens, torch.zeros(1, 2, 8))
 
 

@@ -67,8 +67,8 @@ def test_each_coefficient_has_a_course_of_its_own() -> None:
     )
     middle = coefficients_at(settings, 2, 5)
     assert middle == Coefficients(0.5, 0.1, pytest.approx(0.2), ("rl_coef", "kl_coef"))
-    assert middle.moving() == {"rl_coef": 0.5, "kl_coef": pytest.approx(0.2)}
+    assert middle.scheduled_values() == {"rl_coef": 0.5, "kl_coef": pytest.approx(0.2)}
     assert coefficient_at(settings, "rl_coef", 1, 5) == 0.25
     assert is_scheduled(settings, "rl_coef") and not is_scheduled(settings, "ce_coef")
     assert coefficients_at(EBFTSettings(), 3, 5) == Coefficients(1.0, 0.0, 0.0)
-    assert coefficients_at(EBFTSettings(), 3, 5).moving() == {}
+    assert coefficients_at(EBFTSettings(), 3, 5).scheduled_values() == {}

@@ -159,7 +159,7 @@ def test_options_of_other_trainers_are_refused(tmp_path: Path) -> None:
 def test_options_of_sft_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **changes)
-    with pytest.raises(ValueError, match=rf"SFTConfig sets {next(iter(changes))}=.*EBFTConfig"):
+    with pytest.raises(ValueError, match=rf"SFTConfig and sets {next(iter(changes))}=.*EBFTConfig"):
         EBFTTrainer(tiny_llama(), args)
 
 

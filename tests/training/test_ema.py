@@ -129,7 +129,7 @@ def test_tied_weights_stay_tied() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
 def test_a_decay_that_averages_nothing_is_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match=rf"ema_decay={decay} must lie between"):
+    with pytest.raises(ValueError, match=rf"ema_decay={decay} must be above 0"):
         WeightAverage(nn.Linear(1, 1), decay)
 
 
@@ -140,7 +140,7 @@ def test_frozen_models_are_refused() -> None:
 
 def test_averages_of_other_weights_are_refused() -> None:
     average = WeightAverage(nn.Linear(2, 2), 0.9)
-    with pytest.raises(ValueError, match=r"other weights .* differ in 1, such as \['bias'\]"):
+    with pytest.raises(ValueError, match=r"1 names or shapes differ, such as \['bias'\]"):
         average.load({"weight": torch.zeros(2, 2)})
 
 

@@ -113,7 +113,7 @@ def test_regressions_of_other_places_are_not_resumed(tmp_path: Path) -> None:
     """One place would be taken for all of them by broadcasting, and nothing would be said."""
     settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make(tmp_path, **settings, generate_max_len=1).train()
-    with pytest.raises(ValueError, match="are for the places of rollouts of 1 tokens"):
+    with pytest.raises(ValueError, match="are for rollouts of 1 tokens"):
         make(tmp_path, **settings, generate_max_len=2).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-1")
         )

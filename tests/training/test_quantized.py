@@ -80,5 +80,5 @@ def test_a_repacked_model_is_refused(tmp_path: Path) -> None:
     model = in_four_bits(tmp_path)
     layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     layers[0].weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match=r"repacked the weights of .*Load the model anew"):
+    with pytest.raises(ValueError, match=r"repacked the weights of .*Load the model again"):
         keep_gradients(model)

@@ -56,7 +56,7 @@ def test_the_paper_s_learning_rate_does_not_move_bfloat16(
     (line,) = warnings_of(tmp_path, caplog, learning_rate=1e-6)
     share = share_that_stands_still(tiny_llama().bfloat16().parameters(), 1e-6)
     assert share > 0.9
-    assert f"bfloat16, and for {100 * share:.1f} % of them" in line
+    assert f"bfloat16. For {100 * share:.1f} % of them" in line
     assert "learning_rate=1e-06" in line and "bf16=True" in line and "master weights" in line
 
 

@@ -112,5 +112,5 @@ def test_a_trial_with_impossible_settings_is_refused(search: Any) -> None:
 
 
 def test_a_trial_cannot_set_what_is_read_only_once(search: Any) -> None:
-    with pytest.raises(ValueError, match=r"A trial sets log_pictures_steps, which is read only"):
+    with pytest.raises(ValueError, match=r"A trial sets log_pictures_steps, but this is read only"):
         search([{"log_pictures_steps": 3}])
