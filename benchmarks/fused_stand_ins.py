@@ -7,11 +7,11 @@ mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compiled_stand_ins import CompiledFunctions
 from launched import Cost, LaunchedWork
 from pretended import PretendedGPU
 from torch import Tensor
@@ -86,6 +86,8 @@ class StandIns:
 
     def __init__(self, gpu: PretendedGPU, work: LaunchedWork) -> None:
         self._gpu, self._work = gpu, work
+        self._compiled = CompiledFunctions(work)
+        gpu.observers.append(self._compiled)
 
     def sdpa(
         self,
@@ -139,6 +141,7 @@ class StandIns:
             machine.attention_backward,
         )
         output, lse = _Attention.apply(query, key, value, None, kernel)
+        self._compiled.keep(query, key, value, output, lse)
         if return_aux is not None:
             return output, AuxOutput(lse=lse, max_scores=None)
         return (output, lse) if return_lse else output
@@ -164,13 +167,4 @@ class StandIns:
             return lambda later: self.compile(later, **options)
         if function is flex_attention:
             return self.flex_attention
-        return self._fused(function)
-
-    def _fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self._work.fused(function.__name__, args, kwargs) as results:
-                found = function(*args, **kwargs)
-                results.append(found)
-            return found
-
-        return run
+        return self._compiled.stand_in(function)

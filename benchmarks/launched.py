@@ -9,16 +9,18 @@ is done. Where the host reads something off the device, it waits until all is do
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from pretended import tensors_in
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
 
@@ -92,7 +94,7 @@ _FILLING = {"fill_", "zero_", "zeros", "ones", "full", "arange", "new_zeros", "s
 # Operators that write few of the entries of their first tensor. (In the backward pass autograd
 # writes a copy of it while a mode is on, and not otherwise.)
 _SCATTERING = {"scatter_add", "scatter_add_", "index_add", "index_add_", "index_copy_"}
-_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "baddbmm_", "addmm_"}
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "baddbmm_", "addmm_"}
 
 
 @dataclass
@@ -137,6 +139,49 @@ class Timeline:
         self.host = self.device = max(self.host, self.device)
 
 
+@dataclass
+class Region:
+    """What a compiled function launches.
+
+    Products are kernels of their own. All else is fused into kernels around them, one more than
+    there are products, which read the products' results, write what goes into products, and read
+    and write what goes in and comes out. What they keep to themselves never reaches memory.
+
+    Attributes:
+        name: of the function.
+        cost: of products and of fused attention.
+        products: how many.
+        bytes: moved by the kernels around them.
+    """
+
+    name: str
+    cost: Cost = field(default_factory=Cost)
+    products: int = 0
+    bytes: int = 0
+    _own: WeakIdKeyDictionary = field(
+        default_factory=lambda: WeakIdKeyDictionary(ref_type=weakref.ref)
+    )
+
+    def takes(self, func: Any, args: Any, found: Any) -> bool:
+        """Whether an operator belongs to the function; what adds to gradients does not."""
+        written = tensors_in(args[:1]) if func._schema.is_mutable else []
+        if any(tensor.untyped_storage() not in self._own for tensor in written):
+            return False
+        given = {tensor.untyped_storage()._cdata for tensor in tensors_in(args)}
+        for tensor in tensors_in((found,)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:
+                self._own[storage] = True
+        return True
+
+    def multiply(self, cost: Cost, args: Any, found: Any) -> None:
+        """A product of the function."""
+        self.cost.add(cost)
+        self.products += 1
+        inside = [t for t in tensors_in(args) if t.untyped_storage() in self._own]
+        self.bytes += sum(map(_bytes, (*inside, *tensors_in((found,)))))
+
+
 class LaunchedWork:
     """Adds up what operators cost, by phase and by who launches them.
 
@@ -161,7 +206,7 @@ class LaunchedWork:
     ) -> None:
         self._phase, self._owner, self.machine = phase, owner, machine
         self._record: list[tuple[str, Cost]] | None = None
-        self._region: list[tuple[Any, Any, Any, Any]] | None = None
+        self._regions: list[Region] = []
         self.start()
 
     def start(self) -> None:
@@ -176,10 +221,11 @@ class LaunchedWork:
 
     def ran(self, func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> None:
         """An operator has run."""
-        if self._region is not None:
-            self._region.append((func, args, kwargs, found))
-            return
         name = func._schema.name.removeprefix("aten::")
+        if self._regions and self._regions[-1].takes(func, args, found):
+            if name in PRODUCTS:
+                self._regions[-1].multiply(self.cost_of(name, args, kwargs, found), args, found)
+            return
         if func in _FREE or _returns_a_view(func):
             self.views[self._phase()] += 1
             self._advance(Cost(), host=self.machine.view, func=func)
@@ -189,53 +235,34 @@ class LaunchedWork:
 
     def called(self, *_: Any) -> None:
         """A module has been called: code in Python runs on the host."""
-        if self._region is None:
+        if not self._regions:
             self.calls[self._phase()] += 1
             self._advance(Cost(), host=self.machine.module, func=None)
 
     def launched(self, name: str, cost: Cost) -> None:
         """Something that stands in for a kernel has run."""
+        if self._regions:
+            self._regions[-1].cost.add(cost)
+            return
         self._advance(cost, host=None, func=None, name=name)
 
-    @contextmanager
-    def fused(self, name: str, *inputs: Any) -> Iterator[list[Any]]:
-        """Operators of a compiled function: products by themselves, all else in one kernel more
-        than there are products, which reads what comes in and writes what goes out.
+    def begin_region(self, name: str) -> None:
+        """What runs from here to `end_region` is compiled: see `Region`."""
+        self._regions.append(Region(name))
+
+    def end_region(self, *outside: Any) -> None:
+        """The compiled function begun last ends.
 
         Args:
-            name: of the function.
-            inputs: its arguments.
-
-        Yields:
-            A list for its results.
+            outside: what went into it and what came out.
         """
-        if self._region is not None:
-            yield []
-            return
-        results: list[Any] = []
-        region: list[tuple[Any, Any, Any, Any]] = []
-        self._region = region
-        try:
-            yield results
-        finally:
-            self._region = None
-        total, products = Cost(), 0
-        for func, args, kwargs, found in region:
-            short = func._schema.name.removeprefix("aten::")
-            if short in _PRODUCTS:
-                total.add(self.cost_of(short, args, kwargs, found))
-                products += 1
-        n_bytes = sum(
-            map(
-                _bytes,
-                _distinct(
-                    found for found in tree_leaves((inputs, results)) if isinstance(found, Tensor)
-                ),
-            )
-        )
-        device = max((products + 1) * self.machine.kernel, n_bytes / self.machine.bandwidth)
-        total.add(Cost(products + 1, products + 1, n_bytes, 0, device))
-        self._advance(total, host=None, func=None, name=f"compiled {name}")
+        region, machine = self._regions.pop(), self.machine
+        tensors = [leaf for leaf in tree_leaves(outside) if isinstance(leaf, Tensor)]
+        n_bytes = region.bytes + sum(map(_bytes, _distinct(tensors)))
+        kernels = region.products + 1
+        device = max(kernels * machine.kernel, n_bytes / machine.bandwidth)
+        region.cost.add(Cost(kernels, kernels, n_bytes, 0, device))
+        self._advance(region.cost, host=None, func=None, name=f"compiled {region.name}")
 
     def synchronized(self) -> None:
         """The host waits for the sake of a measurement."""
@@ -252,7 +279,7 @@ class LaunchedWork:
         if host is not None:
             self.timeline.host += host
         else:
-            self.timeline.launch(self.machine.launch, cost.device)
+            self.timeline.launch(self.machine.launch * max(cost.count, 1), cost.device)
         self.seconds[phase] += max(self.timeline.host, self.timeline.device) - before
         if cost.count:
             who = f"{phase}: {name}" if name else self._owner(phase, func)
@@ -292,16 +319,7 @@ class LaunchedWork:
         kernels = KERNELS.get(name, 1)
         results = _distinct(tensors_in((found,)))
         inputs = _distinct(tensors_in(args, kwargs))
-        if name in (
-            "fill_",
-            "zero_",
-            "zeros",
-            "ones",
-            "full",
-            "arange",
-            "new_zeros",
-            "scalar_tensor",
-        ):
+        if name in _FILLING:
             n_bytes = sum(map(_bytes, results))
         elif name == "copy_":
             n_bytes = _bytes(args[0]) + _bytes(args[1])
@@ -316,7 +334,7 @@ class LaunchedWork:
             n_bytes = sum(map(_bytes, inputs)) + sum(map(_bytes, results))
         multiply_adds = 0
         speed = self.machine.products
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             left = args[0] if name in ("mm", "bmm") else args[1]
             result = results[0]
             multiply_adds = result.numel() * left.shape[-1]

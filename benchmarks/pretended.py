@@ -166,6 +166,8 @@ class _Calls(TorchFunctionMode):
                 raise TypeError(f"{func.__name__} of a tensor that is on {GPU}")
             with self:
                 args = (args[0].to(CPU),)
+        if func is torch.Tensor.pin_memory:
+            return args[0]
         if func in _CHECKS and args[0].is_meta:
             return torch.full(args[0].shape, _CHECKS[func], device=META)
         if func in self._functions and args[0].is_meta:

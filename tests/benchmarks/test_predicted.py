@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -201,6 +202,52 @@ def test_flex_attention_costs_the_tiles_of_its_block_mask() -> None:
         work.start()
         output.sum().backward()
         assert work.by_phase["training"].multiply_adds == 5 * forward // 2
+
+
+def block(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    """A gated block of a transformer: normalisation, two products, one more."""
+    gate, up, down = weights
+    h = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return x + (torch.nn.functional.silu(h @ gate) * (h @ up)) @ down
+
+
+BLOCK_SHAPES = ((256, 64), (64, 192), (64, 192), (192, 64))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_a_compiled_function_keeps(checkpointed: bool) -> None:
+    """As torch's own partitioner does, up to a number for each row."""
+    torch._dynamo.reset()
+    real = [torch.randn(shape, requires_grad=True) for shape in BLOCK_SHAPES]
+    compiled = torch.compile(block, backend="aot_eager_decomp_partition")
+    given = {tensor.data_ptr() for tensor in real}
+    saved = [t for t in compiled(*real).grad_fn.saved_tensors if t.data_ptr() not in given]
+    expected = sum(tensor.numel() * tensor.element_size() for tensor in saved)
+    assert len(saved) == 5  # the normalised rows and their norms, gate, up, and their product
+
+    kept = held.HeldMemory(lambda: "training", block=1)
+    work = launched.LaunchedWork(lambda: "training", held.owner)
+    with pretended.PretendedGPU([kept, work]) as gpu:
+        stand_in = fused_stand_ins.StandIns(gpu, work).compile(block)
+        rows, *weights = (
+            torch.empty(shape, device="cuda").requires_grad_() for shape in BLOCK_SHAPES
+        )
+        before = kept.held
+        if checkpointed:
+            output = checkpoint(stand_in, rows, *weights, use_reentrant=False)
+            expected = 256 * 4
+        else:
+            output = stand_in(rows, *weights)
+        assert kept.held - before - output.nbytes == expected - 256 * 4
+        forward = work.by_owner["training: compiled block"]
+        # Three products, and four kernels around them.
+        assert forward.kernels == 7 and forward.multiply_adds == 3 * 256 * 64 * 192
+        output.sum().backward()
+        assert weights[2].grad is not None and weights[2].grad.shape == BLOCK_SHAPES[3]
+        backward = work.by_owner["training: compiled block, backward"]
+        assert backward.multiply_adds == 6 * 256 * 64 * 192
+        # Gradient checkpointing runs the whole function again.
+        assert forward.multiply_adds == (6 if checkpointed else 3) * 256 * 64 * 192
 
 
 def test_predicted_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
