@@ -1,11 +1,11 @@
-"""How near a model's own layers come to the arithmetic limit, with nothing of the library's in it.
+"""How close a model's own layers come to the arithmetic limit, without any code of this library.
 
     python benchmarks/layers.py --model 10m --json layers.json
 
-The layers as transformers has them, forward and backward, with an attention function that costs
-next to nothing, beside the multiply-adds of their linear layers at the speed of a large matrix
-product in the same run. No order of work brings a step nearer to the limit than this, as long as
-its layers are these. The machine should be idle.
+It runs the layers of transformers, forward and backward, with an attention function that costs
+almost nothing. It compares their time with the multiply-adds of their linear layers at the speed of
+a large matrix product in the same run. With these layers, no order of work brings a step closer to
+the limit than this. The machine should be idle.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Peak memory of a piece of work, beyond what lived before it.
+"""Peak memory of a piece of work, beyond what was allocated before it.
 
-On CUDA the caching allocator keeps the peak itself. On a CPU the profiler reports every allocation
-and release of PyTorch's CPU allocator, down to the work space inside kernels; the peak of their
-running sum is the same quantity. It is preferred to resident memory, which depends on what the C
-library keeps for later and on what the process did before, and to counting the results of
-operators, which misses what a kernel allocates for itself. Only resident memory would show the
-scratch memory of BLAS libraries, which do not ask PyTorch for it.
+On CUDA, the caching allocator records the peak itself. On a CPU, the profiler reports every
+allocation and release of PyTorch's CPU allocator, including the work space inside kernels. The peak
+of their running sum is the same quantity.
+
+Two other measures are worse. Resident memory depends on what the C library keeps for later and on
+what the process did before. Counting the results of operators misses what a kernel allocates for
+itself. But only resident memory would show the scratch memory of BLAS libraries, which do not ask
+PyTorch for it.
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
-"""The step in the order of work of the paper's released code: the baseline that the library is
-measured against.
+"""The step in the order of work of the paper's released code: the baseline for measurements of the
+library.
 
-Each sample is a row of its own, `[document][block 0][block 1]...`, behind a dense mask; all of
-the row is computed again for each of the G tokens that are sampled; the head runs over the whole
-row; the feature pass runs all layers and keeps all their states; log-probabilities are a float32
-log-softmax over the vocabulary for the whole row. What it computes is what the library computes:
-log-probabilities, rewards and gradients agree for the same rollouts (tests/test_benchmarks.py).
+- Each sample is a separate row, `[document][block 0][block 1]...`, with a dense mask.
+- The whole row is computed again for each of the G tokens that are sampled.
+- The head runs over the whole row.
+- The feature pass runs all layers and keeps all their states.
+- Log-probabilities are a float32 log-softmax over the vocabulary for the whole row.
 
-Where that order of work leaves a choice, the lighter one is taken: a row holds only the tokens that
-are drawn so far, no document is padded, the samples of a document share one mask, the feature pass
-has no head. Attention is the model's own: the released code loads its models with eager attention
-(github.com/sjelassi/ebft_openrlhf, openrlhf/models/actor.py: "flash_attention_2", which takes no
-such mask, or else "eager"); with sdpa no matrix of scores is kept. Nothing here knows the library's
-layout; anchors and visibility follow from their definition.
+The results are those of the library: log-probabilities, rewards and gradients agree for the same
+rollouts (tests/benchmarks/test_benchmarks.py).
+
+Where this order of work leaves a choice, the lighter one is used: a row holds only the tokens that
+have been drawn, no document is padded, the samples of a document share one mask, and the feature
+pass has no head. Attention is the model's own: the released code loads its models with eager
+attention (github.com/sjelassi/ebft_openrlhf, openrlhf/models/actor.py: "flash_attention_2", which
+takes no such mask, or else "eager"). With sdpa, no matrix of scores is kept. Nothing here uses the
+library's layout; anchors and visibility follow from their definition.
 
 Dimension letters: S document tokens, K blocks, n samples, G rollout length, t tokens drawn so far,
 r rows computed at once, T = S + K * t tokens of a row, V vocabulary, D feature width.

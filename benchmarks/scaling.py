@@ -3,11 +3,10 @@ vocabulary, one at a time.
 
     python benchmarks/scaling.py --json scaling.json --plot scaling.svg    # the plot: matplotlib
 
-Each curve gets an exponent: the slope of its logarithm over the logarithm of what was varied. 1 is
-linear; fixed costs pull it below. Beside it stands the exponent of the multiply-adds themselves
-(`benchmarks/limit.py`): over the document's length it lies above 1, because a token sees all that
-is before it. Time that grows faster than its multiply-adds, or memory that grows faster than
-linearly, is a fault.
+Each curve has an exponent: the slope of its logarithm over the logarithm of what was varied. 1 is
+linear; fixed costs lower it. The exponent of the multiply-adds themselves (`benchmarks/limit.py`)
+is shown beside it. For the document's length it is above 1, because a token sees everything before
+it. If time grows faster than its multiply-adds, or memory faster than linearly, this is a fault.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
     python benchmarks/steady.py --steps 200
     python benchmarks/steady.py --steps 200 --pad-to-multiple-of 64 --device cuda
 
-Prints how many different shapes the steps had and what the process held along the way: resident
-memory on a CPU, memory reserved by the caching allocator on a GPU (its fragmentation shows there).
-The second half must hold no more than the first, or steps leak. With `--set torch_compile=true`
-or `--set packed_attention=flex_attention` the number of compiled graphs counts, too: it must stop
-growing.
+It prints the number of different shapes of the steps and the memory of the process over time:
+resident memory on a CPU, memory reserved by the caching allocator on a GPU (which shows its
+fragmentation). If the second half holds more than the first, steps leak memory. With
+`--set torch_compile=true` or `--set packed_attention=flex_attention`, the number of compiled graphs
+is printed, too: it must stop growing.
 """
 
 from __future__ import annotations

@@ -3,17 +3,17 @@
     python benchmarks/step.py --preset paper --model 10m --json paper.json
     python benchmarks/step.py --preset long --skip-naive           # a quick look
 
-All three in one run, taking turns, on random documents and a random model:
+All three are measured in one run, in turns, on random documents and a random model:
 
 - ours: `EBFTTrainer.training_step`, which is `compute_loss` and the backward pass;
 - naive: `benchmarks/naive.py`, the order of work of the paper's released code;
 - the limit: the multiply-adds that the objective needs (`benchmarks/limit.py`) at the speed of a
   large matrix product on the same threads.
 
-The first step of each is a short one and warms up; there, log-probabilities and rewards of the two
-are compared for the same rollouts. The second is measured for memory: the most bytes held beyond
-the weights, their gradients and the batch (`benchmarks/memory.py`). The others are timed; the
-figures are medians. The optimizer step is in none of them. The machine should be idle.
+The first step of each is short and for warm-up. In it, log-probabilities and rewards of the two
+are compared for the same rollouts. The second step measures memory: the most bytes held beyond
+the weights, their gradients and the batch (`benchmarks/memory.py`). The other steps are timed, and
+the figures are medians. The optimizer step is in none of them. The machine should be idle.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Structured mode in miniature: a character model that half knows how to reverse words learns on.
+"""Structured mode in miniature: a character model that can half reverse words improves by EBFT.
 
-Everything is made here, nothing is downloaded. A small Llama is first taught by cross-entropy, and
-stopped while it still makes mistakes. Then EBFT trains it on its own completions: the ground truth
-enters through features alone (`--ce_coef 0`). Both models are measured on words that neither
+Everything is made here, nothing is downloaded. First, a small Llama is trained by cross-entropy,
+and stopped while it still makes mistakes. Then EBFT trains it on its own completions. The ground
+truth is used only through features (`--ce_coef 0`). Both models are measured on words that neither
 stage has trained on, with the same seeds and the same frozen network, and compared word by word.
 
     python examples/structured_tiny.py

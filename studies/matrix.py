@@ -1,23 +1,23 @@
 """The study's matrix: what is run, on what, and how choices are made. Declared before any run.
 
-Question: base against SFT against EBFT, and EBFT's settings one at a time, with what two CPU cores
-can do: the model of 1.9 M parameters in `examples/tiny_model` learns a kind of text that it has
-not seen, the character tables in the standard library's `encodings`.
+The question: base against SFT against EBFT, and EBFT's settings one at a time, as far as two CPU
+cores allow. The model of 1.9 M parameters in `examples/tiny_model` learns a kind of text that it
+has not seen: the character tables in the standard library's `encodings`.
 
 Rules, fixed beforehand:
 
-- Learning rates are swept over the same `RATES` for every method, one run each with seed 0,
+- Every method has the same sweep of learning rates, `RATES`: one run for each rate with seed 0,
   measured on the split `tune`. Each method is judged by what it minimises: SFT by the
-  cross-entropy, EBFT by the CFM loss of rollouts of the length that it trains with (`CRITERIA`).
-- At the chosen rate each method runs once more with each of `SEEDS`, measured on `report`.
-  Both splits are disjoint, by file, from each other and from the training text.
-- Ablations change one factor of the EBFT that the sweep was made with, at the rate chosen for it.
-- EBFT without whitening, cross-entropy term or KL is the one to start from: its reward is exactly
+  cross-entropy, EBFT by the CFM loss of rollouts of its training length (`CRITERIA`).
+- At the chosen rate, each method runs once more with each of `SEEDS`, measured on `report`.
+  Both splits share no file with each other or with the training text.
+- Ablations change one factor of the EBFT of the sweep, at the rate chosen for it.
+- The starting point is EBFT without whitening, cross-entropy term or KL: its reward is exactly
   the gradient of the CFM loss (see docs/tuning.md).
 - `sft_steps` makes as many optimizer steps as EBFT, on the same rows in the same order for the
-  same seed: equal steps and equal document tokens. `sft_tokens` makes as many more, on more rows,
-  that its tokens equal EBFT's document tokens and rollout tokens together.
-- A run is written when it is finished and never run again; all of them are in `results`.
+  same seed: equal steps and equal document tokens. `sft_tokens` makes more steps, on more rows,
+  so that its tokens equal EBFT's document tokens and rollout tokens together.
+- A run is written when it is finished and never run again. All runs are in `results`.
 """
 
 from __future__ import annotations

@@ -5,11 +5,13 @@
     python studies/noise.py --start FOLDER --name plateau      # a saved model
     python studies/noise.py --table                            # what was measured, as Markdown
 
-Estimators with n = 4 and all blocks get the same documents and the same rollouts; n = 8 and
-`block_share` get other documents of the same text, so that their ratios are not paired. Gradients
-of single documents give signal, noise and noise scale (`hf_ebft.objective.noise_scale`) with
-intervals over documents, and the cosine with the CFM gradient, estimated from other documents.
-Core-seconds are measured in the same run, as what a training step of one document takes.
+Estimators with n = 4 and all blocks get the same documents and the same rollouts. n = 8 and
+`block_share` get other documents of the same text, so their ratios are not paired.
+
+Signal, noise and noise scale are computed from gradients of single documents, with intervals over
+documents (`hf_ebft.objective.noise_scale`). So is the cosine with the CFM gradient, which is
+estimated from other documents. Core-seconds are measured in the same run: the time of a training
+step of one document.
 
 The regressions of `fitted` are fitted to other documents than those that are measured.
 """

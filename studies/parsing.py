@@ -1,10 +1,10 @@
-"""Does a source file that was cut off and continued by a model still parse?
+"""Does a source file still parse if it is cut off and a model continues it?
 
-A file is cut at a random token. The model reads the last tokens before the cut and writes on. What
-is judged is the whole file up to the cut with the continuation, as far as its last line break:
-strings and brackets that are open there are closed, a block that has just begun gets a `pass`,
-and then `ast.parse` has to take it. A continuation that completes no line fails. The same is done
-with the file's own continuation of the same length: its share is what a perfect model would get.
+A file is cut at a random token. The model reads the last tokens before the cut and continues. The
+whole file up to the cut is judged, with the continuation up to its last line break: open strings
+and brackets are closed, a block that has just begun gets a `pass`, and then `ast.parse` must accept
+it. A continuation that completes no line fails. The file's own continuation of the same length is
+judged in the same way: its share is what a perfect model would get.
 """
 
 from __future__ import annotations

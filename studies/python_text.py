@@ -1,10 +1,9 @@
-"""Several hundred megabytes of text that every machine with torch carries: installed Python source.
+"""Several hundred megabytes of text that every machine with torch has: installed Python source.
 
-The standard library and the packages beside it are the text, one file a document. The package
-`DOMAIN` is a kind of text of its own (computer algebra; torch depends on it, so that it is always
-there), everything else is general. A file belongs to the split that the SHA-256 of its name falls
-into, so that splits are disjoint and the same on every machine. A tokenizer is trained on the
-general text.
+The text is the standard library and the installed packages, one document per file. The package
+`DOMAIN` is the special domain (computer algebra; torch depends on it, so it is always installed).
+All other text is general. The SHA-256 of its name decides the split of a file, so splits are
+disjoint and the same on every machine. A tokenizer is trained on the general text.
 
 Dimension letters: R rows, S tokens of a row, F files.
 """

@@ -3,27 +3,30 @@
     PYTHONPATH=. python studies/replication.py                   # a GPU of 80 GB
     PYTHONPATH=. python studies/replication.py --dry-run --out /tmp/dry         # a CPU, tiny
 
-**This has not run on a GPU yet**; the dry run is all that has been seen of it.
+**This has not run on a GPU yet**; only the dry run has been tested.
 
-Nothing is fetched: the text is the Python source on the machine (`python_text.py`). In order:
+Nothing is downloaded: the text is the Python source on the machine (`python_text.py`). The stages:
 
 1. `text`: a tokenizer, and rows of tokens;
 2. `pretrain`: a Llama of 69 M parameters learns general Python for three minutes;
-3. `plateau`: SFT on the package `sympy`, in rounds, until the loss on held-out files stands still,
+3. `plateau`: SFT on the package `sympy`, in rounds, until the loss on held-out files stops falling,
    then with a learning rate that falls to zero;
-4. `start`: the figures of that model, and of the same one sharpened, a control;
-5. `arm-...`: from that model, SFT or EBFT for the same time, then the same figures.
+4. `start`: the measurements of this model, and of the same model sharpened as a control;
+5. `arm-...`: from this model, SFT or EBFT for the same time, then the same measurements.
 
 A stage that has its JSON file is skipped. A stage that would not end within `--budget` seconds is
-not begun: call again, and the next call goes on from there. Both methods get the same schedule over
-their time, and the clock stands still during a first step, in which things may be compiled.
+not begun; the next call continues there. Both methods have the same schedule over their time. The
+clock does not run during a first step, in which code may be compiled.
 
-Rules, fixed beforehand: the first arms are one rate of each method; then other rates; the rate of a
-method is the one with the least cross-entropy (SFT) or CFM loss at 8 tokens (EBFT) on the split
-`tune`, then come more seeds. Figures are those of `report`: differences from the start, with
-intervals over files. EBFT beats SFT where its CFM loss *and* its energy score are below SFT's
-beyond the interval, on the feature network that gave no reward, too. The sharpened control shows
-what lowering the temperature alone would do.
+Rules, fixed beforehand:
+
+- The first arms are one rate of each method, then come other rates. The chosen rate of a method has
+  the lowest cross-entropy (SFT) or CFM loss at 8 tokens (EBFT) on the split `tune`. Then come more
+  seeds.
+- Results are those of `report`: differences from the start, with intervals over files.
+- EBFT beats SFT if its CFM loss *and* its energy score are below SFT's beyond the interval, also on
+  the feature network that gave no reward.
+- The sharpened control shows what a lower temperature alone would do.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python studies/run.py --setup smollm2 --jobs 2    # SmolLM2-135M, two runs at a time
     python studies/tables.py                          # tables into docs/study.md, plots
 
-A run that has its file is skipped, so the command may be stopped and given again. Each run takes
-one thread; `matrix.py` says what is run, and in which order.
+A run that has its file is skipped, so the command can be stopped and repeated. Each run uses one
+thread. `matrix.py` says what is run, and in which order.
 
 Dimension letters: N rows, F files.
 """

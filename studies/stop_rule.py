@@ -5,10 +5,11 @@
 
 Declared before it was run:
 
-- `DOCUMENTS` rows of the training text and as many held-out ones (`tune`), a gradient each: of EBFT
-  as the study trains it, under `rloo` and under `reinforce` on the same rollouts, and of the
-  cross-entropy. The held-out gradient of EBFT under `reinforce` is that of the held-out CFM loss,
-  without bias, over the tokens of a rollout (tests/objective/test_estimator.py).
+- One gradient is computed for each of `DOCUMENTS` rows of the training text and as many held-out
+  ones (`tune`): of EBFT as the study trains it, under `rloo` and under `reinforce` on the same
+  rollouts, and of the cross-entropy. The held-out gradient of EBFT under `reinforce` is an unbiased
+  estimate of that of the held-out CFM loss, over the tokens of a rollout
+  (tests/objective/test_estimator.py).
 - A step against a training gradient lowers the held-out CFM loss, to first order, by the step size
   times the product of the two expected gradients. **The matrix of EBFT is not run from this start
   unless the interval (95 %, jackknife over the documents of both splits) of that product lies above

@@ -1,13 +1,13 @@
-"""Tables of the study into docs/study.md, and its plots, from the results that there are.
+"""Writes the tables of the study into docs/study.md, and its plots, from the existing results.
 
     python studies/tables.py --results studies/results --docs docs/study.md
 
-Each table stands between `<!-- table: NAME -->` and `<!-- end -->` and is rewritten whole.
-`NAME` is one of `TABLES`, of the tiny model, or `SETUP_NAME` of another setup.
+Each table is between `<!-- table: NAME -->` and `<!-- end -->` and is replaced as a whole.
+`NAME` is one of `TABLES` for the tiny model, or `SETUP_NAME` for another setup.
 
 Values are means over documents (tokens, for the cross-entropy) of the mean over seeds. Intervals
-are 95 % by paired bootstrap over held-out files, of that mean over seeds; what the seeds do on
-their own is shown beside it.
+are 95 % by paired bootstrap over held-out files, of this mean over seeds. The differences of single
+seeds are shown beside them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training for so many seconds instead of so many steps, by cross-entropy or by EBFT.
+"""Training by cross-entropy or by EBFT for a number of seconds instead of a number of steps.
 
 Dimension letters: R rows, S tokens of a row.
 """

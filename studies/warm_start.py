@@ -2,16 +2,17 @@
 
     python studies/warm_start.py --out studies/warm_start    # 12 core-minutes; not committed
 
-The weights are not committed: this script makes them again (the digits depend on the machine). What
-it logged is committed, in `results/warm/warm_start.json`.
+The weights are not committed: this script makes them again (the digits depend on the machine). Its
+log is committed, in `results/warm/warm_start.json`.
 
 Declared before the run:
 
 - Text: every row of 128 tokens of the domain's split `train`, all files, `EPOCHS` times.
-- AdamW at `LEARNING_RATE`, cosine to zero, so that what a lower rate could gain is gained.
-- A plateau is where the last fifth of the steps lowers the cross-entropy on `tune` by less than
-  `PLATEAU` nats a token. If it lowers it by more, the run is repeated with twice the epochs, and
-  both are reported.
+- AdamW at `LEARNING_RATE`, with a cosine schedule to zero, so that nothing more can be gained by a
+  lower rate.
+- A plateau: the last fifth of the steps lowers the cross-entropy on `tune` by less than `PLATEAU`
+  nats a token. If it lowers it by more, the run is repeated with twice the epochs, and both runs
+  are reported.
 """
 
 from __future__ import annotations
