@@ -31,6 +31,7 @@ from hf_ebft.packed.model_parts import (
     backbone,
     cache_argument,
     decoder_layers,
+    keeping_every_state,
     vocabulary_size,
 )
 from hf_ebft.packed.sampling import Rollouts
@@ -430,12 +431,14 @@ class FeatureNetwork(FrozenNetwork):
                 first = index.flatten()[:1]
                 self.forward.logits(self.model, rollouts.input_ids(part), part, first)
             else:
+                input_ids = rollouts.input_ids(part)
                 self.backbone(
-                    input_ids=rollouts.input_ids(part),
+                    input_ids=input_ids,
                     position_ids=part.queries.position,
                     attention_mask=self.forward.recipe.masks_for(part),
                     use_cache=cache is not None,
                     **{cache_argument(self.backbone): cache},
+                    **keeping_every_state(self.backbone, input_ids),
                 )
 
         hidden = self._read_layers(run, index.flatten(1), to_the_end=whole)

@@ -30,7 +30,7 @@ from hf_ebft.packed.forward import PackedForward, states_in
 from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.heads import ToLogits
 from hf_ebft.packed.model_code import calls_chosen_attention
-from hf_ebft.packed.model_parts import bare_model
+from hf_ebft.packed.model_parts import bare_model, keeping_every_state
 from hf_ebft.packed.static_cache import CannotDecodeStatically, StaticCache, decoding_against
 from hf_ebft.packed.step_views import StepViews
 from hf_ebft.rows.anchors import Blocks
@@ -207,6 +207,7 @@ class StaticDecoder:
         self.step_index = torch.zeros(1, dtype=torch.long, device=device)
         self.positions = _positions(layout, self.n_steps)
         self.views = StepViews(forward.recipe, layout, self.n_steps, width=width, static=static)
+        self._kept = keeping_every_state(model, self.tokens[0])
         self._cache: StaticCache | None = None
 
     @property
@@ -292,6 +293,7 @@ class StaticDecoder:
             position_ids=self.positions.index_select(0, self.step_index)[0],
             attention_mask=masks,
             use_cache=True,
+            **self._kept,
             **{self.forward.cache_argument: self._cache},
         )
         if self.forward.head is None:

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_ebft.packed.compiled_layers import CompileOptions, compile_layers
@@ -29,10 +29,17 @@ from hf_ebft.packed.heads import Head, ToLogits
 from hf_ebft.packed.layer_caches import RowCache
 from hf_ebft.packed.masks import MaskRecipe
 from hf_ebft.packed.model_code import find_head
-from hf_ebft.packed.model_parts import active_adapter_configs, bare_model, cache_argument
+from hf_ebft.packed.model_parts import (
+    active_adapter_configs,
+    bare_model,
+    cache_argument,
+    shares_keys,
+)
 from hf_ebft.packed.supported import RowLimits, check_supported, set_packed_attention
 from hf_ebft.rows.layout import PackedPart
 
+# What a layer that uses the keys and values of another has in a cache; in older releases nothing.
+_Keyless = getattr(cache_utils, "DummyLayer", None)
 _DROPOUTS = (
     nn.Dropout,
     nn.Dropout1d,
@@ -220,7 +227,16 @@ class PackedForward:
         # Text alone does not reach these layers, and leaves their part of the cache empty.
         if getattr(config, "cross_attention_layers", None):
             return False
-        return all(type(layer) is DynamicLayer for layer in self.new_cache().layers)
+        layers = self.new_cache().layers
+        # Layers that use the keys and values of earlier ones come last, and keep none themselves.
+        if self.shares_keys:
+            layers = [layer for layer in layers if type(layer) is not _Keyless]
+        return all(type(layer) is DynamicLayer for layer in layers)
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether the highest layers use keys and values of lower ones."""
+        return shares_keys(self.config)
 
 
 def is_random_in_training(model: nn.Module) -> bool:
@@ -306,7 +322,7 @@ def states_in(cache: DynamicCache) -> list[Tensor]:
     """Keys and values of every layer that a pass went through, (B, H, C, E) each, as
     `PackedForward.new_cache` takes them.
     """
-    layers = [layer for layer in cast(list[DynamicLayer], cache.layers) if layer.is_initialized]
+    layers = [layer for layer in cast(list[DynamicLayer], cache.layers) if layer.keys is not None]
     return [cast(Tensor, state) for layer in layers for state in (layer.keys, layer.values)]
 
 

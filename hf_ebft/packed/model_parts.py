@@ -69,6 +69,30 @@ def cache_argument(model: nn.Module) -> str:
     return newest if newest in parameters else older
 
 
+def shares_keys(config: Any) -> bool:
+    """Whether the highest layers of a model use keys and values of lower ones."""
+    return bool(getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
+
+
+def keeping_every_state(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument by which a model returns the states of all tokens, if it has to be told.
+
+    Newer releases tell a model that shares keys between its layers which logits are kept. Where
+    that is a number, be it for all of them, the model cuts masks to these tokens, so that its
+    attention functions get other masks than the model was given.
+
+    Args:
+        model: a model or its backbone.
+        input_ids: (B, Q), that it will read.
+    """
+    readers = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    if not shares_keys(readers[0].config) or all(
+        "logits_to_keep" not in forward_inputs(part) for part in readers
+    ):
+        return {}
+    return {"logits_to_keep": torch.arange(input_ids.shape[1], device=input_ids.device)}
+
+
 def _reads_tokens(module: nn.Module, base: PreTrainedModel) -> bool:
     """Whether the input embeddings lie inside a module, as they do not in a vision tower."""
     embeddings = base.get_input_embeddings()

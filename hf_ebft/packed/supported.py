@@ -348,10 +348,7 @@ def gather_facts(
         supports_sdpa=bool(base._supports_sdpa),
         takes_flex=bool(base._supports_flex_attn)
         and calls_chosen_attention(base)
-        and not looks_at_block_masks(base)
-        # Such models cut the mask to the tokens whose logits are kept, which a block mask cannot
-        # be.
-        and not getattr(config, "num_kv_shared_layers", 0),
+        and not looks_at_block_masks(base),
         head_dim=min(widths, default=0),
         dropout=max(dropout, default=0.0) if trains else 0.0,
         trains=trains,

@@ -31,6 +31,8 @@ CPU = torch.device("cpu")
 ARCHITECTURES = (
     "gemma2",  # soft caps
     "gemma3_text",
+    "gemma3n_text",  # layers that share keys
+    "gemma4",
     "gpt2",
     "gpt_neox",
     "gpt_oss",  # attention sinks
@@ -55,6 +57,15 @@ CASES = {
 }
 
 
+# Of log-probabilities, in float32.
+ROUNDING = 1e-5
+
+
+def rounding(architecture: str) -> float:
+    """Gemma 4 does not divide its scores by the square root of the heads' width, which is 4."""
+    return 4 * ROUNDING if architecture.startswith("gemma4") else ROUNDING
+
+
 def grown(forward: PackedForward) -> PackedForward:
     """The same, told to let the cache grow."""
     other = replace(forward)
@@ -71,12 +82,14 @@ def sampled(
     ]
 
 
-def assert_equal_rollouts(found: SamplingRecord, expected: SamplingRecord) -> None:
+def assert_equal_rollouts(
+    found: SamplingRecord, expected: SamplingRecord, tolerance: float = ROUNDING
+) -> None:
     """Token for token, where there are blocks."""
     exists = expected.rollouts.exists[:, None, :, None]
     assert torch.equal(found.rollouts.tokens * exists, expected.rollouts.tokens * exists)
     difference = (found.log_probs - expected.log_probs) * exists
-    assert float(difference.abs().max()) < 1e-5
+    assert float(difference.abs().max()) < tolerance
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -86,7 +99,8 @@ def test_static_decoding_equals_a_growing_cache(architecture: str, case: Case) -
     forward = PackedForward.for_model(model)
     found = sampled(model, forward, case.layout())
     assert forward.decoding.works
-    assert_equal_rollouts(found, sampled(model, grown(forward), case.layout()))
+    expected = sampled(model, grown(forward), case.layout())
+    assert_equal_rollouts(found, expected, rounding(architecture))
 
 
 @pytest.mark.parametrize("attention", ["split", "sdpa", "eager"])
@@ -119,7 +133,7 @@ def test_rollouts_do_not_depend_on_how_many_rows_of_logits_exist_at_once() -> No
     assert torch.equal(whole.rollouts.tokens, single.rollouts.tokens)
 
 
-@pytest.mark.parametrize("architecture", ["falcon", "gemma3n_text", "gpt_neox_japanese"])
+@pytest.mark.parametrize("architecture", ["falcon", "gpt_neox_japanese", "mllama"])
 def test_other_models_grow_their_cache_and_say_so_once(
     architecture: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,7 +187,7 @@ def test_a_model_that_does_more_than_hand_on_is_noticed_in_its_first_step(
 # ---- One step -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "llama4_text"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gemma4", "llama4_text"])
 def test_a_step_is_a_function_of_its_tensors(architecture: str) -> None:
     """The same contents give the same results, and no tensor is replaced by another."""
     model = tiny_model(architecture, limit=4096).eval()
@@ -197,7 +211,9 @@ def test_a_step_is_a_function_of_its_tensors(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize(
+    "architecture", ["gemma2", "gemma3_text", "gemma4", "gpt_oss", "llama4_text"]
+)
 def test_block_masks_show_what_tiles_show(architecture: str, case: Case) -> None:
     """Windows move from step to step, under one block mask; several tiles of it, too."""
     model = tiny_model(architecture, limit=4096).eval()
@@ -213,7 +229,7 @@ def test_block_masks_show_what_tiles_show(architecture: str, case: Case) -> None
         found.append((decoder.tokens[..., :count], decoder.log_probs[..., :count], exists))
     (tokens, log_probs, exists), (expected_tokens, expected, _) = found
     assert torch.equal(tokens * exists, expected_tokens * exists)
-    assert float(((log_probs - expected) * exists).abs().max()) < 1e-5
+    assert float(((log_probs - expected) * exists).abs().max()) < rounding(architecture)
 
 
 @pytest.mark.parametrize("n_batches", [3, pytest.param(50, marks=pytest.mark.slow)])

@@ -330,7 +330,12 @@ def judge(model: nn.Module, case: Case, packed_attention: str = "auto") -> Verdi
         without_features = str(error)
     try:
         found = measure(
-            model, case, with_features=not without_features, packed_attention=packed_attention
+            model,
+            case,
+            with_features=not without_features,
+            # flex_attention has no backward pass on a CPU.
+            with_gradients=packed_attention != "flex_attention",
+            packed_attention=packed_attention,
         )
     except ValueError as error:
         return Verdict("limited", reason=str(error), forward=forward)
