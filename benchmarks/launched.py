@@ -91,6 +91,9 @@ KERNELS = {
 _PICKING = {"index", "gather", "embedding", "index_select", "take_along_dim", "select_scatter"}
 # Operators that read nothing.
 _FILLING = {"fill_", "zero_", "zeros", "ones", "full", "arange", "new_zeros", "scalar_tensor"}
+_REDUCTIONS = {"sum", "amax", "max", "cumsum", "logsumexp", "_softmax", "_log_softmax"}
+# Entries of a row that a fused kernel cannot hold while it is summed.
+LONG_ROW = 2**14
 # Operators that write few of the entries of their first tensor. (In the backward pass autograd
 # writes a copy of it while a mode is on, and not otherwise.)
 _SCATTERING = {"scatter_add", "scatter_add_", "index_add", "index_add_", "index_copy_"}
@@ -145,7 +148,8 @@ class Region:
 
     Products are kernels of their own. All else is fused into kernels around them, one more than
     there are products, which read the products' results, write what goes into products, and read
-    and write what goes in and comes out. What they keep to themselves never reaches memory.
+    and write what goes in and comes out. What they keep to themselves never reaches memory. But
+    where rows of a whole vocabulary are summed, they are read once more, in 16 bits.
 
     Attributes:
         name: of the function.
@@ -172,6 +176,10 @@ class Region:
             storage = tensor.untyped_storage()
             if storage._cdata not in given:
                 self._own[storage] = True
+        if func._schema.name.removeprefix("aten::") in _REDUCTIONS:
+            summed: Tensor = args[0]
+            if summed.dim() > 1 and summed.numel() // summed.shape[0] >= LONG_ROW:
+                self.bytes += 2 * summed.numel()
         return True
 
     def multiply(self, cost: Cost, args: Any, found: Any) -> None:

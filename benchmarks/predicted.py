@@ -18,7 +18,7 @@ import contextlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from accelerate.state import PartialState
 from fused_stand_ins import StandIns
 from held import HeldMemory, owner
-from launched import H100, LaunchedWork, Machine
+from launched import H100, Cost, LaunchedWork, Machine
 from limit import count_step
 from pretended import GPU, PretendedGPU
 from settings import MODELS, PRESETS, Preset, machine, random_documents, with_adapters
@@ -51,6 +51,26 @@ class OnPretendedGPU(Preset):
         args.__dict__["_setup_devices"] = GPU
         PartialState._shared_state["device"] = GPU
         return args
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What stands in for a captured CUDA graph.
+
+    Attributes:
+        work: is told of its kernels.
+        costs: of these, with who launched them.
+    """
+
+    work: LaunchedWork
+    costs: list[tuple[str, Cost]]
+
+    def replay(self) -> None:
+        """Count it once more."""
+        self.work.replay(self.costs)
+
+    def pool(self) -> None:
+        """Its memory is counted when it is captured."""
 
 
 class Prediction:
@@ -140,16 +160,18 @@ class Prediction:
         self.work.start()
         ours.trainer.training_step(ours.prepared, dict(inputs))
         self.work.synchronized()
+        if not graphs.works:
+            raise RuntimeError("Decoding steps could not be captured; the log says why.")
         return ours
 
-    def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
+    def _capture(self, step: Callable[[], None], pool: Any = None) -> Replayed:
         step()
         before = self.memory.held
         with self.memory.watching() as most, self.work.recorded() as costs:
             step()
         # A graph keeps the memory that its kernels write to.
         self.graph_bytes = max(self.graph_bytes, most() - before)
-        return lambda: self.work.replay(costs)
+        return Replayed(self.work, costs)
 
     def _figures(self, ours: OurStep, layout: PackedLayout) -> dict[str, Any]:
         memory, work = self.memory, self.work
