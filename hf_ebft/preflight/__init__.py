@@ -1,4 +1,4 @@
-"""A look before the money is spent: what a run costs, and whether it can find its way.
+"""Measures before a run what it will cost, and whether its gradient is above the noise.
 
     from hf_ebft.preflight import preflight
 
@@ -6,8 +6,7 @@
     for finding in found.findings:
         print(finding.title, finding.evidence, finding.advice)
 
-`hf-ebft preflight --config run.yaml` does it from the command line; docs/preflight.md says what is
-measured and how to read it.
+`hf-ebft preflight --config run.yaml` does the same from the command line. See docs/preflight.md.
 """
 
 from hf_ebft.preflight.result import Preflight

@@ -1,4 +1,4 @@
-"""How long the parts of a preflight may take."""
+"""Time limits for the parts of a preflight."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Deadline:
     """A moment after which no new document is begun.
 
     Attributes:
-        moment: of the clock; infinite where there is no limit.
-        clock: in seconds.
+        moment: time of the clock; infinite if there is no limit.
+        clock: returns the time in seconds.
     """
 
     moment: float = math.inf
@@ -24,15 +24,15 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float | None, clock: Clock = time.perf_counter) -> Deadline:
-        """So many seconds from now; None: never."""
+        """A deadline this many seconds from now; None means no limit."""
         return cls(math.inf if seconds is None else clock() + seconds, clock)
 
     @property
     def passed(self) -> bool:
-        """Whether the time is up."""
+        """Whether the deadline has passed."""
         return self.clock() >= self.moment
 
     def part(self, share: float) -> Deadline:
-        """The moment at which this share of what is left is used up."""
+        """A deadline at which this share of the remaining time has passed."""
         now = self.clock()
         return Deadline(now + share * max(0.0, self.moment - now), self.clock)

@@ -1,4 +1,4 @@
-"""What a step costs in seconds and memory, and what the whole run will."""
+"""Measures the seconds and the memory of a step, and computes those of the whole run."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from hf_ebft.preflight.stand_in import weights_kept
 from hf_ebft.trainer import EBFTTrainer
 
 WARM_UP, MEASURED = 1, 2
-# More are alike: they are multiplied.
+# Largest number of accumulation steps that are measured; their time is scaled to the run's number.
 MOST_ACCUMULATED = 2
 _SECONDS_BETWEEN_LOOKS = 0.01
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of an optimizer step on one process, and of the run.
+    """The cost of an optimizer step on one process, and of the run.
 
     Attributes:
-        seconds: of a step; NaN where it does not fit into memory.
+        seconds: seconds of a step; NaN if it does not fit into memory.
         phases: seconds of a micro-batch by phase.
-        memory: most bytes held.
-        memory_of: "resident set" on a CPU, "CUDA allocations" there.
-        memory_there: bytes that the machine, or the device, has.
-        rows_per_step: over micro-batches and processes.
-        steps: of the run; None where its data have no length and max_steps is not set.
-        processes: that the run will have.
-        fits: whether the step went through.
+        memory: peak memory in bytes.
+        memory_of: the kind of memory: "resident set" on a CPU, "CUDA allocations" on a GPU.
+        memory_there: bytes of memory that the machine, or the device, has.
+        rows_per_step: rows of a step, over micro-batches and processes.
+        steps: number of steps of the run; None if the data has no length and max_steps is unset.
+        processes: number of processes that the run will have.
+        fits: whether the step fits into memory.
     """
 
     seconds: float
@@ -52,12 +52,12 @@ class Cost:
 
     @property
     def hours(self) -> float | None:
-        """Of the run, without evaluations and checkpoints."""
+        """Hours of the run, without evaluations and checkpoints."""
         return None if self.steps is None else self.steps * self.seconds / 3600
 
     @property
     def rows(self) -> int | None:
-        """That the run will see."""
+        """Number of rows that the run will train on."""
         return None if self.steps is None else self.steps * self.rows_per_step
 
 
@@ -66,8 +66,8 @@ class StepTimer(TrainerCallback):
     """Seconds of micro-batches and of the optimizer, after some steps of warm-up.
 
     Attributes:
-        clock: in seconds; waits for the device first.
-        warm_up: steps that do not count.
+        clock: synchronizes with the device and returns the time in seconds.
+        warm_up: number of steps that are not measured.
         micro_batches: seconds of all micro-batches of each step, clipping included.
         optimizer: seconds of the optimizer in each step.
     """
@@ -80,25 +80,25 @@ class StepTimer(TrainerCallback):
     _ready: float = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The first micro-batch begins."""
+        """Record the start of the first micro-batch."""
         self._begun = self.clock()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients are there."""
+        """Record the end of the micro-batches."""
         self._ready = self.clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Weights are changed."""
+        """Record the end of the step."""
         if state.global_step > self.warm_up:
             self.micro_batches.append(self._ready - self._begun)
             self.optimizer.append(self.clock() - self._ready)
 
     def seconds(self, measured: int, wanted: int) -> float:
-        """Of a step.
+        """Seconds of a step.
 
         Args:
-            measured: micro-batches that a step had.
-            wanted: that it will have.
+            measured: number of micro-batches of a measured step.
+            wanted: number of micro-batches of a step of the run.
         """
         micro_batches = sum(self.micro_batches) / len(self.micro_batches)
         optimizer = sum(self.optimizer) / len(self.optimizer)
@@ -108,12 +108,12 @@ class StepTimer(TrainerCallback):
 def measure_cost(
     trainer: EBFTTrainer, *, processes: int = 1, clock: Clock = time.perf_counter
 ) -> Cost:
-    """Train for three steps, of which two count, and put the weights back.
+    """Train for three steps, measure the last two, and restore the weights.
 
     Args:
         trainer: a stand-in; its settings are changed.
-        processes: that the run will have.
-        clock: in seconds.
+        processes: number of processes that the run will have.
+        clock: returns the time in seconds.
     """
     args, device = trainer.args, trainer.args.device
     steps = total_steps(trainer, processes)
@@ -154,7 +154,7 @@ def measure_cost(
 
 
 def total_steps(trainer: EBFTTrainer, processes: int) -> int | None:
-    """Optimizer steps of the run as configured; None where only its data will tell."""
+    """Number of optimizer steps of the run; None if it depends on data of unknown length."""
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps
@@ -162,8 +162,8 @@ def total_steps(trainer: EBFTTrainer, processes: int) -> int | None:
         return None
     batches = len(trainer.train_dataset) / (args.train_batch_size * processes)
     whole = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    of_an_epoch = max(1, math.ceil(whole / args.gradient_accumulation_steps))
-    return math.ceil(args.num_train_epochs * of_an_epoch)
+    steps_per_epoch = max(1, math.ceil(whole / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * steps_per_epoch)
 
 
 def _memory_there(device: torch.device) -> int:
@@ -174,14 +174,14 @@ def _memory_there(device: torch.device) -> int:
 
 @dataclass
 class _Peak:
-    """Most bytes seen so far."""
+    """The largest number of bytes so far."""
 
     bytes: int = 0
 
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[_Peak]:
-    """The most bytes held while the block runs, what was there before included."""
+    """Measure the peak memory while the block runs, including memory allocated before."""
     peak = _Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

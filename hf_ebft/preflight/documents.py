@@ -1,4 +1,4 @@
-"""The rows of training text that a preflight measures on."""
+"""Chooses the rows of training text that a preflight measures on."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from hf_ebft.rows.layout import PackedLayout
 from hf_ebft.trainer import EBFTTrainer
 from hf_ebft.training.random_streams import Stream
 
-# An interval needs some.
+# Fewest rows from which an interval is computed.
 FEWEST_ROWS = 4
 
 Batch = dict[str, Any]
 
 
 def choose_batches(trainer: EBFTTrainer, count: int) -> list[Batch]:
-    """Rows of the training data, one to a batch, as training would read them.
+    """Choose rows of the training data; each batch has one row, read as in training.
 
     Args:
         trainer: a stand-in; its evaluation batch size is changed.
-        count: how many rows; of a stream the first ones are taken, else any.
+        count: number of rows; of a stream the first ones, else a random choice.
 
     Raises:
-        ValueError: fewer rows than an interval needs.
+        ValueError: there are fewer rows than an interval needs.
     """
     generator = make_generator(torch.device("cpu"), trainer.args.seed, Stream.PREFLIGHT)
     rows = choose_rows(trainer.train_dataset, count, generator)
     if len(rows) < FEWEST_ROWS:
         raise ValueError(
-            f"A preflight on {len(rows)} row(s) of training text could show no interval: give it "
-            f"{FEWEST_ROWS} or more ({count} were asked for)."
+            f"documents={count} gave {len(rows)} row(s) of training text, too few for an interval: "
+            f"a preflight needs {FEWEST_ROWS} or more. Raise documents, or use more text."
         )
     trainer.args.per_device_eval_batch_size = 1
     loader = trainer.get_test_dataloader(cast(Any, rows))
@@ -43,10 +43,10 @@ def choose_batches(trainer: EBFTTrainer, count: int) -> list[Batch]:
 
 
 def in_random_order(batches: list[Batch], seed: int) -> list[Batch]:
-    """Batches shuffled, so that those before any deadline are a random choice, too.
+    """Shuffle batches, so that those before a deadline are a random choice, too.
 
-    Datasets keep the rows of a file together: the first rows of a choice in their order would be
-    those of the first files, and the next row of a row a piece of the same text.
+    Datasets keep the rows of a file together. Without shuffling, the first rows would come from the
+    first files, and neighbouring rows from the same text.
     """
     generator = make_generator(torch.device("cpu"), seed, Stream.PREFLIGHT, 0)
     order = torch.randperm(len(batches), generator=generator)
@@ -54,7 +54,7 @@ def in_random_order(batches: list[Batch], seed: int) -> list[Batch]:
 
 
 def ground_truth_windows(trainer: EBFTTrainer, batch: Batch) -> Tensor:
-    """(K, G) tokens of all windows of a batch of one row; K is 0 where it has no block."""
+    """(K, G) tokens of all windows of a batch of one row; K is 0 if the row has no block."""
     documents = trainer.document_reader.read(batch)
     blocks = find_blocks_for(trainer.ebft, documents)
     layout = PackedLayout(documents, blocks, 1, trainer.ebft.generate_max_len)
@@ -67,19 +67,19 @@ def window_tokens(layout: PackedLayout) -> Tensor:
     return layout.documents.input_ids.gather(1, flat).view(layout.window.shape)
 
 
-def refuse_no_block(windows: list[Tensor], trainer: EBFTTrainer) -> None:
-    """Raise where fewer than two rows have a block.
+def require_blocks(windows: list[Tensor], trainer: EBFTTrainer) -> None:
+    """Raise if fewer than two rows have a block.
 
     Raises:
-        ValueError: naming the lengths that leave no room.
+        ValueError: naming the settings that leave no room for blocks.
     """
     with_room = sum(len(tokens) > 0 for tokens in windows)
     if with_room >= 2:
         return
     settings = trainer.ebft
     raise ValueError(
-        f"Of {len(windows)} rows, {with_room} have room for a block of "
+        f"Only {with_room} of {len(windows)} rows have room for a block of "
         f"context_length + generate_max_len = "
-        f"{settings.context_length + settings.generate_max_len} tokens, and a preflight needs 2: "
-        "take longer rows (sequence_len), or lower these two."
+        f"{settings.context_length + settings.generate_max_len} tokens, but a preflight needs 2. "
+        "Use longer rows (sequence_len), or lower these two settings."
     )

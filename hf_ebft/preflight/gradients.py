@@ -1,8 +1,8 @@
-"""Gradients of single documents: that of the EBFT loss, and that of the cross-entropy.
+"""Gradients of single documents: of the EBFT loss, and of the cross-entropy.
 
-The gradients are those of training: training mode, the trainer's precision, its subclass's
-rollouts and rewards, and trainable weights alone. Nothing is kept of a gradient but a vector of
-bounded size (`hf_ebft.preflight.sketch`).
+The gradients are those of training: in training mode, in the trainer's precision, with the rollouts
+and rewards of its subclass, and for trainable weights only. Of each gradient, only a vector of
+bounded size is kept (`hf_ebft.preflight.sketch`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_ebft.trainer import EBFTTrainer
 
 # Host memory for the vectors of all documents, both kinds together.
 MOST_BYTES = 2**30
-# Keeps small gradients of float16 from vanishing; products of gradients are compared, not read.
+# Keeps small float16 gradients from underflow. Results depend on ratios of products only.
 _SCALE_OF_FLOAT16 = 2.0**12
 
 
@@ -33,10 +33,10 @@ class Products:
     """Dot products of the gradients of N documents.
 
     Attributes:
-        ebft, cross_entropy: (N, N) of each kind with itself.
-        cross: (N, N) of EBFT's with those of the cross-entropy.
-        n_weights: entries of a gradient.
-        size: numbers that are kept of it; equally many where the products are exact.
+        ebft, cross_entropy: (N, N), gradients of one kind with each other.
+        cross: (N, N), gradients of EBFT with those of the cross-entropy.
+        n_weights: number of entries of a gradient.
+        size: number of values that are kept of it; equal to `n_weights` if products are exact.
     """
 
     ebft: Tensor
@@ -57,9 +57,9 @@ def measure_products(
 
     Args:
         trainer: a stand-in.
-        batches: of one row each.
+        batches: batches of one row each.
         deadline: no further row is begun after it.
-        most_bytes: bounds what is kept.
+        most_bytes: largest number of bytes for the kept vectors.
     """
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     most = max(1, most_bytes // (2 * 4 * len(batches)))
@@ -100,7 +100,7 @@ def policy_loss(trainer: EBFTTrainer, batch: Batch) -> Tensor:
 
 
 def text_loss(trainer: EBFTTrainer, batch: Batch) -> Tensor:
-    """The cross-entropy of a batch as the loss has it (a scalar), in one pass over the text."""
+    """The cross-entropy of a batch as in the loss (a scalar), by one pass over the text."""
     documents = trainer.document_reader.read(batch)
     model: nn.Module = trainer.model
     with trainer.accelerator.autocast():
@@ -112,6 +112,6 @@ def text_loss(trainer: EBFTTrainer, batch: Batch) -> Tensor:
 
 def _backward(trainer: EBFTTrainer, loss: Tensor) -> None:
     scale = _SCALE_OF_FLOAT16 if trainer.args.fp16 else 1.0
-    # Rollouts may go forward in the backward pass (hf_ebft.packed.deferred).
+    # The backward pass may run forward passes of rollouts (hf_ebft.packed.deferred).
     with trainer.accelerator.autocast():
         (scale * loss).backward()

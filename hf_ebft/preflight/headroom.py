@@ -1,9 +1,9 @@
-"""How much of the CFM loss is in the policy's hands, by length of the rollouts.
+"""Measures how much of the CFM loss training can remove, for several lengths of rollouts.
 
-A policy that writes as the text does still has a CFM loss: its rollouts spread, and so does the
-text. The excess over the policy's own spread (`hf_ebft.objective.scoring`) is zero for it. Beside
-it stands a control: the same policy at a lower temperature, untrained. What sharpening does to the
-CFM loss, training has not achieved by learning.
+Even a policy whose rollouts have the distribution of the text has a CFM loss, since both vary. Its
+excess over the policy's own spread (`hf_ebft.objective.scoring`) is zero. A control is measured,
+too: the same untrained policy at a lower temperature. A fall of the CFM loss that sharpening alone
+achieves is no evidence of learning.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from hf_ebft.preflight.documents import FEWEST_ROWS, Batch
 from hf_ebft.rows.anchors import find_blocks_for
 from hf_ebft.trainer import EBFTTrainer
 
-# Of the sampling temperature.
+# Temperature of the control, relative to the sampling temperature.
 CONTROL = 0.7
 METRICS = ("cfm_loss", "excess_over_spread", "energy_score")
 
 
 @dataclass(frozen=True)
 class AtLength:
-    """Figures at one length of the rollouts, means over rows with intervals.
+    """Scores at one length of the rollouts: means over rows, with intervals.
 
     Attributes:
         length: tokens of a rollout.
-        cfm_loss: ||E x - y||^2, x the feature of a rollout and y that of the text.
-        excess: CFM loss less the policy's own spread.
+        cfm_loss: ||E x - y||^2, with x the feature of a rollout and y the feature of the text.
+        excess: CFM loss minus the policy's own spread.
         energy_score: E||x - y|| - 1/2 E||x - x'||.
-        sharpened: what the control's CFM loss, excess and energy score differ by.
+        sharpened: differences of the control's CFM loss, excess and energy score.
     """
 
     length: int
@@ -60,12 +60,12 @@ class AtLength:
 
 @dataclass(frozen=True)
 class Headroom:
-    """By length, the shortest first.
+    """Scores at all lengths.
 
     Attributes:
-        rows: that were measured.
-        temperature, control_temperature: of the rollouts, and of the control's.
-        lengths: one entry for each.
+        rows: number of measured rows.
+        temperature, control_temperature: sampling temperatures of the policy and of the control.
+        lengths: scores at each length, the shortest first.
     """
 
     rows: int
@@ -81,7 +81,7 @@ def measure_headroom(
 
     Args:
         trainer: a stand-in.
-        batches: of one row each.
+        batches: batches of one row each.
         deadline: no further row is begun after it.
     """
     lengths = rollout_lengths(trainer, batches)
@@ -102,14 +102,14 @@ def measure_headroom(
         rows=len(plain),
         temperature=settings.temperature,
         control_temperature=CONTROL * settings.temperature,
-        lengths=[_at(length, plain, sharp) for length in lengths],
+        lengths=[_scores_at(length, plain, sharp) for length in lengths],
     )
 
 
 def rollout_lengths(trainer: EBFTTrainer, batches: Sequence[Batch]) -> list[int]:
-    """The length of training, then twice as much and so on, as far as most rows have room."""
+    """The length of training, and up to three doublings of it for which most rows have room."""
     room = sorted(_longest(trainer, batch) - trainer.ebft.context_length for batch in batches)
-    enough = room[len(room) // 4]  # three quarters of the rows have as much
+    enough = room[len(room) // 4]  # three quarters of the rows have this much room
     lengths = [trainer.ebft.generate_max_len]
     while len(lengths) < 4 and 4 * lengths[-1] <= enough:
         lengths.append(2 * lengths[-1])
@@ -148,14 +148,14 @@ def _measure(
     )
 
 
-def _at(
+def _scores_at(
     length: int, plain: Sequence[ModelMeasurements], sharp: Sequence[ModelMeasurements]
 ) -> AtLength:
-    def of(measured: Sequence[ModelMeasurements], name: str) -> NDArray[np.float64]:
+    def row_means(measured: Sequence[ModelMeasurements], name: str) -> NDArray[np.float64]:
         """(rows,) means over the documents of each row."""
         return np.array([np.nanmean(one.rollouts[length][name]) for one in measured])
 
-    values = {name: of(plain, name) for name in METRICS}
+    values = {name: row_means(plain, name) for name in METRICS}
     cfm_loss, excess, energy_score = (mean_bootstrap(values[name]) for name in METRICS)
-    sharpened = {name: paired_bootstrap(values[name], of(sharp, name)) for name in METRICS}
+    sharpened = {name: paired_bootstrap(values[name], row_means(sharp, name)) for name in METRICS}
     return AtLength(length, cfm_loss, excess, energy_score, sharpened)

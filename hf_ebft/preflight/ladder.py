@@ -1,9 +1,9 @@
-"""Do rewards prefer what is better? Continuations of known quality, each in a group of rollouts.
+"""Checks whether rewards prefer better continuations, with continuations of known quality.
 
-After every prefix there are five continuations, each expected to be worse than the one before: the
+Every prefix gets five continuations (rungs), each expected to be worse than the one before: the
 text itself, a rollout at temperature 0.7, one at temperature 1, a piece of another document, and
-random tokens. Each takes the place of one of the n rollouts of the group; the other n - 1 stay, so
-that it is rewarded as it would be in training, whitening and diversity included.
+random tokens. Each replaces one of the n rollouts of the group, and the other n - 1 stay. So it is
+rewarded as in training, including whitening and diversity.
 
 Dimension letters: B rows (1 here), K blocks, n samples, G tokens of a rollout.
 """
@@ -25,7 +25,7 @@ from hf_ebft.preflight.documents import (
     FEWEST_ROWS,
     Batch,
     ground_truth_windows,
-    refuse_no_block,
+    require_blocks,
     window_tokens,
 )
 from hf_ebft.rows.layout import PackedLayout
@@ -35,7 +35,7 @@ from hf_ebft.training.random_streams import Stream
 
 TEMPERATURES = (0.7, 1.0)
 TRUTH, OTHER, RANDOM = "the text itself", "another document", "random tokens"
-#: From the best to the worst.
+#: The continuations, from the best to the worst.
 RUNGS = (TRUTH, *(f"rollout at {t:g}" for t in TEMPERATURES), OTHER, RANDOM)
 
 
@@ -45,7 +45,8 @@ class Order:
 
     Attributes:
         better, worse: names of `RUNGS`.
-        accuracy: share of the groups, ties counted half, with its interval over rows.
+        accuracy: share of the groups in which the better one is rewarded more, with its interval
+            over rows; ties count half.
     """
 
     better: str
@@ -55,14 +56,14 @@ class Order:
 
 @dataclass(frozen=True)
 class RewardCheck:
-    """Rewards of the ladder, and the groups that teach nothing.
+    """Rewards of the rungs, and shares of groups and documents without a gradient.
 
     Attributes:
-        rows: that have a block.
-        groups: prefixes that were continued.
+        rows: number of measured rows that have a block.
+        groups: number of prefixes that were continued.
         rewards: name in `RUNGS` -> mean reward, with its interval over rows.
-        alignments: the same of the alignment alone, which takes no heed of the other rollouts.
-        orders: all pairs of rungs.
+        alignments: name in `RUNGS` -> mean alignment, which ignores the other rollouts of a group.
+        orders: the comparisons of all pairs of rungs.
         duplicates: share of rollouts that repeat an earlier one of their group, at the run's
             temperature.
         zero_advantages: share of groups whose advantages are all zero.
@@ -79,27 +80,27 @@ class RewardCheck:
     without_blocks: float
 
     def accuracy(self, better: str, worse: str) -> Interval:
-        """Of one pair."""
+        """The accuracy of one pair of rungs."""
         return next(o.accuracy for o in self.orders if (o.better, o.worse) == (better, worse))
 
 
 def check_rewards(
     trainer: EBFTTrainer, batches: Sequence[Batch], deadline: Deadline
 ) -> RewardCheck:
-    """Climb the ladder on as many rows as there is time for, at least `FEWEST_ROWS`.
+    """Reward all rungs on as many rows as there is time for, at least `FEWEST_ROWS`.
 
     Args:
         trainer: a stand-in.
-        batches: of one row each.
+        batches: batches of one row each.
         deadline: no further row is begun after it.
 
     Raises:
         ValueError: fewer than two rows have a block.
     """
     windows = [ground_truth_windows(trainer, batch) for batch in batches]
-    refuse_no_block(windows, trainer)
+    require_blocks(windows, trainer)
     metrics = MetricAccumulator(trainer.args.device)
-    rewards: list[NDArray[np.float64]] = []  # of each row: (rungs, blocks)
+    rewards: list[NDArray[np.float64]] = []  # for each row: (rungs, blocks)
     alignments: list[NDArray[np.float64]] = []
     with torch.no_grad(), trainer.random_streams.evaluation():
         for row, batch in enumerate(batches):
@@ -158,7 +159,7 @@ def _summary(
 
 
 def _by_rung(values: list[NDArray[np.float64]]) -> dict[str, Interval]:
-    """Means over rows, of each rung."""
+    """The mean over rows of each rung, with its interval."""
     means = np.array([row.mean(axis=1) for row in values])  # (rows, rungs)
     return {name: mean_bootstrap(means[:, rung]) for rung, name in enumerate(RUNGS)}
 
@@ -198,13 +199,13 @@ def _generator(
 
 
 def _in_group(rollouts: Rollouts, candidate: Tensor) -> Rollouts:
-    """The candidate (1, K, G) as first rollout of every group."""
+    """Replace the first rollout of every group by the candidate (1, K, G)."""
     tokens = rollouts.tokens.clone()
     tokens[:, 0] = candidate
     return replace(rollouts, tokens=tokens)
 
 
 def _other_text(windows: Sequence[Tensor], row: int) -> Tensor:
-    """Windows of the next row that has any, and is another one; rows are in random order."""
+    """Windows of the next other row that has some; rows are in random order."""
     order = [(row + step) % len(windows) for step in range(1, len(windows))]
     return next(windows[place] for place in order if len(windows[place]) > 0)

@@ -1,4 +1,4 @@
-"""A preflight as one self-contained HTML page, in the style of the report of runs."""
+"""Renders a preflight as one self-contained HTML page, in the style of the report of runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hf_ebft.watching.charts import Curve, interval_chart, line_chart, to_svg
 
 
 def render_preflight(found: Preflight, title: str = "EBFT preflight") -> str:
-    """The page.
+    """Render the page.
 
     Args:
-        found: what `hf_ebft.preflight.preflight` returned.
-        title: of the page.
+        found: the result of `hf_ebft.preflight.preflight`.
+        title: title of the page.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -65,13 +65,13 @@ def _charts(found: Preflight) -> Iterator[tuple[str, str]]:
     drawing = interval_chart(
         "Signal equals noise at",
         scales,
-        x_label=f"{unit} a step",
+        x_label=f"{unit} per step",
         mark=(f"yours: {step:,}", float(step)),
         logarithmic=True,
     )
     yield (
         to_svg(drawing),
-        f"Steps of fewer {unit} are mostly noise. Intervals that reach the right edge have no "
+        f"Steps with fewer {unit} are mostly noise. Intervals that reach the right edge have no "
         "upper bound.",
     )
     rewards = found.rewards.rewards
@@ -80,7 +80,11 @@ def _charts(found: Preflight) -> Iterator[tuple[str, str]]:
         [(name, rewards[name].mean, rewards[name].low, rewards[name].high) for name in RUNGS],
         x_label="mean reward",
     )
-    yield to_svg(drawing), "Each in place of one rollout of its group. A good reward falls."
+    yield (
+        to_svg(drawing),
+        "Each continuation replaces one rollout of its group. A good reward falls from left to "
+        "right.",
+    )
     lengths = found.headroom.lengths
     x = [float(at.length) for at in lengths]
     curves = [
@@ -105,7 +109,7 @@ def _bounds(scale: NoiseScale) -> str:
 def _cosine(found: Preflight) -> str:
     cosine = found.signal.cosine
     if math.isnan(cosine.value):
-        return "unknown: one of the gradients cannot be told from zero"
+        return "unknown: one of the gradients cannot be distinguished from zero"
     low, high = max(-1.0, cosine.low), min(1.0, cosine.high)
     return f"{cosine.value:.2f} [{low:.2f}, {high:.2f}]"
 
@@ -133,8 +137,8 @@ def _cost(found: Preflight) -> list[tuple[str, str]]:
     lines = [
         ("a step", f"{cost.seconds:.3g} s" if cost.fits else "does not fit into memory"),
         ("memory", f"{cost.memory / 2**30:.2f} of {cost.memory_there / 2**30:.1f} GiB"),
-        ("what memory is", cost.memory_of),
-        (f"{unit} a step", f"{cost.rows_per_step:,} on {cost.processes} process(es)"),
+        ("kind of memory", cost.memory_of),
+        (f"{unit} per step", f"{cost.rows_per_step:,} on {cost.processes} process(es)"),
     ]
     if cost.phases:
         split = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in cost.phases.items())

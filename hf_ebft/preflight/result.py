@@ -1,4 +1,4 @@
-"""Everything that a preflight found, and its JSON form."""
+"""The result of a preflight, and its JSON form."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hf_ebft.version import __version__
 
 @dataclass(frozen=True)
 class Settings:
-    """What of the configuration the verdict speaks of.
+    """The settings of the run that the verdict uses.
 
     Attributes:
         per_device_train_batch_size, gradient_accumulation_steps, n_samples_per_prompt, temperature,
         generate_max_len, ce_coef: as configured.
-        packed: whether a row may hold several documents, so that rows are counted, not documents.
-        one_epoch: rows of the training data; None where they cannot be counted.
+        packed: whether a row may contain several documents; noise scales then count rows.
+        one_epoch: number of rows of the training data; None if it is unknown.
     """
 
     per_device_train_batch_size: int
@@ -39,19 +39,19 @@ class Settings:
 
     @property
     def unit(self) -> str:
-        """What noise scales count."""
+        """The unit of noise scales."""
         return "rows" if self.packed else "documents"
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """The result.
+    """The result of a preflight.
 
     Attributes:
-        settings: of the run.
-        signal, headroom, rewards, cost: what was measured.
-        machine: device and threads.
-        seconds: by part of the preflight.
+        settings: the settings of the run.
+        signal, headroom, rewards, cost: the measurements.
+        machine: device and number of threads.
+        seconds: duration of each part of the preflight.
         findings: the verdict, the most serious first.
     """
 
@@ -66,7 +66,7 @@ class Preflight:
 
     @property
     def nothing_against(self) -> str | None:
-        """The verdict in one sentence where nothing serious was found, else None."""
+        """The verdict in one sentence if nothing serious was found, else None."""
         severities = {finding.severity for finding in self.findings}
         if "serious" in severities:
             return None
@@ -75,14 +75,14 @@ class Preflight:
         return "Nothing speaks against the run."
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity and no NaN: they are null."""
+        """The result as JSON values; infinity and NaN, which JSON lacks, become null."""
         plain = dataclasses.asdict(self) | {"version": __version__}
         plain["cost"] |= {"hours": self.cost.hours, "rows": self.cost.rows}
         finite: dict[str, Any] = _finite(plain)
         return finite
 
     def write_json(self, path: str | Path) -> None:
-        """Write it to a file."""
+        """Write the result to a JSON file."""
         text = json.dumps(self.as_dict(), indent=2, allow_nan=False)
         Path(path).write_text(text + "\n", encoding="utf-8")
 

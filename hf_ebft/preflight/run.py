@@ -41,20 +41,20 @@ def preflight(
 ) -> Preflight:
     """Measure cost, rewards, headroom and signal of a run on some of its training text.
 
-    The trainer is afterwards as it was, to the bit: a run that follows is the run that it would
-    have been.
+    Afterwards the trainer's state is restored to the bit, so a following run is not affected.
 
     Args:
-        trainer: ready to train, on one process.
-        documents: rows of the training data to measure on; more make narrower intervals.
-        minutes: begin no further row after so many; every part takes `FEWEST_ROWS` all the same.
-            Default: no limit.
-        processes: that the run will have; steps, documents a step and hours are for so many.
-        say: told what is being measured.
+        trainer: a trainer that is ready to train, on one process.
+        documents: number of rows of the training data to measure on; more give narrower intervals.
+        minutes: time after which no further row is begun; every part measures at least
+            `FEWEST_ROWS` rows. Default: no limit.
+        processes: number of processes that the run will have; steps, documents per step and hours
+            are computed for it.
+        say: is called with lines about the progress.
 
     Raises:
-        ValueError: a trainer of another kind, or one that is training or on several processes;
-            numbers out of range; too little text.
+        ValueError: the trainer is of another kind, is training, or has several processes; a number
+            is out of range; or there is too little text.
     """
     _check(documents, minutes, processes)
     deadline = Deadline.after(None if minutes is None else 60 * minutes)
@@ -84,13 +84,15 @@ def preflight(
 def _check(documents: int, minutes: float | None, processes: int) -> None:
     if documents < FEWEST_ROWS:
         raise ValueError(
-            f"documents={documents} could show no interval; {FEWEST_ROWS} is the least, "
-            f"{DOCUMENTS} the default."
+            f"documents={documents} is too few for an interval; write {FEWEST_ROWS} or more (the "
+            f"default is {DOCUMENTS})."
         )
     if minutes is not None and minutes <= 0:
         raise ValueError(f"minutes={minutes} leaves no time; write a number above 0.")
     if processes < 1:
-        raise ValueError(f"processes={processes} must be at least 1: how many the run will have.")
+        raise ValueError(
+            f"processes={processes} must be at least 1: write the number of processes of the run."
+        )
 
 
 def _settings(trainer: EBFTTrainer, batches: list[Batch]) -> Settings:

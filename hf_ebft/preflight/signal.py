@@ -1,4 +1,4 @@
-"""Signal and noise of the two gradients: how many documents a step must have to find its way."""
+"""Signal and noise of the two gradients: how many documents a step needs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hf_ebft.preflight.gradients import Products
 
 @dataclass(frozen=True)
 class Signal:
-    """Noise scales, and whether the two gradients agree.
+    """Noise scales of both gradients, and the cosine between them.
 
     Attributes:
-        rows: that were measured.
-        ebft, cross_entropy: see `hf_ebft.objective.noise_scale`.
-        cosine: between the two expected gradients, noise taken out; NaN where one of them cannot
-            be told from zero.
-        n_weights: entries of a gradient.
-        kept: numbers kept of each gradient; equally many where products are exact.
+        rows: number of measured rows.
+        ebft, cross_entropy: noise scales, see `hf_ebft.objective.noise_scale`.
+        cosine: cosine between the two expected gradients, not biased by noise; NaN if one of them
+            cannot be distinguished from zero.
+        n_weights: number of entries of a gradient.
+        kept: number of values kept of each gradient; equal to `n_weights` if products are exact.
     """
 
     rows: int

@@ -1,14 +1,14 @@
-"""Gradients made short enough to keep one for each document.
+"""Compresses gradients, so that the gradient of every document can be kept.
 
-Products of gradients are all that signal, noise and cosine need. A gradient that is short enough is
-kept as it is, and its products are exact. A longer one is folded into M numbers with random signs,
-the same for all documents (M. Charikar, K. Chen, M. Farach-Colton, "Finding frequent items in data
+Signal, noise and cosine need only dot products of gradients. A short gradient is kept unchanged,
+and its products are exact. A longer one is folded into M numbers with random signs, which are the
+same for all documents (M. Charikar, K. Chen, M. Farach-Colton, "Finding frequent items in data
 streams", 2002; K. Weinberger et al., "Feature hashing for large scale multitask learning", 2009):
 
     f_b = sum of s_i g_i over all i with i mod M = b
 
-With independent signs, the product of two such vectors has the mean g . g' and a standard deviation
-of at most sqrt(2 / M) |g| |g'| where no entry dominates: 0.1 % for two million numbers.
+With independent signs, the product of two such vectors has the mean g . g'. Its standard deviation
+is at most sqrt(2 / M) |g| |g'| if no entry dominates: 0.1 % for two million numbers.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class GradientSketch:
     """Turns the gradients of a model's trainable weights into one vector.
 
     Args:
-        weights: the trainable ones.
-        most: M, entries of a vector; there are fewer where there are fewer weights.
-        seed: of the signs.
+        weights: the trainable weights.
+        most: M, the number of entries of a vector; if there are fewer weights, their number.
+        seed: seed of the signs.
 
     Attributes:
-        n_weights: P, entries of a gradient.
-        size: of a vector.
-        exact: whether products of vectors are those of the gradients.
+        n_weights: P, the number of entries of a gradient.
+        size: number of entries of a vector.
+        exact: whether products of vectors equal those of the gradients.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], most: int, seed: int = 0) -> None:
@@ -63,9 +63,9 @@ class GradientSketch:
         self.exact = self.size == self.n_weights
 
     def take(self) -> Tensor:
-        """The gradients that the weights hold, (size,) float32 on the CPU; they are then cleared.
+        """Compress the gradients of the weights to (size,) float32 on the CPU, and clear them.
 
-        A weight without gradient counts as zero.
+        A missing gradient counts as zero.
         """
         device = self._weights[0].device
         sketch, offset = torch.zeros(self.size, device=device), 0

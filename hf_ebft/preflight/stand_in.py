@@ -1,8 +1,8 @@
-"""A trainer to measure with, and everything that it shares with the user's put back afterwards.
+"""A stand-in for the user's trainer to measure with; shared state is restored afterwards.
 
-What is measured is the user's trainer with the user's settings, subclass and data. Measuring it
-must not change the run that follows: not its weights, gradients, modes and optimizer, and not the
-random numbers that its data and its dropout will draw.
+The stand-in has the settings, the subclass and the data of the user's trainer. Measuring must not
+change the run that follows: its weights, gradients, modes, optimizer, and the random numbers of its
+data order and dropout.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _QUIET: dict[str, Any] = {
     "logging_strategy": "no",
     "auto_find_batch_size": False,
 }
-# What accelerate writes into a model that it prepares, mixed precision above all.
+# Attributes that accelerate sets on a model that it prepares, for example for mixed precision.
 _PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 @contextmanager
 def stand_in(trainer: EBFTTrainer) -> Iterator[EBFTTrainer]:
-    """A copy of a trainer with its networks and data, but no callback, no log and no files.
+    """A copy of a trainer that shares its networks and data, without callbacks, logs and files.
 
-    Settings of the copy can be changed: `args` and `ebft` are its own. After the block the
-    trainer's modes, gradients, optimizer and random numbers are as they were, to the bit. Weights
-    are not copied here: see `weights_kept`.
+    Settings of the copy can be changed: it has its own `args` and `ebft`. After the block the
+    trainer's modes, gradients, optimizer and random numbers are restored, to the bit. Weights are
+    not copied here: see `weights_kept`.
 
     Raises:
-        ValueError: a trainer that is training, one of several processes, or without training data.
+        ValueError: the trainer is training, is one of several processes, or has no training data.
     """
     _check(trainer)
     with ExitStack() as stack:
@@ -58,15 +58,16 @@ def stand_in(trainer: EBFTTrainer) -> Iterator[EBFTTrainer]:
         try:
             yield _copy(trainer)
         finally:
-            # The optimizer of the copy, which accelerate would keep alive.
+            # Else accelerate would keep the optimizer of the copy alive.
             trainer.accelerator.free_memory()
 
 
 @contextmanager
 def weights_kept(model: nn.Module) -> Iterator[int]:
-    """Put trainable weights and all buffers back after the block; yields the bytes of the copies.
+    """Restore trainable weights and all buffers after the block.
 
-    The copies are in the host's memory.
+    Yields:
+        The number of bytes of their copies, which are in the host's memory.
     """
     changing: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
     changing += list(model.buffers())
@@ -82,21 +83,23 @@ def weights_kept(model: nn.Module) -> Iterator[int]:
 def _check(trainer: EBFTTrainer) -> None:
     if not isinstance(trainer, EBFTTrainer):
         raise ValueError(
-            f"preflight measures strided mode, the rollouts of an EBFTTrainer; it cannot read a "
-            f"{type(trainer).__name__}. For prompts with ground truths, measure the same text in "
-            "strided mode (--mode strided): signal, headroom and reward are those of the same "
-            "features."
+            f"preflight needs an EBFTTrainer (strided mode), not a {type(trainer).__name__}. For "
+            "prompts with ground truths, measure the same text in strided mode (--mode strided): "
+            "signal, headroom and reward are those of the same features."
         )
     if trainer.is_in_train:
-        raise ValueError("preflight looks at a run before it starts; call it before train().")
+        raise ValueError("preflight cannot measure during training; call it before train().")
     if trainer.accelerator.num_processes > 1:
         raise ValueError(
-            f"preflight measures on one process, and this is one of "
+            f"preflight measures on one process, but this is one of "
             f"{trainer.accelerator.num_processes}. Start it without accelerate launch or torchrun, "
-            "and say by `processes` how many the run will have."
+            "and pass the number of processes of the run as `processes`."
         )
     if trainer.train_dataset is None:
-        raise ValueError("preflight measures on training text: pass the trainer a train_dataset.")
+        raise ValueError(
+            "preflight measures on training text, but the trainer has none: give it a "
+            "train_dataset."
+        )
 
 
 def _copy(trainer: EBFTTrainer) -> EBFTTrainer:
@@ -104,10 +107,10 @@ def _copy(trainer: EBFTTrainer) -> EBFTTrainer:
     other.args = copy.copy(trainer.args)
     for name, value in _QUIET.items():
         setattr(other.args, name, type(getattr(other.args, name))(value))
-    # An EBFTConfig is both; else the settings stand beside plain TrainingArguments.
+    # An EBFTConfig has both kinds of settings; a plain TrainingArguments has no EBFT settings.
     own: Any = other.args if isinstance(other.args, EBFTSettings) else copy.copy(trainer.ebft)
     other.ebft = own
-    other.__dict__["model_init"] = None  # measure the model that there is
+    other.__dict__["model_init"] = None  # measure the existing model
     other.callback_handler = CallbackHandler(
         [DefaultFlowCallback()],
         other.model,
@@ -120,7 +123,7 @@ def _copy(trainer: EBFTTrainer) -> EBFTTrainer:
     other.step_log = StepLog(other, other.ebft)
     other.averaging = None
     if other.fitted is not None:
-        other.fitted = FittedBaseline(other)  # that of the trainer must not see these rollouts
+        other.fitted = FittedBaseline(other)  # the trainer's own must not see these rollouts
         other.callback_handler.add_callback(other.fitted)
     return other
 
@@ -138,7 +141,7 @@ def _random_numbers_kept() -> Iterator[None]:
 
 @contextmanager
 def _model_kept(model: nn.Module) -> Iterator[None]:
-    """Modes and gradients, and the wrappers that accelerate puts around a forward pass."""
+    """Restore modes, gradients, and the wrappers that accelerate puts around a forward pass."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(weight, weight.grad) for weight in model.parameters()]
     prepared = {name: model.__dict__[name] for name in _PREPARED if name in model.__dict__}
@@ -158,7 +161,7 @@ def _model_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _optimizer_kept(trainer: EBFTTrainer) -> Iterator[None]:
-    """The states of an optimizer, scheduler and scaler that the trainer already has."""
+    """Restore the states of an optimizer, scheduler and scaler that the trainer already has."""
     holders: list[Any] = [trainer.optimizer, trainer.lr_scheduler, trainer.accelerator.scaler]
     states = [None if holder is None else copy.deepcopy(holder.state_dict()) for holder in holders]
     try:

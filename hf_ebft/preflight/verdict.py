@@ -1,8 +1,8 @@
-"""What the figures of a preflight mean for the run, and what to change.
+"""Judges the measurements of a preflight, and says what to change.
 
-Each rule is a function of a preflight, like those of a run (`hf_ebft.report.health`): it says what
-it saw and what to do about it, or nothing. Rules go by intervals where there are any: what the
-documents at hand cannot show is not held against the run.
+Each rule is a function of a preflight, like the rules for a run (`hf_ebft.report.health`): it
+returns a finding with its evidence and advice, or None. Where there are intervals, rules use them:
+a rule makes no finding that the measured documents cannot support.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from hf_ebft.report.health import (
     too_short_documents,
 )
 
-# Documents at which signal equals noise, over those of a step: below the one the step is mostly
-# signal, above the other next to nothing of it is.
+# Bounds for the noise scale divided by the documents of a step: below the first a step is mostly
+# signal, above the second it is nearly all noise.
 MOSTLY_NOISE, NEARLY_ALL_NOISE = 1.0, 10.0
-# Share of a CFM loss.
+# An excess below this share of the CFM loss is little.
 LITTLE_EXCESS = 0.05
-# Share of the excess that sharpening alone may take off the CFM loss.
+# A fall of the CFM loss by sharpening alone is large above this share of the excess.
 MUCH_BY_SHARPENING = 0.25
-# Pairwise accuracies; 0.5 is chance.
+# Pairwise accuracies: of guessing, and of a reward that is hardly better.
 CHANCE, HARDLY_BETTER = 0.5, 0.6
-# Share of the memory there is.
+# A step that uses more than this share of the memory hardly fits.
 NEARLY_ALL_MEMORY = 0.9
 LONG_RUN = 24.0  # hours
 
@@ -39,25 +39,25 @@ Rule = Callable[[Preflight], Finding | None]
 
 
 def judge(found: Preflight) -> list[Finding]:
-    """Everything that the rules have to say, the most serious first."""
+    """The findings of all rules, the most serious first."""
     return by_severity(rule(found) for rule in RULES)
 
 
 def no_signal(found: Preflight) -> Finding | None:
-    """The measured documents do not tell the EBFT gradient from zero."""
+    """The EBFT gradient cannot be distinguished from zero with the measured documents."""
     ebft, unit = found.signal.ebft, found.settings.unit
     if math.isfinite(ebft.high):
         return None
     step, low = found.cost.rows_per_step, at_least(ebft)
     far = low >= NEARLY_ALL_NOISE * step
-    # Where the lower bound is within a step, these documents do not ask for a larger one.
+    # If the lower bound is below a step, there is no evidence that a larger step is needed.
     change = f"{_more_documents(found, low)} " if low > step else ""
     return Finding(
         "serious" if far else "warning",
         "No signal can be seen",
-        f"From {found.signal.rows} {unit} the EBFT gradient cannot be told from zero: signal "
-        f"equals noise at {low:,.0f} {unit} a step or more; yours has {step:,}.",
-        f"{change}To know the number better, measure more {unit} (--documents).",
+        f"With {found.signal.rows} {unit} the EBFT gradient cannot be distinguished from zero: "
+        f"signal equals noise at {low:,.0f} {unit} per step or more; yours has {step:,}.",
+        f"{change}For a more accurate number, measure more {unit} (--documents).",
     )
 
 
@@ -70,10 +70,10 @@ def mostly_noise(found: Preflight) -> Finding | None:
     return Finding(
         "serious" if ebft.low >= NEARLY_ALL_NOISE * step else "warning",
         "Steps are mostly noise",
-        f"Signal equals noise at {ebft.documents:,.0f} {unit} a step "
-        f"[{ebft.low:,.0f}, {ebft.high:,.0f}]; yours has {step:,}, so that a step gets "
-        f"{100 * step / (step + ebft.documents):.2g} % as far as one without noise would: expect "
-        f"no progress before some {_steps_for_one(ebft.documents, step):,} steps.",
+        f"Signal equals noise at {ebft.documents:,.0f} {unit} per step "
+        f"[{ebft.low:,.0f}, {ebft.high:,.0f}]; yours has {step:,}. So a step makes "
+        f"{100 * step / (step + ebft.documents):.2g} % of the progress of a step without noise: "
+        f"expect no progress before about {_steps_for_one(ebft.documents, step):,} steps.",
         _more_documents(found, ebft.documents),
     )
 
@@ -86,16 +86,16 @@ def enough_signal(found: Preflight) -> Finding | None:
         return None
     return Finding(
         "note",
-        "Steps have a direction",
-        f"Signal equals noise at {ebft.documents:,.0f} {unit} a step "
+        "Steps are mostly signal",
+        f"Signal equals noise at {ebft.documents:,.0f} {unit} per step "
         f"[{ebft.low:,.0f}, {ebft.high:,.0f}]; yours has {step:,}.",
-        "Far more a step would be wasted: take more steps instead. The number grows while the "
-        "model learns.",
+        f"Far more {unit} per step would be wasted: take more steps instead. The number grows "
+        "while the model learns.",
     )
 
 
 def cross_entropy_first(found: Preflight) -> Finding | None:
-    """Supervised training still has far more signal."""
+    """The cross-entropy still has far more signal than EBFT."""
     ebft, text = found.signal.ebft, found.signal.cross_entropy
     if not math.isfinite(text.high) or at_least(ebft) < NEARLY_ALL_NOISE * text.high:
         return None
@@ -103,41 +103,42 @@ def cross_entropy_first(found: Preflight) -> Finding | None:
     return Finding(
         "note",
         "Cross-entropy has more signal",
-        f"Its signal equals its noise at {text.documents:,.0f} {unit} a step "
+        f"Its signal equals its noise at {text.documents:,.0f} {unit} per step "
         f"[{text.low:,.0f}, {text.high:,.0f}]; EBFT needs {at_least(ebft):,.0f} or more.",
-        "Fine-tune by cross-entropy (SFT) until its loss stops falling, then start EBFT from "
-        "there: until then it learns the same text for less.",
+        "Fine-tune with cross-entropy (SFT) until its loss stops falling, then start EBFT from "
+        "that model. Until then, SFT learns the same text at a lower cost.",
     )
 
 
 def opposed(found: Preflight) -> Finding | None:
-    """EBFT pulls away from the text."""
+    """The EBFT gradient makes the text less likely."""
     cosine = found.signal.cosine
     if not cosine.high < 0:  # NaN: unknown
         return None
     return Finding(
         "warning",
-        "EBFT and cross-entropy pull apart",
+        "EBFT and cross-entropy have opposite gradients",
         f"The cosine of the two gradients is {cosine.value:.2f} "
         f"[{cosine.low:.2f}, {cosine.high:.2f}].",
-        "The text becomes less likely as the reward rises: set ce_coef (the paper tries 0.03 and "
+        "The text becomes less likely when the reward rises. Set ce_coef (the paper tries 0.03 and "
         "0.1), and compare use_whitening=false, whose reward is the gradient of the CFM loss.",
     )
 
 
 def no_headroom(found: Preflight) -> Finding | None:
-    """The CFM loss is all but the model's own spread."""
+    """The CFM loss consists almost entirely of the model's own spread."""
     at = found.headroom.lengths[0]
     if at.excess.high >= LITTLE_EXCESS * at.cfm_loss.mean:
         return None
     return Finding(
         "note",
         "The CFM loss shows no headroom at this length",
-        f"Of {at.cfm_loss.mean:.3f} at {at.length} tokens, {at.excess.mean:.3f} "
-        f"[{at.excess.low:.3f}, {at.excess.high:.3f}] is beyond the model's own spread.",
-        "So it is where a model writes as the text does (0), or spreads more widely (below 0): "
-        "the CFM loss then falls by a narrower spread, learned or not. Judge the run by the energy "
-        "score and the cross-entropy. " + _longer(found),
+        f"The CFM loss at {at.length} tokens is {at.cfm_loss.mean:.3f}, of which "
+        f"{at.excess.mean:.3f} [{at.excess.low:.3f}, {at.excess.high:.3f}] is beyond the model's "
+        "own spread.",
+        "This is 0 if the model writes like the text, and below 0 if its rollouts vary more. The "
+        "CFM loss can then fall simply by a narrower spread. Judge the run by the energy score and "
+        "the cross-entropy. " + _longer(found),
     )
 
 
@@ -151,17 +152,17 @@ def sharpening(found: Preflight) -> Finding | None:
     return Finding(
         "note",
         "Sharpening alone lowers the CFM loss",
-        f"At temperature {headroom.control_temperature:.2g} instead of {headroom.temperature:g} "
-        f"the untrained model has {cfm_loss.after:.3f} instead of {cfm_loss.before:.3f} "
-        f"({cfm_loss.difference:+.3f}), and an energy score of {energy.after:.3f} instead of "
-        f"{energy.before:.3f}.",
-        "A fall of that size in training shows no learning. Judge the run by the energy score and "
-        "the cross-entropy.",
+        f"At temperature {headroom.control_temperature:.2g} instead of {headroom.temperature:g}, "
+        f"the untrained model has a CFM loss of {cfm_loss.after:.3f} instead of "
+        f"{cfm_loss.before:.3f} ({cfm_loss.difference:+.3f}), and an energy score of "
+        f"{energy.after:.3f} instead of {energy.before:.3f}.",
+        "So a fall of this size in training is no evidence of learning. Judge the run by the "
+        "energy score and the cross-entropy.",
     )
 
 
 def blind_reward(found: Preflight) -> Finding | None:
-    """The reward does not prefer what is better."""
+    """The reward does not prefer better continuations."""
     checks = [(TRUTH, worse) for worse in RUNGS[1:]]
     worst = min(checks, key=lambda pair: found.rewards.accuracy(*pair).mean)
     accuracy = found.rewards.accuracy(*worst)
@@ -169,7 +170,7 @@ def blind_reward(found: Preflight) -> Finding | None:
         return None
     return Finding(
         "serious" if accuracy.low <= CHANCE else "warning",
-        "The reward does not tell better from worse",
+        "The reward does not distinguish better from worse",
         f"It prefers {worst[0]} to {worst[1]} in {accuracy.mean:.0%} of the groups "
         f"[{accuracy.low:.0%}, {accuracy.high:.0%}]; chance is 50%.",
         "Compare embed_method=mean_pooling, other feature_layers, use_whitening=false or a better "
@@ -178,7 +179,7 @@ def blind_reward(found: Preflight) -> Finding | None:
 
 
 def no_better_than_other_text(found: Preflight) -> Finding | None:
-    """Rollouts get no more than what does not belong there."""
+    """Rollouts are rewarded no more than unrelated text."""
     worst = min((OTHER, RANDOM), key=lambda worse: found.rewards.accuracy(RUNGS[2], worse).mean)
     accuracy = found.rewards.accuracy(RUNGS[2], worst)
     if accuracy.low > CHANCE:
@@ -186,13 +187,14 @@ def no_better_than_other_text(found: Preflight) -> Finding | None:
     alignments = found.rewards.alignments
     return Finding(
         "note",
-        f"Rollouts are worth no more than {worst}",
+        f"Rollouts get no more reward than {worst}",
         f"A rollout is rewarded more in {accuracy.mean:.0%} of the groups [{accuracy.low:.0%}, "
-        f"{accuracy.high:.0%}]; its alignment alone is {alignments[RUNGS[2]].mean:.2f}, against "
+        f"{accuracy.high:.0%}]; its mean alignment is {alignments[RUNGS[2]].mean:.2f}, against "
         f"{alignments[worst].mean:.2f}.",
-        "Normal where the CFM loss shows no headroom: the diversity term then takes back what "
-        "alignment gives, and only single groups have a direction. If the alignments are equal, "
-        "too, see feature_layers and embed_method, or let SFT teach this kind of text first.",
+        "This is normal if the CFM loss shows no headroom: the diversity term then cancels "
+        "alignment on average, and the signal is within groups only. If the alignments are equal, "
+        "too, try other feature_layers and embed_method, or fine-tune on this kind of text with "
+        "SFT first.",
     )
 
 
@@ -205,27 +207,27 @@ def duplicates(found: Preflight) -> Finding | None:
 
 
 def idle_groups(found: Preflight) -> Finding | None:
-    """Groups teach nothing."""
+    """Groups have no advantages."""
     return few_advantages(found.rewards.zero_advantages)
 
 
 def short_documents(found: Preflight) -> Finding | None:
-    """Much of the text is too short."""
+    """Many documents are too short."""
     return too_short_documents(found.rewards.without_blocks)
 
 
 def memory(found: Preflight) -> Finding | None:
-    """The step does not fit, or hardly."""
+    """A step does not fit into memory, or hardly fits."""
     cost = found.cost
     share = cost.memory / cost.memory_there
     if cost.fits and share < NEARLY_ALL_MEMORY:
         return None
-    evidence = f"{_gigabytes(cost.memory)} of {_gigabytes(cost.memory_there)} ({cost.memory_of})"
+    used = f"{_gigabytes(cost.memory)} of {_gigabytes(cost.memory_there)} ({cost.memory_of})"
     return Finding(
         "warning" if cost.fits else "serious",
         "A step hardly fits into memory" if cost.fits else "A step does not fit into memory",
-        f"It was at {evidence}{'' if cost.fits else ' when memory ran out'}.",
-        "Set rollout_batch_size (rows computed at once, with the same gradient), then lower "
+        f"It used {used}{'' if cost.fits else ' when memory ran out'}.",
+        "Set rollout_batch_size (rows processed at once, with the same gradient), then lower "
         "training_chunk_size or set gradient_checkpointing, or train adapters (use_peft).",
     )
 
@@ -238,10 +240,10 @@ def long_run(found: Preflight) -> Finding | None:
     return Finding(
         "note",
         "A long run",
-        f"{found.cost.steps:,} steps of {found.cost.seconds:.3g} s are {hours:,.0f} hours on "
+        f"{found.cost.steps:,} steps of {found.cost.seconds:.3g} s take {hours:,.0f} hours on "
         f"{found.cost.processes} process(es).",
-        "Set max_steps to what you can spend, save_steps so that it can be resumed, and look at "
-        "hf-ebft report early.",
+        "Set max_steps to what you can afford, set save_steps so that the run can be resumed, and "
+        "look at hf-ebft report early.",
     )
 
 
@@ -264,19 +266,20 @@ RULES: tuple[Rule, ...] = (
 
 
 def at_least(scale: NoiseScale) -> float:
-    """A noise scale that the data support: the estimate, or the lower bound of an open interval."""
+    """The estimated noise scale, or its lower bound if the interval has no upper bound."""
     return scale.documents if math.isfinite(scale.high) else scale.low
 
 
 def _steps_for_one(noise_scale: float, step: float) -> int:
-    """Steps that together get as far as one without noise: 1 + noise scale / documents (McCandlish
-    et al. 2018, eq. 2.7).
+    """Number of steps that together make the progress of one step without noise.
+
+    It is 1 + noise scale / documents (McCandlish et al. 2018, eq. 2.7).
     """
     return math.ceil(1 + noise_scale / step)
 
 
 def _more_documents(found: Preflight, noise_scale: float) -> str:
-    """What gives so many documents a step, and what does with fewer."""
+    """Advice for a step with as much signal as noise: more documents, or other settings."""
     settings = found.settings
     step = found.cost.rows_per_step
     wanted = math.ceil(settings.gradient_accumulation_steps * noise_scale / max(1, step))
@@ -286,25 +289,25 @@ def _more_documents(found: Preflight, noise_scale: float) -> str:
     )
     if math.isfinite(found.cost.seconds):
         hours = found.cost.seconds * noise_scale / max(1, step) / 3600
-        text += f", at about {_duration(hours)} a step"
+        text += f", at about {_duration(hours)} per step"
     text += (
-        f") or n_samples_per_prompt (now {settings.n_samples_per_prompt}: the noise of rollouts "
+        f") or n_samples_per_prompt (now {settings.n_samples_per_prompt}; the noise of rollouts "
         "falls like 1 / n)"
     )
     if settings.ce_coef == 0:
-        text += ", or give the step another signal by ce_coef (0.1)"
+        text += ", or add the signal of the cross-entropy by ce_coef (0.1)"
     return text + "."
 
 
 def _longer(found: Preflight) -> str:
-    """Whether longer rollouts would have more to win."""
+    """Advice about longer rollouts: whether they have more excess."""
     lengths = found.headroom.lengths
     best = max(lengths, key=lambda at: at.excess.mean)
     if best is lengths[0] or best.excess.low <= 0:
-        return "Longer rollouts were no better, as far as they were measured."
+        return "None of the longer rollouts that were measured is better."
     return (
-        f"Longer rollouts have more: at {best.length} tokens the excess is {best.excess.mean:.3f} "
-        f"(generate_max_len={best.length})."
+        f"Longer rollouts have more headroom: at {best.length} tokens the excess is "
+        f"{best.excess.mean:.3f} (generate_max_len={best.length})."
     )
 
 

@@ -53,7 +53,7 @@ def test_a_page_of_unknown_signal_says_so() -> None:
     found = with_changes("signal", ebft=unknown, cosine=Estimate(math.nan, math.nan, math.nan))
     page = render_preflight(found)
     assert "12 or more" in page
-    assert "unknown: one of the gradients cannot be told from zero" in page
+    assert "unknown: one of the gradients cannot be distinguished from zero" in page
     assert "nan" not in page.replace("finance", "")
 
 

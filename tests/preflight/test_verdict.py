@@ -35,7 +35,7 @@ def only(rule: verdict.Rule, found: Preflight) -> Finding:
 
 
 def test_a_healthy_run_gets_a_note_alone() -> None:
-    assert [finding.title for finding in verdict.judge(healthy())] == ["Steps have a direction"]
+    assert [finding.title for finding in verdict.judge(healthy())] == ["Steps are mostly signal"]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_no_signal(low: float, severity: str) -> None:
     found = with_changes("signal", ebft=scale(math.inf, low, math.inf))
     finding = only(verdict.no_signal, found)
     assert finding.severity == severity
-    assert f"at {low:,.0f} documents a step or more; yours has 64" in finding.evidence
+    assert f"at {low:,.0f} documents per step or more; yours has 64" in finding.evidence
     # Only a bound above the step's documents is a reason for more of them.
     assert ("gradient_accumulation_steps" in finding.advice) == (low > 64)
     assert "measure more documents" in finding.advice
@@ -69,7 +69,7 @@ def test_mostly_noise(documents: float, low: float, severity: str | None) -> Non
     assert (verdict.enough_signal(found) is None) == (finding is not None)
 
 
-def test_the_words_of_a_noisy_run() -> None:
+def test_evidence_and_advice_for_a_noisy_run() -> None:
     found = dataclasses.replace(
         with_changes("signal", ebft=scale(900.0, 600.0, 1800.0)),
         settings=Settings(16, 1, 4, 1.0, 8, 0.0, False, None),
@@ -77,19 +77,19 @@ def test_the_words_of_a_noisy_run() -> None:
     )
     finding = only(verdict.mostly_noise, found)
     assert finding.evidence == (
-        "Signal equals noise at 900 documents a step [600, 1,800]; yours has 16, so that a step "
-        "gets 1.7 % as far as one without noise would: expect no progress before some 58 steps."
+        "Signal equals noise at 900 documents per step [600, 1,800]; yours has 16. So a step makes "
+        "1.7 % of the progress of a step without noise: expect no progress before about 58 steps."
     )
     assert finding.advice == (
         "Raise gradient_accumulation_steps (now 1; 57 would have as much signal as noise, at about "
-        "112 s a step) or n_samples_per_prompt (now 4: the noise of rollouts falls like 1 / n), or "
-        "give the step another signal by ce_coef (0.1)."
+        "112 s per step) or n_samples_per_prompt (now 4; the noise of rollouts falls like 1 / n), "
+        "or add the signal of the cross-entropy by ce_coef (0.1)."
     )
 
 
-def test_rows_that_pack_documents_are_called_rows() -> None:
+def test_noise_scales_of_packed_rows_count_rows() -> None:
     found = with_changes("settings", packed=True)
-    assert "at 20 rows a step" in only(verdict.enough_signal, found).evidence
+    assert "at 20 rows per step" in only(verdict.enough_signal, found).evidence
 
 
 @pytest.mark.parametrize(("high", "speaks"), [(2.1, False), (2.0, True)])
@@ -122,7 +122,7 @@ def test_no_headroom(excess: float, speaks: bool) -> None:
 
 def test_longer_rollouts_are_not_praised_without_ground() -> None:
     found = with_changes("headroom", lengths=[at_length(8, 0.0), at_length(16, 0.005)])
-    assert "no better" in only(verdict.no_headroom, found).advice
+    assert "None of the longer rollouts" in only(verdict.no_headroom, found).advice
 
 
 @pytest.mark.parametrize(("by", "speaks"), [(-0.049, False), (-0.051, True), (0.2, False)])
