@@ -1,5 +1,6 @@
 """What README and docs point at exists: files, links, and names of the package."""
 
+import ast
 import importlib
 import json
 import re
@@ -64,6 +65,29 @@ def test_the_page_on_architecture_lists_every_folder() -> None:
 def test_readme_and_contributing_link_the_page_on_architecture() -> None:
     for name in ("README.md", "CONTRIBUTING.md"):
         assert "(docs/architecture.md)" in text_of(ROOT / name)
+
+
+def titles_of_findings(module: str) -> list[str]:
+    """The constant beginnings of what the `Finding`s of a module are called."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(text_of(ROOT / module)))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "Finding"
+    ]
+    parts = [ast.unparse(call.args[1]) for call in calls]
+    return [title for part in parts for title in re.findall(r"'([A-Z][^'{]+)", part)]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("report.md", "hf_ebft/report/health.py"), ("preflight.md", "hf_ebft/preflight/verdict.py")],
+)
+def test_the_page_explains_every_finding(name: str, module: str) -> None:
+    titles, text = titles_of_findings(module), text_of(ROOT / "docs" / name)
+    assert len(titles) > 10
+    assert [title for title in titles if title.strip() not in text] == []
 
 
 def test_readme_is_short_and_narrow() -> None:
