@@ -19,6 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_ebft.packed.compiled_layers import CompileOptions
 from hf_ebft.packed.heads import ToLogits
+from hf_ebft.packed.token_log_probs import (
+    contexts_of_checkpoint,
+    plain_token_log_probs,
+    token_log_probs,
+)
 from hf_ebft.rows.documents import predicted_targets
 from hf_ebft.rows.layout import PackedLayout, PackedPart
 
@@ -212,20 +217,31 @@ def target_log_probs(
     else:
         # A head with adapters may hold dropout, whose mask must be the same the second time.
         found = [
-            checkpoint(chunk_log_probs, states, *chunk, use_reentrant=False) for chunk in chunks
+            checkpoint(
+                chunk_log_probs,
+                states,
+                *chunk,
+                use_reentrant=False,
+                context_fn=contexts_of_checkpoint,
+            )
+            for chunk in chunks
         ]
     return torch.cat(found)[:n_rows]
 
 
 def _log_probs(states: Tensor, targets: Tensor, to_logits: ToLogits, temperature: float) -> Tensor:
     """(c, t) float32 of the targets of a chunk's states (c, H)."""
-    logits = to_logits(states).float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    return logits.log_softmax(dim=-1).gather(1, targets)
+    return token_log_probs(to_logits(states), targets, temperature)
+
+
+def _plain_log_probs(
+    states: Tensor, targets: Tensor, to_logits: ToLogits, temperature: float
+) -> Tensor:
+    """The same for a compiler, which does better than `token_log_probs`."""
+    return plain_token_log_probs(to_logits(states), targets, temperature)
 
 
 @cache
 def _compiled_log_probs(compiler: CompileOptions) -> Callable[..., Tensor]:
     """One for the process."""
-    return compiler.compile(_log_probs)
+    return compiler.compile(_plain_log_probs)

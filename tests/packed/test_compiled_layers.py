@@ -124,8 +124,11 @@ def test_gradients_are_those_of_the_model_as_written(kind: str, attention: str) 
     forward = PackedForward.for_model(model, attention, compiler=TRACED)
     found = gradient(model, forward, rollouts)
     assert graphs() > before
-    assert expected.abs().max() > 0.1
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    largest = float(expected.abs().max())
+    assert largest > 0.1
+    # The two round the head's gradient differently. Gradients of adapters reach 200 here, and in
+    # float32 either is 4e-3 away from double precision.
+    torch.testing.assert_close(found, expected, atol=max(1e-5, 1e-6 * largest), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

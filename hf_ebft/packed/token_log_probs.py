@@ -1,0 +1,93 @@
+"""Log-probabilities of some tokens of the vocabulary, with a gradient that holds little memory.
+
+`logits.log_softmax(-1).gather(1, targets)` keeps a float32 copy of the logits for its backward
+pass, which makes two more. Here the logits themselves are kept, in their own dtype, and the
+gradient is written down: that of log p(a) by the logit of b is (1 if a = b else 0) - p(b).
+
+Dimension letters: c rows of a chunk, t targets of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities of target tokens, as `plain_token_log_probs` gives them.
+
+    Args:
+        logits: (c, V), of any floating dtype.
+        targets: (c, t) int64.
+        temperature: > 0, divides the logits.
+
+    Returns:
+        (c, t) float32.
+    """
+    found: Tensor = _TokenLogProbs.apply(logits, targets, temperature)
+    return found
+
+
+def plain_token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """The same in operators that a compiler fuses; arguments and result as `token_log_probs`."""
+    return _at_temperature(logits, temperature).log_softmax(dim=-1).gather(1, targets)
+
+
+def contexts_of_checkpoint() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint.checkpoint`: around the forward pass, and around the second one.
+
+    The second pass prepares the backward pass, which does not read the log-probabilities. So
+    `token_log_probs` leaves them out there.
+    """
+    return nullcontext(), _ValuesLeftOut()
+
+
+class _Values(threading.local):
+    """Whether values are wanted. Backward passes on a GPU run in a thread of their own."""
+
+    left_out = False
+
+
+_values = _Values()
+
+
+class _ValuesLeftOut:
+    """A context that may be entered again: a graph that is kept is passed through several times."""
+
+    def __enter__(self) -> None:
+        self._before, _values.left_out = _values.left_out, True
+
+    def __exit__(self, *exception: object) -> None:
+        _values.left_out = self._before
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        ctx.temperature = temperature
+        if _values.left_out:
+            return logits.new_empty(targets.shape, dtype=torch.float32)
+        return plain_token_log_probs(logits, targets, temperature)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """(c, t) -> (c, V)."""
+        logits, targets = ctx.saved_tensors
+        gradient = gradient / ctx.temperature
+        of_logits = torch.softmax(_at_temperature(logits, ctx.temperature), dim=-1)
+        total = -gradient.sum(dim=1, keepdim=True)
+        if torch.is_grad_enabled():  # for second derivatives, which need the probabilities
+            of_logits = (of_logits * total).scatter_add(1, targets, gradient)
+        else:
+            of_logits.mul_(total).scatter_add_(1, targets, gradient)
+        return of_logits.to(logits.dtype), None, None
+
+
+def _at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature
