@@ -23,6 +23,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 # How attention modules call their number.
 NUMBER = "layer_idx"
+# The argument by which layers hand keys and values on to others (Gemma 3n, Gemma 4).
+SHARED_KEYS = "shared_kv_states"
 
 
 class OneLayer:

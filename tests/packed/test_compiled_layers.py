@@ -237,7 +237,7 @@ def test_steps_whose_shapes_are_those_of_one_batch_are_not_compiled() -> None:
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama4_text"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma4_text", "llama4_text"])
 def test_layers_that_do_more_with_a_cache_sample_as_written(kind: str) -> None:
     assert sampled_as_written(kind, "sdpa", 1) == 0
 
