@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from launched import PRODUCTS, LaunchedWork
-from pretended import META, tensors_in
+from launched import LaunchedWork
+from pretended import META, PRODUCTS, tensors_in
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pretended import tensors_in
-from torch import Tensor
+import torch
+from pretended import PRODUCTS, tensors_in
 from torch.utils.weak import WeakIdKeyDictionary
 
 # What CUDA's caching allocator rounds up to.
@@ -38,6 +38,9 @@ class HeldMemory:
     def __init__(self, phase: Callable[[], str], block: int = BLOCK) -> None:
         self._phase, self._block = phase, block
         self._known = WeakIdKeyDictionary(ref_type=weakref.ref)
+        # Written by compiled functions that run, and perhaps never in memory; by whom.
+        self._fused = WeakIdKeyDictionary(ref_type=weakref.ref)
+        self._in_region = False
         self._by_owner: Counter[str] = Counter()
         self.held = self._most = 0
         self.start()
@@ -53,17 +56,40 @@ class HeldMemory:
 
     def ran(self, func: Any, args: Any, kwargs: dict[str, Any], found: Any) -> None:
         """Note the storages of an operator's results."""
+        name = func._schema.name.removeprefix("aten::")
+        if self._in_region and name in PRODUCTS:
+            for tensor in tensors_in(args):
+                self._reach_memory(tensor.untyped_storage())
         for tensor in tensors_in((found,)):
-            if tensor.is_meta:
-                self.note(tensor, lambda: owner(self._phase(), func))
+            storage = tensor.untyped_storage()
+            if not tensor.is_meta or storage in self._known:
+                continue
+            big = storage.nbytes() >= 2**20
+            who = owner(self._phase(), func) if big else "small tensors"
+            if self._in_region and name not in PRODUCTS:
+                self._fused[storage] = who
+            else:
+                self._note(storage, who)
 
-    def note(self, tensor: Tensor, who: Callable[[], str]) -> None:
-        """Note a tensor's storage, if it is new."""
-        storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
+    def region(self, running: bool) -> None:
+        """A compiled function begins, or the outermost one has ended.
+
+        What it writes, other than the results of products, is in memory if a product reads it or if
+        it is there at the end.
+        """
+        self._in_region = running
+        if not running:
+            for storage in list(self._fused.keys()):
+                self._reach_memory(storage)
+
+    def _reach_memory(self, storage: torch.UntypedStorage) -> None:
+        who = self._fused.pop(storage, None)
+        if who is not None:
+            self._note(storage, who)
+
+    def _note(self, storage: torch.UntypedStorage, name: str) -> None:
+        """A new storage."""
         size = -(-storage.nbytes() // self._block) * self._block
-        name = who() if size >= 2**20 else "small tensors"
         self._known[storage] = size
         weakref.finalize(storage, self._release, size, name).atexit = False
         self.held += size

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pretended import tensors_in
+from pretended import PRODUCTS, tensors_in
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -97,7 +97,6 @@ LONG_ROW = 2**14
 # Operators that write few of the entries of their first tensor. (In the backward pass autograd
 # writes a copy of it while a mode is on, and not otherwise.)
 _SCATTERING = {"scatter_add", "scatter_add_", "index_add", "index_add_", "index_copy_"}
-PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "baddbmm_", "addmm_"}
 
 
 @dataclass
@@ -204,6 +203,7 @@ class LaunchedWork:
         seconds: by phase, on the timeline.
         busy: seconds of the device by phase.
         waits: reads of the host by phase.
+        on_region: is told when compiled functions begin and end.
     """
 
     def __init__(
@@ -215,6 +215,7 @@ class LaunchedWork:
         self._phase, self._owner, self.machine = phase, owner, machine
         self._record: list[tuple[str, Cost]] | None = None
         self._regions: list[Region] = []
+        self.on_region: Callable[[bool], None] = lambda running: None
         self.start()
 
     def start(self) -> None:
@@ -257,6 +258,7 @@ class LaunchedWork:
     def begin_region(self, name: str) -> None:
         """What runs from here to `end_region` is compiled: see `Region`."""
         self._regions.append(Region(name))
+        self.on_region(True)
 
     def end_region(self, *outside: Any) -> None:
         """The compiled function begun last ends.
@@ -271,6 +273,7 @@ class LaunchedWork:
         device = max(kernels * machine.kernel, n_bytes / machine.bandwidth)
         region.cost.add(Cost(kernels, kernels, n_bytes, 0, device))
         self._advance(region.cost, host=None, func=None, name=f"compiled {region.name}")
+        self.on_region(bool(self._regions))
 
     def synchronized(self) -> None:
         """The host waits for the sake of a measurement."""

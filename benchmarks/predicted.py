@@ -102,6 +102,7 @@ class Prediction:
         self._phases = ["training"]
         self.memory = HeldMemory(lambda: self._phases[-1], block)
         self.work = LaunchedWork(lambda: self._phases[-1], owner, gpu)
+        self.work.on_region = self.memory.region
         self.graph_bytes = 0
         self.gpu = PretendedGPU([self.memory, self.work])
         stand_ins = StandIns(self.gpu, self.work)

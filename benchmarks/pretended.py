@@ -48,6 +48,8 @@ _CHECKS: dict[Any, bool] = {
 }
 # Look at memory themselves.
 _DATA = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
+# Products of matrices.
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "baddbmm_", "addmm_"}
 # What reads the name of a device and makes no tensor.
 _NAMING = (torch.device, torch._C._nn._parse_to)
 

@@ -227,6 +227,7 @@ def test_what_a_compiled_function_keeps(checkpointed: bool) -> None:
 
     kept = held.HeldMemory(lambda: "training", block=1)
     work = launched.LaunchedWork(lambda: "training", held.owner)
+    work.on_region = kept.region
     with pretended.PretendedGPU([kept, work]) as gpu:
         stand_in = fused_stand_ins.StandIns(gpu, work).compile(block)
         rows, *weights = (
@@ -239,6 +240,8 @@ def test_what_a_compiled_function_keeps(checkpointed: bool) -> None:
         else:
             output = stand_in(rows, *weights)
         assert kept.held - before - output.nbytes == expected - 256 * 4
+        if not checkpointed:  # nothing else was in memory but the last product, and then the sum
+            assert kept.peak - before == expected - 256 * 4 + output.nbytes
         forward = work.by_owner["training: compiled block"]
         # Three products, and four kernels around them.
         assert forward.kernels == 7 and forward.multiply_adds == 3 * 256 * 64 * 192
