@@ -31,7 +31,7 @@ from hf_ebft.packed.fsdp import is_sharded
 from hf_ebft.packed.heads import ToLogits
 from hf_ebft.packed.model_code import calls_chosen_attention
 from hf_ebft.packed.model_parts import bare_model, keeping_every_state
-from hf_ebft.packed.static_cache import CannotDecodeStatically, StaticCache, decoding_against
+from hf_ebft.packed.static_cache import CannotDecodeStatically, Slot, StaticCache, decoding_against
 from hf_ebft.packed.step_views import StepViews
 from hf_ebft.rows.anchors import Blocks
 from hf_ebft.rows.layout import PackedLayout
@@ -201,11 +201,16 @@ class StaticDecoder:
         self.n_steps = len(uniform)
         device = uniform.device
         self.uniform = uniform
-        self.tokens, self.log_probs = (
-            torch.cat([part[None], part.new_zeros(self.n_steps, *part.shape)]) for part in first
-        )
-        self.step_index = torch.zeros(1, dtype=torch.long, device=device)
-        self.positions = _positions(layout, self.n_steps)
+        tokens, log_probs = first
+        # Token and position ids of every step, (G, 2, B, m): one operator finds both.
+        self._fed = tokens.new_zeros(self.n_steps + 1, 2, *tokens.shape)
+        self.tokens, positions = self._fed.unbind(1)
+        self.tokens[0] = tokens
+        positions[:-1] = _positions(layout, self.n_steps)
+        self.log_probs = torch.cat([log_probs[None], log_probs.new_zeros(self.tokens[1:].shape)])
+        # The number of the step and the next one.
+        self._steps = torch.arange(2, device=device)
+        self.slot = Slot(self._steps[:1], None if static else 0)
         self.views = StepViews(forward.recipe, layout, self.n_steps, width=width, static=static)
         self._kept = keeping_every_state(model, self.tokens[0])
         self._cache: StaticCache | None = None
@@ -213,13 +218,12 @@ class StaticDecoder:
     @property
     def state(self) -> list[Tensor]:
         """The tensors that a step writes, keys and values of slots not yet fed left out."""
-        return [self.tokens, self.log_probs, self.step_index]
+        return [self._fed, self.log_probs, self._steps]
 
     @property
     def inputs(self) -> list[Tensor]:
         """The tensors that a batch brings with it, its keys and values too."""
-        own = [*self.state, self.uniform, self.positions]
-        return [*own, *self.views.inputs, *self.documents]
+        return [*self.state, self.uniform, *self.views.inputs, *self.documents]
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -263,7 +267,7 @@ class StaticDecoder:
                 self.documents,
                 self.tokens.shape[2],
                 self.n_steps,
-                self.step_index,
+                self.slot,
                 self.views.by_kind,
                 changes_scores=self.forward.recipe.implementation in ("eager", FLEX),
                 few_shapes=self._static,
@@ -284,13 +288,14 @@ class StaticDecoder:
     def step(self) -> None:
         """Feed every rollout's newest token, draw the next, and go on to the next step."""
         assert self._cache is not None
-        self.views.move_to(self.step_index)
+        self.views.move_to(self.slot.index)
         masks: Any = self._cache.masks
         if not self.forward.recipe.by_layer_type:
             (masks,) = masks.values()
+        input_ids, position_ids = self._fed.index_select(0, self.slot.index)[0].unbind()
         output = self.model(
-            input_ids=self.tokens.index_select(0, self.step_index)[0],
-            position_ids=self.positions.index_select(0, self.step_index)[0],
+            input_ids=input_ids,
+            position_ids=position_ids,
             attention_mask=masks,
             use_cache=True,
             **self._kept,
@@ -298,7 +303,9 @@ class StaticDecoder:
         )
         if self.forward.head is None:
             self._draw(output.logits, lambda rows: rows)
-        self.step_index.add_(1)
+        self._steps.add_(1)
+        if self.slot.number is not None:
+            self.slot.number += 1
 
     def step_alone(self) -> None:
         """`step`, with weights that it casts itself.
@@ -315,9 +322,9 @@ class StaticDecoder:
             torch.clear_autocast_cache()
 
     def _draw(self, states: Tensor, to_logits: ToLogits) -> list[Tensor]:
-        numbers = self.uniform.index_select(0, self.step_index)[0]
+        numbers = self.uniform.index_select(0, self.slot.index)[0]
         tokens, log_probs = self.sampler(states, to_logits, numbers[..., None])
-        following = self.step_index + 1
+        following = self._steps[1:]
         self.tokens.index_copy_(0, following, tokens[None])
         self.log_probs.index_copy_(0, following, log_probs[None])
         return []

@@ -10,7 +10,6 @@ vocabulary, X width of a state.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from hf_ebft.packed.flex import compiled
+from hf_ebft.packed.flex import compiled, fuses_kernels
 from hf_ebft.packed.heads import ToLogits
 
 # A sum of positive numbers times this is smaller than the sum, by one or two places of rounding.
@@ -62,7 +61,7 @@ class Sampler:
 
     def _of_chunk(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (N, each) and their log-probabilities for logits (N, V)."""
-        if self.top_p >= 1.0 and _draws_in_few_passes(logits.device.type):
+        if self.top_p >= 1.0 and fuses_kernels(logits.device.type):
             return _compiled_draw()(logits, uniform, self.temperature)
         probabilities = token_probabilities(logits, self.temperature)
         tokens = draw(nucleus(probabilities, self.top_p), uniform)
@@ -189,12 +188,6 @@ def draw_from_logits(logits: Tensor, uniform: Tensor, temperature: float) -> tup
     score = of_part.gather(2, place[..., None])[..., 0]
     tokens = (part * width + place).clamp(max=vocabulary - 1)
     return tokens, score - top - total.log().float()
-
-
-@cache
-def _draws_in_few_passes(device: str) -> bool:
-    """Whether `draw_from_logits` is compiled for a type of device: on CUDA, like flex_attention."""
-    return device == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 @cache

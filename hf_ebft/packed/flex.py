@@ -10,6 +10,7 @@ Q queries and C keys of a pass, E and F widths of a head (keys, values).
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import cache
@@ -37,6 +38,11 @@ FLEX = "ebft_flex"
 # Shapes, times gradient or none, times kinds of layers, that a callable is compiled for before
 # torch gives up and computes scores unfused, which takes all memory there is.
 COMPILED_AT_MOST = 64
+
+
+def fuses_kernels(device_type: str) -> bool:
+    """Whether small functions are compiled on a type of device: on CUDA, by Triton."""
+    return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -77,8 +77,9 @@ class Head:
             results.extend(
                 compute(hidden, lambda rows: self.finish(original(rows, *args, **kwargs)))
             )
-            anchor = sum(result.sum() * 0.0 for result in results if result.requires_grad)
-            return hidden.new_zeros(*hidden.shape[:-1], 1) + anchor
+            zeros = hidden.new_zeros(*hidden.shape[:-1], 1)
+            anchors = [result.sum() * 0.0 for result in results if result.requires_grad]
+            return zeros + sum(anchors) if anchors else zeros
 
         # Compiled models leave their graph here: what is computed changes with every call.
         head.forward = instead if traceable else torch.compiler.disable(instead)

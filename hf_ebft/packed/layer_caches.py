@@ -113,7 +113,7 @@ class NumberedModules:
 @cache
 def _reads_more(kind: type[nn.Module]) -> bool:
     """Whether the code of a class of modules does more with number and cache than to hand them on
-    to each other.
+    to each other, or uses keys and values of other layers.
     """
     ours = kind.__mro__[: kind.__mro__.index(nn.Module)]
     return any(
@@ -157,4 +157,6 @@ def _reads_number_or_cache(node: ast.AST) -> bool:
 
 
 def _names_cache(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and any(word in node.id for word in ("past", "cache"))
+    """Whether it is what a layer calls a cache, or keys and values of lower layers."""
+    words = ("past", "cache", "shared_kv")
+    return isinstance(node, ast.Name) and any(word in node.id for word in words)

@@ -1,8 +1,8 @@
 """Keys and values of a decoding step at fixed places, and how a model's attention finds them.
 
 The documents' keys and values are those of the pass over them, as they are. Those of the rollouts
-have a slot for every step, and a step writes its own by index. So nothing is copied from step to
-step, and nothing changes its shape or place.
+have a slot for every step, and a step's attention writes its own by index. So nothing is copied
+from step to step, and nothing changes its shape or place.
 
 A transformers model passes what its cache returns on to its attention function. There, ours
 recognises the tensors and the mask by identity. A model that changes either on the way cannot be
@@ -25,9 +25,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
-from hf_ebft.packed.attention_functions import changes_of_scores, in_autocast_dtype
+from hf_ebft.packed.attention_functions import changes_of_scores
 from hf_ebft.packed.layer_caches import OneLayer
-from hf_ebft.packed.step_attention import KNOWN_CHANGES, StepView, step_attention
+from hf_ebft.packed.step_attention import KNOWN_CHANGES, Fed, StepView, step_attention
 
 # The attention of decoding steps, under the name by which transformers' models find it.
 DECODING = "ebft_decoding"
@@ -37,6 +37,19 @@ class CannotDecodeStatically(RuntimeError):
     """A model does something with its keys, values or masks that a static cache cannot serve."""
 
 
+@dataclass
+class Slot:
+    """Where the tokens that a step feeds have their keys and values.
+
+    Attributes:
+        index: (1,) int64.
+        number: the same; None where the host does not follow, as a graph serves every step.
+    """
+
+    index: Tensor
+    number: int | None = None
+
+
 class StaticLayer(CacheLayerMixin):
     """The keys and values of one layer.
 
@@ -44,21 +57,22 @@ class StaticLayer(CacheLayerMixin):
         document: keys (B, H, S, E) and values (B, H, S, F).
         n_rollouts: m.
         n_slots: O.
-        step: (1,) int64, the slot that the next token's keys and values go to.
+        slot: of the step.
     """
 
     is_compileable = True
 
     def __init__(
-        self, document: tuple[Tensor, Tensor], n_rollouts: int, n_slots: int, step: Tensor
+        self, document: tuple[Tensor, Tensor], n_rollouts: int, n_slots: int, slot: Slot
     ) -> None:
         super().__init__()
-        self.document, self.step = document, step
+        self.document, self.slot = document, slot
         rows, heads, self.document_width, _ = document[0].shape
         self.keys, self.values = (
             part.new_zeros(rows, n_rollouts, heads, n_slots, part.shape[3]) for part in document
         )
         self.is_initialized = True
+        self._fed: Fed | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the memory is there."""
@@ -66,15 +80,20 @@ class StaticLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Put keys and values (B, H, m, E or F) into the step's slot.
+        """Take keys and values (B, H, m, E or F), for attention to put into the step's slot.
 
         Returns:
             All slots, (B, m, H, O, E or F).
         """
         assert self.keys is not None and self.values is not None
-        for slots, states in ((self.keys, key_states), (self.values, value_states)):
-            slots.index_copy_(3, self.step, states.transpose(1, 2)[..., None, :].to(slots.dtype))
+        slot = self.slot.index if self.slot.number is None else self.slot.number
+        self._fed = Fed(key_states, value_states, slot)
         return self.keys, self.values
+
+    def take_fed(self) -> Fed | None:
+        """What was fed and is not in its slot yet; None for who attends to it after others."""
+        fed, self._fed = self._fed, None
+        return fed
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Of a mask that the model would make itself; it is given one."""
@@ -96,7 +115,7 @@ class StaticCache(Cache):
         documents: keys and values of every layer, (B, H, S, E or F) each.
         n_rollouts: m.
         n_slots: O, steps that feed a token.
-        step: (1,) int64, see `StaticLayer`.
+        slot: see `StaticLayer`.
         views: by kind of layer.
         changes_scores: whether soft caps and sinks count. sdpa, in training, would leave them out.
         few_shapes: see `hf_ebft.packed.layer_caches.CacheByLayer`.
@@ -107,14 +126,14 @@ class StaticCache(Cache):
         documents: Sequence[Tensor],
         n_rollouts: int,
         n_slots: int,
-        step: Tensor,
+        slot: Slot,
         views: dict[str, StepView],
         *,
         changes_scores: bool,
         few_shapes: bool,
     ) -> None:
         pairs = zip(documents[::2], documents[1::2], strict=True)
-        layers = [StaticLayer(pair, n_rollouts, n_slots, step) for pair in pairs]
+        layers = [StaticLayer(pair, n_rollouts, n_slots, slot) for pair in pairs]
         super().__init__([*layers])
         rows, device = documents[0].shape[0], documents[0].device
         # No mask: a name that the model hands on to its attention function.
@@ -218,18 +237,17 @@ def _decoding_attention_forward(
             raise CannotDecodeStatically(f"its attention uses {name}")
     if kwargs.get("dropout"):
         raise CannotDecodeStatically("its attention drops something in evaluation mode")
-    query, *document, key, value = in_autocast_dtype(query, *layer.document, key, value)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.autocast(query.device.type, enabled=False):
-        output = step_attention(
-            query,
-            (document[0], document[1]),
-            (key, value),
-            view,
-            scaling,
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-        )
+    output = step_attention(
+        query,
+        layer.document,
+        (key, value),
+        view,
+        scaling,
+        fed=layer.take_fed(),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
     return output, None
 
 

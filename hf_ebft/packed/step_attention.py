@@ -27,8 +27,9 @@ from hf_ebft.packed.attention_functions import (
     attend_plainly,
     beside_sinks,
     bound_on_scores,
+    in_autocast_dtype,
 )
-from hf_ebft.packed.flex import compiled
+from hf_ebft.packed.flex import compiled, fuses_kernels
 
 # What of an attention function's arguments changes the scores and is known here.
 KNOWN_CHANGES = ("softcap", "s_aux")
@@ -66,6 +67,20 @@ class StepView:
     fused: bool = False
 
 
+@dataclass(frozen=True)
+class Fed:
+    """Keys and values of the tokens that a step feeds, to be put into their slot.
+
+    Attributes:
+        key, value: (B, H, m, E) and (B, H, m, F).
+        slot: (1,) int64; or a number, where the host knows it.
+    """
+
+    key: Tensor
+    value: Tensor
+    slot: Tensor | int
+
+
 def step_attention(
     query: Tensor,
     document: tuple[Tensor, Tensor],
@@ -73,10 +88,11 @@ def step_attention(
     view: StepView,
     scaling: float,
     *,
+    fed: Fed | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every rollout's newest token.
+    """Attention of every rollout's newest token, in the dtype of autocast where that is on.
 
     Args:
         query: (B, A, m, E).
@@ -85,22 +101,38 @@ def step_attention(
             anything finite.
         view: who sees what.
         scaling: multiplies the scores.
+        fed: what to put into the own slots before; None: it is there.
         softcap: bounds the scores, `softcap * tanh(scores / softcap)`.
         sinks: (A,) scores of a key of each head that everybody sees and whose value is 0.
 
     Returns:
         (B, m, A, F) in the query's dtype.
     """
-    if view.block_mask is not None:
-        output, lse = _by_blocks(query, *document, view.block_mask, scaling, softcap)
-        finish = _with_own
-        if not torch.compiler.is_compiling():
-            finish = _in_few_kernels(_with_own, query.device.type)
-    else:
-        output, lse = _by_tiles(query, *document, view, scaling, softcap)
-        finish = _with_own
-    biased = (view.own_bias, view.fused)
-    return finish(query, *own, *biased, output, lse, scaling, softcap, sinks)
+    query, key, value = in_autocast_dtype(query, *document)
+    device = query.device.type
+    with torch.autocast(device, enabled=False):
+        if view.block_mask is not None:
+            output, lse = _by_blocks(query, key, value, view.block_mask, scaling, softcap)
+        else:
+            attend = _in_few_kernels(_by_tiles, device)
+            output, lse = attend(query, key, value, view, scaling, softcap)
+        slots = None if fed is None else (fed.key, fed.value, fed.slot)
+        biased = (view.own_bias, view.fused)
+        finish = _in_few_kernels(_with_own, device)
+        return finish(query, own, slots, *biased, output, lse, scaling, softcap, sinks)
+
+
+def _in_few_kernels(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The function compiled; as it is on a CPU, where that takes minutes, and inside of a compiled
+    layer, with which it is compiled.
+    """
+    alone = fuses_kernels(device) and not torch.compiler.is_compiling()
+    return _compiled(function) if alone else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled(function)
 
 
 def _by_tiles(
@@ -139,9 +171,7 @@ def _by_blocks(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The same by flex_attention."""
-    attend: Callable[..., Any] = flex_attention
-    if not torch.compiler.is_compiling():
-        attend = _in_few_kernels(flex_attention, query.device.type)
+    attend = _in_few_kernels(flex_attention, query.device.type)
     output, aux = attend(
         query,
         key,
@@ -155,18 +185,10 @@ def _by_blocks(
     return output.transpose(1, 2), aux.lse.transpose(1, 2)
 
 
-@cache
-def _in_few_kernels(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """The function in one or two kernels; on a CPU, where that takes minutes, as it is. Not to be
-    called inside of a compiled layer, with which the function is compiled.
-    """
-    return function if device == "cpu" else compiled(function)
-
-
 def _with_own(
     query: Tensor,
-    own_keys: Tensor,
-    own_values: Tensor,
+    own: tuple[Tensor, Tensor],
+    fed: tuple[Tensor, Tensor, Tensor | int] | None,
     own_bias: Tensor,
     fused: bool,
     output: Tensor,
@@ -175,11 +197,15 @@ def _with_own(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The documents' part, joined by the rollouts' own."""
+    """The documents' part, joined by the rollouts' own, once what is fed lies in its slots."""
+    if fed is not None:
+        put_into_slots(own, *fed)
     rows, heads, rollouts, _ = query.shape
     alone = query.transpose(1, 2).reshape(rows * rollouts, heads, 1, -1)
-    keys, values = own_keys.flatten(0, 1), own_values.flatten(0, 1)
-    own_output, own_lse = _attend(alone, keys, values, own_bias, fused, scaling, softcap)
+    keys, values = (part.flatten(0, 1).to(query.dtype) for part in own)
+    biased = (own_bias, fused, scaling, softcap)
+    attend = _attend if fused or not torch.compiler.is_compiling() else _attend_by_sums
+    own_output, own_lse = attend(alone, keys, values, *biased)
     own_output, own_lse = own_output.view(output.shape), own_lse.view(lse.shape)
     weight = torch.sigmoid(lse - own_lse)[..., None]
     if query.dtype == torch.float32:
@@ -189,6 +215,24 @@ def _with_own(
     if sinks is not None:
         joined = beside_sinks(joined, torch.logaddexp(lse, own_lse), sinks)
     return joined.to(query.dtype)
+
+
+def put_into_slots(
+    own: tuple[Tensor, Tensor], key: Tensor, value: Tensor, slot: Tensor | int
+) -> None:
+    """Write what is fed into one of all slots.
+
+    Args:
+        own: (B, m, H, O, E) and (B, m, H, O, F).
+        key, value, slot: see `Fed`.
+    """
+    states = [key.transpose(1, 2), value.transpose(1, 2)]
+    if isinstance(slot, int):
+        # One operator for both.
+        torch._foreach_copy_([slots.select(3, slot) for slots in own], states)
+        return
+    for slots, state in zip(own, states, strict=True):
+        slots.index_copy_(3, slot, state.unsqueeze(3).to(slots.dtype))
 
 
 def _attend(
@@ -218,6 +262,31 @@ def _attend(
         )
         return output.transpose(1, 2), lse.transpose(1, 2)
     return attend_plainly(query, key, value, bias, scaling, softcap)
+
+
+def _attend_by_sums(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    fused: bool,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`_attend` for a compiler: products of one query and a few keys are too small for a GPU's
+    matrix products, and a compiler merges sums with what comes before and after.
+    """
+    query = query.unflatten(1, (key.shape[1], -1))
+    # (B, H, r, Q, C, E) and (B, H, r, Q, C, F), which exist within a kernel only.
+    scores = (query.float().unsqueeze(4) * key.float()[:, :, None, None]).sum(dim=-1) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + bias[:, :, None]
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.unsqueeze(-1))
+    output = (weights.unsqueeze(-1) * value.float()[:, :, None, None]).sum(dim=-2)
+    output = output.to(value.dtype).flatten(1, 2)
+    return output.transpose(1, 2), lse.flatten(1, 2).transpose(1, 2)
 
 
 @cache

@@ -50,6 +50,8 @@ class StepViews:
         self._start, self._end, self._length = self._prefixes(layout)
         device = self._start.device
         self._slot = torch.arange(n_slots, device=device)
+        # By step, for layers without a window: the bias of each slot.
+        self._own_bias = (self._slot > self._slot[:, None]) * HIDDEN
         self._column = torch.arange(width, device=device)
         # By kind, (B, m): the first document column that a rollout sees in this step.
         self._low = {
@@ -88,15 +90,16 @@ class StepViews:
             anew: also what is the same in all steps.
         """
         for kind, view in self.by_kind.items():
-            hidden = (self._slot > step)[None, None, None]
-            if kind != FULL:
+            if kind == FULL:
+                torch.index_select(self._own_bias, 0, step, out=view.own_bias[0, 0])
+                if not anew:
+                    continue
+            else:
                 first = self.recipe.first_visible(kind, self._length + step)
                 early = self._length[..., None] + self._slot < first[..., None]
-                hidden = hidden | early.flatten(0, 1)[:, None, None]
+                hidden = (self._slot > step) | early.flatten(0, 1)
+                torch.mul(hidden[:, None, None], HIDDEN, out=view.own_bias)
                 torch.add(self._start, torch.minimum(first, self._length), out=self._low[kind])
-            torch.mul(hidden, HIDDEN, out=view.own_bias)
-            if kind == FULL and not anew:
-                continue
             for tile in view.tiles:
                 column = self._column[tile.columns]
                 of_tile = (slice(None), tile.rollouts, None)

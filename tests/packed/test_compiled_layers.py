@@ -190,6 +190,15 @@ def test_with_flex_attention_too() -> None:
     assert sampled_as_written("gemma3_text", "flex_attention", 2) == 1 + 2
 
 
+@pytest.mark.parametrize("kind", ["gemma2", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_what_only_a_gpu_compiles_samples_the_same(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in place of products, with bounds on the scores or sinks."""
+    monkeypatch.setattr("hf_ebft.packed.step_views.fused_attention_works", lambda: False)
+    assert sampled_as_written(kind, "eager", 2) >= 2
+
+
 def sampled_as_written(kind: str, attention: str, n_batches: int) -> int:
     """Compare rollouts of compiled layers with those of the layers as written, batch by batch.
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor.utils import run_and_get_code
 
 from hf_ebft.packed import drawing
 from hf_ebft.packed.drawing import (
@@ -20,6 +14,7 @@ from hf_ebft.packed.drawing import (
     token_probabilities,
     uniform_numbers,
 )
+from tests.support.inductor import sizes_written
 
 # Of float32 exponentials, as a share of the whole.
 ROUNDING = 1e-6
@@ -126,23 +121,13 @@ def test_a_sampler_on_a_gpu_draws_so(monkeypatch: pytest.MonkeyPatch) -> None:
     states = logits.view(2, 3, 90)
     expected = Sampler(0.7, 1.0, 4)(states, lambda rows: rows, uniform)
     monkeypatch.setattr(drawing, "_compiled_draw", lambda: compiled)
-    monkeypatch.setattr(drawing, "_draws_in_few_passes", lambda device: True)
+    monkeypatch.setattr(drawing, "fuses_kernels", lambda device: True)
     found = Sampler(0.7, 1.0, 4)(states, lambda rows: rows, uniform)
     assert [len(chunk) for chunk in calls] == [4, 2]
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-6)
     Sampler(0.7, 0.9, 4)(states, lambda rows: rows, uniform)
     assert len(calls) == 2
-
-
-def sizes_written(function: Callable[..., Any], *inputs: Any) -> tuple[Any, list[int]]:
-    """What a function returns that inductor has compiled, and the sizes of all that it writes."""
-    torch._dynamo.reset()
-    run = torch.compile(function, dynamic=False, fullgraph=True)
-    with torch._inductor.config.patch(fx_graph_cache=False):
-        found, (code,) = run_and_get_code(run, *inputs)
-    shapes = re.findall(r"= empty_strided_cpu\(\(([^)]*)\)", code)
-    return found, [math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in shapes]
 
 
 @pytest.mark.slow

@@ -112,6 +112,7 @@ def test_the_number_is_back_afterwards(make: Callable[[], nn.Module]) -> None:
     "architecture",
     [
         "deepseek_v32",  # keeps an index of its keys in the cache
+        "gemma4_text",  # keys and values of lower layers
         "gpt2",  # may take keys of an encoder
         "lfm2",  # convolutions with states
         "llama4_text",  # asks for the length

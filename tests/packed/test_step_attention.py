@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from hf_ebft.packed import step_attention
 from hf_ebft.packed.attention_functions import HIDDEN, attend_plainly
 from hf_ebft.packed.step_attention import DocumentTile, StepView, fused_attention_works
+from tests.support.inductor import sizes_written
 
 B, H, A, M, S, OWN, E = 2, 2, 6, 5, 11, 4, 16
 
@@ -86,6 +89,59 @@ def test_two_parts_equal_one(
     )
     expected = dense(query, document, own, biases, softcap, sinks)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_sums_in_place_of_products_attend_as_well(softcap: float | None) -> None:
+    """What a compiler gets for the rollouts' own keys."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(B * M, heads, tokens, width, generator=generator)
+        for heads, tokens, width in ((A, 1, E), (H, OWN, E), (H, OWN, 8))
+    )
+    bias = (torch.rand(B * M, 1, 1, OWN, generator=generator) < 0.5) * HIDDEN
+    parts = (query, key, value, bias)
+    found = step_attention._attend_by_sums(*parts, False, 0.3, softcap)
+    for ours, theirs in zip(found, attend_plainly(*parts, 0.3, softcap), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slot", [2, torch.tensor([2])], ids=["number", "tensor"])
+def test_what_is_fed_lies_in_its_slot_and_nowhere_else(
+    slot: int | Tensor, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(B, H, M, width, generator=generator) for width in (E, 8))
+    own = torch.ones(B, M, H, OWN, E, dtype=dtype), torch.ones(B, M, H, OWN, 8, dtype=dtype)
+    step_attention.put_into_slots(own, key, value, slot)
+    for slots, states in zip(own, (key, value), strict=True):
+        expected = torch.ones_like(slots)
+        expected[:, :, :, 2] = states.transpose(1, 2).to(dtype)
+        assert torch.equal(slots, expected)
+
+
+@pytest.mark.slow
+def test_compiled_it_writes_slots_in_place_and_products_of_queries_and_keys_nowhere() -> None:
+    """With many slots, of which one is written: no copy of them, and nothing larger than scores."""
+    slots, generator = 64, torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def own_part() -> tuple[tuple[Tensor, Tensor], list[Any]]:
+        generator.manual_seed(1)
+        own = random(B, M, H, slots, E), random(B, M, H, slots, E)
+        fed = random(B, H, M, E), random(B, H, M, E), torch.tensor([5])
+        documents = random(B, M, A, E), random(B, M, A)
+        return own, [fed, torch.zeros(1, 1, 1, slots), False, *documents, 0.3, None, None]
+
+    query, (own, rest), (other, same) = random(B, A, M, E), own_part(), own_part()
+    found, sizes = sizes_written(step_attention._with_own, query, own, *rest)
+    assert max(sizes) <= B * M * A * slots < own[0].numel()
+    expected = step_attention._with_own(query, other, *same)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(one, two) for one, two in zip(own, other, strict=True))
 
 
 def test_half_precision_loses_what_it_rounds_and_no_more(fused: bool) -> None:
