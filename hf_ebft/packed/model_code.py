@@ -83,8 +83,22 @@ def why_not_split(model: PreTrainedModel) -> str | None:
     if not calls_chosen_attention(model):
         return "its code does not leave attention to the chosen function"
     # It knows what sdpa knows, and takes it where it has to: no bound on the scores, no sinks.
+    if reason := why_not_sdpa(model):
+        return reason
     if not model._supports_sdpa:
         return "it does not support sdpa, whose place split attention takes"
+    return None
+
+
+def why_not_sdpa(model: PreTrainedModel) -> str | None:
+    """Why sdpa must not take the place of a model's attention, whatever the model's class says.
+
+    In transformers 5.17, Gemma 2 and VaultGemma hand the bound on their scores to sdpa, which
+    leaves it out; newer releases have no sdpa for them.
+    """
+    bound = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    if bound is not None:
+        return f"sdpa leaves out the bound on its scores (attn_logit_softcapping={bound:g})"
     return None
 
 

@@ -27,6 +27,7 @@ from hf_ebft.packed.model_code import (
     calls_chosen_attention,
     looks_at_block_masks,
     mask_functions,
+    why_not_sdpa,
     why_not_split,
 )
 from hf_ebft.packed.model_parts import active_adapter_configs, bare_model
@@ -345,7 +346,7 @@ def gather_facts(
     return AttentionFacts(
         device=device_type or ("cpu" if weights == "meta" else weights),
         before=config._attn_implementation or "eager",
-        supports_sdpa=bool(base._supports_sdpa),
+        supports_sdpa=bool(base._supports_sdpa) and why_not_sdpa(base) is None,
         takes_flex=bool(base._supports_flex_attn)
         and calls_chosen_attention(base)
         and not looks_at_block_masks(base),
@@ -394,6 +395,9 @@ def _log_choice(
 def _takes(base: PreTrainedModel, implementation: str, reasons: list[str]) -> bool:
     """Switch a model to an attention implementation, or say why it cannot be."""
     config = base.config.get_text_config(decoder=True)
+    if implementation == "sdpa" and (reason := why_not_sdpa(base)):
+        reasons.append(f"sdpa: {reason}")
+        return False
     if config._attn_implementation == implementation:
         return True
     if implementation == SPLIT and (reason := why_not_split(base)):

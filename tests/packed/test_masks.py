@@ -180,7 +180,7 @@ def test_a_mask_of_the_whole_row_is_logged_once(caplog: pytest.LogCaptureFixture
     ("model_type", "choice", "reason"),
     [
         ("falcon", "auto", "its code does not leave attention to the chosen function"),
-        ("gemma2", "auto", "it does not support sdpa"),
+        ("gemma2", "auto", "sdpa leaves out the bound on its scores"),
         ("gemma2", "eager", None),
         ("llama", "auto", None),
         ("llama", "sdpa", None),
@@ -196,13 +196,35 @@ def test_attention_that_cannot_be_split_is_logged(
     assert reason is None or f"cannot be split, since {reason}" in lines[0]
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
-def test_split_attention_is_refused_where_it_would_leave_something_out(model_type: str) -> None:
+@pytest.mark.parametrize("before", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ["gemma2", "vaultgemma"])
+def test_sdpa_does_not_leave_out_bounds_on_scores(
+    model_type: str, before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.17 has sdpa for these models, and ignores their bound there."""
+    model = tiny_model(model_type)
+    monkeypatch.setattr(type(model), "_supports_sdpa", True)
+    model.set_attn_implementation(before)
+    for choice in ("split", "sdpa"):
+        with pytest.raises(ValueError, match=r"sdpa leaves out the bound.*softcapping=50"):
+            PackedForward.for_model(model, choice)
+    assert PackedForward.for_model(model).recipe.implementation == "eager"
+    model.config.attn_logit_softcapping = None
+    assert PackedForward.for_model(model, "sdpa").recipe.implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("gemma2", "sdpa leaves out the bound"), ("gpt_oss", "it does not support sdpa")],
+)
+def test_split_attention_is_refused_where_it_would_leave_something_out(
+    model_type: str, reason: str
+) -> None:
     """A bound on the scores, or sinks. sdpa, which split attention falls back to, lacks them too.
 
     With sinks left out, the log-probabilities were wrong and nothing said so.
     """
-    with pytest.raises(ValueError, match=r"split: it does not support sdpa.*'eager'"):
+    with pytest.raises(ValueError, match=rf"split: {reason}.*'eager'"):
         PackedForward.for_model(tiny_model(model_type), "split")
 
 
