@@ -399,8 +399,8 @@ class StridedArguments:
         metadata={
             "help": "Rollout tokens whose activations exist at once, in training and in the "
             "feature network. More tokens are processed in chunks, with the same features and the "
-            "same gradient. Default: 1024 on a CPU, else 8192, and in training no more than 2^22 / "
-            "hidden_size (2048 for models of 2048)."
+            "same gradient. Default: 1024 on a CPU, else 8192, and in training no more than 2^23 / "
+            "hidden_size (4096 for models of 2048)."
         },
     )
 

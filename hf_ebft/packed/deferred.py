@@ -10,8 +10,10 @@ gradient alone and can wait.
    and at once backward again. The gradients of weights, keys and values are added up.
 3. The backward pass goes on through the documents.
 
-This computes what one pass over the whole row computes, with the activations of one chunk at a
-time.
+This computes what one pass over the whole row computes, with the activations of the documents and
+of one chunk at a time. On a GPU sampling keeps of its pass over the documents their keys, values
+and log-probabilities alone, and the pass is made again in step 3, so that activations of documents
+and of a chunk never exist together.
 
 Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, G rollout length.
 """
@@ -19,7 +21,7 @@ Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -41,7 +43,7 @@ from hf_ebft.packed.model_parts import checkpoints_activations
 from hf_ebft.packed.sampling import DocumentPass, Rollouts, SamplingRecord
 from hf_ebft.packed.targets import Targets, TokenLogProbs
 from hf_ebft.rows.chunks import block_chunks, tokens_with_gradient
-from hf_ebft.rows.layout import PackedLayout
+from hf_ebft.rows.layout import PackedLayout, PackedPart
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class TrainingPass:
         adds_to_grad: the backward pass is that of a training step, which adds gradients to `.grad`
             of the weights. Chunks then do so themselves, where nothing listens to the sum. Else two
             more gradients of all weights exist: the sum over chunks, and that of the latest one.
+        makes_documents_again: the pass over the documents is made again in the backward pass,
+            rather than kept from sampling, where both are the same; None: not on a CPU.
     """
 
     forward: PackedForward
@@ -64,6 +68,7 @@ class TrainingPass:
     chunk_size: int
     training_chunk_size: int | None
     adds_to_grad: bool = False
+    makes_documents_again: bool | None = None
 
     def document_targets(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
         """What the documents alone predict; None unless a batch is trained on chunk by chunk.
@@ -76,14 +81,21 @@ class TrainingPass:
         return Targets(layout.document_part, self.temperature, self.with_document, self.chunk_size)
 
     def targets_in_sampling(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
-        """`document_targets`, if sampling's pass over the documents can serve the gradient, too.
+        """`document_targets`, if sampling's pass over the documents can serve training, too.
 
         It cannot where training mode differs from evaluation mode, in which tokens are sampled, nor
         under DDP, which broadcasts the model's buffers before every pass.
         """
         targets = self.document_targets(model, layout)
-        kept = not isinstance(model, DistributedDataParallel)
-        return targets if targets and kept and not is_random_in_training(model) else None
+        if targets is None or not _same_in_sampling(model):
+            return None
+        return replace(targets, with_gradient=not self._documents_again(model, layout))
+
+    def _documents_again(self, model: nn.Module, layout: PackedLayout) -> bool:
+        again = self.makes_documents_again
+        if again is None:
+            again = layout.blocks.exists.device.type != "cpu"
+        return again and _same_in_sampling(model)
 
     def log_probs(
         self, model: nn.Module, rollouts: Rollouts, record: SamplingRecord | None = None
@@ -109,22 +121,33 @@ class TrainingPass:
         # Nobody may change the tokens between the loss and its backward pass.
         rollouts = record.rollouts if record else rollouts.with_tokens(rollouts.tokens.clone())
         documents = record.document_pass if record else None
-        if documents is None or (self.with_document and documents.log_probs.document is None):
-            cache = self.forward.new_cache()
-            log_probs = self._packed(model, rollouts, part=targets.part, cache=cache)
-            documents = DocumentPass(log_probs, states_in(cache))
+        read_documents = partial(self._read_documents, model, rollouts, targets.part)
+        if documents is None or (documents.log_probs.document is None) == self.with_document:
+            with torch.set_grad_enabled(not self._documents_again(model, rollouts.layout)):
+                documents = read_documents()
         weights = [weight for weight in model.parameters() if weight.requires_grad]
+        adds_to_grad = self.adds_to_grad and not _somebody_listens(model, weights)
+        if not documents.log_probs.rollout.requires_grad:
+            tensors = _PassAgain.apply(read_documents, adds_to_grad, documents.tensors, *weights)
+            documents = documents.with_tensors(tensors)
         passes = _RolloutPasses(
             rollouts,
             self._chunks(rollouts.layout),
             partial(self._score_rollouts, _unwrapped(model)),
-            self.adds_to_grad and not _somebody_listens(model, weights),
+            adds_to_grad,
         )
         states = documents.states
         later = record.log_probs[..., 1:] if record else passes.values(states)
         later = _Deferred.apply(later, passes, len(states), *states, *weights)
         first = documents.log_probs.rollout
         return TokenLogProbs(torch.cat([first, later], dim=-1), documents.log_probs.document)
+
+    def _read_documents(
+        self, model: nn.Module, rollouts: Rollouts, part: PackedPart
+    ) -> DocumentPass:
+        cache = self.forward.new_cache()
+        log_probs = self._packed(model, rollouts, part=part, cache=cache)
+        return DocumentPass(log_probs, states_in(cache))
 
     def _score_rollouts(
         self, model: nn.Module, rollouts: Rollouts, states: Sequence[Tensor]
@@ -173,6 +196,11 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
         and not (model.training and forward.noise_per_pass)
         and not any(weight._backward_hooks for weight in model.parameters())
     )
+
+
+def _same_in_sampling(model: nn.Module) -> bool:
+    """Whether a pass of training is one of sampling, with gradient."""
+    return not isinstance(model, DistributedDataParallel) and not is_random_in_training(model)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -246,7 +274,7 @@ class _Deferred(torch.autograd.Function):
         for chunk in passes.chunks:
             with torch.enable_grad():
                 log_probs = passes.log_probs(chunk, states)
-            add(totals, log_probs, d_log_probs[:, :, chunk], inputs)
+            add(totals, [log_probs], [d_log_probs[:, :, chunk]], inputs)
         if passes.adds_to_grad:
             # Of the weights, nothing is left to return.
             totals = [state.grad for state in states if state.requires_grad]
@@ -255,18 +283,53 @@ class _Deferred(torch.autograd.Function):
         return None, None, None, *(next(of_inputs) if wants else None for wants in wanted)
 
 
+class _PassAgain(torch.autograd.Function):
+    """A known pass over the documents as a function of the weights, made again for its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        read_documents: Callable[[], DocumentPass],
+        adds_to_grad: bool,
+        known: Sequence[Tensor],
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.read_documents, ctx.adds_to_grad = read_documents, adds_to_grad
+        ctx.save_for_backward(*weights)
+        return tuple(tensor.detach() for tensor in known)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weights = list(ctx.saved_tensors)
+        with torch.enable_grad():
+            found = ctx.read_documents().tensors
+        pairs = zip(found, gradients, strict=True)
+        outputs, d_outputs = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        totals: list[Tensor | None] = [None] * len(weights)
+        add = _add_to_grad if ctx.adds_to_grad else _add_to_totals
+        add(totals, outputs, d_outputs, weights)
+        return None, None, None, *totals
+
+
 def _add_to_grad(
-    _totals: list[Tensor | None], output: Tensor, gradient: Tensor, inputs: list[Tensor]
+    _totals: list[Tensor | None],
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    inputs: list[Tensor],
 ) -> None:
     """Add the inputs' gradients to their `.grad`, one by one as they are found."""
-    torch.autograd.backward(output, gradient, inputs=inputs)
+    torch.autograd.backward(outputs, gradients, inputs=inputs)
 
 
 def _add_to_totals(
-    totals: list[Tensor | None], output: Tensor, gradient: Tensor, inputs: list[Tensor]
+    totals: list[Tensor | None],
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    inputs: list[Tensor],
 ) -> None:
     """Add the inputs' gradients to the totals."""
-    found = torch.autograd.grad(output, inputs, gradient, allow_unused=True)
+    found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
     # One by one, so that earlier totals go as new ones come.
     for index, new in enumerate(found):
         totals[index] = _sum(totals[index], new)

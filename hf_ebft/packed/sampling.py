@@ -6,6 +6,7 @@ vocabulary, Q tokens of a row that are continued, N rows of logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from hf_ebft.rows.layout import PackedLayout, PackedPart, beyond
 
 @dataclass(frozen=True)
 class DocumentPass:
-    """A forward pass over the documents, with gradient.
+    """A forward pass over the documents, with gradient or without.
 
     Attributes:
         log_probs: of the rollouts' first tokens, (B, n, K, 1), and of the documents if asked for.
@@ -32,6 +33,18 @@ class DocumentPass:
 
     log_probs: TokenLogProbs
     states: list[Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of it, in a fixed order."""
+        document = self.log_probs.document
+        return [self.log_probs.rollout, *([] if document is None else [document]), *self.states]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> DocumentPass:
+        """The same pass with other `tensors`."""
+        first, *others = tensors
+        document = None if self.log_probs.document is None else others.pop(0)
+        return DocumentPass(TokenLogProbs(first, document), others)
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,8 @@ class SamplingRecord:
         temperature: of the sampling.
         policy: the model that sampled.
         weight_versions: of the policy's weights, see `weight_versions`.
-        document_pass: the pass over the documents, if it was to be kept. Its graph serves one
-            backward pass.
+        document_pass: the pass over the documents, if it was to be kept. Its graph, if it has one,
+            serves one backward pass.
     """
 
     rollouts: Rollouts
@@ -179,8 +192,8 @@ def sample_with_record(
         top_p: nucleus mass; 1.0 keeps the whole distribution.
         chunk_size: rows of logits that exist at once.
         generator: source of randomness, on the model's device.
-        targets: of the documents, to be scored with gradient in the pass over them that sampling
-            makes anyway; the pass is kept. In evaluation mode, like all of it.
+        targets: of the documents, to be scored in the pass over them that sampling makes anyway;
+            the pass is kept. In evaluation mode, like all of it.
 
     Returns:
         The rollouts, and what can serve a training pass over them.
@@ -245,7 +258,7 @@ def _first_tokens(
             found += targets.score(tokens, states, to_logits)
         return found
 
-    with torch.set_grad_enabled(targets is not None):
+    with torch.set_grad_enabled(targets is not None and targets.with_gradient):
         found = forward.through_head(
             model, text, part, part.index_of[kept.places], first_tokens, cache=cache
         )

@@ -99,6 +99,7 @@ class Targets:
         with_document: whether the document's tokens are among them.
         chunk_size: rows of logits that exist at once.
         compiler: compiles what is computed of a chunk; None: nothing does.
+        with_gradient: whether a pass over them in sampling is to have a gradient.
     """
 
     part: PackedPart
@@ -106,6 +107,7 @@ class Targets:
     with_document: bool
     chunk_size: int
     compiler: CompileOptions | None = None
+    with_gradient: bool = True
 
     @cached_property
     def kept(self) -> KeptPlaces:

@@ -19,10 +19,10 @@ ON_CPU = 1024
 WITHOUT_GRADIENT = 8192
 # With a gradient: numbers of the hidden states of a chunk (its tokens times their width H). A layer
 # takes about 72 * H floating point operations for each, forward and backward, and launches about a
-# hundred operators of ten microseconds. At 400 TFLOP/s the two take as long where H is 1500: with
-# fewer numbers wider models would wait for launches, too. With more, the activations of a chunk
-# would outgrow those of the documents.
-NUMBERS_WITH_GRADIENT = 2**22
+# hundred operators of ten microseconds. At 400 TFLOP/s the two take as long with 2^22 numbers where
+# H is 1500; with twice as many nothing waits for launches from there on, and their activations are
+# about those of the documents of a batch.
+NUMBERS_WITH_GRADIENT = 2**23
 
 
 def tokens_without_gradient(device: torch.device) -> int:

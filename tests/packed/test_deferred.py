@@ -9,6 +9,7 @@ Dimension letters: B rows of the batch, n samples, K blocks, G rollout length, S
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from hf_ebft import EBFTTrainer, Rollouts
 from hf_ebft.packed.deferred import TrainingPass, can_defer
 from hf_ebft.packed.forward import PackedForward, is_random_in_training
+from hf_ebft.packed.sampling import make_generator, sample_with_record
 from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
@@ -79,6 +81,101 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "one token": {"generate_max_len": 1},
     "in parts": {"rollout_batch_size": 1},
 }
+
+
+@pytest.fixture
+def documents_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers make the pass over the documents again in the backward pass, as on a GPU."""
+    again = functools.partial(TrainingPass, makes_documents_again=True)
+    monkeypatch.setattr("hf_ebft.training.steps.TrainingPass", again)
+
+
+@pytest.mark.parametrize("trainer_class", [EBFTTrainer, PrefixRollouts])
+@pytest.mark.parametrize(
+    "settings", [{}, {"ce_coef": 0.3}, {"rollout_batch_size": 1, "kl_coef": 0.2}]
+)
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("in_training_step", [False, True])
+@pytest.mark.usefixtures("documents_again")
+def test_documents_made_again_give_the_gradient_of_the_whole_row(
+    batch: Any,
+    settings: dict[str, Any],
+    trainer_class: type[EBFTTrainer],
+    in_training_step: bool,
+    tmp_path: Path,
+) -> None:
+    def run(chunk: int) -> dict[str, Tensor]:
+        args = config(tmp_path, training_chunk_size=chunk, **settings)
+        trainer = trainer_class(tiny_llama(), args)
+        if not in_training_step:
+            return gradients(trainer, batch())[1]
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.training_step(trainer.model, batch())
+        return gradient_of(trainer.model)
+
+    assert_same_tensors(run(13), run(WHOLE), relative=ROUNDING)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "head", "last layer", "embeddings", "values"])
+@pytest.mark.usefixtures("documents_again")
+def test_whatever_is_trained_gets_its_gradient_from_documents_made_again(
+    trainable: str, tmp_path: Path
+) -> None:
+    test_whatever_is_trained_gets_its_gradient(trainable, tmp_path)
+
+
+@pytest.mark.usefixtures("documents_again")
+def test_documents_made_again_are_computed_twice_and_kept_never(tmp_path: Path) -> None:
+    model = tiny_llama()
+    trainer = EBFTTrainer(model, config(tmp_path, training_chunk_size=6, ce_coef=0.1))
+    counts = CountTokens(trainer.model)
+    loss, outputs = trainer.compute_loss(trainer.model, ragged(), return_outputs=True)
+    documents = outputs.rollouts.layout.documents.input_ids.numel()
+    rollouts = outputs.rollouts.tokens[..., 1:].numel()
+    assert (counts.without, counts.with_gradient) == (documents + rollouts, 0)
+    loss.backward()
+    assert (counts.without, counts.with_gradient) == (documents + rollouts, documents + rollouts)
+
+
+def test_activations_of_documents_and_chunks_never_exist_together() -> None:
+    """Where the documents' pass is made again: with half of the row in the documents, half of the
+    peak.
+    """
+    model = tiny_llama(hidden_size=16, intermediate_size=512).train()
+    forward = PackedForward.for_model(model, "split")
+    documents = Documents.from_inputs(batch_of(texts(96)))
+    blocks = find_blocks(documents, stride=8, context_length=3, generate_max_len=4)
+    layout = PackedLayout(documents, blocks, n_samples=6, length=4)
+    options: dict[str, Any] = {"temperature": 1.0, "with_document": False, "chunk_size": 100}
+
+    def peak(again: bool) -> int:
+        training_pass = TrainingPass(
+            forward,
+            training_chunk_size=110,
+            adds_to_grad=True,
+            makes_documents_again=again,
+            **options,
+        )
+
+        def step() -> None:
+            targets = training_pass.targets_in_sampling(model, layout)
+            assert targets is not None and targets.with_gradient != again
+            rollouts, record = sample_with_record(
+                model,
+                forward,
+                layout,
+                temperature=1.0,
+                top_p=1.0,
+                chunk_size=100,
+                generator=make_generator(torch.device("cpu"), 0),
+                targets=targets,
+            )
+            training_pass.log_probs(model, rollouts, record).rollout.sum().backward()
+
+        step()
+        return peak_bytes(step, torch.device("cpu"))
+
+    assert peak(True) < 0.65 * peak(False)
 
 
 @pytest.mark.parametrize("trainer_class", [EBFTTrainer, PrefixRollouts])

@@ -57,5 +57,5 @@ def test_tokens_of_a_chunk_where_nothing_is_set() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert tokens_without_gradient(cpu) == tokens_with_gradient(cpu, 2048) == 1024
     assert tokens_without_gradient(cuda) == 8192
-    widths = (256, 576, 2048, 4096)
-    assert [tokens_with_gradient(cuda, width) for width in widths] == [8192, 7281, 2048, 1024]
+    widths = (576, 1536, 2048, 4096)
+    assert [tokens_with_gradient(cuda, width) for width in widths] == [8192, 5461, 4096, 2048]
