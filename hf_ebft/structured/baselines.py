@@ -1,4 +1,4 @@
-"""What TRL's trainers subtract from rewards, and which of their settings change an advantage."""
+"""Checks TRL's trainers: the baseline that they subtract, and settings that change advantages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _OF_EQUATION = "the advantages are then not those of the paper (eq. 94)"
 
 
 def check_trainer(trainer: Any, baseline: Baseline) -> None:
-    """Look at the trainer that a reward function works for.
+    """Check the trainer that calls a reward function.
 
-    Settings that change the advantages are logged as a warning, since they may be meant.
+    Settings that change the advantages are logged as a warning, since they may be intended.
 
     Args:
-        trainer: one of TRL's; others, and None, pass.
-        baseline: what the reward function has been made for.
+        trainer: one of TRL's trainers; other objects, and None, are not checked.
+        baseline: the baseline that the reward function assumes.
 
     Raises:
         ValueError: the trainer subtracts another baseline.
@@ -42,7 +42,7 @@ def check_trainer(trainer: Any, baseline: Baseline) -> None:
 def _require(given: Baseline, own: Baseline, name: str) -> None:
     if given != own:
         raise ValueError(
-            f"trainer_baseline={given!r} does not fit {name}, which subtracts {own}: its "
+            f"trainer_baseline={given!r} does not fit {name}, which subtracts {own}, so its "
             f"advantages would be scaled. Give FeatureMatchingReward trainer_baseline={own!r}."
         )
 

@@ -1,23 +1,23 @@
-"""Which column of a data set holds the ground truth."""
+"""Finds the column of a data set with the ground truth."""
 
 from __future__ import annotations
 
 from typing import Any
 
 GROUND_TRUTH_COLUMNS = ("ground_truth", "completion", "answer")
-# TRL hands the other columns of the dataset to reward functions, but not this one.
+# TRL passes the other columns of the dataset to reward functions, but not this one.
 WITHHELD_COLUMN = "completion"
 
 
 def ground_truth_column(columns: Any, wanted: str | None) -> str:
-    """The column with the ground truth.
+    """The name of the column with the ground truth.
 
     Args:
-        columns: names of the columns there are.
-        wanted: the one that was asked for, or None.
+        columns: names of the existing columns.
+        wanted: the name that the user gave, or None.
 
     Raises:
-        ValueError: there is none, or more than one to choose from.
+        ValueError: there is no such column, or several are possible.
     """
     names = sorted(columns)
     if wanted is not None:
@@ -32,12 +32,12 @@ def ground_truth_column(columns: Any, wanted: str | None) -> str:
         return found[0]
     if found:
         raise ValueError(
-            f"The columns {', '.join(found)} may all hold the ground truth; say which by "
+            f"The columns {', '.join(found)} may all hold the ground truth; choose one with "
             "ground_truth_column."
         )
     raise ValueError(
-        f"None of the columns {names} holds the ground truth; name one of them "
-        f"{' or '.join(GROUND_TRUTH_COLUMNS)}, or say which by ground_truth_column."
+        f"None of the columns {names} holds the ground truth; rename one of them to "
+        f"{' or '.join(GROUND_TRUTH_COLUMNS)}, or name it in ground_truth_column."
         + _about_withheld(WITHHELD_COLUMN)
     )
 
@@ -46,6 +46,6 @@ def _about_withheld(name: str) -> str:
     if name != WITHHELD_COLUMN:
         return ""
     return (
-        f" (TRL keeps a column called {WITHHELD_COLUMN!r} from reward functions: rename it where "
-        "FeatureMatchingReward is used on its own.)"
+        f" (TRL does not pass a column called {WITHHELD_COLUMN!r} to reward functions: rename it "
+        "if you use FeatureMatchingReward without EBFTGRPOTrainer.)"
     )

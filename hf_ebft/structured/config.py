@@ -1,4 +1,4 @@
-"""What a user may set in structured mode: `trl.GRPOConfig` plus the settings of EBFT."""
+"""The settings of structured mode: `trl.GRPOConfig` plus the settings of EBFT."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hf_ebft.structured.vllm.settings import VLLMServerArguments
 
 @dataclass
 class StructuredArguments:
-    """Where the ground truth is found, how sequences are embedded, how long completions may be."""
+    """The ground-truth column, the embedding of sequences, and limits for feature passes."""
 
     embed_method: EmbedMethod = field(
         default="last_token",
         metadata={
-            "help": "How the token features of prompt + completion become one embedding: "
+            "help": "How the token features of prompt + completion are pooled into one embedding: "
             "'last_token', 'completion_mean' (mean over the completion), 'mean_pooling' (mean over "
             "prompt and completion) or 'concat' (tokens at 25, 50 and 75 % of the whole)."
         },
@@ -70,9 +70,9 @@ class StructuredArguments:
 
 @dataclass
 class StructuredSettings(StructuredArguments, FeatureMatchingArguments):
-    """Every setting of feature-matching rewards on sequences, without TRL's.
+    """Every setting of feature-matching rewards on sequences, without TRL's settings.
 
-    An `EBFTGRPOConfig` is one; `FeatureMatchingReward` on its own makes one from its options.
+    `EBFTGRPOConfig` is a subclass; `FeatureMatchingReward` alone makes one from its options.
     """
 
     def validate_for(self, n_samples: int, n_samples_name: str) -> None:
@@ -97,8 +97,8 @@ class StructuredSettings(StructuredArguments, FeatureMatchingArguments):
             )
         if self.advantage_estimator == "fitted":
             raise ValueError(
-                "advantage_estimator='fitted' gives every token an advantage of its own, and "
-                "structured mode hands TRL one for each completion; use 'rloo' or 'group_norm'."
+                "advantage_estimator='fitted' gives every token its own advantage, but structured "
+                "mode passes TRL one advantage for each completion; use 'rloo' or 'group_norm'."
             )
         if self.advantage_estimator == "reinforce":
             raise ValueError(
@@ -107,8 +107,8 @@ class StructuredSettings(StructuredArguments, FeatureMatchingArguments):
             )
         if self.alignment_coef == 0 and self.diversity_coef == 0:
             raise ValueError(
-                "alignment_coef=0 and diversity_coef=0 make every reward 0: nothing to learn from. "
-                "Raise one of these."
+                "alignment_coef=0 and diversity_coef=0 make every reward 0, so there is nothing to "
+                "learn from; set one of them above 0."
             )
         if self.use_whitening and self.whitening_space == "corpus":
             raise ValueError(
@@ -121,22 +121,22 @@ class StructuredSettings(StructuredArguments, FeatureMatchingArguments):
 def refuse_groups_that_do_not_sum_to_zero(
     settings: FeatureMatchingArguments, n_samples: int, n_samples_name: str
 ) -> None:
-    """Refuse the one case in which TRL's group mean would change an advantage.
+    """Raise for the only case in which TRL's group mean would change an advantage.
 
     Raises:
-        ValueError: two completions with a diversity term.
+        ValueError: groups of two completions with a diversity term.
     """
     if n_samples == 2 and settings.advantage_estimator == "rloo" and settings.diversity_coef > 0:
         raise ValueError(
-            f"{n_samples_name}=2 with diversity_coef={settings.diversity_coef}: the diversity of a "
-            "pair is one and the same number for both, its leave-one-out baseline (paper, eq. 94) "
-            "is 0, and the group mean that TRL subtracts would remove the penalty without a trace. "
-            f"Advantages sum to zero, and so pass TRL unchanged, for 3 or more completions: set "
+            f"{n_samples_name}=2 with diversity_coef={settings.diversity_coef}: both completions "
+            "of a pair have the same diversity, whose leave-one-out baseline (paper, eq. 94) is 0. "
+            "TRL subtracts the group mean, which would remove the penalty completely. With 3 or "
+            "more completions, advantages sum to zero, and TRL does not change them: set "
             f"{n_samples_name} to 3 or more (the paper uses 4), or diversity_coef=0."
         )
 
 
-# Keys of TRL's `generation_kwargs` that a field of the configuration, or TRL itself, decides.
+# Keys of TRL's `generation_kwargs` that a field of the configuration, or TRL itself, sets.
 DECIDED_BY_FIELD = {
     "max_new_tokens": "max_completion_length",
     "max_length": "max_completion_length",
@@ -159,20 +159,20 @@ class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a tra
     """`trl.GRPOConfig` plus the settings of EBFT on prompts with ground-truth completions.
 
     > [!NOTE]
-    > Different from `GRPOConfig`: `scale_rewards` defaults to `"none"`. Feature matching hands TRL
-    > finished advantages; dividing them by the standard deviation of their group would be another
-    > estimator, which exists by its own name: `advantage_estimator="group_norm"`.
-    > After the paper's released configurations, `learning_rate` is 1e-6, or 1e-5 for adapters
-    > (GRPO: 1e-6 for both), `lr_scheduler_type` is `"constant_with_warmup"` (`"linear"`) with
-    > `warmup_steps` 0.03 (0), a share of the steps, and `adam_beta2` is 0.95 (0.999).
+    > These defaults differ from `GRPOConfig`. `scale_rewards` is `"none"`: feature matching passes
+    > TRL finished advantages, and dividing them by the standard deviation of their group would be
+    > another estimator (`advantage_estimator="group_norm"`). As in the paper's released
+    > configurations, `learning_rate` is 1e-6, or 1e-5 for adapters (instead of 1e-6 for both),
+    > `lr_scheduler_type` is `"constant_with_warmup"` (instead of `"linear"`), `warmup_steps` is
+    > 0.03, a share of all steps (instead of 0), and `adam_beta2` is 0.95 (instead of 0.999).
     """
 
     scale_rewards: str = field(
         default="none",
         metadata={
-            "help": "Must stay off ('none' or False): feature matching hands TRL finished "
-            "advantages. For advantages over the group's standard deviation, set "
-            "advantage_estimator to 'group_norm'."
+            "help": "Must stay off ('none' or False), since feature matching passes TRL finished "
+            "advantages. To divide advantages by the group's standard deviation, set "
+            "advantage_estimator='group_norm'."
         },
     )
     adaptive_max_tokens: bool = field(
@@ -200,8 +200,8 @@ class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a tra
                 f"{error} A generation batch is per_device_train_batch_size="
                 f"{self.per_device_train_batch_size} times processes times steps_per_generation "
                 f"(default: gradient_accumulation_steps={self.gradient_accumulation_steps}), and "
-                f"holds whole groups of num_generations={self.num_generations} completions: change "
-                "one of these."
+                f"must consist of whole groups of num_generations={self.num_generations} "
+                "completions: change one of these."
             ) from error
         self.validate()
 
@@ -219,14 +219,15 @@ class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a tra
         evaluated = self.num_generations_eval
         if evaluated is not None and evaluated < 2:
             raise ValueError(
-                f"num_generations_eval={evaluated} has no pairs of completions to estimate the CFM "
-                "loss from; set it to 2 or more, or leave it unset for num_generations."
+                f"num_generations_eval={evaluated} gives no pairs of completions, from which the "
+                "CFM loss is estimated; set it to 2 or more, or leave it unset to use "
+                "num_generations."
             )
         if self.scale_rewards != "none":
             raise ValueError(
                 f"scale_rewards={self.scale_rewards!r} would divide finished advantages by a "
-                "standard deviation, so that the gradient is no longer the one asked for. Leave it "
-                "at 'none'; for advantages over the group's standard deviation, set "
+                "standard deviation, so the gradient would not be that of advantage_estimator. "
+                "Leave it at 'none'; to divide by the group's standard deviation, set "
                 "advantage_estimator='group_norm'."
             )
         if self.multi_objective_aggregation != "sum_then_normalize":
@@ -245,8 +246,8 @@ class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a tra
             )
         if not _is_positive(self.gt_length_multiplier):
             raise ValueError(
-                f"gt_length_multiplier={self.gt_length_multiplier!r} must be a number above 0: "
-                "tokens to generate for each token of the longest ground truth."
+                f"gt_length_multiplier={self.gt_length_multiplier!r} must be a number above 0: it "
+                "is the limit of completions, as a multiple of the longest ground truth."
             )
         if self.max_completion_length is None or self.max_completion_length < 1:
             raise ValueError(
@@ -255,7 +256,7 @@ class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a tra
             )
 
     def _refuse_what_trl_ignores(self) -> None:
-        """Raise for fields that would have no effect, or one on sampling alone."""
+        """Raise for fields that TRL would ignore or that would affect sampling only."""
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} would have no effect: "
@@ -264,9 +265,9 @@ class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a tra
             )
         if self.neftune_noise_alpha:
             raise ValueError(
-                f"neftune_noise_alpha={self.neftune_noise_alpha} draws new noise in sampling and "
-                "in every forward pass of the loss, so that log-probs would be those of another "
-                "policy than the one that sampled. Leave it unset."
+                f"neftune_noise_alpha={self.neftune_noise_alpha} adds new noise in sampling and in "
+                "every forward pass of the loss, so log-probs would belong to another policy than "
+                "the one that sampled. Leave it unset."
             )
         if self.data_seed is not None:
             raise ValueError(
@@ -296,12 +297,12 @@ class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a tra
                 )
 
     def _refuse_generation_kwargs(self) -> None:
-        """Raise for keys of `generation_kwargs` that would be overwritten, or break completions."""
+        """Raise for keys of `generation_kwargs` that would be overwritten or change completions."""
         for name, value in cast("dict[str, Any]", self.generation_kwargs or {}).items():
             given = f"generation_kwargs={{{name!r}: {value!r}}}"
             if name in DECIDED_BY_FIELD:
                 raise ValueError(
-                    f"{given} is decided by the field {DECIDED_BY_FIELD[name]}; set that one."
+                    f"{given} is set by the field {DECIDED_BY_FIELD[name]}; set that field instead."
                 )
             if name in DECIDED_BY_TOKENIZER:
                 raise ValueError(
@@ -310,9 +311,8 @@ class EBFTGRPOConfig(  # type: ignore[misc]  # learning_rate is None until a tra
                 )
             if (name == "do_sample" and not value) or (name == "num_beams" and value != 1):
                 raise ValueError(
-                    f"{given} does not sample from the policy, so that the completions of a group "
-                    "would hardly differ and their log-probs would not be the policy's. Leave it "
-                    "out."
+                    f"{given} does not sample from the policy: the completions of a group would "
+                    "hardly differ, and their log-probs would not be the policy's. Leave it out."
                 )
 
 

@@ -1,7 +1,7 @@
 """Cross-entropy of ground-truth completions, teacher-forced.
 
-Dimension letters: B rows, L tokens of a row, P places whose logits are kept, T targets in all rows,
-V vocabulary.
+Dimension letters: B rows, L tokens of a row, P positions whose logits are kept, T targets in all
+rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.structured.encoding import Example
 
-# Rows of logits that exist in float32 at once.
+# Number of tokens whose logits exist in float32 at once.
 CHUNK_SIZE = 1024
 
 
@@ -25,14 +25,14 @@ def ground_truth_nll(
 ) -> Tensor:
     """Mean of -log p over the targets of each ground truth, at temperature 1.
 
-    One forward pass of the wrapped policy, padded on the right; logits are computed from the
-    shortest prompt on.
+    One forward pass of the wrapped policy, padded on the right. Logits are computed from the end of
+    the shortest prompt on.
 
     Args:
         model: the wrapped policy.
-        bare: the policy without wrappers, to read its signature from.
-        examples: B of them.
-        device: the policy's.
+        bare: the policy without wrappers, whose signature is read.
+        examples: B prompts with ground truths.
+        device: the policy's device.
 
     Returns:
         (B,) float32, with gradient.

@@ -1,4 +1,4 @@
-"""Data sets of prompts and ground truths: accepted, renamed and checked before training starts."""
+"""Checks data sets of prompts and ground truths before training, and renames their columns."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hf_ebft.structured.columns import WITHHELD_COLUMN, ground_truth_column
 if TYPE_CHECKING:
     from hf_ebft.structured.config import EBFTGRPOConfig
 
-# What the ground truth is called while training, if TRL withholds its own column.
+# Name of the ground-truth column during training, if TRL does not pass on its own name.
 GROUND_TRUTH = "ground_truth"
 
-# Columns that stand for something elsewhere, and that structured mode cannot honour.
+# Columns that have a meaning elsewhere but cannot be used in structured mode.
 _OF_TOKENS = (
-    "marks tokens of a tokenized row, and structured mode tokenizes prompt and answer itself"
+    "marks tokens of a tokenized row, but structured mode tokenizes prompt and answer itself"
 )
-_BY_ROLLOUTS = "is what a rollout function hands to the reward, not a column of the dataset"
-_ARGUMENT = "is an argument that TRL itself gives to reward functions"
-_IMAGES = "holds images, and the feature network reads text only"
+_BY_ROLLOUTS = "is passed to the reward by a rollout function and cannot be a column of the dataset"
+_ARGUMENT = "is an argument that TRL itself passes to reward functions"
+_IMAGES = "holds images, but the feature network reads text only"
 REFUSED_COLUMNS: Mapping[str, str] = {
     "assistant_masks": _OF_TOKENS,
     "attention_mask": _OF_TOKENS,
@@ -39,7 +39,7 @@ REFUSED_COLUMNS: Mapping[str, str] = {
     "log_metric": _ARGUMENT,
     "prompts": _ARGUMENT,
     "rollout_prompt_ids": _BY_ROLLOUTS,
-    "tools": "holds tools, which would not reach the prompt; render them into it",
+    "tools": "holds tools, which would not be rendered into the prompt; render them yourself",
     "trainer_state": _ARGUMENT,
 }
 
@@ -47,20 +47,23 @@ REFUSED_COLUMNS: Mapping[str, str] = {
 def prepare_dataset(
     dataset: Any, args: EBFTGRPOConfig, name: str, wanted: str | None = None
 ) -> tuple[str, Any]:
-    """The column of the ground truth, and the dataset with it under a name that TRL passes on.
+    """Find the ground-truth column, and give it a name that TRL passes to rewards.
 
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset`, or a list of rows as dictionaries.
-        args: with `ground_truth_column`.
-        name: of the dataset, for messages.
-        wanted: what the column is to be called; default: what it is called, if TRL passes that on.
+        args: the configuration, with `ground_truth_column`.
+        name: name of the dataset, for messages.
+        wanted: new name of the column. Default: its own name, if TRL passes that on.
+
+    Returns:
+        The name of the column, and the dataset.
 
     Raises:
-        ValueError: no rows, a column that is missing or cannot be honoured, or a row of a list
-            that is no dictionary of texts.
+        ValueError: there are no rows, a column is missing or cannot be used, or a row of a list is
+            not a dictionary of texts.
     """
     if dataset is None:
-        raise ValueError(f"{name} is missing: EBFT learns from prompts and their ground truths.")
+        raise ValueError(f"{name} is missing: EBFT needs prompts with ground truths; pass it.")
     if isinstance(dataset, (list, tuple)):
         dataset = _from_rows(dataset, name)
     columns = _columns(dataset, name)
@@ -77,17 +80,17 @@ def prepare_dataset(
         return column, dataset
     if wanted in columns:
         raise ValueError(
-            f"{name}: the column {column!r} has to be called {wanted!r} while training (TRL keeps "
-            f"{WITHHELD_COLUMN!r} from rewards, and all datasets need one name), but that name is "
-            "taken; remove one of the two columns."
+            f"{name}: the column {column!r} must be renamed to {wanted!r} for training (TRL does "
+            f"not pass {WITHHELD_COLUMN!r} to rewards, and all datasets need the same name), but "
+            "there is a column of that name already; remove one of the two."
         )
     return wanted, dataset.rename_column(column, wanted)
 
 
 def _refuse_rows_without(dataset: Any, column: str, name: str) -> None:
-    """Raise for rows without a prompt or a ground truth, before one of them is drawn.
+    """Raise, before training, if a row has no prompt or no ground truth.
 
-    Rows of a stream are not known yet.
+    Rows of a stream cannot be checked in advance.
     """
     if not isinstance(dataset, Sized):
         return
@@ -102,13 +105,13 @@ def _refuse_rows_without(dataset: Any, column: str, name: str) -> None:
             listed = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             raise ValueError(
                 f"{name}: {len(missing)} of {len(dataset)} rows have no text and no messages in "
-                f"{wanted!r}: {listed} (row {missing[0]} has {first!r}). Fill them in, or take "
-                f"them out: dataset.filter(lambda row: row[{wanted!r}])."
+                f"{wanted!r}: {listed} (row {missing[0]} has {first!r}). Fill them in, or remove "
+                f"them: dataset.filter(lambda row: row[{wanted!r}])."
             )
 
 
 def prepare_evaluation(dataset: Any, args: EBFTGRPOConfig, column: str) -> Any:
-    """`prepare_dataset` for an evaluation set, or a dictionary of them; None and names stay."""
+    """Call `prepare_dataset` on an evaluation set, or on each of a dictionary; None stays None."""
     if dataset is None or isinstance(dataset, str):
         return dataset
     if isinstance(dataset, dict):
@@ -120,48 +123,47 @@ def prepare_evaluation(dataset: Any, args: EBFTGRPOConfig, column: str) -> Any:
 
 
 def refuse_too_few_prompts(dataset: Any, args: EBFTGRPOConfig) -> None:
-    """Refuse a training set that cannot fill one generation batch: no step would be made.
+    """Raise if a training set cannot fill one generation batch, so that no step would be made.
 
     Raises:
-        ValueError: with the number of prompts that it takes.
+        ValueError: naming the number of prompts that are needed.
     """
     assert args.generation_batch_size is not None and args.num_generations is not None
     needed = args.generation_batch_size // args.num_generations
     if isinstance(dataset, Sized) and len(dataset) < needed:
         raise ValueError(
-            f"train_dataset has {len(dataset)} prompts, and one generation batch takes {needed}: "
+            f"train_dataset has {len(dataset)} prompts, but one generation batch needs {needed}: "
             f"generation_batch_size={args.generation_batch_size} completions (batch size of a "
             "device times processes times steps_per_generation) over "
-            f"num_generations={args.num_generations}. TRL leaves out batches that are not full, "
-            f"so there would be no step at all. Give {needed} prompts or more, or lower "
+            f"num_generations={args.num_generations}. TRL drops batches that are not full, so no "
+            f"step would be made. Use {needed} prompts or more, or lower "
             "per_device_train_batch_size or gradient_accumulation_steps."
         )
 
 
 def refuse_chats_without_template(dataset: Any, tokenizer: Any) -> None:
-    """Refuse chat messages that the tokenizer cannot write as text, before the first step does.
+    """Raise, before the first step, for chat messages without a chat template.
 
     Raises:
-        ValueError: with what to do instead.
+        ValueError: saying what to do instead.
     """
     if getattr(tokenizer, "chat_template", None) is not None:
         return
-    if not isinstance(dataset, Sized) or len(dataset) == 0:  # a stream shows it when it is read
+    if not isinstance(dataset, Sized) or len(dataset) == 0:  # rows of a stream are checked later
         return
     prompt = cast(Any, dataset)[0].get("prompt")
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
         raise ValueError(
-            "train_dataset's prompts are chat messages, and the tokenizer has no chat template: "
-            "the model was not trained on chats. Choose a chat model, set tokenizer.chat_template, "
-            "or give the prompts as text."
+            "train_dataset's prompts are chat messages, but the tokenizer has no chat template. "
+            "Use a chat model, set tokenizer.chat_template, or give the prompts as text."
         )
 
 
 def refuse_partial_groups(args: EBFTGRPOConfig) -> None:
-    """Refuse evaluation batches that hold no whole groups of completions.
+    """Raise if evaluation batches do not consist of whole groups of completions.
 
     Raises:
-        ValueError: with both numbers.
+        ValueError: naming both numbers.
     """
     group = args.num_generations_eval or args.num_generations
     assert group is not None
@@ -169,17 +171,17 @@ def refuse_partial_groups(args: EBFTGRPOConfig) -> None:
     if rows % group != 0:
         raise ValueError(
             f"per_device_eval_batch_size={args.per_device_eval_batch_size} on {args.world_size} "
-            f"process(es) makes batches of {rows} completions, which are no whole groups of "
-            f"{group} (num_generations_eval, or num_generations without it). Make it a multiple."
+            f"process(es) makes batches of {rows} completions, which do not divide into groups of "
+            f"{group} (num_generations_eval, or num_generations if unset). Make it a multiple."
         )
 
 
 def with_one_bos(dataset: Any, tokenizer: Any) -> Any:
-    """The dataset without the BOS that rendered prompts begin with, if the tokenizer adds another.
+    """Remove the BOS with which rendered prompts begin, if the tokenizer adds one.
 
     Args:
-        dataset: as `prepare_dataset` returns it; None and dictionaries of datasets are taken too.
-        tokenizer: the policy's.
+        dataset: a dataset from `prepare_dataset`, a dictionary of them, or None.
+        tokenizer: the policy's tokenizer.
     """
     if isinstance(dataset, dict):
         return {name: with_one_bos(one, tokenizer) for name, one in dataset.items()}
@@ -216,7 +218,7 @@ def _from_rows(rows: Sequence[Any], name: str) -> Any:
         return Dataset.from_list([dict(row) for row in rows])
     except (TypeError, ValueError) as error:  # pyarrow's, for columns of mixed types
         raise ValueError(
-            f"{name}: its rows do not make a table, every column needs one type: {error}"
+            f"{name}: its rows do not form a table; every column needs one type: {error}"
         ) from error
 
 
@@ -226,8 +228,8 @@ def _refuse_lone_surrogates(value: Any) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{value[error.start]!r} at character {error.start} is half of a UTF-16 pair and "
-                "no character; repair the text, or drop the row"
+                f"{value[error.start]!r} at character {error.start} is a lone surrogate (half of a "
+                "character); repair the text, or drop the row"
             ) from error
     elif isinstance(value, Mapping):
         for part in value.values():
@@ -257,10 +259,10 @@ def _columns(dataset: Any, name: str) -> list[str]:
 
 
 def refuse_columns(columns: Sequence[str], name: str) -> None:
-    """Refuse columns that stand for something elsewhere and would have no effect here.
+    """Raise for columns that have a meaning elsewhere and would have no effect here.
 
     Raises:
-        ValueError: the first of them, with the reason.
+        ValueError: naming the first of them and the reason.
     """
     for column in columns:
         if column in REFUSED_COLUMNS:

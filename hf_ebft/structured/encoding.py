@@ -1,9 +1,9 @@
-"""From prompts and ground truths to token ids, as TRL and the policy make them.
+"""Encodes prompts and ground truths as token ids, as TRL and the policy do.
 
-A completion is sampled token by token after the prompt's ids, so no token ever spans the seam
-between prompt and completion. The ground truth has to be laid out in the same way: the ids of the
-prompt as TRL makes them, then the ids of the ground truth alone, then the token that ends a
-finished completion. (Tokenizing prompt + ground truth as one text may merge over the seam.)
+A completion is sampled token by token after the prompt's ids, so no token spans the boundary
+between prompt and completion. The ground truth must have the same form: the ids of the prompt as
+TRL makes them, then the ids of the ground truth alone, then the token that ends a finished
+completion. (Tokenizing prompt + ground truth as one text could merge tokens at the boundary.)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_ebft.structured.multi_turn import unfold
 
 logger = logging.getLogger(__name__)
 
-# Tokenizers that put a space before every text are given this one first; it merges with nothing.
+# Some tokenizers add a space before a text. This text is put before it; it merges with nothing.
 SEAM = "\n"
 
 
@@ -30,13 +30,12 @@ class Example:
     """A prompt and its ground truth as token ids.
 
     Attributes:
-        prompt_ids: as TRL feeds them to the policy.
-        truth_ids: of the ground-truth completion, the end-of-sequence token included.
-        is_target: for each of `truth_ids`, whether the cross-entropy counts it. Turns of others
-            inside a ground truth of several messages do not count, nor does what comes before
-            `answer_start`.
-        answer_start: index in `truth_ids` from which on it is embedded; above 0 where thinking is
-            left out.
+        prompt_ids: the prompt as TRL passes it to the policy.
+        truth_ids: the ground-truth completion, including the end-of-sequence token.
+        is_target: for each of `truth_ids`, whether it counts for the cross-entropy. Messages of
+            others within a ground truth do not count, nor does anything before `answer_start`.
+        answer_start: index in `truth_ids` from which on it is embedded; above 0 if thinking is left
+            out.
     """
 
     prompt_ids: tuple[int, ...]
@@ -46,13 +45,13 @@ class Example:
 
 
 class ExampleEncoder:
-    """Encodes prompts as TRL does, and ground truths as the policy would have written them.
+    """Encodes prompts as TRL does, and ground truths as if the policy had written them.
 
     Args:
-        tokenizer: the policy's.
-        eos_token_ids: ids that end a completion, besides the tokenizer's own.
-        chat_template_kwargs: TRL's, given to the chat template.
-        vocabulary_size: rows of the policy's embedding; default: not checked.
+        tokenizer: the policy's tokenizer.
+        eos_token_ids: ids that end a completion, in addition to the tokenizer's.
+        chat_template_kwargs: TRL's arguments for the chat template.
+        vocabulary_size: number of rows of the policy's embedding. Default: not checked.
 
     Raises:
         ValueError: the tokenizer has no end-of-sequence token.
@@ -73,8 +72,8 @@ class ExampleEncoder:
             )
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                "The tokenizer has no eos_token, so no completion would ever be finished and no "
-                "ground truth could end like one; set tokenizer.eos_token."
+                "The tokenizer has no eos_token, so completions and ground truths could not end; "
+                "set tokenizer.eos_token."
             )
         self.tokenizer = tokenizer
         self._eos = int(tokenizer.eos_token_id)
@@ -90,15 +89,15 @@ class ExampleEncoder:
         truths: Sequence[Any],
         embed_thinking: Sequence[bool | None] | None = None,
     ) -> list[Example]:
-        """Encode rows; equal neighbours (a prompt's completions) are encoded once.
+        """Encode rows; equal neighbours (the completions of a prompt) are encoded once.
 
         Args:
             prompts: texts, or conversations as lists of messages.
             truths: ground-truth completions: texts; after a conversation also lists of messages,
                 or of replies, one for each message of the user in the prompt.
-            embed_thinking: false where thinking is left out of the features. That includes the
-                empty block that templates of reasoning models write into an answer without any.
-                None, for all rows or one: thinking is embedded.
+            embed_thinking: false if thinking is left out of the features. This includes the empty
+                thinking block that templates of reasoning models write before an answer. None, for
+                all rows or for one: thinking is embedded.
 
         Raises:
             ValueError: a row that cannot be encoded, with the reason.
@@ -156,20 +155,20 @@ class ExampleEncoder:
         if not example.prompt_ids:
             raise ValueError(
                 f"The prompt {_shown(prompt)} with the ground truth {_shown(truth)} has no token, "
-                "so nothing would predict the first one of a completion. Give it a text, or use a "
-                "tokenizer that begins with BOS."
+                "so the first token of a completion cannot be predicted. Use a prompt with text, "
+                "or a tokenizer that begins with BOS."
             )
         highest = max(example.prompt_ids + example.truth_ids)
         if self._vocabulary_size is not None and highest >= self._vocabulary_size:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise ValueError(
                 f"The row with the prompt {_shown(prompt)} has the token {token!r} (id {highest}), "
-                f"and the model's embedding has {self._vocabulary_size} rows. Call "
+                f"but the model's embedding has {self._vocabulary_size} rows only. Call "
                 "model.resize_token_embeddings(len(tokenizer)), or use the model's own tokenizer."
             )
 
     def _without_thinking(self, example: Example, prompt: Any) -> Example:
-        """The example with its answer alone embedded and counted by the cross-entropy."""
+        """The example with only its answer embedded and counted by the cross-entropy."""
         if not all(example.is_target):
             raise ValueError(
                 f"The prompt {_shown(prompt)} has embed_thinking=False and a ground truth of "
@@ -190,13 +189,13 @@ class ExampleEncoder:
         )
 
     def _note_second_bos(self, prompt_ids: list[int], prompt: str) -> None:
-        """Log once that TRL feeds the policy a prompt with two BOS."""
+        """Log once that TRL passes the policy a prompt with two BOS tokens."""
         bos = self.tokenizer.bos_token_id
         if bos is not None and prompt_ids[:2] == [bos, bos] and not self._noted_second_bos:
             self._noted_second_bos = True
             logger.warning(
-                "The prompt %s begins with BOS, and the tokenizer puts another one before it. Take "
-                "it out of rendered prompts, or give the messages (EBFTGRPOTrainer takes it out).",
+                "The prompt %s begins with BOS, and the tokenizer adds another one. Remove it from "
+                "rendered prompts, or pass the messages (EBFTGRPOTrainer removes it).",
                 _shown(prompt),
             )
 
@@ -211,11 +210,11 @@ class ExampleEncoder:
         return list(encoded["input_ids"][0])
 
     def _text_ids(self, prompt: str, truth: Any) -> list[int]:
-        """Ids of a ground truth after a prompt that is a text, with what ends it."""
+        """Ids of a ground truth after a prompt that is a text, including its end."""
         if not isinstance(truth, str):
             raise ValueError(
-                f"The prompt {_shown(prompt)} is a text, its ground truth a list of messages; make "
-                "both texts or both messages."
+                f"The prompt {_shown(prompt)} is a text, but its ground truth is a list of "
+                "messages; make both texts or both messages."
             )
         _, end = endings_of(self.tokenizer).of_completion(prompt, truth)
         # After a rendered chat the template's end of turn, if sampling stops there; else EOS.
@@ -241,10 +240,11 @@ class ExampleEncoder:
             )
             if not longer.startswith(text):
                 raise ValueError(
-                    "The chat template changes what came before when a message follows, so the "
-                    f"ground truth does not continue the prompt: {_shown(text)} is no beginning of "
-                    f"{_shown(longer)}. Use a template that keeps it (see chat_template_kwargs), "
-                    "or render prompt and ground truth to texts in the dataset."
+                    "The chat template changes earlier messages when another one follows, so the "
+                    f"ground truth does not continue the prompt: {_shown(longer)} does not begin "
+                    f"with {_shown(text)}. Use a template that does not change them (see "
+                    "chat_template_kwargs), or render prompt and ground truth to texts in the "
+                    "dataset."
                 )
             ids = self._continuation_ids(longer[len(text) :])
             text = longer
@@ -253,8 +253,8 @@ class ExampleEncoder:
                 continue
             for part in message.values():
                 self._refuse_inner_end(part, prompt)
-            # A completion ends with its end-of-turn token; what templates write after it (a
-            # newline, a second end token) belongs to no turn.
+            # A completion ends with its end-of-turn token; text that templates write after it (a
+            # newline, a second end token) does not belong to a turn.
             ended = self._ended(ids)
             pieces.append((ended, True))
             if end < len(messages):
@@ -262,14 +262,14 @@ class ExampleEncoder:
         return pieces
 
     def _ended(self, ids: list[int], end: Sequence[int] = ()) -> list[int]:
-        """Up to the first token at which sampling stops; without one, `end` (or EOS) is added."""
+        """The ids up to the first token at which sampling stops; else with `end` (or EOS) added."""
         for place, token in enumerate(ids):
             if token in self._ends:
                 return ids[: place + 1]
         return [*ids, *(end or [self._eos])]
 
     def _refuse_inner_end(self, text: Any, prompt: Any) -> None:
-        """Raise if a text goes on after a token at which every completion ends."""
+        """Raise if a text continues after a token at which every completion ends."""
         if not isinstance(text, str):
             return
         ids = self._ids(text)
@@ -277,13 +277,13 @@ class ExampleEncoder:
         if len(ended) < len(ids) and not self._holds_only_ends(ids[len(ended) :]):
             token = self.tokenizer.convert_ids_to_tokens(ended[-1])
             raise ValueError(
-                f"The ground truth of the prompt {_shown(prompt)} goes on after {token!r}, at "
-                f"which every completion ends: {_shown(text)}. Cut it there, or write the token "
+                f"The ground truth of the prompt {_shown(prompt)} continues after {token!r}, but "
+                f"every completion ends there: {_shown(text)}. Cut it there, or write the token "
                 "in another way."
             )
 
     def _holds_only_ends(self, ids: Sequence[int]) -> bool:
-        """Whether nothing but end tokens and space is there."""
+        """Whether the ids are end tokens and space only."""
         return not self._decode([token for token in ids if token not in self._ends]).strip()
 
     def _render(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
@@ -297,14 +297,14 @@ class ExampleEncoder:
         return rendered
 
     def _continuation_ids(self, text: str) -> list[int]:
-        """Ids of a text that continues another, without the space some tokenizers put before."""
+        """Ids of a text that continues another one, without the space that some tokenizers add."""
         if not self._prepends_space:
             return self._ids(text)
         seam, ids = self._ids(SEAM), self._ids(SEAM + text)
         if ids[: len(seam)] != seam:
             raise ValueError(
-                f"The tokenizer merges a newline with the text {_shown(text)}, so its ids cannot "
-                "be told from those of the text before; use a tokenizer that splits at newlines."
+                f"The tokenizer merges a newline with the text {_shown(text)}, so the ids of the "
+                "text cannot be separated; use a tokenizer that splits at newlines."
             )
         return ids[len(seam) :]
 
@@ -325,21 +325,21 @@ def text_of(truth: Any) -> str:
 
 
 def _refuse_unreadable(value: Any, prompt: Any) -> None:
-    """Raise for text that is no Unicode, and for parts of messages that are no text."""
+    """Raise for text that is not valid Unicode, and for parts of messages that are not text."""
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"The row with the prompt {_shown(prompt)} holds {value[error.start]!r}, half of a "
-                "UTF-16 pair and no character. Repair the text, or filter out the row."
+                f"The row with the prompt {_shown(prompt)} contains {value[error.start]!r}, a lone "
+                "surrogate (half of a character). Repair the text, or filter out the row."
             ) from error
     elif isinstance(value, Mapping):
         kind = value.get("type", "text")
         if "content" not in value and kind != "text":
             raise ValueError(
-                f"The row with the prompt {_shown(prompt)} holds a part of type {kind!r}, and the "
-                "feature network reads text only."
+                f"The row with the prompt {_shown(prompt)} contains a part of type {kind!r}, but "
+                "the feature network reads text only. Filter out such rows."
             )
         for part in value.values():
             _refuse_unreadable(part, prompt)

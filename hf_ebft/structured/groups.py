@@ -1,8 +1,8 @@
-"""Groups of completions that several processes may share.
+"""Groups of completions that may be spread over several processes.
 
-TRL repeats each prompt `num_generations` times, one after the other, and deals the rows out to
-processes in order: a group is a run of neighbours in the order of ranks, and may begin on one
-process and end on the next. So everything is gathered first, and every process works out all
+TRL repeats each prompt `num_generations` times, one after the other, and distributes the rows over
+processes in order. So a group consists of neighbours in the order of ranks, and may begin on one
+process and end on the next. Therefore all rows are gathered first, and every process computes all
 groups.
 
 Dimension letters: R rows of this process, W rows of all processes.
@@ -32,20 +32,20 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def own_rows(rows: Tensor, n_local: int, rank: int) -> Tensor:
-    """What of (W, ...) belongs to this process, (R, ...)."""
+    """The rows (R, ...) of (W, ...) that belong to this process."""
     return rows[rank * n_local : (rank + 1) * n_local]
 
 
 def group_size(prompts: Tensor, candidates: Sequence[int | None]) -> int:
-    """How many completions a group has.
+    """The number of completions of a group.
 
     Args:
         prompts: (W,) fingerprints of prompt and ground truth of all rows.
-        candidates: sizes that are possible, the likeliest first (training, then evaluation); None
-            for unknown ones. Without any, each run of equal prompts is a group.
+        candidates: possible sizes, the likeliest first (training, then evaluation); None if
+            unknown. If all are unknown, each run of equal prompts is a group.
 
     Raises:
-        ValueError: rows that do not come in groups of one of these sizes.
+        ValueError: the rows do not form groups of one of these sizes.
     """
     runs = [len(list(run)) for _, run in groupby(prompts.tolist())]
     known = [size for size in candidates if size is not None]
@@ -56,13 +56,13 @@ def group_size(prompts: Tensor, candidates: Sequence[int | None]) -> int:
         return runs[0]
     if known:
         raise ValueError(
-            f"Prompts come in runs of {_listed(runs)} equal rows, which are no groups of "
-            f"{' or '.join(map(str, known))} completions: give FeatureMatchingReward the "
+            f"Prompts come in runs of {_listed(runs)} equal rows, which do not divide into groups "
+            f"of {' or '.join(map(str, known))} completions: give FeatureMatchingReward the "
             "num_generations (and num_generations_eval) of the trainer."
         )
     raise ValueError(
-        f"Prompts come in runs of {_listed(runs)} equal rows, so the size of a group cannot be "
-        "told; pass num_generations to FeatureMatchingReward."
+        f"Prompts come in runs of {_listed(runs)} equal rows, so the size of a group is unclear; "
+        "pass num_generations to FeatureMatchingReward."
     )
 
 

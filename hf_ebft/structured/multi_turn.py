@@ -1,17 +1,17 @@
-"""Chats of several turns: every reply is generated on top of the replies generated before it.
+"""Rollouts of chats with several turns: every reply follows the replies generated before it.
 
-A prompt holds the user's messages of the whole chat and no reply between them:
+A prompt contains the user's messages of the whole chat, without replies between them:
 
-    [system, user, user, user]          three turns: a reply is due after each message of the user
+    [system, user, user, user]          three turns: a reply follows each message of the user
 
-(`hf_ebft.data.chat` with `turn="all"` makes such prompts.) The rollout reads them as
+(`hf_ebft.data.chat` with `turn="all"` makes such prompts.) A rollout has the form
 
     prompt_ids       system, first message of the user, start of the assistant's turn
     completion_ids   reply 1 | separator | reply 2 | separator | reply 3
     env_mask         1 1 1 1   0 0 0 0 0   1 1 1 1   0 0 0 0 0   1 1 1 1
 
-where a separator ends the assistant's turn, holds the next message of the user and starts the
-assistant's next turn. Separators are not sampled, so they carry no loss.
+A separator ends the assistant's turn, contains the next message of the user, and starts the
+assistant's next turn. Separators are not sampled, so they have no loss.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from hf_ebft.structured.vllm.rollouts import VLLMRollouts
 
 Message = Mapping[str, Any]
-# Stands for a reply when a chat template is asked what surrounds one.
+# Replaces a reply to find the text that a chat template writes around it.
 _PLACEHOLDER = "placeholder-of-a-reply"
 
 
 class TurnGenerator(Protocol):
-    """Samples one reply for each context, in the order given."""
+    """Samples one reply for each context, in the given order."""
 
     def __call__(
         self, prompt_ids: list[list[int]], trainer: Any
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Token ids of the replies (with the token that ends them, if sampled) and log-probs."""
+        """Token ids of the replies (including a sampled end token), and their log-probs."""
         ...
 
 
@@ -46,7 +46,7 @@ class Chat(NamedTuple):
     """A chat as token ids.
 
     Attributes:
-        prompt_ids: up to where the first reply starts.
+        prompt_ids: tokens before the first reply.
         completion_ids: replies and separators.
         mask: 1 on the tokens of replies, 0 on separators; as long as `completion_ids`.
     """
@@ -57,13 +57,13 @@ class Chat(NamedTuple):
 
 
 def split_turns(prompt: Sequence[Message]) -> list[list[Message]]:
-    """What is said before each reply: a reply is due after a user's message that another follows.
+    """Split a prompt into the messages before each reply; every turn ends with a user's message.
 
     Args:
-        prompt: messages of a chat, at least one of the user at the end.
+        prompt: messages of a chat; the last one must be the user's.
 
     Raises:
-        ValueError: text in place of messages, or a prompt that does not end with the user.
+        ValueError: the prompt is text, or does not end with a message of the user.
     """
     if isinstance(prompt, str) or not prompt:
         raise ValueError(
@@ -72,8 +72,8 @@ def split_turns(prompt: Sequence[Message]) -> list[list[Message]]:
         )
     if prompt[-1]["role"] != "user":
         raise ValueError(
-            f"A prompt ends with a message of the {prompt[-1]['role']}; it has to end with the "
-            "user, whom the last reply answers."
+            f"A prompt ends with a message of the {prompt[-1]['role']}, but the last reply must "
+            "follow a message of the user; cut the prompt after its last user message."
         )
     turns: list[list[Message]] = [[]]
     for message in prompt:
@@ -87,18 +87,18 @@ def split_turns(prompt: Sequence[Message]) -> list[list[Message]]:
 def unfold(
     prompt: Sequence[Message], replies: Sequence[str]
 ) -> tuple[list[Message], list[Message]]:
-    """A prompt of several turns and its replies, as what comes before the first reply and the rest.
+    """Split a prompt of several turns and its replies into the first context and the rest.
 
-    The rest takes turns: reply, user, reply, ...; it is TRL's form of a conversational completion.
+    The rest alternates: reply, user, reply, ... This is TRL's form of a conversational completion.
 
     Raises:
-        ValueError: not one reply for each turn.
+        ValueError: the number of replies is not that of the turns.
     """
     turns = split_turns(prompt)
     if len(replies) != len(turns):
         raise ValueError(
             f"A prompt of {len(turns)} turn(s) has {len(replies)} replies in its ground truth; "
-            "there has to be one for each."
+            "give one reply for each turn."
         )
     rest: list[Message] = []
     for said, reply in zip([[], *turns[1:]], replies, strict=True):
@@ -108,12 +108,12 @@ def unfold(
 
 @dataclass(frozen=True)
 class ChatLayout:
-    """Where the turns of a chat stand among its tokens, by the tokenizer's chat template.
+    """Computes the tokens around the replies of a chat, with the tokenizer's chat template.
 
     Args:
-        tokenizer: with a chat template, unless `template` is one.
-        template: a template in place of the tokenizer's own.
-        template_settings: keyword arguments of the template (`enable_thinking`, for example).
+        tokenizer: the policy's tokenizer; it needs a chat template unless `template` is given.
+        template: a template to use instead of the tokenizer's.
+        template_settings: keyword arguments of the template (such as `enable_thinking`).
     """
 
     tokenizer: Any
@@ -121,17 +121,17 @@ class ChatLayout:
     template_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def start(self, prompt: Sequence[Message]) -> list[int]:
-        """Token ids up to where the first reply starts."""
+        """Token ids before the first reply."""
         return self._encode(self._render(split_turns(prompt)[0]))
 
     def separator(self, prompt: Sequence[Message], turn: int) -> list[int]:
         """Token ids between reply `turn` (from 0) and the next: end of turn, user, start of turn.
 
-        The template lays out the chat with a placeholder for every reply, so that what it does at
-        the first or last message is as in the real chat.
+        The chat is rendered with a placeholder for every reply, so that special cases of the
+        template for first and last messages are as in the real chat.
 
         Raises:
-            ValueError: a template that does not show replies as they are.
+            ValueError: the template changes or omits replies.
         """
         messages: list[Message] = []
         for said in split_turns(prompt)[: turn + 2]:
@@ -141,8 +141,8 @@ class ChatLayout:
         text = self._render(messages)
         if text.count(_PLACEHOLDER) != turn + 1:
             raise ValueError(
-                "The chat template does not show every reply once and as it is, so there is no "
-                "telling what stands between two turns; use another template."
+                "The chat template does not render every reply once and unchanged, so the text "
+                "between two turns is unknown; use another template."
             )
         return self._encode(text.rpartition(_PLACEHOLDER)[2])
 
@@ -153,9 +153,9 @@ class ChatLayout:
         chat.mask.extend([1] * len(reply_ids))
 
     def append_separator(self, chat: Chat, prompt: Sequence[Message], turn: int) -> int:
-        """Add what follows reply `turn`; returns the number of tokens added.
+        """Add the separator after reply `turn`; returns the number of tokens added.
 
-        A reply that was cut before its end is ended here, by tokens that carry no loss.
+        If the reply was cut before its end, tokens without loss end it here.
         """
         separator = self.separator(prompt, turn)
         if chat.completion_ids[-1:] == separator[:1]:  # the reply has ended the turn itself
@@ -184,16 +184,16 @@ class MultiTurnRollouts:
 
         EBFTGRPOTrainer(..., rollout_func=MultiTurnRollouts())
 
-    All chats of a batch take their first turn together, then those that go on their second, and so
-    on. Every completion has a history of its own, whatever the others of its group have said.
+    All chats of a batch generate their first turn together, then their second, and so on. Every
+    completion follows its own earlier replies, not those of others in its group.
 
-    A turn may be as long as a whole completion of one turn (`max_completion_length`). A reply
-    that reaches that length is cut, the separator ends it, and the chat goes on.
+    Each reply may have `max_completion_length` tokens. A reply that reaches this length is cut, the
+    separator ends it, and the chat continues.
 
     Args:
-        generate: samples one reply for each context; all processes call it together. Default: what
-            the trainer itself samples with (transformers, or TRL's vLLM). For rollouts from a stock
-            vLLM server: `generate_on_server`.
+        generate: samples one reply for each context; all processes call it together. Default: the
+            trainer's own sampler (transformers, or TRL's vLLM). For rollouts from a stock vLLM
+            server: `generate_on_server`.
     """
 
     def __init__(self, generate: TurnGenerator | None = None) -> None:
@@ -204,16 +204,16 @@ class MultiTurnRollouts:
 
         Args:
             prompts: (B * n) chats, each repeated for the n completions of its group.
-            trainer: the trainer that asks.
+            trainer: the calling trainer.
 
         Returns:
-            `prompt_ids`, `completion_ids`, `logprobs` (None where the generator has none; 0
-            on separators) and `env_mask`, as TRL wants them. TRL keeps these from reward
-            functions, so there is also `rollout_prompt_ids` and `completion_mask` with the same
-            contents, which reach them as columns.
+            `prompt_ids`, `completion_ids`, `logprobs` (None if the generator has none; 0 on
+            separators) and `env_mask`, as TRL expects them. TRL does not pass these to reward
+            functions, so `rollout_prompt_ids` and `completion_mask` have the same contents and are
+            passed as columns.
 
         Raises:
-            ValueError: a prompt without messages, or a generator that does not return one reply for
+            ValueError: a prompt has no messages, or the generator does not return one reply for
                 each context.
         """
         layout = ChatLayout(
@@ -222,8 +222,8 @@ class MultiTurnRollouts:
         n_turns = [len(split_turns(prompt)) for prompt in prompts]
         chats = [Chat(layout.start(prompt), [], []) for prompt in prompts]
         logprobs: list[list[float]] | None = [[] for _ in prompts]
-        # Processes sample together (sharded weights, a server that is sent new ones), so all take
-        # as many turns as the longest chat of any has.
+        # Processes sample together (sharded weights, a server that gets new ones), so all generate
+        # as many turns as the longest chat of any process.
         for turn in range(max(gather_object([max(n_turns)]))):
             unfinished = [index for index, count in enumerate(n_turns) if count > turn]
             for index in unfinished if turn else []:
@@ -257,7 +257,7 @@ class MultiTurnRollouts:
 def generate_with_trainer(
     prompt_ids: list[list[int]], trainer: Any
 ) -> tuple[list[list[int]], list[list[float]] | None]:
-    """One reply for each context, by whatever a TRL trainer samples with."""
+    """One reply for each context, by the sampler of a TRL trainer."""
     return sample_replies(trainer, prompt_ids)
 
 
@@ -268,13 +268,13 @@ def generate_on_server(rollouts: VLLMRollouts) -> TurnGenerator:
         rollout_func = MultiTurnRollouts(generate_on_server(VLLMRollouts(args)))
 
     Args:
-        rollouts: from the server; its prefetching is for single turns and is not used.
+        rollouts: rollouts from the server; prefetching is for single turns and is not used here.
     """
 
     def generate(
         prompt_ids: list[list[int]], trainer: Any
     ) -> tuple[list[list[int]], list[list[float]]]:
-        # Imported when there is a server: it brings its client along.
+        # Imported only when a server is used, since it imports the server's client.
         from hf_ebft.structured.vllm.trainer_options import get_max_tokens
 
         completions = rollouts.sample(prompt_ids, get_max_tokens(trainer), trainer)

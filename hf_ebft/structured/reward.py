@@ -33,7 +33,7 @@ from hf_ebft.structured.unfinished import rank_unfinished_last
 from hf_ebft.training.metric_table import PREFIX
 from hf_ebft.training.metrics import ZERO_ADVANTAGE
 
-# Settings that a finished network has behind it.
+# Settings that are fixed by a `SequenceFeatureNetwork`.
 NETWORK_OPTIONS = (
     "feature_layers",
     "feature_normalization",
@@ -46,14 +46,14 @@ NETWORK_OPTIONS = (
 
 @dataclass(frozen=True)
 class Scores:
-    """What the completions of all processes are worth.
+    """Rewards and advantages of the completions of all processes.
 
     Attributes:
         rewards: fields (P, n, 1), scores of groups (P, 1).
         advantages: (P, n, 1).
-        duplicates: (P, n) bool, completions that repeat an earlier one of their group.
-        has_answer: (P * n,) bool, false for completions that were still thinking at their end.
-        examples: R of them, this process' prompts and ground truths.
+        duplicates: (P, n) bool, whether a completion repeats an earlier one of its group.
+        has_answer: (P * n,) bool, false for completions that end within their thinking.
+        examples: the R prompts and ground truths of this process.
     """
 
     rewards: Rewards
@@ -64,11 +64,12 @@ class Scores:
 
 
 class FeatureMatchingReward:
-    """Rewards completions for features like the ground truth's and unlike each other's.
+    """Rewards completions whose features resemble the ground truth's and differ from each other's.
 
-    A reward function for TRL's `GRPOTrainer` and `RLOOTrainer`. Both subtract a baseline of their
-    own from what it returns, which would undo the one of the paper (eq. 94), so it returns what
-    becomes the wanted advantage A *after* that. A sums to zero over every group of n >= 3, hence:
+    A reward function for TRL's `GRPOTrainer` and `RLOOTrainer`. Both subtract a baseline from the
+    rewards, which would undo the paper's baseline (eq. 94). So this function returns numbers that
+    become the wanted advantage A after that subtraction. A sums to zero over every group of n >= 3,
+    hence:
 
     - `GRPOTrainer` subtracts the group's mean: A - mean(A) = A, so A is returned. Its
       `scale_rewards` must be off.
@@ -76,26 +77,26 @@ class FeatureMatchingReward:
       so A (n - 1) / n is returned, with `trainer_baseline="leave_one_out"`. Its
       `normalize_advantages` and `reward_clip_range` must be off, and its `beta` 0.
 
-    Trainers with other settings are warned of in the log, at the first call.
+    If the trainer has other settings, a warning is logged at the first call.
 
-    The ground truth is read from a column of the dataset, which TRL passes by name (all but one
-    called `completion`: rename that). The trainers' `reward` is then the mean advantage, about 0;
-    the reward of the paper is the metric `ebft/mean_reward`.
+    The ground truth is read from a column of the dataset, which TRL passes by name (but not a
+    column called `completion`: rename that one). The trainers' metric `reward` is then the mean
+    advantage, about 0; the paper's reward is the metric `ebft/mean_reward`.
 
     Args:
-        model_or_feature_network: the frozen network phi, or what to make it from: a model, of which
-            a frozen copy is taken as it is now (so the policy itself may be given), or the name of
-            one. Embeddings are those of the policy's token ids: one tokenizer for both.
-        processing_class: the policy's tokenizer, as the trainer has it. Default: the one at the
-            model's name or path.
-        num_generations: completions per prompt in training. Default: the runs of equal prompts in a
-            batch; give it if a dataset may hold a row twice.
-        num_generations_eval: the same for evaluation; default: as in training.
+        model_or_feature_network: the frozen network phi; or a model, of which a frozen copy is made
+            (so the policy itself may be given); or the name of a model. It embeds the policy's
+            token ids, so both must have the same tokenizer.
+        processing_class: the policy's tokenizer, as the trainer has it. Default: the tokenizer at
+            the model's name or path.
+        num_generations: completions per prompt in training. Default: the number of consecutive
+            equal prompts in a batch; set it if a dataset may contain a row twice.
+        num_generations_eval: completions per prompt in evaluation. Default: as in training.
         trainer_baseline: what the trainer subtracts from rewards: `group_mean` (`GRPOTrainer`) or
             `leave_one_out` (`RLOOTrainer`).
-        chat_template_kwargs: the trainer's.
-        eos_token_ids: ids that end a completion, besides the tokenizer's own. Default: those that
-            the model declares.
+        chat_template_kwargs: those of the trainer.
+        eos_token_ids: ids that end a completion, in addition to the tokenizer's. Default: those
+            that the model declares.
         settings: all settings at once, instead of **options.
         **options: fields of `StructuredSettings`, such as `embed_method` or `use_whitening`.
 
@@ -128,7 +129,7 @@ class FeatureMatchingReward:
             _refuse_unused(options, model_or_feature_network)
             settings = StructuredSettings(**options)
         self.settings = settings
-        # Until the first batch shows it, a size that every estimator accepts.
+        # The group size is unknown until the first batch; 4 is valid for every estimator.
         self.settings.validate_for(num_generations or 4, "num_generations")
         self.trainer_baseline = trainer_baseline
         self.network = _network_of(model_or_feature_network, self.settings)
@@ -142,7 +143,7 @@ class FeatureMatchingReward:
         )
         self.column = self.settings.ground_truth_column
         self.num_generations = num_generations
-        # What a trainer that knows more than TRL passes may set for the batch to come.
+        # A trainer may set these for the next batch.
         self.group_sizes: tuple[int | None, ...] = (num_generations, num_generations_eval)
         self.completion_budget: int | None = None
         self._trainer_checked = False
@@ -159,13 +160,13 @@ class FeatureMatchingReward:
         log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """TRL's signature of a reward function.
+        """Reward completions, with the signature that TRL expects.
 
-        Every process must call it together, with equally many completions.
+        All processes must call this together, with equally many completions.
 
         Args:
             prompts: R prompts, each repeated for its completions.
-            completions: R completions as text or messages; not read, the ids are.
+            completions: R completions as text or messages; ignored, since the ids are used.
             completion_ids: R lists of token ids.
             log_metric, log_extra: TRL's channels for metrics and for the completions table.
             **columns: the dataset's other columns, R values each. Besides the ground truth,
@@ -176,8 +177,8 @@ class FeatureMatchingReward:
             R numbers.
 
         Raises:
-            ValueError: no ground truth among the columns, rows that are no groups, or a trainer
-                that subtracts another baseline.
+            ValueError: the columns contain no ground truth, the rows are not groups, or the trainer
+                subtracts another baseline.
         """
         if not self._trainer_checked:
             check_trainer(trainer_of(log_metric), self.trainer_baseline)
@@ -220,18 +221,17 @@ class FeatureMatchingReward:
         completion_mask: Sequence[Sequence[int]] | None = None,
         rollout_prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> Scores:
-        """Embed this process' completions, and compare those of all processes in their groups.
+        """Embed the completions of this process, and reward those of all processes in their groups.
 
         A collective call.
 
         Args:
             prompts, completion_ids: as in `__call__`.
             truths: R ground truths.
-            embed_thinking: whether what completion and ground truth hold before their answer is
-                embedded too. Default: it is.
+            embed_thinking: whether thinking before an answer is embedded, too. Default: it is.
             completion_mask: 1 on tokens that the policy sampled, 0 on messages between its replies,
-                as a rollout function of several turns returns it.
-            rollout_prompt_ids: what the completions were sampled after, to be checked.
+                as a rollout function for several turns returns it.
+            rollout_prompt_ids: the prompts after which the completions were sampled, to be checked.
         """
         settings = self.settings
         device = PartialState().device
@@ -252,13 +252,13 @@ class FeatureMatchingReward:
         has_answer = torch.tensor([sequence is not None for sequence in sampled], device=device)
         embedded = self.network.embed(known + [s for s in sampled if s is not None]).to(device)
         truth_RD = embedded[:n_local]
-        # Without an answer there are no features; `rank_unfinished_last` sets what these count for.
+        # A completion without an answer has no features; see `rank_unfinished_last` for its reward.
         generated_RD = torch.zeros_like(truth_RD)
         generated_RD[has_answer] = embedded[n_local:]
 
         n_samples = self._group_size(gather_rows(fingerprints(examples, device)))
         groups = (-1, n_samples)
-        # One block per prompt: K = 1. Processes round differently, so tokens decide what is equal.
+        # One block per prompt: K = 1. Tokens decide which are equal, since rounding may differ.
         sequence_W = gather_rows(fingerprints([_key(sequence) for sequence in sampled], device))
         generated_PnKD = with_equal_features(
             gather_rows(generated_RD).unflatten(0, groups)[:, :, None],
@@ -289,7 +289,7 @@ class FeatureMatchingReward:
         with_thinking: bool,
         mask: Sequence[int] | None,
     ) -> TokenSequence | None:
-        """What is embedded of a completion; None if it has not come to its answer."""
+        """The part of a completion to embed; None if it ends before its answer."""
         start = 0
         if not with_thinking:
             start = answer_start(example.prompt_ids, completion, self.encoder.tokenizer)
@@ -308,15 +308,16 @@ class FeatureMatchingReward:
         size = group_size(prompts, self.group_sizes)
         if size < 2:
             raise ValueError(
-                "Each prompt comes with one completion, so there is no other to compare it with; "
-                "set the trainer's num_generations to 3 or more (the paper uses 4)."
+                "num_generations=1 gives each prompt one completion, so there is no other one to "
+                "compare it with; set the trainer's num_generations to 3 or more (the paper uses "
+                "4)."
             )
         if self.num_generations in (None, size):
             refuse_groups_that_do_not_sum_to_zero(self.settings, size, "num_generations")
         return size
 
     def _metrics(self, scores: Scores) -> dict[str, float]:
-        """Means over the completions of all processes, the same numbers on each."""
+        """Means over the completions of all processes; equal on all processes."""
         rewards, advantages = scores.rewards, scores.advantages
         idle = (advantages.abs() <= ZERO_ADVANTAGE).all(dim=1)
         lengths = [len(example.truth_ids) for example in scores.examples]
@@ -331,7 +332,7 @@ class FeatureMatchingReward:
             "duplicate_rollouts": scores.duplicates.float().mean().item(),
             "zero_advantage_groups": idle.float().mean().item(),
             "without_answer": 1 - scores.has_answer.float().mean().item(),
-            # Of this process; TRL averages over processes.
+            # The mean of this process; TRL averages over processes.
             "ground_truth_length": sum(lengths) / len(lengths),
         }
         if self.completion_budget is not None:
@@ -345,7 +346,7 @@ class FeatureMatchingReward:
 
 
 def _key(sequence: TokenSequence | None) -> Hashable:
-    """What tells embedded sequences apart, written alike on every process."""
+    """A value that identifies an embedded sequence, the same on every process."""
     if sequence is None:
         return None
     return sequence.prompt_ids, sequence.completion_ids, tuple(sorted(sequence.not_averaged))
@@ -401,7 +402,7 @@ def _network_of(
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy that computes with its own weights."""
+    """A copy of the model that runs with its own weights."""
     duplicate = copy.deepcopy(model)
     restore_forward(duplicate)
     return duplicate
@@ -414,13 +415,13 @@ def _refuse_other_masks(
         if len(mask) != len(ids):
             raise ValueError(
                 f"completion_mask has {len(mask)} entries for a completion of {len(ids)} tokens, "
-                "so it is the mask of another text. The column is for rollout functions of several "
-                "turns; remove one of that name from the dataset."
+                "so it does not belong to it. Only rollout functions for several turns return this "
+                "column; remove it from the dataset."
             )
 
 
 def _refuse_unused(options: dict[str, Any], given: Any) -> None:
-    """Raise for options that nothing would read."""
+    """Raise for options that would have no effect."""
     weights = [
         name
         for name, value in options.items()
@@ -434,8 +435,8 @@ def _refuse_unused(options: dict[str, Any], given: Any) -> None:
     settled = [name for name in NETWORK_OPTIONS if name in options]
     if settled and isinstance(given, SequenceFeatureNetwork):
         raise ValueError(
-            f"{', '.join(settled)} cannot be set for a finished SequenceFeatureNetwork; give them "
-            "to its constructor instead."
+            f"{', '.join(settled)} would have no effect, since the SequenceFeatureNetwork is "
+            "already built; pass these options to its constructor instead."
         )
 
 
@@ -448,8 +449,8 @@ def _refuse_placements_of_the_trainer(settings: StructuredSettings) -> None:
         )
     if settings.feature_model_name_or_path is not None or settings.feature_quantization is not None:
         raise ValueError(
-            "feature_model_name_or_path and feature_quantization are for EBFTGRPOTrainer; give "
-            "FeatureMatchingReward the name of the model, or the loaded model, itself."
+            "feature_model_name_or_path and feature_quantization need EBFTGRPOTrainer; pass "
+            "FeatureMatchingReward the name of the model, or the loaded model, directly."
         )
 
 
@@ -457,14 +458,14 @@ def _tokenizer_of(model: nn.Module) -> Any:
     path = bare_model(model).config.name_or_path
     if not path:
         raise ValueError(
-            "The model does not say where it was loaded from, so its tokenizer is not known; pass "
+            "The model's config has no name_or_path, so its tokenizer is unknown; pass "
             "processing_class."
         )
     return AutoTokenizer.from_pretrained(path)
 
 
 def _eos_token_ids(model: nn.Module) -> list[int]:
-    """Ids that the model declares to end a completion, as TRL reads them."""
+    """Ids that the model declares as ends of a completion, read as TRL reads them."""
     declared = cast(Any, bare_model(model).generation_config).eos_token_id
     if declared is None:
         return []

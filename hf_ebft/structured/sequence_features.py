@@ -1,6 +1,6 @@
 """Features of whole sequences, prompt + completion, from the frozen feature network.
 
-Dimension letters: N sequences, B rows of one pass, L tokens of a row, T places read of a row, H
+Dimension letters: N sequences, B rows of one pass, L tokens of a row, T positions read in a row, H
 hidden width, F = layers * H, D width of an embedding.
 """
 
@@ -28,10 +28,10 @@ class TokenSequence:
     """A prompt and a completion, sampled or true, as token ids.
 
     Attributes:
-        prompt_ids: of the prompt.
-        completion_ids: of the completion.
-        not_averaged: places in the completion that `completion_mean` leaves out, because others
-            wrote them (messages of the user between replies).
+        prompt_ids: token ids of the prompt.
+        completion_ids: token ids of the completion.
+        not_averaged: positions in the completion that `completion_mean` leaves out, since they are
+            not the policy's (messages of the user between replies).
     """
 
     prompt_ids: tuple[int, ...]
@@ -51,10 +51,10 @@ class SequenceFeatureNetwork(FrozenNetwork):
     Args:
         model, feature_layers, normalization, shared: see `FrozenNetwork`.
         embed_method: `last_token` takes the last token of the completion: the end-of-sequence
-            token of a finished one, whatever was last of one that ran out of budget.
+            token, or the last token before the limit if the completion was cut.
             `completion_mean` averages the completion's tokens, `mean_pooling` also the prompt's,
             `concat` joins the tokens at 25, 50 and 75 % of the whole.
-        batch_tokens: most tokens, padding included, of one forward pass.
+        batch_tokens: largest number of tokens, including padding, of one forward pass.
         autocast: a context for the forward passes.
 
     Raises:
@@ -83,12 +83,12 @@ class SequenceFeatureNetwork(FrozenNetwork):
 
     @property
     def vocabulary_size(self) -> int:
-        """How many token ids the network can read."""
+        """The number of token ids that the network can read."""
         embedding = cast(nn.Embedding, bare_model(self.model).get_input_embeddings())
         return embedding.num_embeddings
 
     def embed(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Embed sequences; equal ones are read once and get the very same embedding.
+        """Embed sequences; equal sequences are read once and get the same embedding, to the bit.
 
         Under FSDP2 every process must call this together.
 
@@ -99,13 +99,13 @@ class SequenceFeatureNetwork(FrozenNetwork):
             (N, D) float32, on the network's device.
 
         Raises:
-            ValueError: an empty completion, or a sequence that is too long for the network.
-            FloatingPointError: features that are not finite.
+            ValueError: a completion is empty, or a sequence is too long for the network.
+            FloatingPointError: features are not finite.
         """
         if any(not sequence.completion_ids for sequence in sequences):
             raise ValueError(
-                "A completion has no tokens, hence no features. A finished completion holds at "
-                "least its end-of-sequence token: whatever sampled it must return that one too."
+                "A completion has no tokens and so no features. A finished completion contains at "
+                "least its end-of-sequence token: the rollout function must return it, too."
             )
         distinct = sorted(set(sequences), key=len)
         refuse_longer(len(distinct[-1]), self.limit, "A prompt with its completion")
@@ -118,13 +118,13 @@ class SequenceFeatureNetwork(FrozenNetwork):
         features = torch.cat(embedded)[rows]
         if not bool(torch.isfinite(features).all()):
             raise FloatingPointError(
-                "The feature network gives features that are not finite; in float16 load it in "
-                "bfloat16 or float32 instead (feature_dtype)."
+                "The feature network computes features that are not finite; if it is in float16, "
+                "load it in bfloat16 or float32 (feature_dtype)."
             )
         return features
 
     def _in_step(self, batches: list[list[TokenSequence]]) -> list[list[TokenSequence]]:
-        """The batches; under FSDP2 filled up to as many as the busiest process has."""
+        """The batches; under FSDP2, all processes get as many as the one with the most."""
         if not is_sharded(self.model):
             return batches
         most = int(gather(torch.tensor([len(batches)], device=self.device)).max())
@@ -161,17 +161,17 @@ class SequenceFeatureNetwork(FrozenNetwork):
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> None:
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        # FSDP2 counts on every pass to go through its root.
+        # FSDP2 requires every pass to go through its root.
         (self.model if is_sharded(self.model) else self.backbone)(**arguments)
 
 
 def refuse_longer(tokens: int, limit: tuple[int, str] | None, what: str) -> None:
-    """Refuse a row that a model cannot read, or not without a look at its batch mates.
+    """Raise if a row is too long for a model, or if its result would depend on its batch.
 
     Args:
-        tokens: of the row.
-        limit: of the model, as `hf_ebft.packed.supported.sequence_limit` gives it.
-        what: the row, for the message.
+        tokens: number of tokens of the row.
+        limit: the model's limit, from `hf_ebft.packed.supported.sequence_limit`.
+        what: name of the row, for the message.
 
     Raises:
         ValueError: with the reason and what to shorten.
@@ -184,7 +184,7 @@ def refuse_longer(tokens: int, limit: tuple[int, str] | None, what: str) -> None
 
 
 def _places(sequence: TokenSequence, embed_method: EmbedMethod) -> list[int]:
-    """Places of the tokens that the pooling reads."""
+    """Positions of the tokens that the pooling reads."""
     if embed_method == "completion_mean":
         start, length = len(sequence.prompt_ids), len(sequence.completion_ids)
         return [start + place for place in range(length) if place not in sequence.not_averaged]
@@ -192,7 +192,7 @@ def _places(sequence: TokenSequence, embed_method: EmbedMethod) -> list[int]:
 
 
 def _batches(by_length: list[TokenSequence], batch_tokens: int) -> list[list[TokenSequence]]:
-    """Neighbours in length together, each batch within `batch_tokens` when padded."""
+    """Batches of sequences of similar length, of at most `batch_tokens` tokens when padded."""
     batches: list[list[TokenSequence]] = []
     for sequence in by_length:
         if batches and (len(batches[-1]) + 1) * len(sequence) <= batch_tokens:
@@ -206,6 +206,6 @@ def _refuse_bidirectional(model: nn.Module) -> None:
     config = bare_model(model).config
     if config.is_encoder_decoder or getattr(config, "is_causal", True) is False:
         raise ValueError(
-            f"{type(bare_model(model)).__name__} is no causal language model: its features of a "
-            "token would depend on the tokens after it, and on padding. Choose a causal one."
+            f"{type(bare_model(model)).__name__} is not a causal language model: features of a "
+            "token would depend on later tokens and on padding. Choose a causal model."
         )

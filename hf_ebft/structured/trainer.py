@@ -1,8 +1,8 @@
 """`EBFTGRPOTrainer`: TRL's `GRPOTrainer` with feature matching as its reward.
 
-Sampling, clipping, loss types, vLLM and logging are TRL's. What is added: the reward with its
-frozen network, a cross-entropy term on the ground truth, a budget that follows the ground truth's
-length, and evaluation with a fixed seed.
+TRL does the sampling, clipping, loss types, vLLM and logging. This class adds the reward with its
+frozen network, a cross-entropy term on the ground truth, a limit of completions that follows the
+ground truth's length, and evaluation with a fixed seed.
 """
 
 from __future__ import annotations
@@ -71,31 +71,31 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
 
     Args:
         model: the policy: a causal language model, a PEFT model of one, or a name or path.
-        args: settings; TRL's and EBFT's.
+        args: the settings of TRL and EBFT.
         train_dataset, eval_dataset: with `prompt` (text, or messages) and a ground truth (text,
             or messages) in `ground_truth`, `completion` or `answer`, or in
             `args.ground_truth_column`.
         processing_class: the policy's tokenizer.
         feature_network: frozen network phi with the policy's tokenizer. Default: the model at
-            `feature_model_name_or_path` if set, else the policy as it is now, placed by
-            `feature_placement`.
-        peft_config: wraps `model` by PEFT first.
-        reward_funcs: further rewards, added to the feature-matching advantage. The baseline of
-            these is GRPO's group mean; `reward_weights` then starts with the weight of feature
+            `feature_model_name_or_path` if set, else a frozen copy of the policy as it is now.
+            `feature_placement` says where it lives.
+        peft_config: if given, `model` is wrapped with these adapters first.
+        reward_funcs: further rewards, added to the feature-matching advantage. Their baseline is
+            GRPO's group mean; the first entry of `reward_weights` is then the weight of feature
             matching.
-        rollout_func: TRL's: `rollout_func(prompts, trainer)` samples instead of the policy. It
-            may read `trainer.completion_budget`. Default: `VLLMRollouts` with `vllm_lora_sync`
+        rollout_func: TRL's `rollout_func(prompts, trainer)`, which samples instead of the policy.
+            It may read `trainer.completion_budget`. Default: `VLLMRollouts` with `vllm_lora_sync`
             or `vllm_full_sync`.
-        **kwargs: everything else that `GRPOTrainer` takes but tools and environments.
+        **kwargs: other arguments of `GRPOTrainer`, except tools and environments.
 
     Attributes:
         reward: the `FeatureMatchingReward`.
         feature_network: its `SequenceFeatureNetwork`.
-        completion_budget: tokens that a completion of the current batch may have.
+        completion_budget: largest number of tokens of a completion of the current batch.
 
     Raises:
         ValueError: settings, model, feature network or dataset that cannot work.
-        TypeError: `args` that is no `EBFTGRPOConfig`.
+        TypeError: `args` is not an `EBFTGRPOConfig`.
     """
 
     args: EBFTGRPOConfig
@@ -132,7 +132,7 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
         self._column, train_dataset = prepare_dataset(train_dataset, args, "train_dataset")
         refuse_too_few_prompts(train_dataset, args)
         eval_dataset = prepare_evaluation(eval_dataset, args, self._column)
-        # With `beta` TRL adds a reference adapter, and PEFT makes the active ones trainable.
+        # With `beta`, TRL adds a reference adapter, and PEFT would make active adapters trainable.
         with trainable_kept(model) if isinstance(model, PeftModel) else nullcontext():
             super().__init__(
                 model=cast(Any, model),
@@ -182,7 +182,7 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
         completion_ids: list[list[int]],
         **columns: Any,
     ) -> list[float]:
-        """The reward function that TRL calls; see `FeatureMatchingReward`."""
+        """The reward function for TRL; see `FeatureMatchingReward`."""
         self.reward.group_sizes = (self._group_size,)
         return self.reward(prompts, completions, completion_ids, **columns)
 
@@ -197,11 +197,11 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
     ) -> Tensor:
         """TRL's loss, plus `ce_coef` times the cross-entropy of the ground truth.
 
-        The cross-entropy is a mean over the prompts of the optimizer step (of the batch, in
-        evaluation), each the mean over its ground truth's tokens, at temperature 1. A prompt counts
-        once, not once per completion, and is read once.
+        The cross-entropy is a mean over the prompts of the optimizer step (in evaluation, of the
+        batch). Each prompt contributes the mean over its ground truth's tokens, at temperature 1.
+        A prompt counts once and is read once, however many completions it has.
 
-        `ce_coef_schedule` moves the weight from one optimizer step to the next.
+        `ce_coef_schedule` changes the weight from one optimizer step to the next.
         """
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         training = self.model.training
@@ -212,12 +212,12 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
         if training and ce_coef == 0:
             return loss
         examples, n_prompts = self._ground_truths()
-        # Without a prompt of its own a process still makes the pass: it is a collective call.
+        # A collective call: a process without a prompt of its own still makes the pass.
         nll = ground_truth_nll(
             model, self.model, examples or self._any_ground_truth(), self.accelerator.device
         )
         total = nll.sum() if examples else nll.sum() * 0
-        # DDP and FSDP average gradients over processes, so each gives its part times their number.
+        # DDP and FSDP average gradients over processes, hence the factor.
         cross_entropy = total * (self.accelerator.num_processes / n_prompts)
         shares = self.current_gradient_accumulation_steps if training else 1
         metrics.add(
@@ -229,21 +229,21 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
         return loss + ce_coef * cross_entropy
 
     def _ground_truths(self) -> tuple[list[Example], float]:
-        """This process' share of the prompts of a micro-batch, and what to divide their sum by.
+        """The prompts of a micro-batch that this process reads, and the divisor of their sum.
 
-        The rows are those of a whole generation batch, which `steps_per_generation` micro-batches
-        train on. Their prompts are dealt out to these, so that each is read once in every pass over
-        the generation batch. An optimizer step of `gradient_accumulation_steps` micro-batches has
-        that fraction of the prompts.
+        The rows are those of a whole generation batch, on which `steps_per_generation`
+        micro-batches train. Its prompts are distributed over these micro-batches, so that each is
+        read once in every pass over the generation batch. An optimizer step of
+        `gradient_accumulation_steps` micro-batches has that fraction of the prompts.
         """
         size, n_local = self._group_size, len(self._rows)
         n_prompts = n_local * self.accelerator.num_processes / size
-        # A group that began on an earlier process is that one's.
+        # A group that began on an earlier process belongs to that process.
         first = -(n_local * self.accelerator.process_index) % size
         mine = self._rows[first::size]
         if self.model.training:
             steps = self.args.steps_per_generation
-            assert steps is not None  # GRPOConfig has worked it out
+            assert steps is not None  # set by GRPOConfig
             mine = mine[self._micro_step % steps :: steps]
             n_prompts *= self.current_gradient_accumulation_steps / steps
         return self._encode(mine), n_prompts
@@ -261,7 +261,7 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
     # ---- Steps --------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """TRL's.
+        """Train as TRL does.
 
         Raises:
             ValueError: no weight of the model is trainable.
@@ -272,19 +272,19 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """TRL's step; the rows of the generation batch are kept for budget and cross-entropy."""
+        """TRL's step; it also keeps the rows of the generation batch for the cross-entropy."""
         self._rows = inputs
         steps = self.args.steps_per_generation
         assert steps is not None
-        if self._micro_step % (steps * self.num_iterations) == 0:  # as TRL decides to sample
+        if self._micro_step % (steps * self.num_iterations) == 0:  # TRL samples at the same steps
             self._prepare_rollouts(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._micro_step += 1
         return loss
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        # Private in transformers, and where TRL samples and scores the reference policy, for which
-        # it switches adapters.
+        # Private in transformers. TRL samples here and scores the reference policy, for which it
+        # switches adapters.
         with trainable_kept(self.accelerator.unwrap_model(self.model)):
             return super()._prepare_inputs(generation_batch)
 
@@ -295,7 +295,7 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """TRL's step, with the rows kept as in `training_step`."""
+        """TRL's step; it also keeps the rows, as in `training_step`."""
         self._rows = inputs
         self._prepare_rollouts(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -306,7 +306,7 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """TRL's evaluation, of data sets in all the forms that the constructor takes."""
+        """Evaluate as TRL does, on data sets in all forms that the constructor accepts."""
         return super().evaluate(self._prepared(eval_dataset), ignore_keys, metric_key_prefix)
 
     def predict(
@@ -315,18 +315,18 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
     ) -> PredictionOutput:
-        """`evaluate` without a log: the metrics, such as `test_ebft/alignment`, are returned."""
+        """`evaluate` without logging; returns the metrics, such as `test_ebft/alignment`."""
         output = super().predict(self._prepared(test_dataset), ignore_keys, metric_key_prefix)
         return output._replace(metrics={**(output.metrics or {}), **self._take_evaluation()})
 
     def _prepared(self, dataset: Any) -> Any:
-        if dataset is None or isinstance(dataset, str):  # those of the constructor, or one of them
+        if dataset is None or isinstance(dataset, str):  # a data set of the constructor
             return dataset
         dataset = prepare_evaluation(dataset, self.args, self._column)
         return with_one_bos(dataset, self.processing_class)
 
     def _take_evaluation(self) -> dict[str, Any]:
-        """Metrics of the last evaluation under the prefix of its data set; a collective call."""
+        """Metrics of the last evaluation, with the prefix of its data set; a collective call."""
         means = {**self._take_loss("eval"), **take_metrics(self, "eval")}
         return {f"{self._evaluation_prefix}_{name}": mean for name, mean in means.items()}
 
@@ -343,7 +343,7 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """TRL's loop, sampling with a fixed seed and leaving the random state of training alone."""
+        """TRL's loop with sampling by a fixed seed; training's random state is restored."""
         refuse_partial_groups(self.args)
         self._evaluation_prefix = metric_key_prefix
         device = self.accelerator.device
@@ -357,8 +357,8 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `ebft/ce_loss` and `ebft/rl_loss`, means over all processes, to TRL's log.
 
-        Metrics of an evaluation carry the prefix of its data set, as `eval_a_loss` does. TRL calls
-        them `eval_...` whatever the set, so that several sets would overwrite each other.
+        Metrics of an evaluation get the prefix of its data set, as in `eval_a_loss`. TRL calls them
+        `eval_...` for every data set, so several data sets would overwrite each other's.
         """
         logs.update(self._take_loss("train") if self.model.training else self._take_evaluation())
         super().log(logs, start_time)
@@ -369,19 +369,19 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
 
     @property
     def _most_tokens(self) -> int:
-        assert self.max_completion_length is not None  # EBFTGRPOConfig has checked it
+        assert self.max_completion_length is not None  # checked by EBFTGRPOConfig
         return self.max_completion_length
 
     # ---- Length of completions ----------------------------------------------------------------
 
     def rollout_budget(self, inputs: list[dict[str, Any]] | None = None) -> int:
-        """Most tokens of a completion of the batch at hand, or of another one.
+        """Largest number of tokens of a completion, for the current batch or another one.
 
-        With `adaptive_max_tokens`, as the longest ground truth of all processes suggests: a
+        With `adaptive_max_tokens` it depends on the longest ground truth of all processes: a
         collective call.
 
         Args:
-            inputs: rows of this process.
+            inputs: rows of this process in another batch.
         """
         if inputs is None:
             return self.completion_budget
@@ -392,12 +392,12 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
         return min(self._most_tokens, math.ceil(self.args.gt_length_multiplier * longest))
 
     def _prepare_rollouts(self, inputs: list[dict[str, Any]]) -> None:
-        """Set the budget of a batch, and refuse rows that cannot be read before TRL samples."""
+        """Set the budget of a batch, and raise for rows that cannot be read, before TRL samples."""
         examples = self._encode(inputs)
         self._set_budget(self.rollout_budget(inputs))
         longest = max(examples, key=lambda example: len(example.prompt_ids))
         multiple = cast("int | None", self.pad_to_multiple_of) or 1
-        # TRL pads prompts and completions on their own.
+        # TRL pads prompts and completions separately.
         width = sum(
             math.ceil(tokens / multiple) * multiple
             for tokens in (len(longest.prompt_ids), self.completion_budget)
@@ -436,20 +436,20 @@ class EBFTGRPOTrainer(CardNames, StalenessCorrection, BeforeTrainingMixin, GRPOT
 
 
 def _refuse_lasting_cast(model: nn.Module, args: EBFTGRPOConfig) -> None:
-    """Refuse continuous batching where TRL would cast the policy's weights for good.
+    """Raise if continuous batching in TRL would cast the policy's weights permanently.
 
     Raises:
-        ValueError: with the precision to load the model in.
+        ValueError: naming the precision to load the model in.
     """
     wanted = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     others = {weight.dtype for weight in model.parameters()} - {wanted}
     if args.use_transformers_continuous_batching and wanted is not None and others:
         found = ", ".join(sorted(map(str, others)))
         raise ValueError(
-            f"use_transformers_continuous_batching=True casts the policy to {wanted} for sampling "
-            f"and leaves it there, and it has weights in {found}: "
-            "training, and a feature network that shares them, would go on with rounded weights. "
-            f"Load the model in {wanted}, set bf16=False and fp16=False, or leave it off."
+            f"use_transformers_continuous_batching=True casts the policy from {found} to {wanted} "
+            "for sampling and does not restore it, so training, and a feature network that shares "
+            f"the weights, would use rounded weights. Load the model in {wanted}, set bf16=False "
+            "and fp16=False, or set use_transformers_continuous_batching=False."
         )
 
 
@@ -458,7 +458,7 @@ def _refuse_tools(kwargs: dict[str, Any]) -> None:
         if kwargs.get(name):
             raise ValueError(
                 f"{name} changes the prompt while completions are sampled, so the ground truth "
-                "would no longer continue what the policy saw; leave it out."
+                "would not continue the prompt that the policy saw; leave it out."
             )
 
 

@@ -1,4 +1,4 @@
-"""What completions without an answer are worth: never more than any answer of their group.
+"""Rewards of completions without an answer: never above those of answers in their group.
 
 Dimension letters: P prompts, n completions of a prompt.
 """
@@ -14,7 +14,7 @@ from hf_ebft.objective.rewards import Rewards
 
 
 def rank_unfinished_last(rewards: Rewards, has_answer: Tensor) -> Rewards:
-    """Give completions that were still thinking at their end the worst alignment and diversity.
+    """Give completions that end within their thinking the worst alignment and diversity.
 
     Such a completion u has no features. It counts as the opposite of the ground truth and as a copy
     of every other completion of its group (their dot product is taken as 1):
@@ -23,10 +23,10 @@ def rank_unfinished_last(rewards: Rewards, has_answer: Tensor) -> Rewards:
         diversity_u = 2 / (n - 1) * sum over j != u of 1 = 2
         diversity_j = 2 / (n - 1) * (sum over answers j' != j of x_j . x_j' + number of such u)
 
-    No cosine is below -1, and no dot product of features above 1 (they are normalised, and whitened
-    rollouts of a group are shorter still). So u is last in both, hence in every reward and in
-    every advantage that rises with alignment and falls with diversity, as those of all estimators
-    do. Diversity is still a sum over pairs, so the leave-one-out baseline (paper, eq. 94) is still
+    No cosine is below -1, and no dot product of features is above 1 (features are normalised, and
+    whitened rollouts of a group are shorter). So u is last in both. It is then last in every reward
+    and every advantage that rises with alignment and falls with diversity, as with all estimators.
+    Diversity is still a sum over pairs, so the leave-one-out baseline (paper, eq. 94) is still
     independent of j, and advantages still sum to zero.
 
     Args:

@@ -200,7 +200,7 @@ def test_fewer_prompts_than_a_batch_are_refused(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a", "ground_truth": "b"}\n' * 7)
     arguments = [f"--dataset_name_or_path={path}", "--eval_fraction=0.5", "--num_generations=4"]
     arguments += ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=5"]
-    with pytest.raises(ValueError, match="has 4 prompts, and one generation batch takes 5"):
+    with pytest.raises(ValueError, match="has 4 prompts, but one generation batch needs 5"):
         structured_run(tmp_path, *arguments)
 
 

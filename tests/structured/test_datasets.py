@@ -50,11 +50,11 @@ def test_list_of_rows_trains_like_a_dataset(tmp_path):
         ([{"prompt": "a", "ground_truth": "b"}, "c"], "train_dataset: row 1 is a str"),
         (
             [{"prompt": "a", "ground_truth": "b"}, {"prompt": "\ud83d", "ground_truth": "b"}],
-            "row 1, 'prompt': .* half of a UTF-16 pair",
+            "row 1, 'prompt': .* a lone surrogate",
         ),
         (
             [{"prompt": [{"role": "user", "content": "\ude00"}], "ground_truth": "b"}],
-            "row 0, 'prompt': .* half of a UTF-16 pair",
+            "row 0, 'prompt': .* a lone surrogate",
         ),
         (
             [{"prompt": "a", "ground_truth": "b"}, {"prompt": 3, "ground_truth": "b"}],
@@ -101,7 +101,7 @@ def test_chats_without_a_template_are_refused_before_the_first_step(tmp_path):
     tokens = copy.deepcopy(tokenizer())  # which is shared
     build(tmp_path, chats, tokens=tokens)  # with a template they are taken
     tokens.chat_template = None
-    with pytest.raises(ValueError, match=r"no chat template: .* Choose a chat model"):
+    with pytest.raises(ValueError, match=r"no chat template.* Use a chat model"):
         build(tmp_path, chats, tokens=tokens)
     build(tmp_path, rows(), tokens=tokens)  # text needs none
 
@@ -109,9 +109,9 @@ def test_chats_without_a_template_are_refused_before_the_first_step(tmp_path):
 def test_fewer_prompts_than_one_generation_batch_are_refused(tmp_path):
     """TRL made no step, and the script said where the model is."""
     settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
-    with pytest.raises(ValueError, match=r"7 prompts, and one generation batch takes 8: .*=32"):
+    with pytest.raises(ValueError, match=r"7 prompts, but one generation batch needs 8: .*=32"):
         build(tmp_path, rows(7), **settings)
-    with pytest.raises(ValueError, match="one generation batch takes 16"):
+    with pytest.raises(ValueError, match="one generation batch needs 16"):
         build(tmp_path, rows(8), generation_batch_size=64)
     trainer = build(tmp_path, rows(8), **settings)
     trainer.train()
@@ -204,7 +204,7 @@ def test_lone_surrogate_in_a_stream_is_named(tmp_path):
             yield {"prompt": f"say {number} \ud83d", "ground_truth": "b"}
 
     trainer = build(tmp_path, IterableDataset.from_generator(stream))
-    with pytest.raises(ValueError, match=r"prompt 'say \d .*' .*half of a UTF-16 pair"):
+    with pytest.raises(ValueError, match=r"prompt 'say \d .*' .*a lone surrogate"):
         trainer.train()
 
 
@@ -212,7 +212,7 @@ def test_prompt_with_an_image_is_refused(tmp_path):
     content = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what is it?"}]
     prompt = [{"role": "user", "content": content}]
     trainer = build(tmp_path, [{"prompt": prompt, "ground_truth": "b"}] * 8)
-    with pytest.raises(ValueError, match=r"holds a part of type 'image'.*reads text only"):
+    with pytest.raises(ValueError, match=r"contains a part of type 'image'.*reads text only"):
         trainer.train()
 
 

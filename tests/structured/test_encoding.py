@@ -129,7 +129,7 @@ def test_first_end_token_is_the_end():
 )
 def test_ground_truth_that_goes_on_after_an_end_token_is_refused(prompt, truth):
     """Its tail was lost without a word: no completion can write it."""
-    with pytest.raises(ValueError, match=r"goes on after '<eos>', at which every completion ends"):
+    with pytest.raises(ValueError, match=r"continues after '<eos>', but every completion ends"):
         encode(prompt, truth)
 
 
@@ -175,7 +175,7 @@ def test_tokenizer_that_puts_a_space_before_every_text():
         ("a", None, "is None; it must be a text"),
         ("a", 3, "is 3; it must be a text"),
         ("a", [], r"is \[\]; it must be a text"),
-        ("a", [assistant("b")], "is a text, its ground truth a list"),
+        ("a", [assistant("b")], "is a text, but its ground truth is a list"),
         ([user("a")], [assistant("b"), user("c")], "must end with one of the assistant"),
     ],
 )
@@ -188,14 +188,14 @@ def test_template_that_rewrites_the_prompt_is_refused():
     tokens = tokenizer()
     template = "{{ messages|length }}" + tokens.chat_template
     encoder = ExampleEncoder(tokens, chat_template_kwargs={"chat_template": template})
-    with pytest.raises(ValueError, match="changes what came before"):
+    with pytest.raises(ValueError, match="changes earlier messages"):
         encoder.encode([[user("a")]], ["b"])
 
 
 def test_template_options_are_used():
     template = tokenizer().chat_template + "{% if opened %}<|system|>{% endif %}"
     options = {"chat_template": template, "opened": True}
-    with pytest.raises(ValueError, match="changes what came before"):
+    with pytest.raises(ValueError, match="changes earlier messages"):
         encode([user("a")], "b", chat_template_kwargs=options)
     assert encode([user("a")], "b", chat_template_kwargs=options | {"opened": False})
 

@@ -87,7 +87,7 @@ def test_prediction_has_the_metrics_of_an_evaluation_and_leaves_none_behind(tmp_
 
 def test_batch_that_holds_no_whole_groups_is_refused(tmp_path):
     """TRL checks this only where a strategy of evaluation is set; else a reshape failed."""
-    message = r"batches of 6 completions, which are no whole groups of 4 .* Make it a multiple"
+    message = r"batches of 6 .*, which do not divide into groups of 4 .* Make it a multiple"
     with pytest.raises(ValueError, match="must be divisible by the number of generations"):
         build(tmp_path, rows(3), per_device_eval_batch_size=6, eval_strategy="epoch")
     trainer = build(tmp_path, rows(3), per_device_eval_batch_size=6)

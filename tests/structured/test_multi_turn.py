@@ -189,7 +189,7 @@ def test_prompts_without_a_due_reply_are_refused(prompt: Any, message: str) -> N
 
 def test_a_template_that_hides_replies_is_refused() -> None:
     layout = ChatLayout(TOKENIZER, template="{{ messages[-1].content }}")
-    with pytest.raises(ValueError, match="does not show every reply"):
+    with pytest.raises(ValueError, match="does not render every reply"):
         layout.separator([user("a"), user("b")], 0)
 
 

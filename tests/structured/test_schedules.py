@@ -92,7 +92,7 @@ def test_a_resumed_run_goes_on_with_the_schedule(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ce_coef_schedule": "linear"}, "does not say where to: set ce_coef_final"),
+        ({"ce_coef_schedule": "linear"}, "needs a final value: set ce_coef_final"),
         ({"ce_coef_final": 0.1}, "ce_coef_final=0.1 would have no effect"),
         ({"kl_coef_schedule": "linear", "kl_coef_final": 0.1}, "`beta`"),
     ],

@@ -185,5 +185,5 @@ def test_model_that_reads_in_both_directions_is_refused():
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     )
-    with pytest.raises(ValueError, match="no causal language model"):
+    with pytest.raises(ValueError, match="not a causal language model"):
         network_of(model)

@@ -16,7 +16,7 @@ from tests.support.tiny_structured import config
 REFUSED = {
     "auto_find_batch_size": (True, "auto_find_batch_size is not supported"),
     "data_seed": (1, "data_seed=1 would have no effect.*Set seed"),
-    "generation_kwargs": ({"max_new_tokens": 2}, "decided by the field max_completion_length"),
+    "generation_kwargs": ({"max_new_tokens": 2}, "set by the field max_completion_length"),
     "label_smoothing_factor": (0.1, "label_smoothing_factor=0.1 would have no effect"),
     "max_tool_calling_iterations": (2, "structured mode refuses tools"),
     "multi_objective_aggregation": ("normalize_then_sum", "would divide finished advantages"),
@@ -146,7 +146,7 @@ def test_fields_have_their_tests(module):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_new_tokens": 2}, r"\{'max_new_tokens': 2\} is decided by the field max_completion"),
+        ({"max_new_tokens": 2}, r"\{'max_new_tokens': 2\} is set by the field max_completion"),
         ({"max_length": 2}, "by the field max_completion_length"),
         ({"temperature": 0.5}, "by the field temperature"),
         ({"num_return_sequences": 2}, "by the field num_generations"),

@@ -1,1 +1,1 @@
-"""Rollouts from a stock vLLM server: asking it, sending it weights, checking what it samples."""
+"""Rollouts from a stock vLLM server: requests, sending weights, and checks of what it samples."""

@@ -1,4 +1,4 @@
-"""Which LoRA adapters vLLM applies as PEFT does, and the weights in the file of one."""
+"""Checks that vLLM applies a LoRA adapter as PEFT does, and collects the adapter's weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ INITS_THAT_LEAVE_THE_BASE_ALONE = (True, False, "eva", "gaussian", "orthogonal")
 
 
 def check_adapter(model: PeftModel, max_rank: int) -> None:
-    """Refuse an adapter that vLLM refuses, or worse, takes and applies in another way.
+    """Raise for an adapter that vLLM refuses or would silently apply in another way.
 
     Args:
         model: the policy, unwrapped.
@@ -45,20 +45,20 @@ def check_adapter(model: PeftModel, max_rank: int) -> None:
     if len(active) != 1:
         raise ValueError(
             f"the policy has {len(active)} active adapters ({', '.join(active)}), but the server "
-            "applies one to a request; merge them or activate one."
+            "applies one adapter per request; merge them or activate one."
         )
     name = active[0]
     config = model.peft_config[name]
     if not isinstance(config, LoraConfig):
         raise ValueError(
-            f"vllm_lora_sync sends LoRA adapters, and the policy's is {config.peft_type}; train "
-            "with peft.LoraConfig."
+            f"vllm_lora_sync sends LoRA adapters, but the policy's adapter is {config.peft_type}; "
+            "train with peft.LoraConfig."
         )
     for option in UNSUPPORTED_OPTIONS:
         if getattr(config, option):
             raise ValueError(
-                f"{option}={getattr(config, option)!r}: vLLM applies the matrices A and B of LoRA "
-                f"and nothing else, so it would sample from another policy; train without {option}."
+                f"{option}={getattr(config, option)!r}: vLLM applies only the matrices A and B of "
+                f"LoRA, so it would sample from another policy; train without {option}."
             )
     if config.bias != "none":
         raise ValueError(
@@ -75,7 +75,7 @@ def check_adapter(model: PeftModel, max_rank: int) -> None:
 
 
 def _check_ranks_and_scales(model: PeftModel, name: str, config: LoraConfig, max_rank: int) -> None:
-    """Compare each layer with the one rank and the one scale that vLLM reads."""
+    """Compare each layer with the single rank and the single scale that vLLM reads."""
     scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
@@ -83,30 +83,30 @@ def _check_ranks_and_scales(model: PeftModel, name: str, config: LoraConfig, max
         if max(layer.r[name], config.r) > max_rank:
             raise ValueError(
                 f"the LoRA rank of {path} is {max(layer.r[name], config.r)}, above the server's "
-                f"highest, vllm_max_lora_rank={max_rank}; raise that and start the server again "
-                "with it, or train with a lower rank."
+                f"maximum, vllm_max_lora_rank={max_rank}; raise that and restart the server with "
+                "it, or train with a lower rank."
             )
         if not math.isclose(layer.scaling[name], scale, rel_tol=1e-6):
             raise ValueError(
-                f"{path} scales its adapter by {layer.scaling[name]:g}, and vLLM would silently "
-                f"scale it by {scale:g}, as lora_alpha={config.lora_alpha} and r={config.r} say "
-                "for all layers: it knows no rank_pattern or alpha_pattern. Keep alpha / r (with "
-                "use_rslora alpha / sqrt(r)) the same in every layer."
+                f"{path} scales its adapter by {layer.scaling[name]:g}, but vLLM would silently "
+                f"scale it by {scale:g}, from lora_alpha={config.lora_alpha} and r={config.r}: it "
+                "ignores rank_pattern and alpha_pattern. Keep alpha / r (with use_rslora "
+                "alpha / sqrt(r)) the same in every layer."
             )
 
 
 def adapter_weights(model: PeftModel, accelerator: Accelerator, wrapped: Any) -> dict[str, Any]:
-    """The active adapter's whole weights on the CPU, by the names of an adapter file.
+    """The active adapter's full (unsharded) weights on the CPU, by the names of an adapter file.
 
     All processes must call this together.
 
     Args:
         model: the policy, unwrapped.
-        accelerator: what prepared it.
-        wrapped: the policy as prepared.
+        accelerator: the accelerator that prepared the policy.
+        wrapped: the policy as the accelerator returned it.
     """
     gathered = None
-    # FSDP2 shards each tensor, so that the few of the adapter can be gathered alone.
+    # FSDP2 shards each tensor separately, so the adapter's few tensors can be gathered alone.
     whole_model = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if whole_model and not accelerator.is_fsdp2:
         gathered = accelerator.get_state_dict(wrapped)

@@ -1,4 +1,4 @@
-"""What the server's answers hold, checked: completions, the base model, the words of an error."""
+"""Checks and reads the server's answers: completions, the base model, error messages."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Completion:
     """One sampled completion.
 
     Attributes:
-        token_ids: with the stop token, if it ended by one; never empty.
-        log_probs: of these tokens under the sampled distribution, in nats, as many as tokens.
+        token_ids: including the stop token if the completion ended with one; never empty.
+        log_probs: log-probs of these tokens under the sampled distribution, in nats.
         finish_reason: "stop" or "length".
     """
 
@@ -29,7 +29,7 @@ class Completion:
     finish_reason: str
 
     def beginning(self, tokens: int) -> Completion:
-        """Its first tokens, at most so many."""
+        """The first tokens of the completion, at most this many."""
         return replace(self, token_ids=self.token_ids[:tokens], log_probs=self.log_probs[:tokens])
 
 
@@ -51,11 +51,11 @@ def parse(body: str) -> Any:
     try:
         return json.loads(body)
     except json.JSONDecodeError as error:
-        raise ServerUnavailable(f"an answer that is no JSON: {body!r:.200}") from error
+        raise ServerUnavailable(f"an answer that is not valid JSON: {body!r:.200}") from error
 
 
 def error_message(body: str) -> str:
-    """The server's own words in an error answer."""
+    """The error message in an error answer."""
     try:
         content = json.loads(body)
     except json.JSONDecodeError:
@@ -67,11 +67,11 @@ def error_message(body: str) -> str:
 
 
 def read_completions(answer: Any, count: int) -> list[Completion]:
-    """Check an answer of `/v1/completions` and take out what training needs.
+    """Check an answer of `/v1/completions` and extract what training needs.
 
     Raises:
-        BadAnswer: too few completions, no token ids, no or unusable log-probs.
-        ServerUnavailable: completions that were broken off (the server is going down).
+        BadAnswer: there are too few completions, no token ids, or no usable log-probs.
+        ServerUnavailable: completions were aborted, since the server is shutting down.
     """
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != count:
@@ -84,13 +84,13 @@ def read_choice(choice: dict[str, Any]) -> Completion:
     """Check one choice of an answer; see `read_completions`."""
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
-        raise ServerUnavailable(f"a completion was broken off (finish_reason {reason!r})")
+        raise ServerUnavailable(f"a completion was aborted (finish_reason {reason!r})")
     tokens = choice.get("token_ids")
     if tokens is None:
         raise BadAnswer(
-            "the vLLM server sent a completion without token ids, and text cannot be turned back "
-            "into the tokens that were sampled; it is too old for `return_token_ids`: install vLLM "
-            "0.22 or newer."
+            "the vLLM server sent a completion without token ids, and the sampled tokens cannot be "
+            "recovered from text; the server is too old for `return_token_ids`: install vLLM 0.22 "
+            "or newer."
         )
     log_probs = (choice.get("logprobs") or {}).get("token_logprobs")
     if log_probs is None or len(log_probs) != len(tokens):
@@ -104,15 +104,16 @@ def read_choice(choice: dict[str, Any]) -> Completion:
     for position, value in enumerate(log_probs):
         if value is None or not math.isfinite(value) or not CLAMPED_LOG_PROB < value <= 1e-3:
             raise BadAnswer(
-                f"the vLLM server sent the log-prob {value} for token {tokens[position]}, number "
-                f"{position} of its completion: nothing can be sampled with that. Its weights or "
-                "activations overflow (float16?) or it filters tokens (a logits processor?)."
+                f"the vLLM server sent the log-prob {value} for token {tokens[position]} at "
+                f"position {position} of its completion, but a token of that probability cannot "
+                "have been sampled. Its weights or activations overflow (float16?), or it filters "
+                "tokens (a logits processor?)."
             )
     return Completion([int(token) for token in tokens], [float(p) for p in log_probs], reason)
 
 
 def read_scores(answer: Any, tokens: Sequence[int]) -> list[float]:
-    """Log-probs of a prompt's tokens but the first.
+    """Log-probs of a prompt's tokens, except the first.
 
     Raises:
         BadAnswer: they are missing.
@@ -125,6 +126,6 @@ def read_scores(answer: Any, tokens: Sequence[int]) -> list[float]:
         ]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise BadAnswer(
-            "the vLLM server was asked for the log-probs of a prompt and sent something else: "
+            "the vLLM server was asked for the log-probs of a prompt but sent something else: "
             f"{answer!r:.300}"
         ) from error

@@ -1,4 +1,4 @@
-"""The requests of one batch: which prompts go together, and with which seeds."""
+"""The requests of one batch: prompts that are sent together, and their seeds."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hf_ebft.structured.vllm.workers import DaemonPool
 
 @dataclass
 class Batch:
-    """Requests under way for one batch of one process.
+    """The open requests for one batch of one process.
 
     Attributes:
-        prompts: as the trainer has them.
-        prompt_ids: their tokens, one list for each completion that is wanted.
-        runs: (first completion, completions) of each request: neighbours with one prompt go
-            together.
+        prompts: the prompts, as the trainer passes them.
+        prompt_ids: their token ids, one list for each completion.
+        runs: (first completion, number of completions) of each request: neighbours with equal
+            prompts are sent together.
         samplings: one for each request.
         futures: one for each request.
-        max_tokens: most tokens of a completion.
-        step: of the weights that sample.
+        max_tokens: largest number of tokens of a completion.
+        step: optimizer step of the weights that sample.
     """
 
     prompts: list[Any]
@@ -39,14 +39,14 @@ class Batch:
     step: int
 
     def ask(self, index: int, pool: DaemonPool, client: VLLMClient, model: str) -> None:
-        """Send one request, or send it again."""
+        """Send one request, for the first time or again."""
         first, count = self.runs[index]
         self.futures[index] = pool.submit(
             client.complete, model, self.prompt_ids[first], count, self.samplings[index]
         )
 
     def wait(self) -> None:
-        """Wait until all requests have ended, in whatever way."""
+        """Wait until all requests have ended, successfully or not."""
         for future in self.futures:
             future.exception()
 
@@ -56,7 +56,7 @@ class Batch:
 
 
 def find_runs(prompt_ids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """(first entry, entries) of each run of equal neighbours."""
+    """(first entry, number of entries) of each run of equal neighbours."""
     runs = []
     first = 0
     for _, group in itertools.groupby(prompt_ids):
@@ -67,7 +67,7 @@ def find_runs(prompt_ids: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 
 
 class Seeds:
-    """Seeds that differ between requests, steps and processes, the same in every rerun."""
+    """Seeds that differ between requests, steps and processes, and are equal in every rerun."""
 
     def __init__(self) -> None:
         self._step = -1
@@ -75,7 +75,7 @@ class Seeds:
         self._evaluation_calls = 0
 
     def start_evaluation(self) -> None:
-        """Begin anew: every evaluation has the same seeds, whatever the step."""
+        """Restart the seeds, so that every evaluation has the same seeds, whatever the step."""
         self._evaluation_calls = 0
 
     def draw(self, count: int, trainer: Any, training: bool) -> list[int]:

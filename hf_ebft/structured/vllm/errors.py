@@ -1,4 +1,4 @@
-"""What can go wrong between the trainer and the vLLM server."""
+"""Errors between the trainer and the vLLM server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class VLLMServerError(RuntimeError):
 
 
 class ServerGone(VLLMServerError):
-    """The server went away. Once it is back, the weights can be sent again."""
+    """The server went away. Once it is up again, the weights can be sent again."""
 
 
 class ServerUnavailable(ServerGone):
@@ -16,10 +16,10 @@ class ServerUnavailable(ServerGone):
 
 
 class RequestRefused(VLLMServerError):
-    """The server understood the request and will not do it.
+    """The server understood the request and refused it.
 
     Attributes:
-        status: of the HTTP answer.
+        status: status of the HTTP answer.
         reason: the server's own message.
     """
 
@@ -30,8 +30,8 @@ class RequestRefused(VLLMServerError):
 
 
 class ModelNotServed(RequestRefused, ServerGone):
-    """The server does not know a model or adapter that it was given earlier: it was restarted."""
+    """The server does not know a model or adapter that it had earlier: it was restarted."""
 
 
 class BadAnswer(VLLMServerError):
-    """The server answered, and the answer lacks something that training needs."""
+    """The server's answer lacks something that training needs."""

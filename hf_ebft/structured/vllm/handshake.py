@@ -1,9 +1,10 @@
-"""Checks that the server samples from the policy: same tokenizer, same log-probs.
+"""Checks that the server samples from the policy: with the same tokenizer and the same log-probs.
 
-A probe after every start, sync and restart catches what would otherwise be silent: another base
-model, an adapter that was not applied or applied with another scale, stale caches, raw log-probs.
-Rollouts from the policy's own weights are compared as well: another run may have replaced them on
-the server after the probe.
+After every start, sync and restart, the server continues a fixed text (the probe) and the log-probs
+are compared. This detects faults that would otherwise be silent: another base model, an adapter
+that was not applied or applied with another scale, stale caches, raw log-probs. Rollouts from the
+policy's current weights are compared, too: another run may have replaced the weights on the server
+after the probe.
 
 Dimension letters: P tokens of the probe's prompt, T sampled tokens, V vocabulary.
 """
@@ -27,12 +28,12 @@ from hf_ebft.structured.vllm.errors import VLLMServerError
 from hf_ebft.structured.vllm.settings import SERVE_COMMAND
 
 PROBE_PROMPT_TOKENS = 192
-"""More than one block of any prefix cache (128 tokens on CPUs), so that a stale one shows."""
+"""More than one block of any prefix cache (128 tokens on CPUs), so that a stale one is noticed."""
 PROBE_TOKENS = 16
 PROBE_SEED = 20260312
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""Largest mean difference of log-probs by the coarser precision, in nats. Seen on small models on a
-CPU: below 1e-6 in float32, 0.012 to 0.027 in bfloat16; faults were tenths of nats or more."""
+"""Largest mean difference of log-probs by the coarser precision, in nats. On small models on a CPU,
+differences were below 1e-6 in float32, 0.012 to 0.027 in bfloat16; faults gave tenths or more."""
 
 LEAST_MOVE = 0.1
 """A server is expected to follow a policy that moved by more than this share of the tolerance..."""
@@ -65,9 +66,9 @@ def check_tokenizer(client: VLLMClient, served: ServedModel, tokenizer: Any) -> 
         if list(ours) != list(theirs):
             raise VLLMServerError(
                 f"the vLLM server at {client.url} serves {served.name} from {served.path} with "
-                f"another tokenizer than the policy's: it reads {text[:40]!r}... as "
+                f"another tokenizer than the policy's: it encodes {text[:40]!r}... as "
                 f"{theirs[:12]}, the policy's as {list(ours)[:12]}. Serve the model that is "
-                "trained, with the tokenizer that it is trained with (--tokenizer)."
+                "trained, with the tokenizer of the training (--tokenizer)."
             )
 
 
@@ -122,12 +123,12 @@ class Scored:
 
     @property
     def mean(self) -> float:
-        """Mean absolute difference of a token."""
+        """Mean absolute difference over the tokens."""
         return (self.policy - self.server).abs().mean().item()
 
     @property
     def largest(self) -> float:
-        """Largest absolute difference of a token."""
+        """Largest absolute difference over the tokens."""
         return (self.policy - self.server).abs().max().item()
 
     @property
@@ -137,7 +138,7 @@ class Scored:
 
     @staticmethod
     def joined(parts: Sequence[Scored]) -> Scored:
-        """All tokens of several."""
+        """The tokens of several parts together."""
         return Scored(
             [token for part in parts for token in part.tokens],
             torch.cat([part.server for part in parts]),
@@ -153,14 +154,14 @@ def score(
     completion: Completion,
     temperature: float,
 ) -> Scored:
-    """Score the server's completion by the policy. All processes must call this together.
+    """Score the server's completion with the policy. All processes must call this together.
 
     Args:
         model: the policy, as the trainer runs it without gradient.
-        device: where it is.
+        device: the policy's device.
         prompt: (P) token ids.
         completion: T tokens with the server's log-probs.
-        temperature: at which they were sampled.
+        temperature: the temperature at which they were sampled.
     """
     logits_TV = completion_logits(model, device, prompt, completion.token_ids)
     tokens_T = torch.tensor(completion.token_ids, device=logits_TV.device)
@@ -197,7 +198,7 @@ def require_agreement(
     """Raise unless the server samples from the policy.
 
     Raises:
-        VLLMServerError: the difference, and what it may come from.
+        VLLMServerError: naming the difference and its likely causes.
     """
     if found.mean <= tolerance:
         return
@@ -220,30 +221,31 @@ def require_agreement(
         causes.append("it does not apply the adapter, or not to every layer that is trained")
     raise VLLMServerError(
         f"{what}: the log-probs of the vLLM server and of the policy differ by {found.mean:.3g} "
-        f"nats a token (at most {found.largest:.3g}), more than {tolerance:g}, so it samples from "
-        f"another model. Likely causes: {'; '.join(causes)}. If the difference is rounding that "
-        "you accept, set vllm_handshake_tolerance above it."
+        f"nats per token (at most {found.largest:.3g}), more than {tolerance:g}, so it samples "
+        f"from another model. Likely causes: {'; '.join(causes)}. If the difference is rounding "
+        "that you accept, set vllm_handshake_tolerance above it."
     )
 
 
 def weights_took_effect(before: Scored, now: Scored, tolerance: float, what: str) -> bool:
-    """Whether the server followed the policy from one version of the weights to a later one.
+    """Whether the server's log-probs changed with the policy's after new weights were sent.
 
-    In bfloat16 the policy may move far before its distance to a server that stands still exceeds
-    the tolerance. So its move on the probe is compared with the server's own: rounding is the same
-    before and after, and a server that ignores the new weights does not move at all.
+    In bfloat16 the policy may change a lot before its distance to a server with old weights exceeds
+    the tolerance. So the change of the policy's log-probs on the probe is compared with that of the
+    server's: rounding is the same before and after, and a server that ignores the new weights does
+    not change at all.
 
     Args:
         before: the probe as an earlier version answered it.
         now: the probe as the version just sent answers it.
-        tolerance: of `require_agreement`.
-        what: was done, for the message.
+        tolerance: the tolerance of `require_agreement`.
+        what: what was done, for the message.
 
     Returns:
-        True: it followed. False: the policy has not moved enough to tell.
+        True: the server has the new weights. False: the policy has not changed enough to tell.
 
     Raises:
-        VLLMServerError: the policy moved and the server did not.
+        VLLMServerError: the policy changed but the server did not.
     """
     if now.tokens != before.tokens:
         return True  # other tokens from the same random numbers: other weights
@@ -254,54 +256,54 @@ def weights_took_effect(before: Scored, now: Scored, tolerance: float, what: str
     if server_move >= LEAST_SHARE * policy_move:
         return True
     raise VLLMServerError(
-        f"{what}: the new weights have no effect on the vLLM server. On a fixed text the policy "
-        f"moved by {policy_move:.3g} nats a token since an earlier version, and the server by "
-        f"{server_move:.3g}. It loads what it is sent and does not use it: look into its log for "
-        "names of layers that it ignores, and start it anew without other options than "
+        f"{what}: the new weights have no effect on the vLLM server. On a fixed text the policy's "
+        f"log-probs changed by {policy_move:.3g} nats per token since an earlier version, the "
+        f"server's by {server_move:.3g}. It loads the weights but does not use them: look into its "
+        "log for names of layers that it ignores, and restart it with only the options that "
         f"{SERVE_COMMAND} gives it."
     )
 
 
 def check_vocabulary(completions: Sequence[Completion], vocabulary: int) -> None:
-    """Refuse sampled tokens that the policy has no embedding for.
+    """Raise for sampled tokens that the policy has no embedding for.
 
     Raises:
-        VLLMServerError: naming the token and both vocabularies' sizes as far as they are known.
+        VLLMServerError: naming the token and the size of the policy's vocabulary.
     """
     highest = max((max(completion.token_ids) for completion in completions), default=0)
     if highest >= vocabulary:
         raise VLLMServerError(
-            f"the vLLM server sampled token {highest}, and the policy has embeddings for tokens 0 "
-            f"to {vocabulary - 1} only: the served model has a larger vocabulary. Serve the very "
-            "model that is trained, saved after any change of its embeddings' size."
+            f"the vLLM server sampled token {highest}, but the policy has embeddings for tokens 0 "
+            f"to {vocabulary - 1} only: the served model has a larger vocabulary. Serve the model "
+            "that is trained, saved after any change of the size of its embeddings."
         )
 
 
 def choose_rollouts(count: int, limit: int) -> list[int]:
-    """Which of a batch's completions to check: the first, the last, and some between.
+    """Indices of the completions of a batch to check: the first, the last, and some between.
 
-    Weights that are replaced during a batch stay replaced, so the last completion shows it.
+    Weights that are replaced during a batch stay replaced, so the last completion reveals it.
     """
     steps = max(1, limit - 1)
     return sorted(count - 1 - round(place * (count - 1) / steps) for place in range(limit))
 
 
 def require_own_rollouts(found: Scored, tolerance: float, full_weights: bool) -> None:
-    """Raise unless fresh rollouts were sampled from the policy's weights.
+    """Raise unless new rollouts were sampled from the policy's weights.
 
-    The mean of few tokens scatters more than that of the probe, so they are allowed more.
+    The mean of few tokens varies more than that of the probe, so the tolerance is larger.
 
     Raises:
-        VLLMServerError: the difference, and that the weights were replaced after the handshake.
+        VLLMServerError: naming the difference, and that the weights were replaced.
     """
     allowed = tolerance * max(1.0, math.sqrt(PROBE_TOKENS / len(found.tokens)))
     if found.mean <= allowed:
         return
     raise VLLMServerError(
-        f"the vLLM server sampled this batch from other weights than the policy's: their log-probs "
-        f"differ by {found.mean:.3g} nats a token (at most {found.largest:.3g}), more than "
-        f"{allowed:.3g}, although they agreed on the probe when the weights were sent. "
-        f"{_replaced(full_weights)}"
+        f"the vLLM server sampled this batch from other weights than the policy's: their "
+        f"log-probs differ by {found.mean:.3g} nats per token (at most {found.largest:.3g}), "
+        f"more than {allowed:.3g}, although they agreed on the probe when the weights were "
+        f"sent. {_replaced(full_weights)}"
     )
 
 
@@ -310,22 +312,22 @@ def require_same_server(
 ) -> None:
     """Raise unless the server scores a text as it did when it got its weights.
 
-    For stale rollouts, whose policy is gone: the server is compared with itself.
+    For stale rollouts the policy that sampled is gone, so the server is compared with itself.
 
     Args:
         before: log-probs of the text's tokens when the weights were sent.
-        now: the same, after the batch.
-        tolerance: of `require_agreement`.
-        full_weights: how weights are sent.
+        now: the log-probs after the batch.
+        tolerance: the tolerance of `require_agreement`.
+        full_weights: whether full weights are sent, as opposed to an adapter.
 
     Raises:
-        VLLMServerError: the difference, and that the weights were replaced.
+        VLLMServerError: naming the difference, and that the weights were replaced.
     """
     difference = sum(abs(a - b) for a, b in zip(before, now, strict=True)) / len(before)
     if not difference <= tolerance:
         raise VLLMServerError(
-            f"the vLLM server has other weights than those it was sent: its log-probs of a fixed "
-            f"text have changed by {difference:.3g} nats a token since then, more than "
+            f"the vLLM server has other weights than those sent to it: its log-probs of a fixed "
+            f"text have changed by {difference:.3g} nats per token since then, more than "
             f"{tolerance:g}. {_replaced(full_weights)}"
         )
 
@@ -346,14 +348,14 @@ def _replaced(full_weights: bool) -> str:
 def choose_tolerance(
     model: nn.Module, bf16: bool, fp16: bool, dtype: str, given: float | None
 ) -> float:
-    """Largest difference that precision explains.
+    """The largest difference of log-probs that rounding explains.
 
     Args:
         model: the policy.
         bf16: whether it trains in bfloat16 mixed precision.
         fp16: whether it trains in float16 mixed precision.
         dtype: `vllm_dtype`.
-        given: `vllm_handshake_tolerance`; wins.
+        given: `vllm_handshake_tolerance`, which is returned if it is set.
     """
     if given is not None:
         return given
@@ -366,5 +368,5 @@ def choose_tolerance(
         precisions.add(torch.float16)
     if dtype != "auto":
         precisions.add(getattr(torch, dtype))
-    # Float8 and the like: no tighter than the coarsest that is known.
+    # Unknown precisions (float8 and the like) get the largest known tolerance.
     return max(TOLERANCES.get(precision, TOLERANCES[torch.bfloat16]) for precision in precisions)

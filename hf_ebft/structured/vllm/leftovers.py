@@ -1,4 +1,4 @@
-"""What trainers that were killed left on the server and on the disk, found by their names."""
+"""Removes what killed trainers left on the server and on the disk; names identify them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ RUN_NAME = re.compile(
     r"ebft-(?P<host>.+)-(?P<process>\d+)-(?P<started>\d+)-[0-9a-f]{6}(?P<version>-\d{6})?"
 )
 CLOCK_TOLERANCE = 2.0
-"""Seconds by which a process' start may be told differently."""
+"""Seconds by which two reports of a process's start may differ."""
 
 
 def new_run_name() -> str:
-    """A name for the folders and adapters of one run, which says whose they are.
+    """A name for the folders and adapters of one run, which identifies its trainer.
 
-    Other runs, earlier or at the same time, use the same server and folder.
+    Other runs, earlier ones or parallel ones, use the same server and folder.
     """
     process = psutil.Process()
     started = int(process.create_time())
@@ -35,9 +35,9 @@ def new_run_name() -> str:
 
 
 def is_abandoned(name: str) -> bool:
-    """Whether a run, or an adapter of it, belongs to a trainer of this machine that is gone.
+    """Whether a run, or an adapter of it, belongs to a trainer of this machine that has ended.
 
-    Of other machines' trainers nothing is known, so theirs are not abandoned.
+    Nothing is known about trainers of other machines, so theirs do not count as abandoned.
     """
     found = RUN_NAME.fullmatch(name)
     if found is None or found["host"] != _host():
@@ -46,28 +46,28 @@ def is_abandoned(name: str) -> bool:
         started = psutil.Process(int(found["process"])).create_time()
     except psutil.NoSuchProcess:
         return True
-    # A number is given to a new process once the old one is gone.
+    # The system may give the process id to a new process, which has another start time.
     return abs(started - int(found["started"])) > CLOCK_TOLERANCE
 
 
 def remove_leftovers(client: VLLMClient, parent: Path) -> None:
-    """Unload the adapters and remove the folders of trainers that are gone; problems are logged.
+    """Unload the adapters and remove the folders of trainers that have ended; log problems.
 
     Args:
-        client: of the server.
-        parent: folder that holds a folder for each run.
+        client: the client of the server.
+        parent: folder that contains a folder for each run.
     """
     try:
         for adapter in filter(is_abandoned, client.adapter_names()):
-            logger.info("unloading %s, which a trainer that is gone left on the server", adapter)
+            logger.info("unloading %s, which an ended trainer left on the server", adapter)
             client.unload_adapter(adapter)
     except VLLMServerError as error:
-        logger.warning("could not unload the adapters of trainers that are gone: %s", error)
+        logger.warning("could not unload the adapters of ended trainers: %s", error)
     if not parent.is_dir():
         return
     for entry in os.scandir(parent):
         if entry.is_dir(follow_symlinks=False) and is_abandoned(entry.name):
-            logger.info("removing %s, which a trainer that is gone left behind", entry.path)
+            logger.info("removing %s, which an ended trainer left behind", entry.path)
             shutil.rmtree(entry.path, ignore_errors=True)
 
 

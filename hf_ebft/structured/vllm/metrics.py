@@ -1,4 +1,4 @@
-"""What the rollouts report in the log, under `vllm/`."""
+"""Metrics of the rollouts, logged under `vllm/`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class RolloutMetrics:
         self._values: dict[str, list[float]] = {}
 
     def add(self, name: str, value: float) -> None:
-        """Note one value."""
+        """Record one value."""
         self._values.setdefault(name, []).append(float(value))
 
     def take(self) -> dict[str, float]:
-        """The sum or the mean of each metric's values, which are then forgotten."""
+        """The sum or the mean of each metric's values since the last call."""
         found = {
             name: sum(values) / (1 if name in COUNTED else len(values))
             for name, values in self._values.items()

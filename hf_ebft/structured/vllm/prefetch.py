@@ -1,4 +1,4 @@
-"""Which batch comes next, so that it can be sampled while this one trains."""
+"""Looks ahead to the next batch, so that it can be sampled while the current one trains."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ class Following:
 
 
 class ServerRollouts(Protocol):
-    """What a trainer asks its source of rollouts for, apart from rollouts.
+    """The interface of a source of rollouts, apart from sampling.
 
     Attributes:
-        following: batches that come after the one at hand; None where none is known.
+        following: the batches after the current one; None if unknown.
     """
 
     following: deque[Following | None]
 
     def start_evaluation(self) -> None:
-        """Sample the next rollouts for evaluation with the seeds of every evaluation."""
+        """Sample the next rollouts with the seeds that are the same in every evaluation."""
 
     def metrics(self) -> dict[str, float]:
         """Values since the last call, by name."""
 
 
 class StalenessAware(ABC):
-    """A trainer that corrects for rollouts older than its policy and can say what comes next.
+    """A trainer that corrects for rollouts older than its policy, and knows the next batches.
 
     Attributes:
-        server_rollouts: where its completions come from; they set it when they start.
+        server_rollouts: the source of its completions, which sets this when it starts.
     """
 
     server_rollouts: ServerRollouts | None = None
 
     @abstractmethod
     def rollout_budget(self, inputs: list[dict[str, Any]] | None = None) -> int:
-        """Most tokens of a completion.
+        """Largest number of tokens of a completion.
 
         Args:
-            inputs: rows of a batch that is sampled ahead; default: the batch at hand.
+            inputs: rows of a batch that is sampled ahead. Default: the current batch.
         """
 
 

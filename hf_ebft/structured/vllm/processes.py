@@ -14,11 +14,13 @@ T = TypeVar("T")
 
 
 def on_main_process(action: Callable[[], T]) -> T:
-    """Run an action on the main process and give its result to all; all must call this together.
+    """Run an action on the main process and return its result on all.
+
+    All processes must call this together.
 
     Raises:
-        VLLMServerError: on every process, if the action failed (`ServerGone` if it failed by that);
-            on the main one what it raised.
+        VLLMServerError: on every process, if the action failed (`ServerGone` if it failed with
+            that); the main process raises the original error.
     """
     outcome: list[Any] = [None, None, False]  # result, message of a failure, whether it is gone
     error: Exception | None = None
@@ -42,11 +44,11 @@ def on_every_process(action: Callable[[], T]) -> T:
     """Run an action on every process; all must call this together.
 
     Returns:
-        This process' result.
+        The result of this process.
 
     Raises:
-        VLLMServerError: on every process, if the action failed on any; where it failed, its own
-            error.
+        VLLMServerError: on every process, if the action failed on any; processes on which it failed
+            raise their own error.
     """
     result: Any = None
     error: Exception | None = None
@@ -64,7 +66,7 @@ def on_every_process(action: Callable[[], T]) -> T:
 
 
 def raise_together(failure: Exception | None) -> None:
-    """Raise on every process if any has failed; all must call this together."""
+    """Raise on every process if any process has failed; all must call this together."""
 
     def fail() -> None:
         if failure is not None:

@@ -82,7 +82,7 @@ def test_adapters_that_pass_are_applied_by_one_scale_as_peft_does(options):
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base"),
-        ({"r": 32}, "rank of .* is 32, above the server's highest, vllm_max_lora_rank=16"),
+        ({"r": 32}, "rank of .* is 32, above the server's maximum, vllm_max_lora_rank=16"),
         ({"rank_pattern": {"q_proj": 32}, "alpha_pattern": {"q_proj": 64}}, "q_proj is 32"),
         ({"rank_pattern": {"q_proj": 2}}, "q_proj scales its adapter by 4, .* scale it by 2"),
         ({"alpha_pattern": {"v_proj": 1}}, "v_proj scales its adapter by 0.25"),

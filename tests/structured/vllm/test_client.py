@@ -112,7 +112,7 @@ def test_a_request_that_fails_is_sent_again_with_growing_waits(fake, fault, monk
 )
 def test_an_answer_that_is_no_json_comes_from_a_server_that_is_gone(fake, fault):
     fake.fail("/v1/completions", fault)
-    with pytest.raises(ServerUnavailable, match="an answer that is no JSON"):
+    with pytest.raises(ServerUnavailable, match="an answer that is not valid JSON"):
         client_of(fake).complete("base", PROMPT, 2, SAMPLING)
 
 
@@ -187,7 +187,7 @@ def test_an_answer_that_lacks_something_stops_the_run_and_says_what(fake, edit, 
 
 def test_a_completion_that_was_broken_off_comes_from_a_server_that_is_gone(fake):
     fake.edit = edit_choice(finish_reason="abort")
-    with pytest.raises(ServerUnavailable, match=r"broken off .finish_reason 'abort'"):
+    with pytest.raises(ServerUnavailable, match=r"aborted .finish_reason 'abort'"):
         client_of(fake).complete("base", PROMPT, 1, SAMPLING)
 
 

@@ -69,7 +69,7 @@ def test_a_server_that_stands_still_is_noticed_below_the_tolerance(seed):
     before = scored(server, BASE + noise(3 * seed + 1, 0.005))
     now = scored(server, BASE + moved_by(0.05) + noise(3 * seed + 2, 0.005))
     assert now.mean < BFLOAT16
-    with pytest.raises(VLLMServerError, match=r"moved by 0\.0[45]\d* nats.* and the server by 0"):
+    with pytest.raises(VLLMServerError, match=r"changed by 0\.0[45]\d* nats.* the server's by 0"):
         weights_took_effect(before, now, BFLOAT16, "x")
 
 

@@ -75,7 +75,7 @@ def test_a_server_that_lists_nothing_stops_no_run(tmp_path, caplog):
         fake.fail("/v1/models", fake_vllm.status(403, "not for you"))
         assert rollouts([PROMPTS[0]], trainer)["completion_ids"][0]
         rollouts.close()
-    assert "could not unload the adapters of trainers that are gone" in caplog.text
+    assert "could not unload the adapters of ended trainers" in caplog.text
     assert "not for you" in caplog.text
 
 
