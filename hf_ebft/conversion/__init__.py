@@ -1,4 +1,4 @@
-"""Configurations of other programs, turned into those of `hf-ebft train`."""
+"""Converts configurations of other programs to those of `hf-ebft train`."""
 
 from hf_ebft.conversion.axolotl import Conversion, convert_axolotl
 from hf_ebft.conversion.report import to_yaml

@@ -1,7 +1,7 @@
-"""axolotl's `rl: ebft` configurations as options of `hf-ebft train`.
+"""Converts axolotl's `rl: ebft` configurations to options of `hf-ebft train`.
 
-Every key of the file ends up in one of two places: among the options, or in the list of those that
-could not be carried over, with the reason. Where a default differs, axolotl's is written out.
+Every key of the file becomes an option, or is listed as not carried over, with the reason. Where
+axolotl has another default than we have, its default is written out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hf_ebft.conversion.checking import check_values
 
 @dataclass(frozen=True)
 class _Chat:
-    """A transform of chats: settings of `hf_ebft.data.chat`, the mode, and what differs there."""
+    """A transform of chats: settings of `hf_ebft.data.chat`, the mode, and how it differs."""
 
     settings: Mapping[str, str]
     mode: str = "structured"
@@ -48,7 +48,7 @@ CHATS: dict[tuple[str, str], _Chat] = {
     ("ebft_reasoning", "transform_split_thinking"): _Chat({"turn": "last", "thinking": "keep"}),
     ("ebft_reasoning", "transform_answer_only"): _Chat(
         {"turn": "last", "thinking": "strip"},
-        note="The thinking is taken out of rollouts too; axolotl strips the ground truth alone.",
+        note="Thinking is removed from rollouts, too; axolotl removes it from ground truths only.",
     ),
     ("ebft_reasoning", "transform_strided"): _Chat(
         {"turn": "last", "thinking": "keep"}, mode="strided"
@@ -61,13 +61,13 @@ CHATS: dict[tuple[str, str], _Chat] = {
 
 @dataclass
 class Conversion:
-    """A configuration in our options, and what became of every key of the other.
+    """A configuration in our options, with a record of what became of every original key.
 
     Attributes:
-        options: for `hf-ebft train --config`.
-        carried: the other's key (`ebft.stride`) -> our option.
-        left: keys that could not be carried over -> why.
-        notes: what means something else here, in sentences.
+        options: options for `hf-ebft train --config`.
+        carried: original key (such as `ebft.stride`) -> our option.
+        left: original keys that could not be carried over -> reason.
+        notes: sentences about settings with another meaning here.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -76,21 +76,21 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
     def carry(self, key: str, option: str, value: Any) -> None:
-        """Write an option for a key."""
+        """Set an option for a key."""
         self.options[option] = value
         self.carried[key] = option
 
     def leave(self, key: str, why: str) -> None:
-        """Say why a key has no option."""
+        """Record why a key has no option."""
         self.left[key] = why
 
 
 def convert_axolotl(config: Mapping[str, Any]) -> Conversion:
-    """Turn an axolotl configuration with `rl: ebft` into ours.
+    """Convert an axolotl configuration with `rl: ebft`.
 
     Raises:
-        ValueError: another training method, a configuration of another shape, or a value that the
-            training arguments refuse.
+        ValueError: the configuration is for another training method, has another form, or contains
+            a value that the training arguments refuse.
     """
     if config.get("rl") != "ebft":
         raise ValueError(
@@ -122,7 +122,7 @@ def convert_axolotl(config: Mapping[str, Any]) -> Conversion:
 
 
 def _leave_unused_lora(result: Conversion) -> None:
-    """Take back options of adapters that are not there: the script refuses them."""
+    """Remove options of adapters if there are no adapters, since the command refuses them."""
     if result.options.get("use_peft"):
         return
     for key, option in list(result.carried.items()):
@@ -133,7 +133,7 @@ def _leave_unused_lora(result: Conversion) -> None:
 
 
 def _check(result: Conversion) -> None:
-    """Raise for values that cannot work, by the names that they have in axolotl's file."""
+    """Raise for values that cannot work; the message uses the names of axolotl's file."""
     try:
         unchecked = check_values(result.options)
     except (ValueError, TypeError) as error:
@@ -148,7 +148,7 @@ def _check(result: Conversion) -> None:
 
 
 def _top(result: Conversion, key: str, value: Any, config: Mapping[str, Any], mode: str) -> None:
-    """A key outside the sections."""
+    """Convert a key outside the sections."""
     if value is None:
         result.leave(key, "it is empty")
     elif key in SAME and SAME[key] in result.options:
@@ -213,7 +213,7 @@ def _datasets(result: Conversion, entries: Any, mode: str) -> None:
 
 
 def _transform(result: Conversion, key: str, transform: Any, dataset: Any, mode: str) -> None:
-    """axolotl's own transforms; others are code, which cannot be converted."""
+    """Convert axolotl's own transforms; others are code, which cannot be converted."""
     name, _, function = str(transform).partition(".")
     if (name, function) in CHATS:
         _chat(result, key, CHATS[name, function], mode)
@@ -250,7 +250,7 @@ def _transform(result: Conversion, key: str, transform: Any, dataset: Any, mode:
 
 
 def _chat(result: Conversion, key: str, chat: _Chat, mode: str) -> None:
-    """A transform of chats; ours is one function with settings."""
+    """Convert a transform of chats; ours is one function with settings."""
     if mode != chat.mode:
         result.leave(key, f"it is for {chat.mode} mode")
         return
@@ -279,7 +279,7 @@ def _val_set_size(result: Conversion, value: Any) -> None:
 
 
 def _precision(result: Conversion, key: str, config: Mapping[str, Any]) -> None:
-    """bf16 and fp16; with adapters the weights themselves are loaded in that type."""
+    """Convert bf16 and fp16; with adapters, the weights themselves are loaded in that type."""
     value = config[key]
     names = {"bf16": "bfloat16", "fp16": "float16"}
     if key == "torch_dtype":
@@ -387,7 +387,7 @@ def _trl(result: Conversion, trl: dict[str, Any], vllm: dict[str, Any], mode: st
 
 
 def _report_to(result: Conversion, config: Mapping[str, Any]) -> None:
-    """Where curves go; several keys of axolotl's make one list."""
+    """Convert where curves are logged; several of axolotl's keys become one list."""
     targets = []
     for key, target in (("use_tensorboard", "tensorboard"), ("use_wandb", "wandb")):
         if key in config:

@@ -1,10 +1,10 @@
-"""What axolotl's keys are called here, and why some have no place."""
+"""Tables of axolotl's keys: our names for them, and reasons why some have no counterpart."""
 
 from __future__ import annotations
 
 from typing import Any
 
-#: Keys that mean the same in both modes: axolotl's name -> ours.
+#: Keys with the same meaning in both modes: axolotl's name -> ours.
 SAME: dict[str, str] = {
     "base_model": "model_name_or_path",
     "revision_of_model": "model_revision",
@@ -51,7 +51,7 @@ SAME: dict[str, str] = {
     "dataloader_drop_last": "dataloader_drop_last",
     "ddp_timeout": "ddp_timeout",
 }
-#: Keys of adapters -> options; false is the default of all.
+#: Keys of adapters -> options; the default of all is false.
 ADAPTERS: dict[str, str] = {
     "load_in_8bit": "load_in_8bit",
     "load_in_4bit": "load_in_4bit",
@@ -171,7 +171,7 @@ TRL_RENAMED: dict[str, str] = {
     "vllm_max_model_len": "vllm_max_model_length",
     "vllm_guided_decoding_regex": "vllm_structured_outputs_regex",
 }
-#: Keys of `trl` without a place here, and why.
+#: Keys of `trl` without a counterpart, and why.
 TRL_NO_PLACE: dict[str, str] = {
     "scale_rewards": "advantages are not divided by a standard deviation; advantage_estimator: "
     "group_norm is the estimator that does",
@@ -199,7 +199,7 @@ VLLM_SAME: dict[str, str] = {
     "max_model_len": "vllm_max_model_length",
     "port": "vllm_server_port",
 }
-#: Keys without a place here, and why.
+#: Keys without a counterpart, and why.
 NO_PLACE: dict[str, str] = {
     "chat_template": "the tokenizer's own template is used; set it with the tokenizer",
     "special_tokens": "the tokenizer's own are used; without a pad token it pads with EOS",

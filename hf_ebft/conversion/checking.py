@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 
 from hf_ebft.config import EBFTConfig
 
-#: Options of the script that are no training arguments -> type.
+#: Options of the command that are not training arguments -> type.
 SCRIPT_OPTIONS: dict[str, type] = {
     "sequence_len": int,
     "eval_fraction": float,
@@ -19,7 +19,7 @@ SCRIPT_OPTIONS: dict[str, type] = {
     "lora_alpha": int,
     "lora_dropout": float,
 }
-# What the machine that trains decides, not the one that converts.
+# Options that depend on the machine that trains, so they cannot be checked here.
 BY_MACHINE = ("bf16", "fp16", "tf32", "generation_batch_size")
 
 
@@ -29,16 +29,16 @@ class _Parser(HfArgumentParser):
 
 
 def check_values(options: Mapping[str, Any]) -> str | None:
-    """Build the training arguments of the mode, which check each value and how they fit.
+    """Build the training arguments of the mode, which check every value and their combination.
 
     Args:
-        options: for `hf-ebft train`, `mode` among them.
+        options: options for `hf-ebft train`, including `mode`.
 
     Returns:
-        What could not be checked, and why; None if all was.
+        A sentence about values that could not be checked, or None if all were.
 
     Raises:
-        ValueError: a value of another type, or one that the training arguments refuse.
+        ValueError: a value has another type, or the training arguments refuse it.
     """
     config: Any = EBFTConfig
     if options["mode"] == "structured":
@@ -55,7 +55,7 @@ def check_values(options: Mapping[str, Any]) -> str | None:
     values = vars(parser.parse_args(as_arguments(taken)))
     fields = {name: values[name] for name in taken if name not in {*SCRIPT_OPTIONS, *BY_MACHINE}}
     if options["mode"] == "structured":
-        # How many processes share a batch is not known, so that it is made to fit here.
+        # The number of processes is unknown, so set a batch size that fits.
         n_generations = values["num_generations"]
         fields["per_device_train_batch_size"] = n_generations
         fields["per_device_eval_batch_size"] = values["num_generations_eval"] or n_generations
@@ -64,10 +64,10 @@ def check_values(options: Mapping[str, Any]) -> str | None:
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options of a file as command-line arguments, so that both are read in one way."""
+    """Options of a file as command-line arguments, so that both are parsed in the same way."""
     arguments: list[str] = []
     for name, value in options.items():
-        if value is None:  # as if it were not there
+        if value is None:  # an empty value means that the option is not set
             continue
         if isinstance(value, list):
             arguments += [f"--{name}", *map(str, value)]

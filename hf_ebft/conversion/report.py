@@ -1,4 +1,4 @@
-"""A conversion as a file that people read and `hf-ebft train` runs."""
+"""Writes a conversion as a YAML file that people can read and `hf-ebft train` can run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ WIDTH = 100
 
 
 def to_yaml(conversion: Conversion, source: str) -> str:
-    """The options, under comments that say what was not carried over and what else to know.
+    """The options, under comments that list what was not carried over and further notes.
 
     Args:
-        conversion: what was converted.
-        source: name of the file it is from.
+        conversion: the conversion.
+        source: name of the original file.
     """
     paragraphs = [f"Converted from {source}."]
     if conversion.left:

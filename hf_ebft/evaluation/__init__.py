@@ -1,4 +1,4 @@
-"""Looking at policies: measurements with intervals, models side by side, samples."""
+"""Evaluation of policies: measurements with intervals, comparison of models, samples."""
 
 from hf_ebft.evaluation.bootstrap import (
     Interval,

@@ -1,4 +1,4 @@
-"""Intervals of means, and of differences, by bootstrap over documents."""
+"""Confidence intervals of means, and of differences, by bootstrap over documents."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Resamples drawn at once, times groups: bounds the memory of a large evaluation.
+# Largest number of resamples times groups drawn at once; bounds the memory.
 CHUNK = 4_000_000
-# Measurements are of order 1 and computed in float32.
+# Differences below this count as rounding: measurements are of order 1, in float32.
 ROUNDING = 1e-6
 
 
@@ -23,8 +23,8 @@ class PairedDifference:
         before, after: means over the documents that have the measurement in both.
         difference: `after - before`.
         low, high: bounds of the bootstrap interval of the difference.
-        n_documents: documents that entered.
-        n_groups: groups that were resampled.
+        n_documents: number of documents used.
+        n_groups: number of resampled groups.
     """
 
     before: float
@@ -37,7 +37,7 @@ class PairedDifference:
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the interval leaves out zero, rounding errors of float32 included."""
+        """Whether zero is outside the interval, up to rounding errors of float32."""
         return self.low > ROUNDING or self.high < -ROUNDING
 
 
@@ -46,10 +46,10 @@ class Interval:
     """A mean over documents and its bootstrap interval.
 
     Attributes:
-        mean: over the documents that have the measurement.
+        mean: mean over the documents that have the measurement.
         low, high: bounds of the interval.
-        n_documents: documents that entered.
-        n_groups: groups that were resampled.
+        n_documents: number of documents used.
+        n_groups: number of resampled groups.
     """
 
     mean: float
@@ -71,16 +71,16 @@ def mean_bootstrap(
     """Bootstrap of a mean over documents; see `paired_bootstrap` for the kind of interval.
 
     Args:
-        values: (N,) measurements; NaN where a document has none.
-        weights: (N,) how much each document counts, such as its tokens; default: alike.
-        groups: (N,) labels of what is resampled as a whole.
-        n_resamples: bootstrap resamples.
-        confidence: of the interval.
-        seed: of the resampling.
+        values: (N,) measurements; NaN for a document without one.
+        weights: (N,) weights of the documents, such as their numbers of tokens. Default: equal.
+        groups: (N,) labels of groups that are resampled as a whole.
+        n_resamples: number of bootstrap resamples.
+        confidence: level of the interval.
+        seed: seed of the resampling.
 
     Raises:
-        ValueError: shapes that differ, fewer than two groups with a measurement, or settings out of
-            range.
+        ValueError: shapes differ, fewer than two groups have a measurement, or an argument is out
+            of range.
     """
     paired = paired_bootstrap(
         np.zeros_like(np.asarray(values, dtype=np.float64)),
@@ -107,23 +107,23 @@ def paired_bootstrap(
     """Bootstrap of the mean difference, with documents (or groups of them) resampled.
 
     The interval is the expanded percentile interval (T. Hesterberg, "What teachers should know
-    about the bootstrap", 2015), which allows for few groups: the plain percentile interval of 12 is
-    a seventh narrower, and covers the truth 91 times in 100 instead of 95.
+    about the bootstrap", 2015), which is corrected for few groups. The plain percentile interval of
+    12 groups is a seventh narrower, and covers the truth 91 times in 100 instead of 95.
 
     Args:
-        before: (N,) measurements; NaN where a document has none.
+        before: (N,) measurements; NaN for a document without one.
         after: (N,) measurements of the same documents.
-        weights: (N,) how much each document counts, such as its tokens; default: alike.
-        groups: (N,) labels of what is resampled as a whole, such as the file that rows were cut
-            from: neighbours resemble each other, and counting them as independent would make the
-            interval too narrow. Default: every document by itself.
-        n_resamples: bootstrap resamples.
-        confidence: of the interval.
-        seed: of the resampling.
+        weights: (N,) weights of the documents, such as their numbers of tokens. Default: equal.
+        groups: (N,) labels of groups that are resampled as a whole, such as the file that rows were
+            cut from. Neighbouring rows resemble each other; treated as independent, they would make
+            the interval too narrow. Default: every document is a group.
+        n_resamples: number of bootstrap resamples.
+        confidence: level of the interval.
+        seed: seed of the resampling.
 
     Raises:
-        ValueError: shapes that differ, fewer than two groups with a measurement, or settings out of
-            range.
+        ValueError: shapes differ, fewer than two groups have a measurement, or an argument is out
+            of range.
     """
     old, new = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     labels = np.arange(old.size) if groups is None else np.asarray(groups)
@@ -164,10 +164,10 @@ def paired_bootstrap(
 
 
 def _expanded_tail(tail: float, n_groups: int) -> float:
-    """The quantile of the resampled means at which the interval is to end.
+    """The tail probability of the resampled means at which the interval ends.
 
-    Resampled means spread less than means do, by sqrt((n - 1) / n), and their quantiles are like a
-    normal distribution's where Student's would be right. Both are made up for here.
+    Resampled means vary less than means, by sqrt((n - 1) / n), and their quantiles are like those
+    of a normal distribution instead of Student's. This corrects for both.
     """
     z = -NormalDist().inv_cdf(tail)
     freedom = n_groups - 1
@@ -183,9 +183,9 @@ def _resampled_means(
     n_resamples: int,
     generator: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """(n_resamples,) means over as many groups as there are, drawn with replacement.
+    """(n_resamples,) means over groups that are drawn with replacement.
 
-    How often each group is drawn is multinomial, so a resample is a vector of counts.
+    The numbers of draws of the groups are multinomial, so a resample is a vector of counts.
     """
     n_groups = len(sums)
     equal = np.full(n_groups, 1 / n_groups)

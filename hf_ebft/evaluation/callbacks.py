@@ -1,6 +1,6 @@
-"""Callbacks that look at the policy while it trains: fixed prefixes, and metrics of completions.
+"""Callbacks that sample from the policy during training: fixed prefixes, metrics of completions.
 
-Both have random numbers of their own, so that training goes on as if they were not there.
+Both have their own random numbers, so they do not change training.
 """
 
 from __future__ import annotations
@@ -33,25 +33,24 @@ WATCHED_FILE = "watched_rollouts.jsonl"
 
 
 class RolloutWatcher(TrainerCallback):
-    """Continues the same prefixes every so many steps, so that they can be followed.
+    """Continues the same prefixes at regular steps, so that people can follow how they change.
 
-    The prefix in the middle of each row is continued n times with the same seed at every step:
-    what changes is the policy. `latest` holds the groups of the last look, as
-    `RolloutGroup`s; `output_dir/watched_rollouts.jsonl` gets a line for each prefix and step,
-    with texts where the trainer has a tokenizer, and the rewards of training. A resumed run goes on
-    in the file.
+    The prefix in the middle of each row is continued n times, with the same seed at every step:
+    only the policy changes. `latest` contains the groups of the last step, as `RolloutGroup`s.
+    `output_dir/watched_rollouts.jsonl` gets a line for each prefix and step, with the rewards of
+    training, and with texts if the trainer has a tokenizer. A resumed run continues the file.
 
     Args:
-        trainer: it has the policy, the feature network and the settings.
-        rows: tokenized rows, a handful: they make one batch. Rows without room are left out.
-        every_steps: optimizer steps between looks; the weights before and after training are
-            looked at in any case.
-        n_samples: rollouts after each prefix; default that of training.
-        length: tokens of a rollout; default that of training.
-        seed: of the rollouts.
+        trainer: the trainer, which has the policy, the feature network and the settings.
+        rows: a few tokenized rows, which form one batch. Rows without room for a block are skipped.
+        every_steps: optimizer steps between two samplings; the weights before and after training
+            are always sampled from.
+        n_samples: rollouts for each prefix. Default: as in training.
+        length: tokens of a rollout. Default: as in training.
+        seed: seed of the rollouts.
 
     Raises:
-        ValueError: `every_steps` below 1.
+        ValueError: `every_steps` is below 1.
     """
 
     def __init__(
@@ -76,9 +75,10 @@ class RolloutWatcher(TrainerCallback):
         self._looked_at: int | None = None
 
     def look(self) -> list[RolloutGroup]:
-        """Continue the prefixes with the policy as it is.
+        """Continue the prefixes with the policy as it is now.
 
-        Every process must call this together, and does the same, so that sharded policies work.
+        All processes must call this together; each samples all prefixes, so that sharded policies
+        work.
         """
         trainer = self.trainer
         model: Any = trainer.model
@@ -102,7 +102,7 @@ class RolloutWatcher(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Look at the weights as they are; on resuming, drop what the file has of later steps."""
+        """Sample from the initial weights; on resuming, drop lines of later steps from the file."""
         self._looked_at = None
         if args.process_index == 0:
             path = self._path(args)
@@ -119,7 +119,7 @@ class RolloutWatcher(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Look every so many steps."""
+        """Sample at every `every_steps`-th step."""
         if state.global_step % self.every_steps == 0:
             self._record(args, state)
 
@@ -130,7 +130,7 @@ class RolloutWatcher(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Look at the last weights."""
+        """Sample from the last weights."""
         if self._looked_at != state.global_step:
             self._record(args, state)
 
@@ -151,28 +151,28 @@ class RolloutWatcher(TrainerCallback):
 
 
 class CompletionMetricsCallback(TrainerCallback):
-    """Generates completions of fixed prompts at each evaluation and logs metrics of them.
+    """Generates completions of fixed prompts at each evaluation, and logs metrics of them.
 
-    They are logged as `eval_completions/...` (in TensorBoard `eval/completions/...`) and are among
-    the metrics of the evaluation, so that `metric_for_best_model` may name one. Any `Trainer` of a
-    causal language model will do, for strided and for structured training. Processes share the
-    prompts.
+    They are logged as `eval_completions/...` (in TensorBoard `eval/completions/...`) and are added
+    to the metrics of the evaluation, so that `metric_for_best_model` can be one of them. It works
+    with any `Trainer` of a causal language model, in strided and in structured mode. The prompts
+    are divided among processes.
 
     Args:
-        trainer: it has the model and the tokenizer.
-        metrics: what to compute.
+        trainer: the trainer, which has the model and the tokenizer.
+        metrics: the metrics to compute.
         prompts: texts.
         ground_truths: one for each prompt.
-        max_new_tokens: most tokens of a completion.
+        max_new_tokens: largest number of tokens of a completion.
         n_samples: completions of each prompt.
-        temperature: of the sampling; 0 is greedy.
-        batch_size: prompts generated at once on a process.
-        generation_options: more arguments of `model.generate`, such as `stop_strings`.
-        seed: of the completions, the same at every evaluation.
+        temperature: sampling temperature; 0 is greedy.
+        batch_size: number of prompts generated at once on a process.
+        generation_options: further arguments of `model.generate`, such as `stop_strings`.
+        seed: seed of the completions, the same at every evaluation.
 
     Raises:
-        ValueError: no tokenizer, prompts and ground truths that do not match, several greedy
-            completions of a prompt, or numbers below 1.
+        ValueError: there is no tokenizer, prompts and ground truths do not match, several greedy
+            completions of a prompt are asked for, or a number is below 1.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class CompletionMetricsCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Generate and log, once for each step, however many evaluation datasets there are."""
+        """Generate and log once per step, even if there are several evaluation datasets."""
         if self._evaluated_at == state.global_step and self.trainer.is_in_train:
             return
         self._evaluated_at = state.global_step
@@ -264,7 +264,7 @@ class CompletionMetricsCallback(TrainerCallback):
     def _generate(self, indices: list[int]) -> dict[int, list[str]]:
         """Completions of the prompts of this process."""
         trainer, found = self.trainer, {}
-        # Under DDP this is the model without its wrapping; FSDP2 has no other.
+        # Under DDP this is the model without its wrapper; FSDP2 has no wrapper.
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         tokenizer: Any = trainer.processing_class
         device = next(model.parameters()).device
@@ -276,7 +276,7 @@ class CompletionMetricsCallback(TrainerCallback):
         with evaluation_mode(model), torch.random.fork_rng(forked, **on_accelerator):
             for first in range(0, len(indices), self.batch_size):
                 some = indices[first : first + self.batch_size]
-                # generate takes no generator of its own.
+                # generate takes no generator, so torch's global one is seeded.
                 torch.manual_seed(
                     make_generator(
                         torch.device("cpu"), self.seed, Stream.COMPLETIONS, some[0]
@@ -290,7 +290,7 @@ class CompletionMetricsCallback(TrainerCallback):
                     num_return_sequences=self.n_samples,
                     use_cache=True,
                     pad_token_id=_pad_token_id(tokenizer),
-                    # Sharded weights are gathered together, so all processes go on to the end.
+                    # Sharded weights are gathered by all processes together, until all are done.
                     synced_gpus=is_sharded(model),
                     **(
                         {"tokenizer": tokenizer}
@@ -306,7 +306,7 @@ class CompletionMetricsCallback(TrainerCallback):
 
 
 def _left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-    """Prompts that all end in the last column, whatever side the tokenizer pads on."""
+    """Prompts padded on the left, whatever side the tokenizer pads on."""
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -317,7 +317,7 @@ def _left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
 
 
 def _pad_token_id(tokenizer: Any) -> int:
-    """What generate fills ended rows with; skipped when decoded, if the tokenizer knows it."""
+    """The token with which generate fills ended rows; it is skipped when decoded, if known."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

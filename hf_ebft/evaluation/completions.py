@@ -1,6 +1,6 @@
 """Metrics of whole completions: exact match, BLEU, pass@k, and any metric of `evaluate`.
 
-Nothing here knows a trainer or a model: completions and ground truths are texts.
+Nothing here needs a trainer or a model: completions and ground truths are texts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 
 #: (predictions, references) -> a number, or several by name.
 MetricFunction = Callable[[list[str], list[str]], float | Mapping[str, float]]
-#: (completion, ground truth) -> whether it is right.
+#: (completion, ground truth) -> whether the completion is correct.
 Checker = Callable[[str, str], bool]
 
 
 class ComputesMetrics(Protocol):
-    """What `evaluate.load` and `evaluate.combine` return."""
+    """The type of objects that `evaluate.load` and `evaluate.combine` return."""
 
     def compute(self, *, predictions: Any, references: Any) -> dict[str, Any] | None:
         """Metrics by name."""
@@ -36,11 +36,11 @@ class CompletionMetrics:
 
     Args:
         metrics: name -> a function of (predictions, references), or a module of `evaluate`. Each
-            sees all n completions of every prompt, each with the prompt's ground truth, so that a
-            mean over examples is a mean over samples. Results that are no plain numbers (lists,
+            gets all n completions of every prompt, each with the prompt's ground truth, so that a
+            mean over examples is a mean over samples. Results that are not plain numbers (lists,
             texts) are left out.
-        checker: says of a completion and its ground truth whether it is right, for `pass@k`. It
-            runs in this process: a checker that executes code has to isolate it by itself.
+        checker: decides whether a completion with its ground truth is correct, for `pass@k`. It
+            runs in this process: a checker that executes code must isolate it itself.
         k: sizes for `pass@k`, each at most n.
 
     Raises:
@@ -68,7 +68,7 @@ class CompletionMetrics:
     def compute(
         self, completions: Sequence[Sequence[str]], ground_truths: Sequence[str]
     ) -> dict[str, float]:
-        """All metrics.
+        """Compute all metrics.
 
         Args:
             completions: for each prompt, its n completions.
@@ -79,8 +79,8 @@ class CompletionMetrics:
             `pass@k` for each k.
 
         Raises:
-            ValueError: no prompts, lengths that differ, a prompt without completions, or fewer
-                completions than a k.
+            ValueError: there are no prompts, lengths differ, a prompt has no completions, or fewer
+                than a k.
         """
         if not completions or len(completions) != len(ground_truths):
             raise ValueError(
@@ -109,7 +109,7 @@ class CompletionMetrics:
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions that equal their reference, white space at the ends aside."""
+    """Share of predictions that equal their reference, ignoring white space at the ends."""
     _check_pairs(predictions, references)
     hits = [p.strip() == r.strip() for p, r in zip(predictions, references, strict=True)]
     return sum(hits) / len(hits)
@@ -132,7 +132,7 @@ def corpus_bleu(
 
     Raises:
         ImportError: sacrebleu is not installed.
-        ValueError: not as many references as predictions, or none.
+        ValueError: the numbers of references and predictions differ, or are 0.
     """
     _check_pairs(predictions, references)
     try:
@@ -144,18 +144,18 @@ def corpus_bleu(
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Probability that k of n completions, drawn without replacement, hold a right one.
+    """Probability that k of n completions, drawn without replacement, contain a correct one.
 
-    1 - C(n - c, k) / C(n, k), the unbiased estimate of the probability that k fresh completions do
-    (Chen et al., "Evaluating large language models trained on code", 2021).
+    1 - C(n - c, k) / C(n, k) is an unbiased estimate of the probability that k new completions
+    contain a correct one (Chen et al., "Evaluating large language models trained on code", 2021).
 
     Args:
-        n: completions of the problem.
-        correct: c, how many of them are right.
-        k: how many are drawn.
+        n: number of completions of the problem.
+        correct: c, the number of correct ones.
+        k: number of draws.
 
     Raises:
-        ValueError: numbers that do not fit.
+        ValueError: the numbers do not fit each other.
     """
     if not 0 <= correct <= n or not 1 <= k <= n:
         raise ValueError(
@@ -169,8 +169,8 @@ def mean_pass_at_k(correct: Iterable[Sequence[bool]], k: int) -> float:
     """Mean of `pass_at_k` over problems.
 
     Args:
-        correct: for each problem, which of its completions are right.
-        k: how many are drawn.
+        correct: for each problem, whether each of its completions is correct.
+        k: number of draws.
     """
     estimates = [pass_at_k(len(group), sum(map(bool, group)), k) for group in correct]
     if not estimates:

@@ -1,8 +1,8 @@
-"""Measurements of a policy on held-out text, document by document, so that two can be compared.
+"""Measures a policy on held-out text, document by document, so that two policies can be compared.
 
-The trainer logs means over whatever was in its batches. Here every measurement belongs to a
-document, and seeds and the feature network are fixed, so that "before" and "after" differ by the
-policy alone and their differences can be taken document by document.
+The trainer logs means over its batches. Here every measurement belongs to a document, and seeds and
+the feature network are fixed. So "before" and "after" differ only by the policy, and their
+differences can be computed for each document.
 
 Dimension letters: B rows of a batch, S tokens of a row, K blocks, n samples, G rollout length,
 W most documents in a row, N documents in all.
@@ -33,7 +33,7 @@ from hf_ebft.training.measuring import Measurer
 from hf_ebft.training.metric_table import HELD_OUT_METRICS
 from hf_ebft.training.random_streams import Stream
 
-#: What is measured of every document.
+#: The measurements of every document.
 DOCUMENT_METRICS = {
     name: HELD_OUT_METRICS[name]
     for name in (
@@ -65,17 +65,17 @@ class DocumentMeasurements:
     """Measurements of N documents, in the order of the rows.
 
     Attributes:
-        row: (N,) int64, which row each document is in.
-        values: name in `DOCUMENT_METRICS` -> (N,) float64, NaN where a document has no such
-            measurement: no block, or no target token.
+        row: (N,) int64, the row of each document.
+        values: name in `DOCUMENT_METRICS` -> (N,) float64, NaN for a document without this
+            measurement, which has no block or no target token.
 
             - `cross_entropy`: teacher-forced, mean over the targets, at temperature 1.
             - `cfm_loss`: mean over the blocks (paper, eq. 2), unwhitened features.
-            - `energy_score`, `excess_over_spread`: likewise, see `hf_ebft.objective.scoring`.
+            - `energy_score`, `excess_over_spread`: the same, see `hf_ebft.objective.scoring`.
             - `cosine_alignment`, `dot_diversity`: unwhitened, so that they can be compared
               between settings.
-            - `alignment`, `diversity`: whitened if the settings say so; they depend on
-              `n_samples` then.
+            - `alignment`, `diversity`: whitened if the settings say so; they then depend on
+              `n_samples`.
             - `entropy`: of the rollouts, at the sampling temperature.
     """
 
@@ -103,27 +103,27 @@ def evaluate_documents(
 ) -> DocumentMeasurements:
     """Measure a policy on every document of `rows`.
 
-    Two policies are compared fairly by calling this twice with the same feature network, rows,
-    settings, `batch_size` and `seed`. The model, its mode and torch's global randomness are
-    left as they are.
+    For a fair comparison, call this for each policy with the same feature network, rows, settings,
+    `batch_size` and `seed`. The model, its mode and torch's global random state are not changed.
 
     Args:
-        model: the policy, not wrapped by DDP; a PEFT model is one.
-        feature_network: phi, the same for every policy that is compared.
+        model: the policy, not wrapped by DDP; it may be a PEFT model.
+        feature_network: phi, the same for all policies.
         rows: tokenized rows, as for training.
-        settings: where blocks lie, how rollouts are sampled and embedded, and what is whitened.
-        data_collator: default `EBFTDataCollator`.
-        batch_size: rows measured at once.
-        stride: tokens between anchors; default that of the settings.
-        n_samples: rollouts per group; default that of the settings. With 1 the CFM loss is biased.
-        n_draws: independent groups per block, averaged. More draws, less noise.
-        eos_token_id: ends documents if `document_masking` is True and rows mark no boundaries.
-        seed: of the rollouts.
-        corpus_whitening: for settings with `whitening_space="corpus"`, such as
-            `trainer.corpus_whitening()`; the same for every policy that is compared.
+        settings: settings of blocks, sampling, features and whitening.
+        data_collator: default: `EBFTDataCollator`.
+        batch_size: number of rows measured at once.
+        stride: tokens between block starts. Default: that of the settings.
+        n_samples: rollouts per group. Default: that of the settings. With 1 the CFM loss is biased.
+        n_draws: number of independent groups per block, averaged; more draws give less noise.
+        eos_token_id: the token that ends documents if `document_masking` is True and rows mark no
+            boundaries.
+        seed: seed of the rollouts.
+        corpus_whitening: the whitening of `whitening_space="corpus"`, such as
+            `trainer.corpus_whitening()`; the same for all policies.
 
     Raises:
-        ValueError: no rows, numbers below 1, or a corpus whitening that is missing.
+        ValueError: there are no rows, a number is below 1, or the corpus whitening is missing.
     """
     numbers = {"batch_size": batch_size, "n_draws": n_draws, "rows": len(rows)}
     numbers["stride"] = stride = settings.stride if stride is None else stride
@@ -170,7 +170,7 @@ def evaluate_documents(
 def _measure(
     measurer: Measurer, layout: PackedLayout, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """One draw of rollouts: each measurement as (B, W), NaN where there is none."""
+    """One draw of rollouts: each measurement as (B, W), NaN for documents without it."""
     rollouts = measurer.sample(layout, generator)
     rewarded, plain = measurer.rewards(rollouts)
     log_probs = measurer.log_probs(rollouts, with_document=True)
@@ -204,7 +204,7 @@ def unwhitened_metrics(plain: Rewards) -> dict[str, Tensor]:
 
 
 def document_slots(documents: Documents) -> Tensor:
-    """(B, W) bool: which documents each row has."""
+    """(B, W) bool: whether each document slot of a row is used."""
     count = documents.document.amax(dim=1) + 1
     return torch.arange(int(count.max()), device=count.device) < count[:, None]
 
@@ -214,8 +214,8 @@ def _mean_by_document(values: Tensor, counted: Tensor, document: Tensor, width: 
 
     Args:
         values: (B, M).
-        counted: (B, M) bool, which of them count.
-        document: (B, M) int64, the document of each, in [0, width) where it counts.
+        counted: (B, M) bool, whether each value counts.
+        document: (B, M) int64, the document of each counted value, in [0, width).
         width: W.
 
     Returns:

@@ -1,9 +1,8 @@
-"""Several models side by side on the same text: cross-entropy, and rollouts of several lengths.
+"""Measures several models on the same text: cross-entropy, and rollouts of several lengths.
 
-Every model continues the same prefixes of the same documents, with generators of the same seeds,
-and one frozen feature network reads them all. A model's rollouts are sampled once, at the greatest
-length; shorter ones are their beginnings, so that a curve over lengths follows the same rollouts as
-they drift.
+Every model continues the same prefixes of the same documents, with the same seeds, and one frozen
+feature network embeds all rollouts. A model's rollouts are sampled once, at the greatest length;
+shorter ones are their beginnings. So a curve over lengths follows the same rollouts.
 
 Dimension letters: B rows of a batch, S tokens of a row, K blocks, n samples, G rollout length,
 W most documents in a row, N documents in all, V vocabulary.
@@ -57,13 +56,13 @@ class ModelMeasurements:
     """Measurements of one model on N documents, in the order of the rows.
 
     Attributes:
-        row: (N,) int64, which row each document is in.
+        row: (N,) int64, the row of each document.
         document: (N,) a digest of each document's tokens: equal for equal documents.
-        blocks: (N,) int64, prefixes that were continued in each document; 0 for those without room.
-        text: name in `TEXT_METRICS` -> (N,) float64, NaN where a document has none.
-        tokens: the same names -> (N,) float64, the tokens that each is a mean over.
-        rollouts: length -> name in `ROLLOUT_METRICS` (and in `SECOND_NETWORK_METRICS`, where there
-            was a second feature network) -> (N,) float64, NaN without blocks.
+        blocks: (N,) int64, number of continued prefixes in each document; 0 without room.
+        text: name in `TEXT_METRICS` -> (N,) float64, NaN for a document without it.
+        tokens: the same names -> (N,) float64, number of tokens that each is a mean over.
+        rollouts: length -> name in `ROLLOUT_METRICS` (and in `SECOND_NETWORK_METRICS`, if there was
+            a second feature network) -> (N,) float64, NaN without blocks.
     """
 
     row: NDArray[np.int64]
@@ -95,43 +94,44 @@ def measure_model(
 ) -> ModelMeasurements:
     """Measure one model; call it once for each, with the same other arguments.
 
-    Two controls tell learning from looking better: `tempered` measures what sharpening alone does,
-    `second_network` what features show that gave no reward.
+    Two controls distinguish learning from effects that look like it: `tempered` measures the
+    effect of sharpening alone, and `second_network` measures features that gave no reward.
 
-    Prefixes are those that have room for the greatest length, so that all lengths continue the same
-    ones; documents without such a prefix have no measurements of rollouts (`blocks` is 0 there).
+    Only prefixes with room for the greatest length are used, so that all lengths continue the same
+    prefixes. Documents without such a prefix have no measurements of rollouts (`blocks` is 0).
 
     Args:
-        model: a causal language model, not wrapped; a PEFT model is one. Its mode is left as it is.
+        model: a causal language model, unwrapped; it may be a PEFT model. Its mode is not changed.
         feature_network: phi, the same for all models.
         rows: tokenized rows, as for training.
         settings: `stride`, `context_length`, `n_samples_per_prompt`, `temperature`,
-            features, whitening and coefficients; `generate_max_len` is not read.
-        lengths: of rollouts, ascending.
-        n_draws: independent groups per prefix, averaged.
-        seed: of the rollouts.
-        tokens_at_once: bounds the memory: rollout tokens (of a few prefixes), or tokens of text,
-            in one forward pass. At least one prefix, and one row, is always taken.
-        data_collator: default `EBFTDataCollator`.
-        corpus_whitening: for `whitening_space="corpus"`.
-        eos_token_id: ends documents if `document_masking` is True and rows mark no boundaries.
-        second_network: reads the same rollouts, for measurements named `second_...`: another
+            features, whitening and coefficients; `generate_max_len` is not used.
+        lengths: lengths of rollouts, ascending.
+        n_draws: number of independent groups per prefix, averaged.
+        seed: seed of the rollouts.
+        tokens_at_once: bounds the memory: number of rollout tokens (of a few prefixes), or of
+            tokens of text, in one forward pass. At least one prefix, or one row, is processed.
+        data_collator: default: `EBFTDataCollator`.
+        corpus_whitening: the whitening of `whitening_space="corpus"`.
+        eos_token_id: the token that ends documents if `document_masking` is True and rows mark no
+            boundaries.
+        second_network: also embeds the rollouts, for measurements named `second_...`: another
             model, or other layers of the same one (`FeatureNetwork(phi.model, ...)`).
-        tempered: measure the model that is left when all logits are divided by this, a sharper one
-            below 1. Text is measured at this temperature, rollouts are sampled at the settings'
-            temperature times this.
+        tempered: measure the model with all logits divided by this; below 1 it is sharper. Text is
+            measured at this temperature; rollouts are sampled at this times the settings'
+            temperature.
 
     Raises:
-        ValueError: no rows, lengths that do not ascend, numbers below 1, `tempered` not above 0, or
-            no document with room for the greatest length.
+        ValueError: there are no rows, lengths do not ascend, a number is below 1, `tempered` is not
+            above 0, or no document has room for the greatest length.
     """
     _check(rows, lengths, n_draws, tokens_at_once)
     if not tempered > 0:
         raise ValueError(
             f"tempered={tempered} must be above 0: logits are divided by it (0.8 sharpens, 1 "
-            "leaves the model as it is)."
+            "does not change the model)."
         )
-    # Not by `replace`: a new EBFTConfig would reset the state of an accelerator that exists.
+    # Not with `replace`: a new EBFTConfig would reset the state of an existing accelerator.
     settings = copy(settings)
     settings.temperature *= tempered
     collate = data_collator or EBFTDataCollator()
@@ -146,7 +146,7 @@ def measure_model(
     parts: list[_Part] = []
     with evaluation_mode(model):
         for row in range(len(rows)):
-            # One row after the other: whatever the others are, a row gets the same random numbers.
+            # One row at a time, so that a row's random numbers do not depend on other rows.
             parts.append(by_row.measure(measurer.read(collate([rows[row]])), row, seed))
     whole = _join(parts, lengths)
     if not whole.blocks.any():
@@ -172,7 +172,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _RowMeasurer:
-    """Measures row after row; the arguments of `measure_model` that say how."""
+    """Measures one row after the other, with the arguments of `measure_model`."""
 
     measurer: Measurer
     lengths: Sequence[int]
@@ -223,7 +223,7 @@ class _RowMeasurer:
         )
 
     def _portions(self, blocks: Blocks) -> Iterator[Blocks]:
-        """The blocks, as many at a time as memory is to hold."""
+        """The blocks, in portions that fit into memory."""
         tokens = self.settings.n_samples_per_prompt * max(self.lengths)
         size = max(1, self.tokens_at_once // tokens)
         for first in range(0, blocks.exists.shape[1], size):
@@ -256,9 +256,9 @@ class _RowMeasurer:
     def _text_metrics(
         self, documents: Documents, width: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Mean -log p of the tokens of each document, and how many they are."""
+        """Mean -log p of the tokens of each document, and the number of these tokens."""
         input_ids = documents.input_ids
-        # The last token predicts nothing.
+        # The last token has no target.
         places = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
 
         def log_probs(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
@@ -278,7 +278,7 @@ class _RowMeasurer:
         )
         surprise = nn.functional.pad(-scored, (1, 0))
         predicted = (documents.document >= 0) & (documents.position > 0)
-        # A completion is what follows a prompt; where nothing is masked, there is none.
+        # A completion follows a prompt; if no prompt is masked, there is no completion.
         completion = predicted_targets(documents) & (documents.completion_start > 0)
         measurements, tokens = {}, {}
         for name, counted in zip(TEXT_METRICS, (predicted, completion), strict=True):
@@ -348,7 +348,7 @@ def _check(rows: Rows, lengths: Sequence[int], n_draws: int, tokens_at_once: int
 
 
 def same_documents(measured: Mapping[str, ModelMeasurements]) -> None:
-    """Refuse models that were measured on different documents or lengths.
+    """Raise for models that were measured on different documents or lengths.
 
     Raises:
         ValueError: naming the models.

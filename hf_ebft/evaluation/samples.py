@@ -1,4 +1,4 @@
-"""What a policy writes after a few prefixes, to be looked at."""
+"""Samples rollouts after a few prefixes, for people to read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_ebft.training.random_streams import Stream
 
 @dataclass(frozen=True)
 class Continuation:
-    """Token ids of a prefix, of what the policy wrote after it, and of what the document says."""
+    """Token ids of a prefix, of the policy's rollout, and of the ground truth."""
 
     prefix: list[int]
     rollout: list[int]
@@ -32,14 +32,14 @@ class Continuation:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """The rollouts of one prefix, as token ids, and what they were rewarded.
+    """The rollouts of one prefix as token ids, with their rewards.
 
     Attributes:
-        row: which of the rows the prefix is from.
-        prefix, ground_truth: of the document.
+        row: index of the row of the prefix.
+        prefix, ground_truth: tokens of the document.
         rollouts: n continuations.
-        rewards, alignments, diversities: of each rollout.
-        cfm_loss: of the group.
+        rewards, alignments, diversities: one for each rollout.
+        cfm_loss: that of the group.
     """
 
     row: int
@@ -55,7 +55,7 @@ class RolloutGroup:
         """Plain data.
 
         Args:
-            decode: token ids to text; None keeps the ids.
+            decode: converts token ids to text; None keeps the ids.
         """
         show: Callable[[list[int]], Any] = decode or list
         numbers = zip(self.rollouts, self.rewards, self.alignments, self.diversities, strict=True)
@@ -81,16 +81,17 @@ def sample_continuations(
     eos_token_id: int | None = None,
     seed: int = 0,
 ) -> list[Continuation]:
-    """One rollout after a prefix in the middle of each row.
+    """Sample one rollout after a prefix in the middle of each row.
 
     Args:
         model: the policy.
-        rows: tokenized rows, sampled in one batch; a row without room for a block is left out.
-        settings: where blocks lie and how rollouts are sampled.
-        length: tokens of a rollout; default `generate_max_len`.
-        data_collator: default `EBFTDataCollator`.
-        eos_token_id: ends documents if `document_masking` is True and rows mark no boundaries.
-        seed: of the rollouts; the same seed gives two policies the same random numbers.
+        rows: tokenized rows, sampled in one batch; rows without room for a block are skipped.
+        settings: settings of blocks and sampling.
+        length: tokens of a rollout. Default: `generate_max_len`.
+        data_collator: default: `EBFTDataCollator`.
+        eos_token_id: the token that ends documents if `document_masking` is True and rows mark no
+            boundaries.
+        seed: seed of the rollouts; two policies get the same random numbers from the same seed.
     """
     measurer = Measurer.for_model(model, settings, eos_token_id=eos_token_id)
     rollouts = _continue_rows(measurer, rows, 1, length, data_collator, seed)
@@ -117,19 +118,20 @@ def sample_groups(
     eos_token_id: int | None = None,
     seed: int = 0,
 ) -> list[RolloutGroup]:
-    """Several rollouts after a prefix in the middle of each row, with their rewards.
+    """Sample several rollouts after a prefix in the middle of each row, with their rewards.
 
     Args:
         model: the policy.
         feature_network: phi.
-        rows: tokenized rows, sampled in one batch; a row without room for a block is left out.
-        settings: where blocks lie, how rollouts are sampled, embedded and rewarded.
-        n_samples: rollouts of each group; default `n_samples_per_prompt`.
-        length: tokens of a rollout; default `generate_max_len`.
-        data_collator: default `EBFTDataCollator`.
-        corpus_whitening: for `whitening_space="corpus"`.
-        eos_token_id: ends documents if `document_masking` is True and rows mark no boundaries.
-        seed: of the rollouts.
+        rows: tokenized rows, sampled in one batch; rows without room for a block are skipped.
+        settings: settings of blocks, sampling, features and rewards.
+        n_samples: rollouts of each group. Default: `n_samples_per_prompt`.
+        length: tokens of a rollout. Default: `generate_max_len`.
+        data_collator: default: `EBFTDataCollator`.
+        corpus_whitening: the whitening of `whitening_space="corpus"`.
+        eos_token_id: the token that ends documents if `document_masking` is True and rows mark no
+            boundaries.
+        seed: seed of the rollouts.
     """
     measurer = Measurer.for_model(
         model,
@@ -191,7 +193,7 @@ def _ground_truth(rollouts: Rollouts, row: int) -> list[int]:
 
 
 def _middle_block(blocks: Blocks) -> Blocks:
-    """Of each row, the block in the middle: fields (B, 1)."""
+    """The block in the middle of each row: fields (B, 1)."""
     middle = (blocks.exists.sum(dim=1, keepdim=True) // 2).clamp(max=blocks.exists.shape[1] - 1)
     return Blocks(
         column=blocks.column.gather(1, middle),

@@ -1,4 +1,4 @@
-"""A comparison of two policies as text."""
+"""Shows a comparison of two policies as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_ebft.evaluation.bootstrap import PairedDifference, paired_bootstrap
 from hf_ebft.evaluation.documents import DOCUMENT_METRICS, DocumentMeasurements
 from hf_ebft.evaluation.samples import Continuation
 
-# Characters of a prefix that are shown: its end, where the continuations join.
+# Number of characters shown of a prefix: its end, where the continuations begin.
 PREFIX_CHARACTERS = 160
 
 
@@ -21,11 +21,11 @@ def compare(
     """Paired differences of every measurement that any document has.
 
     Args:
-        before, after: from `evaluate_documents`, on the same rows.
-        groups: what each document is a part of, see `paired_bootstrap`.
+        before, after: measurements from `evaluate_documents`, on the same rows.
+        groups: the group of each document, see `paired_bootstrap`.
 
     Raises:
-        ValueError: measured on different rows, or on too few.
+        ValueError: the rows differ, or are too few.
     """
     if before.row.tolist() != after.row.tolist():
         raise ValueError(
@@ -60,7 +60,7 @@ def format_samples(
 
     Args:
         before, after: continuations of the same prefixes.
-        decode: token ids to text.
+        decode: converts token ids to text.
     """
     blocks = []
     for old, new in zip(before, after, strict=True):

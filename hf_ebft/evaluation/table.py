@@ -1,4 +1,4 @@
-"""Several measured models in one table: intervals, paired differences; JSON, Markdown, PNG."""
+"""A table of several measured models: intervals, paired differences; as JSON, Markdown and PNG."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hf_ebft.training.metric_table import (
 )
 
 OF_ROLLOUTS = ROLLOUT_METRICS | SECOND_NETWORK_METRICS
-# Curves in the PNG.
+# Measurements that are drawn in the PNG.
 PLOTTED = (
     "cfm_loss",
     "energy_score",
@@ -45,16 +45,16 @@ class Entry:
     """One measurement of one model.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         measurement: name in `HELD_OUT_METRICS`.
         length: tokens of the rollouts; None for measurements of the text itself.
         value: mean over documents (over tokens, for measurements of the text).
         low, high: bounds of its interval.
-        difference, difference_low, difference_high: from the first model, paired by document; None
-            for the first model and for perplexities, whose interval would be that of the
-            cross-entropy again.
-        beyond_noise: whether the interval of the difference leaves out zero.
-        n_documents, n_groups: that entered, and that were resampled.
+        difference, difference_low, difference_high: difference to the first model, paired by
+            document, with its interval. None for the first model, and for perplexities, since the
+            cross-entropy shows the same.
+        beyond_noise: whether zero is outside the interval of the difference.
+        n_documents, n_groups: numbers of documents used and of groups resampled.
     """
 
     model: str
@@ -73,16 +73,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """The table.
+    """The table of all models.
 
     Attributes:
-        models: names; differences are from the first.
-        lengths: of the rollouts.
+        models: names of the models; differences are to the first.
+        lengths: lengths of the rollouts.
         counts: `documents`; `duplicates`, documents that are equal to an earlier one;
-            `skipped`, documents without room for a rollout of the greatest length; `prefixes`
-            that were continued; `groups` that the bootstrap resampled at most.
+            `skipped`, documents without room for a rollout of the greatest length; `prefixes`,
+            continued prefixes; `groups`, the largest number of groups that were resampled.
         entries: every measurement of every model.
-        settings: whatever the caller wants to be on record.
+        settings: settings of the evaluation, for the record.
     """
 
     models: list[str]
@@ -103,7 +103,7 @@ class ModelComparison:
         raise KeyError(f"no {measurement!r} of {model!r} at length {length}")
 
     def to_json(self) -> str:
-        """Everything; numbers that do not exist are null."""
+        """All entries as JSON; missing numbers are null."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
@@ -114,7 +114,7 @@ class ModelComparison:
             f"{counts['prefixes']} prefixes; {counts['skipped']} documents are too short for a "
             f"rollout of {max(self.lengths)} tokens and count for the text only.",
             "",
-            f"Value [95 % interval] for {self.models[0]}; value, difference from "
+            f"Value [95 % interval] for {self.models[0]}; value, difference to "
             f"{self.models[0]} [95 % interval of the difference] for the others. Bold: beyond the "
             "noise of the documents.",
             "",
@@ -139,7 +139,7 @@ class ModelComparison:
             Figure as Canvas,
         )
 
-        # Without pyplot, which would open a display and keep the figure.
+        # Without pyplot, which would open a display and keep the figure in memory.
         canvas = Canvas(figsize=(16, 6.5), layout="constrained")
         FigureCanvasAgg(canvas)
         for name, axes in zip(PLOTTED, canvas.subplots(2, 4).flat, strict=True):
@@ -198,14 +198,14 @@ def compare_models(
 
     Args:
         measured: name -> measurements from `measure_model`, of the same documents.
-        groups: (N,) what each document is a part of (the file it was cut from, say); resampled as
-            a whole. Default: each by itself, equal documents together.
-        n_resamples: of the bootstrap.
-        seed: of the resampling, the same for every measurement.
-        settings: put on record in the result.
+        groups: (N,) labels of groups that are resampled as a whole (such as the file that each
+            document was cut from). Default: each document is a group; equal documents are one.
+        n_resamples: number of bootstrap resamples.
+        seed: seed of the resampling, the same for every measurement.
+        settings: settings to record in the result.
 
     Raises:
-        ValueError: no models, different documents, or too few of them for an interval.
+        ValueError: there are no models, their documents differ, or are too few for an interval.
     """
     if not measured:
         raise ValueError("measured holds no models: pass {name: measure_model(...), ...}.")

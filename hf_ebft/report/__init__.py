@@ -1,8 +1,8 @@
-"""Reports of runs: one page with curves, samples, configuration and what looks unhealthy.
+"""Reports of runs: one page with curves, samples, configuration and signs of trouble.
 
     hf-ebft report outputs/demo --output report.html --png figures/
 
-Nothing here is needed for training, and a page needs no package beyond the library itself.
+Training needs nothing from here. A page needs no package except matplotlib.
 """
 
 from hf_ebft.report.health import Finding, examine

@@ -1,8 +1,8 @@
-"""Does a run look unhealthy, and what to change if it does.
+"""Rules that detect signs of trouble in a run, with advice what to change.
 
-Each rule is a function of a run. It speaks up on what the run's last fifth shows (or on how that
-differs from its first fifth), says what it saw, and what to do about it. The thresholds are the
-constants below; docs/report.md says what they were held against.
+Each rule is a function of a run. It looks at the last fifth of the run (or compares it with the
+first fifth), and returns a finding with its evidence and advice, or None. The thresholds are the
+constants below; docs/report.md says how they were tested.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from hf_ebft.watching.curves import FEWEST_POINTS, Change, ends, smooth
 
 Severity = Literal["serious", "warning", "note"]
 
-# Share of rollouts that repeat another of their group, of the most that can: (n - 1) / n.
+# Bounds for the share of rollouts that repeat another of their group, divided by (n - 1) / n.
 MANY_DUPLICATES, NEARLY_ALL_DUPLICATES = 0.5, 0.8
-# Share of groups whose advantages are all zero.
+# Bounds for the share of groups whose advantages are all zero.
 MANY_ZERO_ADVANTAGES, NEARLY_ALL_ZERO_ADVANTAGES = 0.5, 0.95
-# Standard deviation of advantages; rewards are of order 1.
+# Smallest standard deviation of advantages; rewards are of order 1.
 NO_SPREAD = 1e-3
-# Nats per token that the cross-entropy rises above its best.
+# Rise of the cross-entropy above its best value, in nats per token.
 RISE_OF_CROSS_ENTROPY, STEEP_RISE_OF_CROSS_ENTROPY = 0.2, 1.0
-# Nats per token at the sampling temperature, and share of what it was.
+# Entropy in nats per token at the sampling temperature, and as a share of its first value.
 HARDLY_ANY_ENTROPY, SMALL_SHARE_OF_ENTROPY = 0.1, 0.4
 FALL_OF_ALIGNMENT = 0.05
 RISE_OF_CFM_LOSS = RISE_OF_ENERGY_SCORE = 0.02
@@ -34,19 +34,19 @@ GROWTH_OF_GRADIENT = 10.0
 LARGE_KL = 1.0  # nats per token
 MOST_OF_THE_TIME = 0.7
 MANY_DOCUMENTS_WITHOUT_BLOCKS = 0.2
-# Diversity below this all along is the identity of whitened, distinct rollouts.
+# Diversity below this throughout a run is that of whitened, distinct rollouts.
 NO_DIVERSITY = 0.02
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to look at.
+    """An observation about a run, with advice.
 
     Attributes:
         severity: "serious": the run is not learning what it should; "warning": it may not be;
             "note": normal, but good to know.
-        title: in a few words.
-        evidence: the metrics.
+        title: a few words.
+        evidence: the observed metrics.
         advice: what to change.
     """
 
@@ -60,25 +60,25 @@ Rule = Callable[[Run], Finding | None]
 
 
 def examine(run: Run) -> list[Finding]:
-    """Everything that the rules have to say, the most serious first."""
+    """The findings of all rules, the most serious first."""
     return by_severity(rule(run) for rule in RULES)
 
 
 def by_severity(found: Iterable[Finding | None]) -> list[Finding]:
-    """What there is, the most serious first."""
+    """The findings that are not None, the most serious first."""
     order: list[Severity] = ["serious", "warning", "note"]
     return sorted(filter(None, found), key=lambda finding: order.index(finding.severity))
 
 
 def no_ebft_metrics(run: Run) -> Finding | None:
-    """The log is not EBFT's."""
+    """The log has no EBFT metrics."""
     if any(name.startswith("ebft/") for name in run.series):
         return None
     return Finding(
         "note",
         "No EBFT metrics",
-        "The log has no ebft/* metrics, so most rules have nothing to go by.",
-        "Was this run trained by EBFTTrainer? With logging_steps too large, nothing may have been "
+        "The log has no ebft/* metrics, so most rules cannot be applied.",
+        "Was this run trained by EBFTTrainer? If logging_steps is too large, nothing may have been "
         "logged yet.",
     )
 
@@ -114,7 +114,7 @@ def not_finite(run: Run) -> Finding | None:
         "Metrics that are not finite",
         f"{listed}.",
         "Lower learning_rate, raise warmup_steps or set max_grad_norm; with fp16, train in bf16. "
-        "Go on from a checkpoint before the first such step.",
+        "Resume from a checkpoint before the first such step.",
     )
 
 
@@ -132,7 +132,7 @@ def duplicate_rollouts(run: Run) -> Finding | None:
 def repeated_rollouts(
     share: float, n_samples: int | None, temperature: float | None
 ) -> Finding | None:
-    """What to say of a share of rollouts that repeat an earlier one of their group, if anything."""
+    """A finding about a share of rollouts that repeat an earlier one of their group, or None."""
     most = (n_samples - 1) / n_samples if n_samples and n_samples > 1 else 1.0
     if share < MANY_DUPLICATES * most:
         return None
@@ -141,14 +141,14 @@ def repeated_rollouts(
         "serious" if share >= NEARLY_ALL_DUPLICATES * most else "warning",
         "Rollouts repeat each other",
         f"{share:.0%} of the rollouts equal an earlier one of their group"
-        + (f"; with {n_samples} a group, {most:.0%} is all that can." if n_samples else "."),
-        f"Raise temperature{now}, or generate_max_len. If the share grew during the run, see "
-        "entropy: lower learning_rate or raise ce_coef.",
+        + (f"; in groups of {n_samples}, at most {most:.0%} can." if n_samples else "."),
+        f"Raise temperature{now}, or generate_max_len. If the share grew during the run, look at "
+        "the entropy: lower learning_rate or raise ce_coef.",
     )
 
 
 def zero_advantages(run: Run) -> Finding | None:
-    """Groups teach nothing because their rollouts are all worth the same."""
+    """Groups give no gradient, since their rollouts all have the same reward."""
     if not _trains_on_rewards(run):
         return None
     idle, spread = _ends(run, "ebft/zero_advantage_groups"), _ends(run, "ebft/advantages_std")
@@ -158,7 +158,7 @@ def zero_advantages(run: Run) -> Finding | None:
 
 
 def few_advantages(idle: float | None, spread: float | None = None) -> Finding | None:
-    """What to say of groups without advantage, if anything.
+    """A finding about groups without advantage, or None.
 
     Args:
         idle: share of the groups whose advantages are all zero.
@@ -170,13 +170,13 @@ def few_advantages(idle: float | None, spread: float | None = None) -> Finding |
         return None
     nearly_all = no_spread or (idle is not None and idle >= NEARLY_ALL_ZERO_ADVANTAGES)
     evidence = [f"{idle:.0%} of the groups have no advantage" if idle is not None else ""]
-    evidence.append(f"advantages spread by {spread:.2g}" if spread is not None else "")
+    evidence.append(f"the standard deviation is {spread:.2g}" if spread is not None else "")
     return Finding(
         "serious" if nearly_all else "warning",
         "Hardly any advantages",
         f"{'; '.join(part for part in evidence if part)}.",
-        "Such groups give no gradient. Raise temperature or n_samples_per_prompt; if rollouts "
-        "differ and advantages don't, look at feature_layers and embed_method.",
+        "Such groups give no gradient. Raise temperature or n_samples_per_prompt. If rollouts "
+        "differ but advantages do not, look at feature_layers and embed_method.",
     )
 
 
@@ -196,9 +196,9 @@ def diverging_cross_entropy(run: Run) -> Finding | None:
         return Finding(
             "serious" if rise > STEEP_RISE_OF_CROSS_ENTROPY else "warning",
             "The cross-entropy rises",
-            f"On {where} it is {change.last:.3g} nats a token, {rise:.2g} above its best "
-            f"(perplexity times {math.exp(min(rise, 50.0)):.3g}). The CFM loss may fall all the "
-            "same: a sharper policy lowers it.",
+            f"On {where} it is {change.last:.3g} nats per token, {rise:.2g} above its best value "
+            f"(perplexity times {math.exp(min(rise, 50.0)):.3g}). The CFM loss may still fall: a "
+            "sharper policy lowers it.",
             "Raise ce_coef (the paper tries 0.03 and 0.1) or kl_coef, lower learning_rate, or use "
             "more documents per step. Per-group whitening raises it more than "
             "use_whitening=false does in small runs.",
@@ -207,13 +207,13 @@ def diverging_cross_entropy(run: Run) -> Finding | None:
 
 
 def collapsed_entropy(run: Run) -> Finding | None:
-    """The policy has become all but deterministic."""
+    """The policy has become almost deterministic."""
     change = _ends(run, "ebft/entropy")
     if change is None or not _trains_on_rewards(run):
         return None
     fell = change.first > 0 and change.last < SMALL_SHARE_OF_ENTROPY * change.first
-    # Text that can be predicted is learned that way, too: the CFM loss falls along, and the
-    # cross-entropy does not rise. (Sharpening alone lowers the one and raises the other.)
+    # The entropy of predictable text also falls by learning: then the CFM loss falls, and the
+    # cross-entropy does not rise. (Sharpening alone lowers the first and raises the second.)
     cfm_loss = _ends(run, "ebft/cfm_loss")
     learning = (
         cfm_loss is not None
@@ -225,15 +225,16 @@ def collapsed_entropy(run: Run) -> Finding | None:
     return Finding(
         "serious" if change.last < HARDLY_ANY_ENTROPY else "warning",
         "The entropy has collapsed",
-        f"Rollouts have {change.last:.2g} nats a token, {change.first:.2g} at the start.",
-        "Raise temperature if it began like this. If it fell: lower learning_rate, raise ce_coef, "
-        "diversity_coef or n_samples_per_prompt, or set use_whitening=false (whitened rollouts "
-        "have no diversity term until they repeat).",
+        f"The entropy of rollouts is {change.last:.2g} nats per token; it was {change.first:.2g} "
+        "at the start.",
+        "If it was low from the start, raise temperature. If it fell: lower learning_rate, raise "
+        "ce_coef, diversity_coef or n_samples_per_prompt, or set use_whitening=false (whitened "
+        "rollouts have no diversity term until they repeat).",
     )
 
 
 def falling_alignment(run: Run) -> Finding | None:
-    """Rollouts look less and less like the truth."""
+    """The alignment of rollouts with the truth falls."""
     change = _ends(run, "ebft/alignment")
     if change is None or not _trains_on_rewards(run):
         return None
@@ -243,13 +244,13 @@ def falling_alignment(run: Run) -> Finding | None:
         "warning",
         "Alignment falls",
         f"From {change.first:.3g} to {change.last:.3g}.",
-        "The policy gradient is not finding its way: lower learning_rate, use more documents per "
-        "step or more n_samples_per_prompt. Check alignment_coef against diversity_coef.",
+        "The policy gradient does not improve the reward: lower learning_rate, use more documents "
+        "per step or more n_samples_per_prompt. Check alignment_coef against diversity_coef.",
     )
 
 
 def rising_cfm_loss(run: Run) -> Finding | None:
-    """What is trained for becomes worse."""
+    """The CFM loss rises."""
     change = _ends(run, "ebft/cfm_loss")
     if change is None or not _trains_on_rewards(run):
         return None
@@ -272,7 +273,7 @@ def only_sharper(run: Run) -> Finding | None:
     if change.difference < RISE_OF_ENERGY_SCORE or not change.beyond_noise:
         return None
     if cfm_loss.difference >= RISE_OF_CFM_LOSS:
-        return None  # rising_cfm_loss speaks
+        return None  # rising_cfm_loss reports this
     return Finding(
         "warning",
         "The policy only becomes sharper",
@@ -304,7 +305,7 @@ def large_kl(run: Run) -> Finding | None:
     return Finding(
         "warning",
         "Far from the reference",
-        f"The KL divergence to the feature network is {change.last:.3g} nats a token.",
+        f"The KL divergence to the feature network is {change.last:.3g} nats per token.",
         "Raise kl_coef or lower learning_rate.",
     )
 
@@ -329,20 +330,20 @@ def rollouts_take_the_time(run: Run) -> Finding | None:
 
 
 def documents_without_blocks(run: Run) -> Finding | None:
-    """Much of the text is too short to be sampled from."""
+    """Many documents are too short for a rollout."""
     change = _ends(run, "ebft/documents_without_blocks")
     return None if change is None else too_short_documents(change.last)
 
 
 def too_short_documents(share: float) -> Finding | None:
-    """What to say of a share of documents without blocks, if anything."""
+    """A finding about a share of documents without blocks, or None."""
     if share < MANY_DOCUMENTS_WITHOUT_BLOCKS:
         return None
     return Finding(
         "warning",
         "Documents without blocks",
         f"{share:.0%} of the documents are too short for a rollout.",
-        "They train by cross-entropy only (not at all with ce_coef=0). Lower context_length, "
+        "Only the cross-entropy trains on them (nothing with ce_coef=0). Lower context_length, "
         "min_completion_prefix or generate_max_len, or leave such documents out.",
     )
 
@@ -361,8 +362,8 @@ def no_diversity_term(run: Run) -> Finding | None:
         "note",
         "The diversity term is zero throughout",
         f"At most {max(map(abs, values)):.2g}: whitened rollouts that differ are orthonormal.",
-        "Normal with per-group whitening: only alignment is rewarded then. For a diversity term "
-        "that works, compare use_whitening=false or whitening_space=corpus.",
+        "This is normal with per-group whitening: only alignment is rewarded. To reward diversity "
+        "as well, compare use_whitening=false or whitening_space=corpus.",
     )
 
 

@@ -1,7 +1,7 @@
-"""The report as one self-contained HTML page: no script, no network, inline SVG.
+"""Renders the report as one self-contained HTML page: no script, no network, inline SVG.
 
-The template is `page.html.jinja`. jinja2 escapes every text that comes from a run, matplotlib those
-of charts.
+The template is `page.html.jinja`. jinja2 escapes every text that comes from a run; matplotlib
+escapes those in charts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_ebft.watching.charts import DASHES, to_svg
 from hf_ebft.watching.curves import Change, changes, format_number
 from hf_ebft.watching.model_card import ARGUMENTS
 
-# Of a prefix that is watched: its end, and how often it is shown.
+# Shown of a watched prefix: its last characters, and its rollouts at this many steps.
 PREFIX_CHARACTERS = 160
 MOST_LOOKS = 8
 
@@ -29,19 +29,19 @@ MOST_LOOKS = 8
 def render_page(
     runs: Sequence[Run], title: str = "EBFT runs", smoothing: float | None = None
 ) -> str:
-    """The page of one or several runs.
+    """Render the page of one or several runs.
 
     Args:
-        runs: in the order in which they are to be listed.
-        title: of the page.
-        smoothing: weight of the past in the smoothed curves; default: about a tenth of a curve.
+        runs: the runs, in the order in which they are listed.
+        title: title of the page.
+        smoothing: weight of the past in the smoothed curves. Default: about a tenth of a curve.
 
     Raises:
-        ValueError: no runs, more than can be told apart, or a weight out of range.
+        ValueError: there are no runs, or more than colours, or a weight is out of range.
         ImportError: matplotlib is not installed.
     """
     if not runs:
-        raise ValueError("There is no run to report on.")
+        raise ValueError("There is no run to report on; name one or more.")
     timing = timing_chart(runs)
     settings, other_arguments = _arguments(runs)
     charts = [
@@ -68,12 +68,12 @@ def render_page(
 def _with_content(
     runs: Sequence[Run], content: Callable[[Run], list[Any]]
 ) -> list[tuple[Run, list[Any]]]:
-    """The runs that have something of a kind, with it."""
+    """The runs that have a kind of content, with that content."""
     return [(run, found) for run in runs if (found := content(run))]
 
 
 def _changes(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Rows of the table of both ends of the curves, with a cell for each run."""
+    """Rows of the table of first and last values of the curves, with a cell for each run."""
     by_run = [changes(run.series) for run in runs]
     return [
         {"label": label_of(name), "cells": [_change(found.get(name), name) for found in by_run]}
@@ -93,7 +93,7 @@ def _change(change: Change | None, name: str) -> dict[str, str]:
 
 
 def _comparison(run: Run) -> list[dict[str, Any]]:
-    """Rows of held-out metrics; what another file of that name holds is left out."""
+    """Rows of held-out metrics; other entries of report.json are left out."""
     wanted = ("before", "after", "difference", "low", "high")
     rows: list[dict[str, Any]] = []
     for name, values in run.comparison.items():
@@ -125,7 +125,7 @@ def _spread(seen: Sequence[Watched]) -> list[Watched]:
 
 
 def _arguments(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of the settings that say what was trained how, and of all others."""
+    """Rows of the most important settings, and of all others."""
     everything = sorted({name for run in runs for name in run.arguments})
     settings = [field.name for field in dataclasses.fields(EBFTSettings)]
     named = [*settings, *ARGUMENTS, "max_steps", "num_train_epochs"]
@@ -135,7 +135,7 @@ def _arguments(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[dict[str
 
 
 def _argument(runs: Sequence[Run], name: str) -> dict[str, Any]:
-    """A row: bold where the runs differ, or a single run from EBFT's default."""
+    """A row; bold if the runs differ, or if a single run differs from EBFT's default."""
     values = [run.arguments.get(name, "") for run in runs]
     if len(runs) == 1:
         defaults = dataclasses.asdict(EBFTSettings())

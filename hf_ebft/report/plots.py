@@ -20,31 +20,31 @@ from hf_ebft.watching.charts import (
 )
 from hf_ebft.watching.curves import Series, smooth
 
-# A curve is drawn with about so many points; more cannot be seen, and make pages heavy.
+# Largest number of points of a drawn curve; more cannot be seen, and make pages large.
 MOST_POINTS = 400
-# Curves of so few points get dots.
+# Curves with at most this many points get dots.
 FEW_POINTS = 24
 PHASE_NAMES = ("rollout", "features", "training")
 # Curves without noise.
 EXACT = ("learning_rate",)
-# The first six of these that a run has make the picture that shows it at a glance.
+# The overview picture shows the first six of these that a run has.
 OVERVIEW = (
     "eval_loss",
     "eval_ebft/cfm_loss",
     *(metric.name for metric in METRICS if metric.in_overview),
 )
-# Of `Trainer`'s own metrics, those that say nothing about learning.
+# `Trainer`'s own metrics that are not about learning.
 UNINTERESTING = ("epoch", "total_flos", "train_loss", "step")
 TIMING = ("runtime", "per_second", "preparation_time")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A metric's picture.
+    """The chart of a metric.
 
     Attributes:
-        name: in the log.
-        metric: what it shows; made up where the name is not one of ours.
+        name: name of the metric in the log.
+        metric: its description; for a name that is not in our table, a generic one.
         drawing: the picture.
     """
 
@@ -54,26 +54,26 @@ class Chart:
 
     @property
     def file_name(self) -> str:
-        """For a PNG of its own."""
+        """Name of the chart's PNG file."""
         return re.sub(r"[^\w.-]", "_", self.name) + ".png"
 
 
 def charts_of(runs: Sequence[Run], smoothing: float | None = None) -> list[Chart]:
-    """One chart per metric that any run has: held-out metrics first, then the most telling.
+    """One chart per metric that any run has: held-out metrics first, then the most informative.
 
-    Each run keeps its colour and dashes throughout. Raw points are drawn pale behind their
-    exponential moving average; curves of few points are drawn as they are.
+    Each run keeps its colour and dashes in all charts. Raw points are drawn pale behind their
+    exponential moving average; curves with few points are drawn unsmoothed.
 
     Args:
-        runs: at most `N_SERIES` of them, to be told apart.
+        runs: at most `N_SERIES` runs.
         smoothing: weight of the past, see `hf_ebft.watching.curves.smooth`.
 
     Raises:
-        ValueError: more runs than there are colours, or a weight out of range.
+        ValueError: there are more runs than colours, or a weight is out of range.
     """
     if len(runs) > N_SERIES:
         raise ValueError(
-            f"{len(runs)} runs are more than can be told apart in one chart; show at most "
+            f"{len(runs)} runs are more than there are colours for one chart; show at most "
             f"{N_SERIES} at a time."
         )
     charts = []
@@ -89,7 +89,7 @@ def charts_of(runs: Sequence[Run], smoothing: float | None = None) -> list[Chart
 
 
 def timing_chart(runs: Sequence[Run]) -> Drawing | None:
-    """Mean seconds of a micro-batch by phase, one bar per run; None if no run timed itself."""
+    """Mean seconds of a micro-batch by phase, one bar per run; None if no run logged them."""
     bars = []
     for run in runs:
         spent = [run.series[name].finite().values for name in PHASES if name in run.series]
@@ -103,7 +103,7 @@ def timing_chart(runs: Sequence[Run]) -> Drawing | None:
 def write_pngs(
     runs: Sequence[Run], folder: str | Path, smoothing: float | None = None
 ) -> list[Path]:
-    """Write a PNG per metric, `timing.png`, and `overview.png` with the most telling ones.
+    """Write a PNG per metric, `timing.png`, and `overview.png` with the most informative ones.
 
     Returns:
         The files written.
@@ -135,7 +135,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
     own = [
         name
         for name in rest
-        # The evaluation of a diagnostic says what its training curve says.
+        # The evaluation of a diagnostic shows the same as its training curve.
         if not (name.startswith("eval_ebft/") or name in UNINTERESTING or name.endswith(TIMING))
     ]
     names = [*ordered, *own]
@@ -153,13 +153,13 @@ def _curves(run: Run, number: int, name: str, smoothing: float | None) -> list[C
     raw, line = _thin(series), _thin(smoothed)
     return [
         Curve(run.name, number, raw.steps, raw.values, faint=True),
-        # Where the raw curve has a gap, the average would cover it up with a straight line.
+        # At a gap in the raw curve, the average would hide the gap with a straight line.
         Curve(run.name, number, line.finite().steps, line.finite().values),
     ]
 
 
 def _thin(series: Series) -> Series:
-    """Fewer points, among them the extremes of each stretch and all that are not finite."""
+    """Fewer points, including the extremes of each stretch and all points that are not finite."""
     if len(series) <= MOST_POINTS:
         return series
     kept: list[int] = []

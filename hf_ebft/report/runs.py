@@ -1,4 +1,4 @@
-"""Finding and reading what a run left behind.
+"""Finds and reads the files of a run.
 
 A run is a folder with any of: `trainer_state.json` (there or in `checkpoint-*`), TensorBoard's
 event files, and beside them `training_args.json` (written at every save), `report.json` and
@@ -28,13 +28,13 @@ T = TypeVar("T")
 STATE_NAME = "trainer_state.json"
 COMPARISON_NAME = "report.json"
 SAMPLES_NAME = "samples.jsonl"
-# How `Trainer` names groups of scalars, and what stands for them in its own log.
+# `Trainer`'s names of groups of scalars in TensorBoard -> the prefix of these metrics in its log.
 EVENT_GROUPS = {"train/": "", "eval/": "eval_", "test/": "test_"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the policy wrote after a prefix before and after training, and what the text says."""
+    """A prefix with the policy's rollouts before and after training, and its ground truth."""
 
     prefix: str
     before: str
@@ -44,13 +44,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Watched:
-    """What a prefix that was watched during training was continued by at a step.
+    """The rollout of a watched prefix at one step of training.
 
     Attributes:
-        step: of the optimizer.
-        prefix, ground_truth: of the document.
-        rollout: the first of the group.
-        reward: mean over the group.
+        step: optimizer step.
+        prefix, ground_truth: texts of the document.
+        rollout: the first rollout of the group.
+        reward: mean reward of the group.
     """
 
     step: int
@@ -62,15 +62,15 @@ class Watched:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, read.
+    """The logs and files of a run.
 
     Attributes:
-        name: for people.
+        name: name to show.
         series: curves by the names of `Trainer`'s log.
-        arguments: of the trainer, EBFT's settings included; empty if the run left none.
-        comparison: held-out metrics before and after, as `report.json` holds them; may be empty.
-        samples: before and after; may be empty.
-        watched: the same prefixes at several steps; may be empty.
+        arguments: the trainer's arguments, including EBFT's settings; empty if there are none.
+        comparison: held-out metrics before and after, from `report.json`; may be empty.
+        samples: rollouts before and after; may be empty.
+        watched: rollouts of the same prefixes at several steps; may be empty.
         source: the file or folder that the curves are from.
     """
 
@@ -93,14 +93,14 @@ def load_runs(paths: Sequence[str | Path], names: Sequence[str] | None = None) -
 
     Args:
         paths: as for `load_run`.
-        names: one each. Default: those of the folders, with as many parents as tell them apart.
+        names: one each. Default: names of the folders, with as many parents as make them unique.
 
     Raises:
-        FileNotFoundError: a path without a run.
-        ValueError: as many names as paths are needed, or a file that cannot be read.
+        FileNotFoundError: a path contains no run.
+        ValueError: the number of names is not that of the paths, or a file cannot be read.
     """
     if names is not None and len(names) != len(paths):
-        raise ValueError(f"There are {len(paths)} runs and {len(names)} names; give one each.")
+        raise ValueError(f"There are {len(paths)} runs but {len(names)} names; give one name each.")
     chosen = _distinct([Path(path) for path in paths]) if names is None else names
     return [load_run(path, name) for path, name in zip(paths, chosen, strict=True)]
 
@@ -108,12 +108,12 @@ def load_runs(paths: Sequence[str | Path], names: Sequence[str] | None = None) -
 def load_run(path: str | Path, name: str | None = None) -> Run:
     """Read a run from its folder, its `trainer_state.json` or an event file.
 
-    In a folder, the state, the checkpoints' states and the event files are asked. Where they hold
-    several runs, the one that wrote last counts.
+    In a folder, the state, the states of checkpoints and the event files are read. If they contain
+    several runs, the run that was written last is used.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a file that cannot be read, or holds no metrics.
+        FileNotFoundError: there is nothing at this path.
+        ValueError: a file cannot be read, or contains no metrics.
         ImportError: there are only event files, and TensorBoard is not installed.
     """
     path = Path(path)
@@ -130,7 +130,7 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
     else:
         series, source = _series_of_state(path), path
     if not series:
-        raise ValueError(f"{source} holds no metrics; had the run logged anything yet?")
+        raise ValueError(f"{source} contains no metrics; has the run logged anything yet?")
     folders = _folders_around(path)
     return Run(
         name=name or _distinct([path])[0],
@@ -145,7 +145,7 @@ def load_run(path: str | Path, name: str | None = None) -> Run:
 
 @dataclass(frozen=True)
 class _Log:
-    """Curves read from one place, and when that place was last written."""
+    """Curves read from one source, and the time when that source was last written."""
 
     series: dict[str, Series]
     source: Path
@@ -157,23 +157,23 @@ class _Log:
 
 
 def _newest_run(folder: Path) -> _Log:
-    """The run that wrote into the folder last, with as much of its log as is there.
+    """The log of the run that wrote into the folder last, as complete as possible.
 
-    A folder that was used twice holds two logs. The one written last counts, even if it is the
-    shorter one.
+    A folder that was used twice contains two logs. The one that was written last is used, even if
+    it is shorter.
     """
     logs = [
         _Log(_series_of_state(path), path, path.stat().st_mtime) for path in _state_files(folder)
     ]
     events = _event_files(folder)
     written = max((file.stat().st_mtime for file in events), default=0.0)
-    # Reading events takes a package and seconds: only if no state is there, or all are older.
+    # Reading events needs a package and takes seconds: only if all states are missing or older.
     if events and all(log.written < written for log in logs):
         logs.append(_Log(_series_of_events(events), folder, written))
     if not logs:
         raise FileNotFoundError(
-            f"{folder} holds no {STATE_NAME} (there or in checkpoint-*) and no TensorBoard event "
-            "files. Save a checkpoint, call trainer.save_state(), or train with "
+            f"{folder} contains no {STATE_NAME} (there or in checkpoint-*) and no TensorBoard "
+            "event files. Save a checkpoint, call trainer.save_state(), or train with "
             "report_to='tensorboard'."
         )
     newest = max(logs, key=lambda log: log.written)
@@ -181,8 +181,8 @@ def _newest_run(folder: Path) -> _Log:
     if len(same) < len(logs):
         others = ", ".join(str(log.source) for log in logs if log not in same)
         logger.warning(
-            "%s holds logs of several runs. Shown is the one written last, from %s; of another "
-            "run: %s.",
+            "%s contains logs of several runs. The run that was written last is shown, from %s. "
+            "Logs of other runs: %s.",
             folder,
             newest.source,
             others,
@@ -196,11 +196,11 @@ def _state_files(folder: Path) -> list[Path]:
 
 
 def _agree(one: Mapping[str, Series], other: Mapping[str, Series]) -> bool:
-    """Whether two logs say the same of every step that both hold: they are of one run."""
+    """Whether two logs have the same values at all common steps, and so are of one run."""
     for name in one.keys() & other.keys():
         values = dict(zip(other[name].steps, other[name].values, strict=True))
         for step, value in zip(one[name].steps, one[name].values, strict=True):
-            # Event files hold float32.
+            # Event files contain float32 values.
             if step in values and not _close(value, values[step]):
                 return False
     return True
@@ -214,7 +214,7 @@ def _close(one: float, other: float) -> bool:
 def _series_of_state(path: Path) -> dict[str, Series]:
     state = _read_json(path)
     if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
-        raise ValueError(f"{path} is no {STATE_NAME}: it has no list 'log_history'.")
+        raise ValueError(f"{path} is not a {STATE_NAME}: it has no list 'log_history'.")
     return series_of(state["log_history"])
 
 
@@ -223,8 +223,10 @@ def _event_files(folder: Path) -> list[Path]:
 
 
 def _series_of_events(files: Sequence[Path]) -> dict[str, Series]:
-    """Scalars of event files, in the order in which they were begun; a later file's points replace
-    what earlier ones hold from its first step on (a resumed run, or one started anew).
+    """Scalars of event files, in the order in which the files were begun.
+
+    A later file (of a resumed run, or of one started again) replaces the points of earlier files
+    from its first step on.
     """
     merged: dict[str, dict[int, float]] = {}
     for events in sorted(map(_read_events, files), key=_begin):
@@ -258,15 +260,15 @@ def _read_events(path: Path) -> Any:
         )
     except ImportError as error:
         raise ImportError(
-            f"{path} is an event file, which takes TensorBoard to read: pip install tensorboard, "
-            f"or point to a {STATE_NAME}."
+            f"{path} is an event file, which only TensorBoard can read: pip install tensorboard, "
+            f"or name a {STATE_NAME}."
         ) from error
     events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
     return events.Reload()
 
 
 def _arguments_of_events(path: Path) -> dict[str, Any] | None:
-    """The arguments that `Trainer` writes as text when training begins."""
+    """The arguments that `Trainer` writes as text at the start of training."""
     files = _event_files(path) if path.is_dir() else [path] * ("tfevents" in path.name)
     for file in sorted(files, key=lambda file: -file.stat().st_mtime):
         events = _read_events(file)
@@ -279,14 +281,14 @@ def _arguments_of_events(path: Path) -> dict[str, Any] | None:
 
 
 def _folders_around(path: Path) -> list[Path]:
-    """Where files that belong to a run may lie: its folder, its checkpoint, the folder of these."""
+    """Folders that may contain files of a run: its own, its checkpoints, and their parent."""
     folder = path if path.is_dir() else path.parent
-    # The highest checkpoint may be an earlier run's.
+    # By time, since the highest checkpoint may be that of an earlier run.
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda place: -place.stat().st_mtime)
     folders = [folder, *checkpoints[:1]]
     if re.fullmatch(r"checkpoint-\d+", folder.name):
         folders.append(folder.parent)
-    if folder.parent.name == "runs":  # of event files
+    if folder.parent.name == "runs":  # a folder of event files
         folders.append(folder.parent.parent)
     return folders
 
@@ -322,7 +324,7 @@ def _watched(folders: Sequence[Path]) -> list[Watched]:
 
 
 def _text(value: str | list[int]) -> str:
-    """Token ids, where a run had no tokenizer, as numbers."""
+    """A text; token ids, from a run without a tokenizer, are shown as numbers."""
     return value if isinstance(value, str) else " ".join(map(str, value))
 
 
@@ -350,7 +352,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _distinct(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ from each other."""
+    """The shortest ends of the paths that are all different."""
     parts = [_parts(path) for path in paths]
     longest = max(map(len, parts))
     for depth in range(1, longest + 1):

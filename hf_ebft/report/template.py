@@ -1,6 +1,6 @@
-"""Pages by jinja2: one style for all, and what every page is told.
+"""Renders pages with jinja2, in one style.
 
-`base.html.jinja` is the frame of a page, `shared.html.jinja` holds the parts that pages share.
+`base.html.jinja` is the frame of a page, `shared.html.jinja` contains the parts that pages share.
 jinja2 escapes every text that comes from a run.
 """
 
@@ -20,13 +20,13 @@ _HERE = Path(__file__).parent
 
 
 def render(name: str, *, folder: Path = _HERE, title: str, **values: Any) -> str:
-    """A page from its template.
+    """Render a page from its template.
 
     Args:
-        name: of the template.
-        folder: where it is; templates of this folder can be extended and imported in any case.
-        title: of the page.
-        **values: what the template needs.
+        name: name of the template.
+        folder: folder of the template; templates of this folder can be extended and imported, too.
+        title: title of the page.
+        **values: further values for the template.
     """
     environment = Environment(
         loader=FileSystemLoader([folder, _HERE]),

@@ -1,1 +1,1 @@
-"""What people read about a run: curves, console lines, TensorBoard pictures, model cards."""
+"""Output for people who watch a run: console lines, TensorBoard pictures, model cards, charts."""

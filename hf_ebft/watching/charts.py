@@ -1,10 +1,10 @@
-"""Charts by matplotlib, as SVG for pages that can be light or dark, and as PNG in light colours.
+"""Charts drawn by matplotlib: as SVG for pages in light and dark mode, and as PNG in light colours.
 
-Colours have roles such as "ink" or "series0". In an SVG they become CSS variables, which a page
-sets for its light and its dark mode. The colours of series are those of M. Okabe and K. Ito, which
-colour-blind people can tell apart; a dash pattern goes with each.
+Colours have roles such as "ink" or "series0". In an SVG they are CSS variables, which a page sets
+for its light and its dark mode. Colours of series are those of M. Okabe and K. Ito, which
+colour-blind people can distinguish; each has a dash pattern, too.
 
-matplotlib is imported when something is drawn: it is in the extra `plots`.
+matplotlib is imported when something is drawn; the extra `plots` installs it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ COLOURS: dict[str, tuple[str, str]] = {
     "series5": ("#464646", "#c8c8c8"),
 }
 N_SERIES = 6
-#: Lengths that are drawn and left out in turn; none: a solid line.
+#: Lengths of dashes and gaps in turn; empty for a solid line.
 DASHES: tuple[tuple[float, ...], ...] = ((), (7, 3), (2, 3), (9, 3, 2, 3), (4, 2), (12, 4))
-# An artist with this in front of its name gets the rest as a label that a browser shows on hover.
+# If an artist's name begins with this, browsers show the rest of the name as a label on hover.
 _HOVER = "hover:"
 _PIXELS_PER_INCH = 96
 _STYLE: dict[Any, Any] = {
@@ -83,10 +83,10 @@ class Drawing:
     """A chart that can be drawn into any figure.
 
     Attributes:
-        title: what a screen reader says.
+        title: text for screen readers.
         draw: draws it on axes.
-        width, height: in CSS pixels.
-        margins: left, right, top and bottom of the axes, in CSS pixels.
+        width, height: size in CSS pixels.
+        margins: left, right, top and bottom margins of the axes, in CSS pixels.
     """
 
     title: str
@@ -101,11 +101,11 @@ class Curve:
     """A curve of a chart.
 
     Attributes:
-        label: of its run.
-        series: which of the series colours it has.
-        x, y: of its points; points that are not finite break the line.
-        faint: drawn thin and pale, as the raw points behind a smoothed curve are.
-        marked: with a dot at each point, as few points need.
+        label: label of its run.
+        series: index of its colour.
+        x, y: its points; points that are not finite break the line.
+        faint: whether it is thin and pale, like the raw points behind a smoothed curve.
+        marked: whether each point has a dot, for curves with few points.
     """
 
     label: str
@@ -124,8 +124,8 @@ def require_matplotlib(what: str) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(
-            f"{what} is drawn by matplotlib, which is not installed: pip install matplotlib, or "
-            "hf_ebft with its extra 'plots'."
+            f"{what} needs matplotlib, which is not installed: pip install matplotlib, or hf_ebft "
+            "with its extra 'plots'."
         )
 
 
@@ -140,14 +140,14 @@ def line_chart(
     unit: str = "",
     x_label: str = "step",
 ) -> Drawing:
-    """Curves over optimizer steps, with the direction that is better as an arrow and in words.
+    """Curves over optimizer steps; an arrow and words show the better direction.
 
     Args:
-        title: above it.
+        title: title of the chart.
         curves: at least one.
-        better: which way.
-        unit: of the values.
-        x_label: what the curves run over, if it is not steps.
+        better: the better direction.
+        unit: unit of the values.
+        x_label: label of the x axis.
     """
 
     def draw(axes: Axes) -> None:
@@ -177,7 +177,7 @@ def line_chart(
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:
-    """The range of a curve; around a constant one a few per cent of its value, or 1 around 0."""
+    """The range of a curve; for a constant one a few per cent around its value, or 1 around 0."""
     if high - low > 1e-6 * max(abs(low), abs(high)):
         return low, high
     margin = 0.05 * max(abs(low), abs(high)) or 1.0
@@ -187,7 +187,7 @@ def _spread(low: float, high: float) -> tuple[float, float]:
 def stacked_bars(
     title: str, bars: Sequence[tuple[str, Sequence[float]]], parts: Sequence[str], *, unit: str
 ) -> Drawing:
-    """One horizontal bar per entry, divided into parts, with the share of each part written in."""
+    """One horizontal bar per entry, divided into parts that are labelled with their shares."""
     totals = [math.fsum(values) for _, values in bars]
     longest = max(totals, default=0.0) or 1.0
 
@@ -239,12 +239,12 @@ def interval_chart(
     """One horizontal interval per entry, with a dot at its value.
 
     Args:
-        title: above it.
-        entries: name, value, lower and upper bound of each; bounds and values that are infinite go
-            to the edge, without a dot.
-        x_label: what is measured.
-        mark: name and place of a vertical line.
-        logarithmic: the axis; all numbers must be above 0 then.
+        title: title of the chart.
+        entries: name, value, lower and upper bound of each; infinite bounds and values are drawn at
+            the edge, without a dot.
+        x_label: label of the x axis.
+        mark: name and position of a vertical line.
+        logarithmic: whether the axis is logarithmic; all numbers must then be above 0.
     """
     numbers = [x for _, *values in entries for x in values if math.isfinite(x)]
     numbers += [] if mark is None else [mark[1]]
@@ -298,10 +298,10 @@ def heat_map(
     """Cells coloured by value; those without one (NaN) are left out.
 
     Args:
-        title: above it.
+        title: title of the chart.
         values: (rows, columns); row 0 is drawn at the bottom.
         x_edges, y_edges: columns + 1 and rows + 1 numbers.
-        x_label, y_label: what they count.
+        x_label, y_label: labels of the axes.
     """
 
     def draw(axes: Axes) -> None:
@@ -320,7 +320,7 @@ def heat_map(
 
 
 def to_svg(drawing: Drawing) -> str:
-    """The chart as an SVG element for a page: no ids, text as text, colours as CSS variables.
+    """The chart as an SVG element for a page: without ids, with text, colours as CSS variables.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -331,7 +331,7 @@ def to_svg(drawing: Drawing) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     left_out = r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>|<clipPath.*?</clipPath>"
-    # Of the page's own fonts; curves do not leave their axes; an angle of 0.
+    # Remove fonts (the page sets its own), clipping paths (curves stay inside) and angles of 0.
     left_out += r"|font-family: [^;\"]*;|clip-path=\"[^\"]*\"|transform=\"rotate\(-0 [^\"]*\""
     svg = re.sub(left_out, "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(rf'<g id="{_HOVER}([^"]*)">', r"<g><title>\1</title>", svg)
@@ -355,12 +355,12 @@ def css_variables(*, dark: bool) -> str:
 def to_png(
     drawings: Sequence[Drawing], columns: int = 1, legend: Sequence[str] = (), scale: float = 2.0
 ) -> bytes:
-    """Charts as one PNG file in light colours, in rows of so many.
+    """Charts as one PNG file in light colours, arranged in rows.
 
     Args:
-        drawings: of one size.
-        columns: charts side by side.
-        legend: names of the series, above them; empty: no legend.
+        drawings: drawings of the same size.
+        columns: number of charts side by side.
+        legend: names of the series, shown above the charts; empty for no legend.
         scale: pixels per CSS pixel.
 
     Raises:
@@ -435,11 +435,11 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     style = _line_style(curve.series)
     if curve.faint:
         style |= {"linestyle": "solid", "linewidth": 0.8, "alpha": 0.35, "zorder": 1.5}
-    # Everything is inside the axes; without a clipping path the SVG needs no ids.
+    # Everything is inside the axes, so no clipping path is needed and the SVG needs no ids.
     hover: dict[str, Any] = {"gid": _HOVER + curve.label, "clip_on": False}
     axes.plot(x, np.where(finite, y, np.nan), **style, **hover)
     beside = np.concatenate([[False], finite, [False]])
-    alone = finite & ~beside[:-2] & ~beside[2:]  # a line shows nothing of a single point
+    alone = finite & ~beside[:-2] & ~beside[2:]  # a line would not show a single point
     dots = finite if curve.marked else alone
     size = 2.4 if curve.faint else 3.2
     axes.plot(x[dots], y[dots], "o", markersize=size, color=style["color"], clip_on=False)
@@ -457,7 +457,7 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
 
 
 def _write_direction(axes: Axes, better: str | None, unit: str) -> None:
-    """An arrow and the words that go with it, then the unit."""
+    """Write an arrow with its words, then the unit."""
     place: dict[str, Any] = {
         "xycoords": "axes fraction",
         "textcoords": "offset points",

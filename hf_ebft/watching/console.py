@@ -1,4 +1,4 @@
-"""The terminal: a short progress bar, and a table of both ends of the curves when a run ends."""
+"""Terminal output: a short progress bar, and a table of first and last metrics after a run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from transformers import (
 from hf_ebft.training.metric_table import METRICS, PHASES, label_of, metric_of
 from hf_ebft.watching.curves import changes, format_number, series_of
 
-# Logged name -> its name on the line. A long log shrinks to these; everything is in TensorBoard.
+# Logged name -> its name on the progress line. Other metrics are in TensorBoard only.
 SHOWN = {"loss": "loss"} | {metric.name: metric.short for metric in METRICS if metric.short}
 EVALUATION_PREFIX = "eval_"
 SUMMARY_HEAD = ("", "first", "last", "")
-# Colours of the terminal; the words say the same.
+# Colours of the terminal; the words have the same meaning.
 STYLES = {"better": "cyan", "worse": "yellow"}
 
 
@@ -58,9 +58,10 @@ def compact_line(logs: dict[str, Any]) -> str:
 
 
 class SummaryCallback(TrainerCallback):
-    """Prints a table when training ends: where the metrics that matter began and where they are.
+    """Prints a table when training ends: first and last values of the main metrics.
 
-    By `rich` if it is installed and the output is a terminal or a notebook, else as plain text.
+    `rich` prints it if it is installed and the output is a terminal or a notebook; else the table
+    is plain text.
     """
 
     def on_train_end(
@@ -70,17 +71,17 @@ class SummaryCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Print it in the main process."""
+        """Print the table in the main process."""
         rows = summary_rows(state.log_history)
         if state.is_world_process_zero and rows:
             print_table(f"Training, {state.global_step} steps", rows, time_line(state.log_history))
 
 
 def summary_rows(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Label, first and last value of each metric, and in a word how they compare.
+    """Label, first and last value, and verdict for each metric.
 
-    First and last are means over a fifth of the log each; the word is empty where no direction is
-    good or there are too few points to tell.
+    First and last values are means over a fifth of the log each. The verdict is empty if no
+    direction is better or there are too few points.
     """
     rows: list[tuple[str, str, str, str]] = []
     for name, change in changes(series_of(log_history)).items():
@@ -91,7 +92,7 @@ def summary_rows(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[str, st
 
 
 def time_line(log_history: Sequence[Mapping[str, Any]]) -> str:
-    """How the time of a micro-batch divides among the phases; empty if it was not logged."""
+    """The shares of the phases in the time of a micro-batch; empty if it was not logged."""
     means = []
     for name in PHASES:
         values = [float(entry[name]) for entry in log_history if name in entry]
@@ -127,7 +128,7 @@ def print_table(title: str, rows: Sequence[tuple[str, str, str, str]], last_line
 
 
 def plain_table(title: str, rows: Sequence[tuple[str, str, str, str]], last_line: str = "") -> str:
-    """The same as text."""
+    """The table as plain text."""
     wide = max(len(row[0]) for row in rows)
     lines = [title, " " * wide + f"{SUMMARY_HEAD[1]:>12}{SUMMARY_HEAD[2]:>12}"]
     lines += [f"{row[0]:{wide}}{row[1]:>12}{row[2]:>12}  {row[3]}".rstrip() for row in rows]
@@ -135,10 +136,10 @@ def plain_table(title: str, rows: Sequence[tuple[str, str, str, str]], last_line
 
 
 def use_compact_progress(trainer: Trainer) -> None:
-    """Replace the progress bar of a trainer by the compact one, and end with a table.
+    """Replace the progress bar of a trainer by the compact one, and print a table at the end.
 
-    Without a bar (`disable_tqdm`) nothing changes. In a notebook, whose bar is a table of its
-    own, only the table at the end is added.
+    Without a bar (`disable_tqdm`) nothing changes. In a notebook, where the bar is itself a table,
+    only the table at the end is added.
     """
     if trainer.args.disable_tqdm:
         return

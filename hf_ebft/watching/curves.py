@@ -1,6 +1,6 @@
-"""What the log of a run says: its curves, which way is better, and whether they moved.
+"""Analyses the log of a run: its curves, the better direction, and whether they changed.
 
-Plain lists of numbers in, plain numbers out: the console, the model card and the report share this.
+Plain lists of numbers in, plain numbers out. The console, the model card and the report use this.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from hf_ebft.training.metric_table import METRICS, Metric
 
 Verdict = Literal["better", "worse", "no clear change"]
 
-# Every structured run logs this, and no other.
+# Logged by every structured run, and by no other.
 STRUCTURED_ONLY = "ebft/ground_truth_length"
-# The two ends of a curve that are compared: a fifth of its points each, at most so many.
+# The two ends of a curve that are compared: a fifth of its points each, at most this many.
 END_SHARE = 0.2
 LONGEST_END = 20
-# With fewer points there is no estimate of the noise worth the name.
+# With fewer points, the noise cannot be estimated.
 FEWEST_POINTS = 6
-# A change counts from so many standard errors on.
+# A change is beyond the noise from this many standard errors on.
 STANDARD_ERRORS = 2.0
-# Auto smoothing averages over about this share of a curve.
+# The default smoothing averages over about this share of a curve.
 SMOOTHING_SHARE = 0.1
 
 
@@ -50,11 +50,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Change:
-    """Both ends of a curve.
+    """The first and the last part of a curve, compared.
 
     Attributes:
         first, last: means over the first and the last points.
-        noise: standard error of `last - first`; NaN if there are too few points to tell.
+        noise: standard error of `last - first`; NaN if there are too few points.
     """
 
     first: float
@@ -63,16 +63,16 @@ class Change:
 
     @property
     def difference(self) -> float:
-        """How far the curve went."""
+        """The change of the curve, `last - first`."""
         return self.last - self.first
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether it went further than noise takes it; False if that is unknown."""
+        """Whether the change is larger than noise explains; False if the noise is unknown."""
         return abs(self.difference) > STANDARD_ERRORS * self.noise
 
     def verdict(self, metric: Metric | None) -> Verdict | None:
-        """In a word; None where no direction is good or the noise is unknown."""
+        """The change in words; None if no direction is better or the noise is unknown."""
         if metric is None or metric.better is None or math.isnan(self.noise):
             return None
         if not self.beyond_noise or abs(self.difference) < metric.matters:
@@ -83,7 +83,7 @@ class Change:
 def series_of(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     """Curves by name, from `TrainerState.log_history`.
 
-    Where a step was logged twice (a resumed run), the later entry counts.
+    If a step was logged twice (in a resumed run), the later entry is used.
     """
     points: dict[str, dict[int, float]] = {}
     for entry in log_history:
@@ -99,8 +99,8 @@ def series_of(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
 def curves_of(points: Mapping[str, Mapping[int, float]]) -> dict[str, Series]:
     """Curves from the points of each name, step -> value.
 
-    In structured mode `eval_loss` is GRPO's policy loss. It gets a name of its own, so that nobody
-    takes it for the cross-entropy that it is in strided mode.
+    In structured mode `eval_loss` is GRPO's policy loss. It gets another name here, since in
+    strided mode `eval_loss` is the cross-entropy.
     """
     if STRUCTURED_ONLY in points and "eval_loss" in points:
         points = {
@@ -117,11 +117,11 @@ def curves_of(points: Mapping[str, Mapping[int, float]]) -> dict[str, Series]:
 def ends(series: Series) -> Change:
     """Compare the first fifth of a curve with its last fifth.
 
-    The noise is judged by how much neighbours differ (von Neumann's estimate, half the mean square
-    of successive differences), which a trend hardly touches.
+    The noise is estimated from differences between neighbours (von Neumann's estimate, half the
+    mean square of successive differences), which a trend hardly affects.
 
     Raises:
-        ValueError: no finite point.
+        ValueError: the curve has no finite point.
     """
     values = series.finite().values
     count = len(values)
@@ -137,12 +137,12 @@ def ends(series: Series) -> Change:
 
 
 def smooth(values: Sequence[float], weight: float | None = None) -> list[float]:
-    """Exponential moving average, corrected for its start; NaN and infinite points are passed over.
+    """Exponential moving average, corrected for its start; points that are not finite are skipped.
 
     Args:
         values: a curve.
-        weight: of the past, 0 (no smoothing) to below 1. Default: an average over about a tenth of
-            the curve.
+        weight: weight of the past, from 0 (no smoothing) to below 1. Default: an average over about
+            a tenth of the curve.
 
     Returns:
         As many values; NaN before the first finite one.
@@ -151,7 +151,7 @@ def smooth(values: Sequence[float], weight: float | None = None) -> list[float]:
         span = max(1.0, len(values) * SMOOTHING_SHARE)
         weight = (span - 1) / (span + 1)
     if not 0.0 <= weight < 1.0:
-        raise ValueError(f"A smoothing weight of {weight} is not in [0, 1); 0 does not smooth.")
+        raise ValueError(f"smoothing={weight} must be at least 0 (no smoothing) and below 1.")
     mean, mass, smoothed = 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
@@ -162,14 +162,14 @@ def smooth(values: Sequence[float], weight: float | None = None) -> list[float]:
 
 
 def format_number(value: float) -> str:
-    """A number for people: four digits, and 0 for what is 0 but for rounding."""
+    """A number with four digits; 0 for values that are 0 up to rounding."""
     if abs(value) < 1e-6:
         return "0"
     return f"{value:.4g}"
 
 
 def changes(series: Mapping[str, Series]) -> dict[str, Change]:
-    """Both ends of each curve that sums a run up, held-out metrics first."""
+    """Changes of the main curves of a run, held-out metrics first."""
     summary = [metric.name for metric in METRICS if metric.in_summary]
     names = ["eval_loss", *(f"eval_{name}" for name in summary), *summary]
     return {

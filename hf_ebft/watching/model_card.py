@@ -1,4 +1,4 @@
-"""The model card (README.md) and training_args.json that lie beside a saved model."""
+"""Writes the model card (README.md) and training_args.json beside a saved model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CARD_NAME = "README.md"
 ARGUMENTS_NAME = "training_args.json"
 TAGS = ("ebft", "hf_ebft", "generated_from_trainer")
-#: A card with this line in it is replaced by the next save; any other is left alone.
+#: A card that contains this line is replaced at the next save; others are not changed.
 MARK = (
     "<!-- Written by hf_ebft when the model was saved, and again at every save. Delete this line "
     "to keep your edits. -->"
@@ -43,7 +43,7 @@ CITATION = """@article{jelassi2026matching,
   journal={arXiv preprint arXiv:2603.12248},
   year={2026}
 }"""
-# Of the two hundred TrainingArguments, those that say what was trained how.
+# The most important of the two hundred TrainingArguments.
 ARGUMENTS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -60,20 +60,20 @@ ARGUMENTS = (
     "gradient_checkpointing",
 )
 PACKAGES = ("transformers", "torch", "accelerate", "peft")
-# What the model index holds, of the last evaluation: logged name and the index's metric type.
+# Entries of the model index, from the last evaluation: logged name and the index's metric type.
 INDEXED = {
     "eval_loss": "cross_entropy",
     "eval_ebft/cfm_loss": "cfm_loss",
     "eval_ebft/alignment": "alignment",
 }
-# Points of a curve in the card, from low to high.
+# Characters for the points of a curve in the card, from low to high.
 LEVELS = "▁▂▃▄▅▆▇█"
 CURVE_POINTS = 24
 
 
 @dataclasses.dataclass
 class CardOptions:
-    """What the trainer cannot know, or what a user wants to say otherwise.
+    """Information that the trainer does not know, or that the user wants to replace.
 
     The fields are the arguments of `Trainer.create_model_card`.
     """
@@ -89,19 +89,19 @@ class CardOptions:
     dataset_args: str | list[str] | None = None
 
     def updated(self, new: CardOptions) -> CardOptions:
-        """These, with what `new` says instead where it says something."""
+        """A copy in which values that `new` sets replace these."""
         said = {name: value for name, value in vars(new).items() if value is not None}
         return dataclasses.replace(self, **said)
 
 
 def may_write_card(folder: Path) -> bool:
-    """Whether there is no card in the folder, or one that we wrote and nobody claimed."""
+    """Whether the folder has no card, or one that we wrote and that still has our mark."""
     path = folder / CARD_NAME
     try:
         return MARK in path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return True
-    except (OSError, UnicodeDecodeError):  # nothing that we wrote
+    except (OSError, UnicodeDecodeError):  # not written by us
         return False
 
 
@@ -115,17 +115,17 @@ def write_card(
     train_dataset: Any = None,
     samples: Sequence[ShownGroup] = (),
 ) -> None:
-    """Write the card of a model into its folder, which exists, over whatever card is there.
+    """Write the card of a model into its folder, which must exist, and replace an existing card.
 
     Args:
-        folder: of the model.
-        model: not wrapped; of a PEFT model, PEFT adds what it has to say.
-        settings: of EBFT.
-        args: of the trainer.
-        log_history: of its state; both ends of its curves go into the card.
-        options: what the trainer does not know.
-        train_dataset: for its name, if it is a `datasets.Dataset` with one.
-        samples: groups of rollouts to show; of each, the one with the highest reward.
+        folder: folder of the model.
+        model: the unwrapped model; PEFT adds its own information for a PEFT model.
+        settings: EBFT's settings.
+        args: the training arguments.
+        log_history: the log; first and last values of its curves are shown in the card.
+        options: information that the trainer does not know.
+        train_dataset: the training data, for its name if it is a `datasets.Dataset` with one.
+        samples: groups of rollouts; the rollout with the highest reward of each is shown.
     """
     from peft import PeftModel
 
@@ -170,9 +170,9 @@ def write_card(
 
 
 def versions() -> list[tuple[str, str]]:
-    """Names and versions of this package and of those that it runs on.
+    """Names and versions of this package and of its main dependencies.
 
-    A tree that is on the path without being installed has no version to look up.
+    A package that is on the path but not installed has no version.
     """
     found = [("hf_ebft", __version__)]
     for name in PACKAGES:
@@ -191,14 +191,14 @@ def sparkline(series: Series) -> str:
         return ""
     shown = [values[round(place * (len(values) - 1) / (count - 1))] for place in range(count)]
     low, high = min(shown), max(shown)
-    span = (high - low) or math.inf  # a constant stays at the bottom
+    span = (high - low) or math.inf  # a constant curve is drawn at the bottom
     return "".join(LEVELS[round((value - low) / span * (len(LEVELS) - 1))] for value in shown)
 
 
 def write_arguments(folder: Path, settings: EBFTSettings, args: TrainingArguments) -> None:
-    """Write every argument as JSON: what training_args.bin holds, for people and for reports.
+    """Write every argument as JSON: the contents of training_args.bin, readable by people.
 
-    Tokens are left out, as `TrainingArguments.to_dict` does.
+    Tokens are left out, as in `TrainingArguments.to_dict`.
     """
     values = args.to_dict() | dataclasses.asdict(_only_settings(settings))
     (folder / ARGUMENTS_NAME).write_text(
@@ -207,17 +207,17 @@ def write_arguments(folder: Path, settings: EBFTSettings, args: TrainingArgument
 
 
 def hub_name(model: Any) -> str | None:
-    """The name on the hub of what the model was loaded from; None for a folder or a new model."""
+    """The hub name of the model that was loaded; None for a folder or a new model."""
     name = str(model.config.name_or_path)
     return None if not name or Path(name).is_dir() or name.startswith((".", "/")) else name
 
 
 def _let_peft_add(path: Path, model: PeftModel, ours: ModelCardData) -> None:
-    """What PEFT puts into a card: library, base model, its version, quantization."""
+    """Add PEFT's information to a card: library, base model, its version, quantization."""
     model.create_or_update_model_card(str(path.parent))
     card = ModelCard.load(path)
     card.data["tags"] = sorted({*(ours.tags or []), *(card.data.get("tags") or [])})
-    # Of a model that does not come from the hub PEFT names the folder, which the hub refuses.
+    # If the model does not come from the hub, PEFT names the folder, which the hub refuses.
     card.data["base_model"] = ours.base_model
     card.save(path)
 
@@ -268,10 +268,10 @@ def _results(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _prompt(samples: Sequence[ShownGroup]) -> str:
-    """A prompt of the kind of text that the model was trained on, as a Python literal."""
+    """A prompt like the text that the model was trained on, as a Python literal."""
     prefixes = [group.prefix for group in samples if group.prefix.strip()]
     text = prefixes[0] if prefixes else "Once upon a time"
-    # As JSON, so that no character of it can end the literal or the block of code around it.
+    # As JSON, so that no character can end the literal or the code block around it.
     return json.dumps(text).replace("`", "\\u0060")
 
 
@@ -282,7 +282,7 @@ def _sample(group: ShownGroup) -> dict[str, str]:
         "truth": visible(group.ground_truth),
         "rollout": visible(best.text),
     }
-    # Longer than any fence in the texts, so that none of them ends the block.
+    # Longer than any fence in the texts, so that no text ends the block.
     ticks = max((len(run) for text in texts.values() for run in re.findall("`+", text)), default=0)
     return texts | {"fence": "`" * max(3, ticks + 1)}
 
@@ -306,7 +306,7 @@ def _dataset_names(options: CardOptions, dataset: Any) -> list[str]:
         return named
     info = getattr(dataset, "info", None)  # of a datasets.Dataset
     name = getattr(info, "dataset_name", None)
-    # What `datasets` calls a file that it reads is no dataset's name.
+    # `datasets` gives files that it reads these names, which are not names of data sets.
     return [name] if name and name not in ("csv", "json", "parquet", "text", "generator") else []
 
 

@@ -1,4 +1,4 @@
-"""A `Trainer` that leaves a model card and its arguments beside every model that it saves."""
+"""A `Trainer` that writes a model card and its arguments beside every model that it saves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LastRollouts(TrainerCallback):
     """Keeps rollouts of the last logged step as text, for the card.
 
     Args:
-        trainer: whose tokenizer decodes them.
+        trainer: the trainer, whose tokenizer decodes them.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -39,7 +39,7 @@ class LastRollouts(TrainerCallback):
         outputs: EBFTOutput,
         **kwargs: Any,
     ) -> None:
-        """Decode some of a micro-batch, on steps that wait for the device anyway."""
+        """Decode some rollouts of a micro-batch, at steps that wait for the device anyway."""
         wanted = getattr(self._trainer, "card_samples", 0)
         step = state.global_step + 1
         if wanted and state.is_world_process_zero and step % max(1, state.logging_steps) == 0:
@@ -47,11 +47,11 @@ class LastRollouts(TrainerCallback):
 
 
 class CardTrainer(Trainer):
-    """`Trainer`, with cards. A card that cannot be written is logged, and costs nothing else.
+    """A `Trainer` that writes model cards. A card that cannot be written is logged and skipped.
 
     Attributes:
         ebft: the settings that the card describes.
-        card_samples: rollouts of training text that the card shows; 0 keeps the text out of it.
+        card_samples: number of rollouts of training text that the card shows; with 0 it shows none.
     """
 
     ebft: EBFTSettings
@@ -64,12 +64,12 @@ class CardTrainer(Trainer):
         self.add_callback(self._last_rollouts)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer`'s, with a model card and the arguments as JSON beside every saved model.
+        """Save as `Trainer` does, with a model card and the arguments as JSON beside the model.
 
-        A README.md that this trainer did not write is left as it is.
+        A README.md that this trainer did not write is not changed.
         """
         folder = Path(str(output_dir or self.args.output_dir))
-        # Asked first: PEFT writes a card of its own while saving, which ours replaces.
+        # Checked before saving: PEFT writes its own card while saving, and ours replaces it.
         writes_card = self.is_world_process_zero() and may_write_card(folder)
         with _peft_card_may_fail(self.accelerator.unwrap_model(self.model)):
             super().save_model(output_dir, _internal_call)
@@ -80,9 +80,9 @@ class CardTrainer(Trainer):
                 self._write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card into `output_dir`, unless a README.md is there that is not ours.
+        """Write the card into `output_dir`, unless it contains a README.md that is not ours.
 
-        Takes what `Trainer.create_model_card` takes, and keeps it for the cards of later saves.
+        The arguments are those of `Trainer.create_model_card`; they are kept for later cards.
         """
         self._card_options = self._card_options.updated(CardOptions(*args, **kwargs))
         if not self.is_world_process_zero():
@@ -91,7 +91,7 @@ class CardTrainer(Trainer):
         if may_write_card(folder):
             self._write_card(folder)
         else:
-            logger.warning("The README.md in %s is not ours, so it stays as it is.", folder)
+            logger.warning("The README.md in %s is not ours, so it is not replaced.", folder)
 
     def _write_card(self, folder: Path) -> None:
         with _logged_failure("model card", folder):
@@ -110,7 +110,7 @@ class CardTrainer(Trainer):
 
 @contextmanager
 def _logged_failure(what: str, folder: Path) -> Iterator[None]:
-    """Log an exception with its reason: what people read must not cost them the model."""
+    """Log an exception and continue: a failing card must not prevent saving the model."""
     try:
         yield
     except Exception as error:
@@ -121,7 +121,7 @@ def _logged_failure(what: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _peft_card_may_fail(model: Any) -> Iterator[None]:
-    """PEFT writes its card before the adapter's weights; let a failure not keep it from those."""
+    """Let PEFT save the adapter's weights even if its card, which it writes first, fails."""
     write: Callable[[str], None] | None = getattr(model, "create_or_update_model_card", None)
     if write is None:
         yield

@@ -1,4 +1,4 @@
-"""What TensorBoard shows beyond curves: rollouts to read, their rewards, and where they are earned.
+"""Pictures in TensorBoard: rollouts as text, histograms, and a map of rewards by position.
 
 Dimension letters: B documents, n samples, K blocks, G rollout length.
 """
@@ -28,13 +28,13 @@ from hf_ebft.watching.charts import heat_map, require_matplotlib, to_pixels
 if TYPE_CHECKING:
     from hf_ebft.training.outputs import EBFTOutput
 
-# `Trainer` puts this in front of training metrics when it writes to TensorBoard.
+# Prefix of training metrics in TensorBoard: `Trainer` adds `train/`.
 TAG = f"train/{PREFIX}"
-# Tokens of a prefix that are shown: its end, where the rollouts join.
+# Number of tokens shown of a prefix: its end, where the rollouts begin.
 PREFIX_TOKENS = 48
-# Advantages of this share of the largest one shown get two squares, and three.
+# Advantages above these shares of the largest one shown get two and three squares.
 TWO_SQUARES, THREE_SQUARES = 1 / 3, 2 / 3
-# Unicode has a picture of every control character; of these two there are better known ones.
+# Unicode has a symbol for every control character; two of them get better known symbols.
 _SIGNS = {code: 0x2400 + code for code in range(32)} | {0x7F: 0x2421}
 _SIGNS |= {ord("\n"): 0x23CE, ord("\t"): 0x2192}
 
@@ -57,7 +57,7 @@ CHARTS = {
 
 @dataclass(frozen=True)
 class ShownRollout:
-    """A rollout as text, and what it was worth."""
+    """A rollout as text, with its reward and advantage."""
 
     text: str
     reward: float
@@ -76,13 +76,13 @@ class ShownGroup:
 class RewardMap:
     """Mean reward by position in the document and training step, in a bounded number of cells.
 
-    Cells start as fine as can be and become twice as wide whenever a position or a step would lie
-    outside.
+    Cells begin at the finest size, and become twice as wide whenever a position or a step does not
+    fit.
 
     Args:
-        spacing: positions in the finest cell, such as the stride: with fewer, rows stay empty.
-        rows: most bins of positions; even.
-        columns: most bins of steps; even.
+        spacing: positions per finest cell, such as the stride; a smaller number leaves rows empty.
+        rows: largest number of bins of positions; even.
+        columns: largest number of bins of steps; even.
     """
 
     def __init__(self, spacing: int, rows: int = 32, columns: int = 64) -> None:
@@ -91,7 +91,7 @@ class RewardMap:
         self._first_step: int | None = None
 
     def add(self, step: int, positions: NDArray[np.int64], rewards: NDArray[np.float64]) -> None:
-        """Add rewards (N,) earned at positions (N,) of their documents.
+        """Add rewards (N,) of rollouts that start at positions (N,) of their documents.
 
         Steps must not decrease.
         """
@@ -122,7 +122,7 @@ class RewardMap:
         return means[: last_row + 1, : last_column + 1]
 
     def edges(self) -> tuple[list[int], list[int]]:
-        """Positions and steps where the cells of `means` begin, and where the last ends."""
+        """Positions and steps at which the cells of `means` begin, and the end of the last."""
         rows, columns = self.means().shape
         first = self._first_step or 0
         return (
@@ -133,7 +133,7 @@ class RewardMap:
 
 @dataclass
 class _Collected:
-    """What one process has seen since the last pictures."""
+    """The data that one process has collected since the last pictures."""
 
     steps: list[tuple[int, NDArray[np.int64], NDArray[np.float64]]] = field(default_factory=list)
     rewards: list[NDArray[np.float64]] = field(default_factory=list)
@@ -142,7 +142,7 @@ class _Collected:
 
 
 class PicturesCallback(TrainerCallback):
-    """Writes pictures of the rollouts to TensorBoard, every so many optimizer steps.
+    """Writes pictures of the rollouts to TensorBoard, at regular optimizer steps.
 
     - text: prefixes with their rollouts, rewards and advantages, and the ground truth;
     - histograms of the rewards and advantages of that step, over all processes;
@@ -151,16 +151,16 @@ class PicturesCallback(TrainerCallback):
       (the "Custom Scalars" tab).
 
     `EBFTConfig(log_pictures_steps=...)` adds it. Every step costs a copy of the (B, n, K) rewards
-    to the CPU; a step with pictures costs gathering and drawing them.
+    to the CPU. A step with pictures also costs gathering and drawing them.
 
     Args:
-        trainer: whose TensorBoard writer and tokenizer are used.
-        every: optimizer steps between pictures.
-        stride: tokens between blocks, the finest cell of the heat map.
-        n_groups: prefixes that are shown.
+        trainer: the trainer, whose TensorBoard writer and tokenizer are used.
+        every: number of optimizer steps between pictures.
+        stride: tokens between blocks: the finest cell of the heat map.
+        n_groups: number of prefixes to show.
 
     Raises:
-        ValueError: numbers below 1, or, when training begins, no TensorBoard to write to.
+        ValueError: a number is below 1; or, when training begins, there is no TensorBoard.
         ImportError: when training begins, matplotlib is not installed.
     """
 
@@ -186,7 +186,7 @@ class PicturesCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Start afresh; raise if there is no TensorBoard callback or nothing to draw with."""
+        """Clear everything; raise if there is no TensorBoard callback or no matplotlib."""
         self._tensorboard()
         require_matplotlib(f"The reward map of log_pictures_steps={self._every}")
         self._start()
@@ -199,7 +199,7 @@ class PicturesCallback(TrainerCallback):
         outputs: EBFTOutput,
         **kwargs: Any,
     ) -> None:
-        """Keep what the pictures need of a micro-batch."""
+        """Keep the data of a micro-batch that the pictures need."""
         step = state.global_step + 1  # which this micro-batch is a part of
         exists = outputs.rollouts.exists
         rewards = outputs.rewards.reward
@@ -223,7 +223,7 @@ class PicturesCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Gather from all processes, and write in the main one."""
+        """Gather the data from all processes, and write pictures in the main process."""
         if state.global_step % self._every:
             return
         everything: list[_Collected] = gather_object([self._collected])
@@ -239,7 +239,7 @@ class PicturesCallback(TrainerCallback):
         for name in ("rewards", "advantages"):
             parts = [part for collected in everything for part in getattr(collected, name)]
             values = np.concatenate([np.empty(0), *parts])
-            if values.size:  # a histogram of nothing is an error
+            if values.size:  # TensorBoard raises for an empty histogram
                 writer.add_histogram(TAG + name, values, step)
         groups = [
             group for together in _rounds([c.groups for c in everything]) for group in together
@@ -265,19 +265,19 @@ class PicturesCallback(TrainerCallback):
         writer.flush()
 
     def _tensorboard(self) -> TensorBoardCallback:
-        # Its writer, not one of our own: TensorBoard follows one live event file per folder.
+        # Use its writer, not our own: TensorBoard follows one live event file per folder.
         for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 return callback
         raise ValueError(
-            f"log_pictures_steps={self._every} draws for TensorBoard, which "
-            f"report_to={self._trainer.args.report_to} leaves out; add 'tensorboard' to report_to, "
+            f"log_pictures_steps={self._every} draws for TensorBoard, but report_to="
+            f"{self._trainer.args.report_to} does not include it; add 'tensorboard' to report_to, "
             "or set log_pictures_steps=0."
         )
 
 
 def decoder_of(trainer: Trainer) -> Callable[[list[int]], str]:
-    """Token ids to text, by the trainer's tokenizer; to numbers if it has none."""
+    """A function from token ids to text, by the trainer's tokenizer; to numbers if it has none."""
     decode = getattr(trainer.processing_class, "decode", None)
     return (lambda ids: " ".join(map(str, ids))) if decode is None else decode
 
@@ -288,9 +288,9 @@ def show_groups(
     """Groups of a micro-batch as text, spread evenly over its blocks.
 
     Args:
-        outputs: of the micro-batch.
-        decode: token ids to text.
-        most: groups at most.
+        outputs: outputs of the micro-batch.
+        decode: converts token ids to text.
+        most: largest number of groups.
     """
     layout, tokens = outputs.rollouts.layout, outputs.rollouts.tokens
     blocks = outputs.rollouts.exists.nonzero().tolist()
@@ -319,8 +319,9 @@ def show_groups(
 
 
 def markdown_of(groups: Sequence[ShownGroup]) -> str:
-    """The groups as Markdown: a table each, with blue squares for advantages above 0 and orange
-    ones for those below, so many as the advantage is large among those shown.
+    """The groups as Markdown, with one table each.
+
+    Squares show advantages: blue above 0, orange below; more squares for larger ones.
     """
     largest = max((abs(r.advantage) for group in groups for r in group.rollouts), default=0.0)
     parts = []
@@ -346,7 +347,7 @@ def markdown_of(groups: Sequence[ShownGroup]) -> str:
 
 
 def visible(text: str) -> str:
-    """One line: line ends, tabs and other control characters as signs."""
+    """The text on one line, with symbols for line ends, tabs and other control characters."""
     return text.translate(_SIGNS)
 
 
@@ -359,14 +360,14 @@ def _squares(advantage: float, largest: float) -> str:
 
 
 def _code(text: str) -> str:
-    # Every sign that Markdown or HTML could take for its own becomes an entity; spaces too, which
-    # browsers would join.
+    # Every character with a meaning in Markdown or HTML becomes an entity; spaces, too, since
+    # browsers would join them.
     signs = (c if c.isalnum() or ord(c) > 127 else f"&#{ord(c)};" for c in visible(text))
     return "<code>" + "".join(signs).replace("&#32;", "&#160;") + "</code>"
 
 
 def _merge_pairs(sums: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """Neighbours along an axis added up, then zeros to the old length."""
+    """Sums of neighbouring pairs along an axis, filled up with zeros to the old length."""
     length = sums.shape[axis]
     halved = np.add.reduceat(sums, np.arange(0, length, 2), axis=axis)
     missing = [(0, 0)] * sums.ndim

@@ -161,5 +161,5 @@ def test_pngs_hold_all_drawings() -> None:
 
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"The page is drawn by matplotlib.*extra 'plots'"):
+    with pytest.raises(ImportError, match=r"The page needs matplotlib.*extra 'plots'"):
         require_matplotlib("The page")

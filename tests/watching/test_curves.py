@@ -49,7 +49,7 @@ def test_smoothing_passes_over_gaps_and_keeps_constants() -> None:
 
 @pytest.mark.parametrize("weight", [-0.1, 1.0, math.nan])
 def test_smoothing_refuses_weights_that_are_none(weight: float) -> None:
-    with pytest.raises(ValueError, match=r"not in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"must be at least 0 \(no smoothing\) and below 1"):
         smooth([1.0], weight)
 
 
