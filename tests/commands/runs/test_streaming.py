@@ -171,7 +171,7 @@ def test_options_that_a_stream_cannot_honour_are_refused(
 
 def test_data_that_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"a\.txt is read as a whole"):
+    with pytest.raises(ValueError, match=r"a\.txt is a text file"):
         rows_of(str(tmp_path / "a.txt"))
     with pytest.raises(ValueError, match="stdlib:topics comes with Python"):
         rows_of("stdlib:topics")
