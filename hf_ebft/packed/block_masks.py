@@ -99,35 +99,40 @@ def block_mask(
 def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
     """Who sees whom by the indices of rows, heads, queries and keys.
 
-    What a kernel evaluates in tiles that are neither empty nor full: a few comparisons of small
-    integers, in place of all that decides visibility. Every mask runs the same code on tensors of
-    its own, so that what was compiled for one serves another.
+    What a kernel evaluates in tiles that are neither empty nor full: whether a key lies in one of
+    two ranges. Numbers of queries alone, since a kernel holds what belongs to keys in registers of
+    its own, 64 of them for two numbers a key. Every mask runs the same code on tensors of its own,
+    so that what was compiled for one serves another.
     """
-    own_low = visible.own.argmax(axis=-1) if visible.own.shape[-1] > 0 else visible.low * 0
-    own_high = own_low + visible.own.sum(axis=-1)
-    # A rollout is known by the place of its first own key; documents have none.
-    owner = np.full(visible.low.shape[1], -2)
-    key_owner, key_step = np.full(visible.n_keys, -1), np.zeros(visible.n_keys)
-    if visible.own.shape[-1] > 0:
-        owner = np.where(visible.has_own, visible.own_place[:, 0], owner)
+    own_from = own_to = visible.low * 0
+    place_of = np.arange(visible.n_keys)
+    if visible.has_own.any() and visible.own.shape[-1] > 0:
+        n_own = visible.own.shape[-1]
         places = visible.own_place[visible.has_own]
-        key_owner[places] = places[:, :1]
-        key_step[places] = np.arange(places.shape[1])
-    numbers = (visible.low, visible.high, own_low, own_high, owner, key_owner, key_step)
-    low, high, own_from, own_to, of_query, of_key, step = (
-        _sent(number.astype(np.int32), device) for number in numbers
-    )
+        rollout = np.unique(places[:, 0], return_inverse=True)[1]
+        # As if the keys of a rollout stood side by side: what a query sees of them is one range.
+        begin = places.min() + rollout * n_own
+        place_of[places] = begin[:, None] + np.arange(n_own)
+        own = visible.own[:, visible.has_own]
+        own_from, own_to = own_from.copy(), own_to.copy()
+        own_from[:, visible.has_own] = begin + own.argmax(axis=-1)
+        own_to[:, visible.has_own] = begin + own.argmax(axis=-1) + own.sum(axis=-1)
+    numbers = (visible.low, visible.high, own_from, own_to)
+    low, high, own_low, own_high = (_sent(number.astype(np.int32), device) for number in numbers)
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         of_document = (low[row, query] <= key) & (key < high[row, query])
-        of_rollout = (
-            (of_query[query] == of_key[key])
-            & (own_from[row, query] <= step[key])
-            & (step[key] < own_to[row, query])
-        )
-        return of_document | of_rollout
+        return of_document | ((own_low[row, query] <= key) & (key < own_high[row, query]))
 
-    return mask_mod
+    if np.array_equal(place_of, np.arange(visible.n_keys)):
+        return mask_mod
+    place = _sent(place_of.astype(np.int32), device)
+
+    # Keys stand step by step, as in a cache that grows.
+    def mask_mod_by_step(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask_mod(row, head, query, place[key])
+
+    return mask_mod_by_step
 
 
 def _listed(tiles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
