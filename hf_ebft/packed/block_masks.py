@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from hf_ebft.rows.sending import sent
+
 MaskByPair = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # Queries and keys of a tile: what flex_attention's kernels are written for.
 TILE = 128
@@ -118,7 +120,7 @@ def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
         own_from[:, visible.has_own] = begin + own.argmax(axis=-1)
         own_to[:, visible.has_own] = begin + own.argmax(axis=-1) + own.sum(axis=-1)
     numbers = (visible.low, visible.high, own_from, own_to)
-    low, high, own_low, own_high = (_sent(number.astype(np.int32), device) for number in numbers)
+    low, high, own_low, own_high = (sent(number.astype(np.int32), device) for number in numbers)
 
     def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         of_document = (low[row, query] <= key) & (key < high[row, query])
@@ -126,7 +128,7 @@ def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
 
     if np.array_equal(place_of, np.arange(visible.n_keys)):
         return mask_mod
-    place = _sent(place_of.astype(np.int32), device)
+    place = sent(place_of.astype(np.int32), device)
 
     # Keys stand step by step, as in a cache that grows.
     def mask_mod_by_step(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -139,15 +141,7 @@ def _listed(tiles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, q, c) bool -> how many tiles of keys, (B, 1, q) int32, and which first, (B, 1, q, c)."""
     order = np.argsort(~tiles, axis=-1, kind="stable").astype(np.int32)
     how_many = tiles.sum(axis=-1, dtype=np.int32)
-    return _sent(how_many[:, None], device), _sent(order[:, None], device)
-
-
-def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """The numbers on a device, without waiting until it has them."""
-    tensor = torch.from_numpy(numbers)
-    # From other memory than pinned one, the copy would wait for all that the device has to do.
-    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-    return tensor.to(device, non_blocking=True)
+    return sent(how_many[:, None], device), sent(order[:, None], device)
 
 
 class BlockMaskCache:

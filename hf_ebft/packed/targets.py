@@ -26,6 +26,7 @@ from hf_ebft.packed.token_log_probs import (
 )
 from hf_ebft.rows.documents import predicted_targets
 from hf_ebft.rows.layout import PackedLayout, PackedPart
+from hf_ebft.rows.sending import sent
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ class KeptPlaces:
         index_of[places] = np.arange(len(places))
         device = layout.documents.input_ids.device
         return cls(
-            places=torch.from_numpy(places).to(device),
+            places=sent(places, device),
             n_document=len(document),
-            index_of=torch.from_numpy(index_of).to(device),
+            index_of=sent(index_of, device),
         )
 
 

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -34,7 +34,14 @@ def token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tens
 
 def plain_token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """The same in operators that a compiler fuses; arguments and result as `token_log_probs`."""
-    return _at_temperature(logits, temperature).log_softmax(dim=-1).gather(1, targets)
+    log_probs = _at_temperature(logits, temperature).log_softmax(dim=-1)
+    if torch.compiler.is_compiling():
+        # inductor knows the gradient of this loss, and fuses it into one kernel. That of `gather`
+        # takes a matrix of zeros (c, V), which is written, added to and read.
+        columns = targets.unbind(dim=1)
+        losses = [nn.functional.nll_loss(log_probs, one, reduction="none") for one in columns]
+        return -torch.stack(losses, dim=1)
+    return log_probs.gather(1, targets)
 
 
 def contexts_of_checkpoint() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
+from hf_ebft.packed.compiled_layers import CompileOptions
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.sampling import Rollouts
 from hf_ebft.packed.targets import KeptPlaces, target_log_probs
+from hf_ebft.packed.token_log_probs import plain_token_log_probs
 from hf_ebft.rows.layout import PackedLayout, PackedPart
 from tests.support.tiny import ragged_layout
 
@@ -130,10 +133,13 @@ def states_and_head(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor,
     return states.requires_grad_(), head.requires_grad_(), index, targets
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 7, 100])
+@pytest.mark.parametrize(
+    ("chunk_size", "compiler"),
+    [(1, None), (4, None), (7, None), (100, None), (4, CompileOptions("aot_eager"))],
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_chunks_of_any_size_give_the_same_values_and_gradients(
-    chunk_size: int, temperature: float
+    chunk_size: int, temperature: float, compiler: CompileOptions | None
 ) -> None:
     states, head, index, targets = states_and_head(torch.float64)
     weights = torch.randn(15, 2, dtype=torch.float64)
@@ -147,6 +153,7 @@ def test_chunks_of_any_size_give_the_same_values_and_gradients(
         lambda rows: rows @ head.T,
         temperature=temperature,
         chunk_size=chunk_size,
+        compiler=compiler,
     )
     gradients = torch.autograd.grad((actual * weights).sum(), (states, head))
     assert actual.dtype == torch.float32
@@ -215,3 +222,22 @@ def test_bfloat16_logits_are_normalised_in_float32() -> None:
     )
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_chunks_make_no_matrix_of_zeros() -> None:
+    """The gradient of an entry of a row, added into zeros as wide as the vocabulary, would be the
+    slowest part of a chunk's backward pass."""
+    logits, targets = torch.randn(8, 16, requires_grad=True), torch.randint(16, (8, 3))
+
+    def backward(compute: Callable[..., Tensor]) -> None:
+        compute(logits, targets, 0.7).sum().backward()
+
+    for compute, adds in ((plain_token_log_probs, False), (_by_gather, True)):
+        torch.compiler.reset()
+        code = run_and_get_code(backward, torch.compile(compute, dynamic=False))[1]
+        assert ("scatter_add" in code[-1]) == adds
+
+
+def _by_gather(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    return (logits / temperature).log_softmax(dim=-1).gather(1, targets)
