@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,14 @@ from settings import (
 from step import OurStep, Seconds, TheirStep, compare, medians, now
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import flex_attention
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from hf_ebft import EBFTConfig, EBFTTrainer
 from hf_ebft.data import tokenize_and_cut
 from hf_ebft.data.stdlib_text import load
+from hf_ebft.packed.flex import FLEX, compiled
 from hf_ebft.packed.log_probs import packed_log_probs
 from hf_ebft.packed.model_parts import bare_model
 
@@ -193,9 +196,11 @@ class Variant:
 SDPA, SPLIT = {"packed_attention": "sdpa"}, {"packed_attention": "split"}
 CHECKPOINTING = {"gradient_checkpointing": True}
 # `auto` is flex_attention on CUDA, and split attention on a CPU.
+ONE_DOCUMENT = Variant("auto, 1 document", 1)
 STEPS = (
-    Variant("auto, 1 document", 1),
     Variant("auto, 4 documents", 4),
+    Variant("auto, 4 documents, checkpointing", 4, CHECKPOINTING),
+    ONE_DOCUMENT,
     Variant("auto, 8 documents, checkpointing", 8, CHECKPOINTING),
     Variant("auto, 8 documents", 8),
     Variant("auto, 4 documents, with ce", 4, {"ce_coef": 0.03}),
@@ -209,8 +214,9 @@ ATTENTION_STEPS = (
 )
 COMPILED: dict[str, Any] = {"torch_compile": True}
 COMPILED_STEPS = (
-    Variant("compiled, 1 document", 1, COMPILED),
     Variant("compiled, 4 documents", 4, COMPILED),
+    Variant("compiled, 4 documents, checkpointing", 4, COMPILED | CHECKPOINTING),
+    Variant("compiled, 1 document", 1, COMPILED),
     Variant("compiled, 8 documents, checkpointing", 8, COMPILED | CHECKPOINTING),
 )
 
@@ -218,14 +224,13 @@ COMPILED_STEPS = (
 def part_steps(record: Record) -> None:
     """Steps as they are by default, the graphs that they made, the kernels that one launches."""
     measure_variants(record, STEPS)
-    for variant in (STEPS[0], ATTENTION_STEPS[0]):
-        with record.trying(variant.name, "launches"):
-            record.note(variant.name, launches(record, variant), "launches")
+    note_launches(record, ONE_DOCUMENT)
 
 
 def part_attention(record: Record) -> None:
     """Steps with the kinds of attention that need no compilation."""
     measure_variants(record, ATTENTION_STEPS)
+    note_launches(record, ATTENTION_STEPS[0])
 
 
 def part_compiled(record: Record) -> None:
@@ -235,6 +240,7 @@ def part_compiled(record: Record) -> None:
         backend = {"torch_compile_backend": "eager"}
         variants = (replace(variants[0], settings=COMPILED | backend),)
     measure_variants(record, variants)
+    note_launches(record, variants[min(2, len(variants) - 1)])
 
 
 def measure_variants(record: Record, variants: Sequence[Variant]) -> None:
@@ -336,6 +342,12 @@ def multiply_adds(record: Record, ours: OurStep) -> int:
     return sum(counted.values())
 
 
+def note_launches(record: Record, variant: Variant) -> None:
+    """What a step of this variant launches."""
+    with record.trying(variant.name, "launches"):
+        record.note(variant.name, launches(record, variant), "launches")
+
+
 def launches(record: Record, variant: Variant) -> dict[str, Any]:
     """Kernels of a step (operators, on a CPU): how many, how long they ran, the longest ones."""
     ours, inputs = our_step(record, variant), batch(record, variant)
@@ -365,6 +377,53 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+# ---- Kernels ------------------------------------------------------------------------------------
+
+# What flex_attention is asked for beside what torch chooses. Compiled for an H100, its own choice
+# for heads of 64 keeps 664 bytes a thread outside of registers in the forward pass, the other two
+# keep none.
+KERNEL_OPTIONS: Mapping[str, Mapping[str, int]] = {
+    "as chosen": {},
+    "8 warps": {"fwd_num_warps": 8},
+    "8 warps, 64 keys": {"fwd_num_warps": 8, "fwd_BLOCK_N": 64},
+}
+
+
+def part_flex(record: Record) -> None:
+    """Milliseconds of flex_attention's forward and backward kernels on a row of the steps."""
+    ours, inputs = our_step(record, ONE_DOCUMENT), batch(record, ONE_DOCUMENT)
+    layout, config = ours.trainer.read_layout(inputs), bare_model(ours.policy).config
+    part, heads = layout.predicting_part, config.num_attention_heads
+    recipe = replace(ours.trainer._forward.recipe, implementation=FLEX)
+    (kind,) = recipe.layer_types
+    mask, width = recipe.block_mask(kind, part), config.hidden_size // heads
+    query, key, value = (
+        torch.randn(1, count, part.n_keys, width, device=record.device, dtype=record.size.dtype)
+        for count in (heads, config.num_key_value_heads, config.num_key_value_heads)
+    )
+    record.note("tokens, heads, width", [part.n_keys, heads, width])
+    on_cpu = record.device.type == "cpu"
+    backend = "aot_eager" if on_cpu else "inductor"
+    for name, options in KERNEL_OPTIONS.items():
+        with record.trying(name):
+            attend = compiled(flex_attention, backend=backend)
+            tensors = [tensor.clone().requires_grad_(not on_cpu) for tensor in (query, key, value)]
+
+            forward = partial(
+                attend, *tensors, block_mask=mask, enable_gqa=True, kernel_options=dict(options)
+            )
+            figures = {"forward_ms": 1000 * median_seconds(forward, record.device)}
+            if not on_cpu:  # where it has no backward pass
+                both = partial(forward_and_backward, forward)
+                figures["forward_and_backward_ms"] = 1000 * median_seconds(both, record.device)
+            record.note(name, figures)
+
+
+def forward_and_backward(forward: Callable[[], Tensor]) -> None:
+    """With a gradient of ones."""
+    forward().sum().backward()
+
+
 # ---- Numerics -----------------------------------------------------------------------------------
 
 
@@ -373,7 +432,7 @@ def part_numerics(record: Record) -> None:
 
     Rounding may part them; a bias may not. In every group sample 1 is made to repeat sample 0.
     """
-    for variant in (STEPS[0], ATTENTION_STEPS[0]):
+    for variant in (ONE_DOCUMENT, ATTENTION_STEPS[0]):
         with record.trying(variant.name):
             record.note(variant.name, numerics_of(record, variant))
         free(record.device)
@@ -424,7 +483,7 @@ def part_naive(record: Record) -> None:
 
     Its eager attention does not fit a GPU of 80 GB at this size.
     """
-    variant = STEPS[0]
+    variant = ONE_DOCUMENT
     speed = matrix_product(record, record.size.dtype).speed()
     ours = our_step(record, variant)
     reference: Any = record.model()  # of the same seed, so with the same weights
@@ -547,6 +606,7 @@ PARTS: dict[str, Callable[[Record], None]] = {
     "steps": part_steps,
     "attention": part_attention,
     "compiled": part_compiled,
+    "flex": part_flex,
     "numerics": part_numerics,
     "naive": part_naive,
     "run": part_run,

@@ -27,7 +27,7 @@ def test_every_part_can_be_run_and_the_call_ends_in_time() -> None:
     assert all(part.limit <= gpu_check.BUDGET / 4 for part in gpu_check.PARTS)
     assert gpu_check.plan(None) == list(gpu_check.PARTS)
     assert [part.name for part in gpu_check.plan(["run", "tests"])] == ["tests", "run"]
-    with pytest.raises(ValueError, match="profile: there are only environment, tests"):
+    with pytest.raises(ValueError, match="profile: there are only environment, steps"):
         gpu_check.plan(["profile"])
 
 
@@ -77,18 +77,25 @@ def test_nothing_that_was_found_is_lost(
         crash=write + "raise SystemExit(3)",
         # With a child that holds on, as a compiler would.
         hang=write + "import subprocess; subprocess.run(['sleep', '60'])",
+        # As pytest does, which writes its report when it is interrupted.
+        late="import json, time\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: json.dump({'figure': 7}, open(FILE, 'w'))",
+        half="open(FILE, 'w').write('{')",
         good=write,
     )
     start = time.monotonic()
     results = gpu_check.check(parts, tmp_path, budget=60, dry_run=False)
     assert time.monotonic() - start < 30
-    found = results["parts"]
-    assert [found[name]["figure"] for name in found] == [7, 7, 7]
+    found = dict(results["parts"])
+    assert "figure" not in found["half"] and "JSONDecodeError" in found.pop("half")["unreadable"]
+    assert [found[name]["figure"] for name in found] == [7, 7, 7, 7]
+    assert found["late"]["status"] == "stopped at its limit of 2 s"
     assert found["crash"]["status"] == "exit status 3"
     assert found["hang"]["status"] == "stopped at its limit of 2 s"
     assert found["good"]["status"] == "ok"
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert not list(tmp_path.glob("part-*"))
+    assert [path.name for path in tmp_path.glob("part-*")] == ["part-half.json"]
     printed = gpu_table.table(results)
     assert "hang: stopped at its limit of 2 s" in printed and "figure: 7" in printed
 
