@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from hf_ebft import EBFTTrainer
 from hf_ebft.feature_network.network import FeatureNetwork
+from hf_ebft.packed import drawing, step_attention
 from hf_ebft.packed.compiled_layers import (
     CompiledForward,
     CompileOptions,
@@ -199,6 +201,50 @@ def test_what_only_a_gpu_compiles_samples_the_same(
     assert sampled_as_written(kind, "eager", 2) >= 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "attention", "expected"),
+    # The documents' part and all the rest, which depends on whether the layer has a window.
+    [
+        ("llama", "sdpa", 1 + 1),
+        ("gemma2", "eager", 1 + 2),
+        pytest.param("llama", "flex_attention", 1 + 1, marks=pytest.mark.slow),
+    ],
+)
+def test_what_cuda_compiles_by_itself_is_compiled_once_for_all_layers_and_steps(
+    kind: str, attention: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `torch_compile`, as far as a CPU can tell."""
+    model = policy(kind)
+    forward = PackedForward.for_model(model, attention)
+    forward.decoding.static = True
+    plain = PackedForward.for_model(copy.deepcopy(model), attention)
+    plain.decoding.static = True
+    layouts = [rollouts_of(20 + i, 30 - i, seed=i, multiple=32).layout for i in range(3)]
+    monkeypatch.setattr("hf_ebft.packed.step_views.fused_attention_works", lambda: False)
+    records = [sampled(model, plain, layout) for layout in layouts]
+    before = graphs()
+    run = partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)
+    for module in (step_attention, drawing):
+        monkeypatch.setattr(module, "fuses_kernels", lambda device: True)
+        monkeypatch.setattr(module, "compiled", run)
+    for cached in (step_attention._compiled, drawing._compiled_draw):
+        cached.cache_clear()
+    counts = []
+    for layout, record in zip(layouts, records, strict=True):
+        found = sampled(model, forward, layout)
+        counts.append(graphs() - before)
+        exists = layout.blocks.exists[:, None, :, None]
+        assert torch.equal(found.rollouts.tokens * exists, record.rollouts.tokens * exists)
+        difference = (found.log_probs - record.log_probs) * exists
+        assert float(difference.abs().max()) < 1e-5
+    assert forward.decoding.works
+    # First and later tokens are drawn in full chunks and in a rest.
+    of_drawing = 4
+    assert counts == [expected + of_drawing] * 3
+    for cached in (step_attention._compiled, drawing._compiled_draw):
+        cached.cache_clear()
+
+
 def sampled_as_written(kind: str, attention: str, n_batches: int) -> int:
     """Compare rollouts of compiled layers with those of the layers as written, batch by batch.
 
@@ -282,7 +328,8 @@ def test_chunks_of_training_share_one_graph_too(kind: str, attention: str, expec
         log_probs = training.log_probs(policy_model, rollouts)
         assert log_probs.document is not None
         exists = rollouts.exists[:, None, :, None]
-        ((log_probs.rollout * exists).sum() + log_probs.document.sum()).backward()
+        # Gradients of size 1, as what is compared rounds by the size of the largest.
+        ((log_probs.rollout * exists).sum() + log_probs.document.sum()).mul(0.01).backward()
         weights = [weight.grad for weight in policy_model.parameters()]
         found.append(torch.cat([w.flatten() for w in weights if w is not None]))
     of_head = 4
