@@ -72,7 +72,7 @@ def decode(
     decoding = forward.decoding
     if decoding.grows is None:
         try:
-            if not decoding.works and (reason := why_cache_grows(model, forward)):
+            if not decoding.works and (reason := why_cache_grows(model, forward, cache)):
                 raise CannotDecodeStatically(reason)
             static = decoding.static
             if static is None:
@@ -91,8 +91,14 @@ def decode(
     return _decode_growing(model, forward, layout, sampler, cache, first, uniform)
 
 
-def why_cache_grows(model: nn.Module, forward: PackedForward) -> str | None:
-    """Why a model cannot be decoded against fixed places, as far as can be told beforehand."""
+def why_cache_grows(model: nn.Module, forward: PackedForward, cache: DynamicCache) -> str | None:
+    """Why a model cannot be decoded against fixed places, as far as can be told beforehand.
+
+    Args:
+        model: the wrapped policy.
+        forward: how it runs packed rows.
+        cache: keys and values of the documents.
+    """
     if not forward.has_plain_cache:
         return "its cache holds more than keys and values of every layer"
     if not calls_chosen_attention(model):
@@ -100,6 +106,9 @@ def why_cache_grows(model: nn.Module, forward: PackedForward) -> str | None:
     inside = _transformers_model(model)
     if not (inside._supports_sdpa or inside._supports_flex_attn):
         return "its attention may do more than it leaves to the chosen function"
+    rank = getattr(forward.config.get_text_config(decoder=True), "kv_lora_rank", None)
+    if rank is not None and states_in(cache)[0].shape[1::2] == (1, rank):
+        return "its cache holds latents that become keys and values after it, in every step anew"
     return None
 
 
