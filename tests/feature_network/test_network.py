@@ -247,14 +247,16 @@ def test_memory_does_not_grow_with_the_number_of_rollouts() -> None:
     assert peak(32, 256) < 0.25 * peak(32, WHOLE)
 
 
-def test_block_masks_get_one_pass_over_the_row() -> None:
+def test_block_masks_get_the_chunks_that_other_masks_get() -> None:
     model = tiny_model("llama")
     rollouts = rollouts_of(model)
-    phi = network(model, packed_attention="flex_attention", chunk_size=1)
-    calls = Calls(phi)
-    found = phi.embed(rollouts)
-    assert calls.layers == [1, 1, 1, 0]
-    expected = network(model).embed(rollouts)
+    phi, split = (
+        network(model, packed_attention=attention, chunk_size=1)
+        for attention in ("flex_attention", "split")
+    )
+    calls, split_calls = Calls(phi), Calls(split)
+    found, expected = phi.embed(rollouts), split.embed(rollouts)
+    assert calls.layers == split_calls.layers and calls.layers[0] > 2
     torch.testing.assert_close(found.generated, expected.generated, atol=TOLERANCE, rtol=0)
 
 
