@@ -1,4 +1,4 @@
-"""The study's matrix: what is run, on what, and how choices are made. Declared before any run.
+"""The study's matrix: which runs, on which data, and how choices are made. Declared before any run.
 
 The question: base against SFT against EBFT, and EBFT's settings one at a time, as far as two CPU
 cores allow. The model of 1.9 M parameters in `examples/tiny_model` learns a kind of text that it
@@ -33,7 +33,7 @@ Method = Literal["base", "sft", "ebft"]
 SWEEP_SEED = 0
 SEEDS = (1, 2, 3)
 
-#: What the learning rate of a swept method is chosen by, on `tune`: the least.
+#: For each swept method, the criterion whose minimum on `tune` decides the learning rate.
 CRITERIA = {
     "sft_steps": "cross_entropy",
     "sft_tokens": "cross_entropy",
@@ -51,25 +51,25 @@ WARM_CRITERIA = {
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, a text, and what all runs on them share.
+    """A model, a text, and settings that all runs on them share.
 
     Attributes:
-        name: by which runs know it.
-        model: folder in the repository, or the package that `gguf_file` lies in.
+        name: its name in runs.
+        model: folder in the repository, or the package that contains `gguf_file`.
         gguf_file: file with the weights.
-        lora_rank: adapters on all linear layers, which alone are trained; 0: all weights are.
+        lora_rank: rank of adapters on all linear layers; 0: all weights are trained.
         domain: kind of text, see `hf_ebft/data/stdlib_text.py`.
         rates: learning rates of the sweep.
-        steps: of the optimizer, for EBFT.
-        tokens_factor: EBFT's document and rollout tokens over its document tokens.
-        training: what both trainers get.
-        ebft: EBFT's own settings; what is not named has the library's default.
-        row_tokens: tokens of a row.
-        lengths: of the rollouts that are measured.
-        evaluation: held-out measurement, the same for every run.
-        parsing: source files cut off at random tokens, continued by the model; None: not done.
+        steps: number of optimizer steps of EBFT.
+        tokens_factor: EBFT's document and rollout tokens divided by its document tokens.
+        training: settings of both trainers.
+        ebft: EBFT's own settings; others have the library's defaults.
+        row_tokens: number of tokens of a row.
+        lengths: lengths of the rollouts that are measured.
+        evaluation: settings of the held-out measurement, the same for every run.
+        parsing: source files cut off at random tokens, which the model continues; None: not done.
         with_ablations: whether EBFT's settings are varied, too.
-        time_factor: core-seconds of a step of EBFT over those of SFT; None: no equal time.
+        time_factor: core-seconds of a step of EBFT divided by those of SFT; None: no equal time.
         controls: temperatures at which the untrained model is measured, too.
         second_model: folder of a second feature network, which gave no reward.
     """
@@ -181,7 +181,7 @@ WARM = Setup(
     second_model="examples/tiny_model",
 )
 SETUPS = {setup.name: setup for setup in (TINY, SMOLLM2, WARM)}
-#: Those whose matrix begins with the sweep of `CRITERIA`.
+#: Setups whose matrix begins with the sweep of `CRITERIA`.
 FROM_UNTRAINED = (TINY, SMOLLM2)
 
 
@@ -190,12 +190,12 @@ class Run:
     """One training and its measurement.
 
     Attributes:
-        arm: what it is a run of.
-        method: which trainer.
-        split: what it is measured on.
-        seed: of the data order, the rollouts and nothing else.
+        arm: the arm of the comparison.
+        method: the trainer.
+        split: the split that it is measured on.
+        seed: seed of the data order and the rollouts only.
         learning_rate: peak; None for the untrained model.
-        steps: of the optimizer.
+        steps: number of optimizer steps.
         changes: settings of EBFT that differ from the setup's. `naive_baseline` is the study's
             own.
         setup: name of the setup.
@@ -212,7 +212,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Stem of its file in the results."""
+        """Stem of the file of its results."""
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
         return f"{self.split}-{self.arm}{rate}-seed{self.seed}"
 
@@ -265,7 +265,7 @@ def ablation_runs(setup: Setup, rate: float) -> list[Run]:
 
 
 def whitened_sweep_runs(setup: Setup) -> list[Run]:
-    """Per-group whitening at every rate: is it only the rate that does not suit it?"""
+    """Per-group whitening at every rate, in case it only needs another rate."""
     rates = setup.rates if setup.with_ablations else ()
     return [_run(setup, "whitening_feature", "tune", SWEEP_SEED, rate) for rate in rates]
 
@@ -273,16 +273,16 @@ def whitened_sweep_runs(setup: Setup) -> list[Run]:
 def reinforce_sweep_runs(setup: Setup) -> list[Run]:
     """EBFT without a baseline at every rate.
 
-    Declared later, when it was known that `rloo` has more noise than `reinforce` where nothing is
-    whitened: the main arm was not the best of EBFT. Its rate is chosen as EBFT's was; where that is
-    EBFT's rate, the runs of the ablation are those with every seed.
+    Declared later, when it was known that without whitening `rloo` has more noise than `reinforce`,
+    so that the main arm was not the best form of EBFT. Its rate is chosen like EBFT's; if it is
+    EBFT's rate, the runs of the ablation are used for all seeds.
     """
     rates = setup.rates if setup.with_ablations else ()
     return [_run(setup, "reinforce", "tune", SWEEP_SEED, rate) for rate in rates]
 
 
 def warm_runs(setup: Setup, *, trains_ebft: bool) -> list[Run]:
-    """From the warm start: controls, then SFT's sweep, then EBFT's where the stop rule lets it.
+    """From the warm start: controls, then SFT's sweep, then EBFT's if the stop rule allows it.
 
     Seeds follow at the chosen rates (`warm_main_runs`), in the order of the arms.
     """
@@ -302,12 +302,12 @@ def warm_main_runs(setup: Setup, rates: dict[str, float]) -> list[Run]:
     return [_run(setup, arm, "report", seed, rate) for arm, rate in rates.items() for seed in SEEDS]
 
 
-#: Declared later still: the estimator with the least noise, as it is.
+#: Declared later still: the estimator with the least noise, with its defaults.
 FITTED: dict[str, dict[str, Any]] = {"fitted": {"advantage_estimator": "fitted"}}
 
 
 def fitted_runs(setup: Setup, rate: float) -> list[Run]:
-    """EBFT with baselines by token, with every seed at the rate of EBFT."""
+    """EBFT with a baseline for each token, with every seed at the rate of EBFT."""
     arms = FITTED if setup.with_ablations else {}
     return [_run(setup, arm, "report", seed, rate) for arm in arms for seed in SEEDS]
 

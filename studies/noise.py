@@ -52,17 +52,17 @@ OUT = ROOT / "studies" / "results" / "noise"
 SMALL_STEPS, SMALL_ROWS, SMALL_RATE = 400, 16, 3e-3
 N = 4
 SHARE = 0.25
-# These do not estimate the CFM gradient, so that their noise has another signal beside it.
+# These do not estimate the CFM gradient, so their noise is compared with another signal.
 OTHER_OBJECTIVES = ("whitened", "cross-entropy")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure one start, or print the table of all."""
+    """Measure one starting point, or print the table of all."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--start", help="tiny, small or a model's folder")
-    parser.add_argument("--name", help="of the result; default: the start's")
-    parser.add_argument("--documents", type=int, default=48, help="that are measured")
-    parser.add_argument("--reference", type=int, default=96, help="for the CFM gradient")
+    parser.add_argument("--name", help="name of the result; default: that of --start")
+    parser.add_argument("--documents", type=int, default=48, help="documents that are measured")
+    parser.add_argument("--reference", type=int, default=96, help="documents for the CFM gradient")
     parser.add_argument("--fitted_on", type=int, default=240, help="documents for the regressions")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true")
@@ -87,7 +87,7 @@ def start_model(start: str) -> Any:
 
 
 def small_model() -> Any:
-    """0.19 M parameters, trained on the domain for a while."""
+    """A model of 0.19 M parameters, trained on the domain for some steps."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -119,11 +119,11 @@ def small_model() -> Any:
 
 @dataclass
 class Figures:
-    """What is collected of one estimator.
+    """The measurements of one estimator.
 
     Attributes:
-        gradients: of single documents, (P,) each.
-        seconds: core-seconds of a training step of a document, each.
+        gradients: gradients of single documents, (P,) each.
+        seconds: core-seconds of a training step of each document.
     """
 
     gradients: list[Tensor] = field(default_factory=list)
@@ -132,7 +132,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Batch:
-    """One document's rollouts, embedded, and the core-seconds of every part."""
+    """One document's rollouts and embeddings, and the core-seconds of every part."""
 
     rollouts: Rollouts
     generated: Tensor
@@ -142,11 +142,11 @@ class Batch:
 
 
 class Study:
-    """Estimators on one model.
+    """Measures estimators on one model.
 
     Args:
-        model: the start; phi is a copy of it.
-        fitted_on: documents that the regressions are fitted to.
+        model: the starting point; phi is a copy of it.
+        fitted_on: number of documents that the regressions are fitted to.
     """
 
     def __init__(self, model: Any, fitted_on: int) -> None:
@@ -180,7 +180,7 @@ class Study:
             print(f"fitted {part + 1} of 4, {self.seconds_of_fit:.2f} s", flush=True)
 
     def batch(self, n: int, share: float = 1.0) -> Batch:
-        """The next document, a share of its blocks sampled n times and embedded."""
+        """The next document, with a share of its blocks sampled n times and embedded."""
         trainer, seconds = self.trainer, {}
         trainer.ebft.n_samples_per_prompt, trainer.ebft.block_share = n, share
         inputs = trainer.data_collator([self.rows[next(self.order)]])
@@ -202,7 +202,7 @@ class Study:
         return Batch(rollouts, found.generated, found.ground_truth, knowledge, seconds)
 
     def measure(self, documents: int, reference: int) -> dict[str, Any]:
-        """All estimators on `documents` documents, the CFM gradient on `reference` others."""
+        """Measure estimators on `documents` documents, the CFM gradient on `reference` others."""
         for count in range(documents):
             self.add(self.batch(N), "")
             self.add(self.batch(2 * N), f" n={2 * N}", only=("reinforce", "fitted"))
@@ -246,7 +246,7 @@ class Study:
         }
 
     def add(self, batch: Batch, suffix: str, only: Sequence[str] | None = None) -> None:
-        """Gradients of one document."""
+        """Compute the gradients of one document for all estimators."""
         self.explained.append(self._errors(batch))
         start = time.process_time()
         advantages = self.advantages(batch)
@@ -262,7 +262,7 @@ class Study:
             self._keep("cross-entropy", loss, batch, forward)
 
     def _errors(self, batch: Batch) -> Tensor:
-        """(G + 1,) squared errors of the regressions by place, and of a constant."""
+        """(G + 1,) squared errors of the regressions by position, and of a constant."""
         there = batch.rollouts.exists[:, None].expand(batch.generated.shape[:3])
         regressors = batch.knowledge.regressors(batch.knowledge.tokens)[there]
         features = batch.generated[there]
@@ -291,7 +291,7 @@ class Study:
         )
 
     def advantages(self, batch: Batch) -> dict[str, Tensor]:
-        """By estimator; those after the first four are of other objectives."""
+        """Estimator -> advantages; those after the first four are for other objectives."""
         pair = (batch.generated, batch.ground_truth)
         plain = feature_matching_rewards(*pair, use_whitening=False)
         whitened = feature_matching_rewards(*pair)
@@ -312,7 +312,7 @@ class Study:
 
 
 def finite(*values: float) -> list[float | None]:
-    """For JSON, which knows neither infinity nor NaN."""
+    """The values for JSON, in which infinity and NaN become None."""
     return [value if math.isfinite(value) else None for value in values]
 
 
@@ -346,7 +346,7 @@ def table(out: Path) -> str:
 
 
 def in_brackets(values: list[float | None], digits: int) -> str:
-    """A value and its interval."""
+    """A value and its interval, as text."""
     value, low, high = ("unknown" if x is None else f"{x:.{digits}f}" for x in values)
     return f"{value} [{low}, {high}]"
 

@@ -55,7 +55,7 @@ from hf_ebft.objective.advantages import compute_advantages
 from hf_ebft.objective.rewards import feature_matching_rewards
 from hf_ebft.training.outputs import EBFTOutput, Scores
 
-# Rows that are measured together, as documents of one packed row: faster, and the same figures.
+# Number of rows that are measured together, as documents of one packed row: faster, same results.
 PACKED = 4
 DIGITS = 5
 SCORES = ("cfm_loss", "energy_score", "excess_over_spread", "cosine_alignment", "dot_diversity")
@@ -63,7 +63,7 @@ MEASURED = (*SCORES, *(f"second_{name}" for name in SCORES), "entropy", "duplica
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Sweep, choose the rates, run the rest."""
+    """Run the sweep, choose the rates, run the rest."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("--setup", choices=matrix.SETUPS, default="tiny", help="model and text")
     parser.add_argument("--out", type=Path, help="default: studies/results/SETUP")
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_warm(setup: Setup, out: Path) -> None:
-    """From the warm start, one run after the other; EBFT only where the stop rule lets it."""
+    """Run from the warm start, one run at a time; EBFT only if the stop rule allows it."""
     trains_ebft = bool(read(out, "stop_rule")["trains_ebft"]["reinforce"])
     runs = matrix.warm_runs(setup, trains_ebft=trains_ebft)
     for run in runs:
@@ -111,12 +111,12 @@ def run_warm(setup: Setup, out: Path) -> None:
 
 
 def chosen_rates(setup: Setup, out: Path) -> dict[str, float]:
-    """Method -> the rate whose run has the least of the method's criterion."""
+    """Method -> the rate whose run has the lowest value of the method's criterion."""
     return best_rates(matrix.sweep_runs(setup), matrix.CRITERIA, out)
 
 
 def best_rates(sweep: Sequence[Run], criteria: Mapping[str, str], out: Path) -> dict[str, float]:
-    """Arm -> the rate whose run on `tune` has the least of the arm's criterion."""
+    """Arm -> the rate whose run on `tune` has the lowest value of the arm's criterion."""
     rates = {}
     for arm, criterion in criteria.items():
         runs = [run for run in sweep if run.arm == arm and run.learning_rate is not None]
@@ -130,19 +130,19 @@ def best_rates(sweep: Sequence[Run], criteria: Mapping[str, str], out: Path) -> 
 
 
 def read(out: Path, name: str) -> dict[str, Any]:
-    """A finished run."""
+    """Read a finished run."""
     found: dict[str, Any] = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 
 def mean_of(evaluation: dict[str, Any], figure: str) -> float:
-    """The mean over all documents of a figure that is stored by file."""
+    """The mean over all documents of a measurement that is stored by file."""
     by_file = evaluation["by_file"]
     return float(np.average(by_file[figure], weights=evaluation["weights"][kind_of(figure)]))
 
 
 def kind_of(figure: str) -> str:
-    """What a figure is a mean over in each file: tokens, rows with prefixes, or cuts."""
+    """The unit that a measurement is a mean over in each file: tokens, rows or cuts."""
     if figure == "cross_entropy":
         return "tokens"
     return "cuts" if figure.startswith("parse_") else "rows"
@@ -152,7 +152,7 @@ def kind_of(figure: str) -> str:
 
 
 def run_once(run: Run, out: Path) -> None:
-    """Train, measure and write one run, unless it has been."""
+    """Train, measure and write one run, unless it has been done."""
     path = out / f"{run.name}.json"
     if path.exists():
         return
@@ -179,14 +179,14 @@ def run_once(run: Run, out: Path) -> None:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all: a run that is stopped while writing is run again."""
+    """Write a result atomically: a run that is stopped while writing is run again."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
     part.replace(path)
 
 
 def versions() -> dict[str, str]:
-    """What the figures were made with."""
+    """The versions that the results were computed with."""
     return {
         "python": ".".join(map(str, sys.version_info[:3])),
         "torch": torch.__version__,
@@ -255,13 +255,13 @@ class NaiveBaselineTrainer(EBFTTrainer):
     """
 
     def score_rollouts(self, rollouts: Rollouts) -> Scores:
-        """The same rewards with other advantages."""
+        """The same rewards with the naive advantages."""
         scores = super().score_rollouts(rollouts)
         return dataclasses.replace(scores, advantages=naive_advantages(scores.rewards.reward))
 
 
 def naive_advantages(reward: Tensor) -> Tensor:
-    """(B, n, K) -> (B, n, K): reward less the mean of the others'."""
+    """(B, n, K) -> (B, n, K): the reward minus the mean of the others' rewards."""
     n = reward.shape[1]
     return reward - (reward.sum(dim=1, keepdim=True) - reward) / (n - 1)
 
@@ -273,13 +273,13 @@ class CountTokens(TrainerCallback):
         self.rollout_tokens = 0
 
     def on_ebft_outputs(self, *args: Any, outputs: EBFTOutput, **kwargs: Any) -> None:
-        """Once per micro-batch of training."""
+        """Count the tokens of one micro-batch of training."""
         _, n, _, g = outputs.rollouts.tokens.shape
         self.rollout_tokens += int(outputs.rollouts.exists.sum()) * n * g
 
 
 def train(setup: Setup, run: Run, model: Any) -> tuple[Trainer, dict[str, Any]]:
-    """Train the model in place; what came out, for the record."""
+    """Train the model in place; returns the trainer and the numbers to record."""
     assert run.learning_rate is not None
     _, rows = load_rows(setup.name, "train")
     if setup.lora_rank:
@@ -327,7 +327,7 @@ def train(setup: Setup, run: Run, model: Any) -> tuple[Trainer, dict[str, Any]]:
 
 
 def kept(name: str) -> bool:
-    """Whether a logged figure goes on record."""
+    """Whether a logged metric is recorded."""
     return name in ("step", "loss", "grad_norm") or (
         name.startswith("ebft/") and not name.startswith(("ebft/seconds", "ebft/blocks"))
     )
@@ -345,13 +345,13 @@ def feature_network(name: str) -> FeatureNetwork:
 
 @cache
 def second_network(folder: str) -> FeatureNetwork:
-    """A network that gave no reward, read like phi."""
+    """A network that gave no reward, used like phi."""
     model = AutoModelForCausalLM.from_pretrained(ROOT / folder, dtype=torch.float32)
     return as_network(model, evaluation_settings(matrix.TINY))
 
 
 def as_network(model: Any, settings: EBFTSettings) -> FeatureNetwork:
-    """This very model, frozen, read as the settings say."""
+    """The model itself as a frozen network, with the features of the settings."""
     return FeatureNetwork(
         model,
         feature_layers=settings.feature_layers,
@@ -361,7 +361,7 @@ def as_network(model: Any, settings: EBFTSettings) -> FeatureNetwork:
 
 
 def evaluation_settings(setup: Setup) -> EBFTSettings:
-    """Nothing is whitened here, whatever training did."""
+    """Settings of the evaluation: without whitening, whatever training used."""
     names = ("stride", "context_length", "n_samples_per_prompt", "temperature")
     return EBFTSettings(use_whitening=False, **{name: setup.evaluation[name] for name in names})
 
@@ -382,12 +382,12 @@ def packed(rows: TokenizedRows) -> list[dict[str, Tensor]]:
 
 
 def evaluate(setup: Setup, model: Any, split: str, tempered: float = 1.0) -> dict[str, Any]:
-    """Every figure, as means by file; `tempered`: what all logits are divided by.
+    """All measurements, as means by file; `tempered`: all logits are divided by it.
 
     Returns:
-        `by_file`: figure -> (F,) means, with `@8` and so on for figures of rollouts;
-        `weights`: "tokens", "rows", "cuts" -> (F,) what these are means over; `prefixes`: in
-        all.
+        `by_file`: measurement -> (F,) means, with `@8` and so on for measurements of rollouts;
+        `weights`: "tokens", "rows", "cuts" -> (F,) numbers that these are means over; `prefixes`:
+        their total number.
     """
     texts, rows = held_out(setup, split)
     measured = measure_model(
@@ -442,14 +442,14 @@ def _cuts(name: str, split: str, texts: tuple[str, ...]) -> list[Cut]:
 def by_file(
     values: NDArray[np.float64], file_of: NDArray[np.int64], n_files: int = 0
 ) -> NDArray[np.float64]:
-    """(N,) -> (F,): sums."""
+    """(N,) -> (F,): sums over the values of each file."""
     return np.bincount(file_of, weights=values, minlength=n_files).astype(np.float64)
 
 
 def rounded(values: NDArray[np.float64]) -> list[float]:
-    """For JSON; figures that do not exist would be an error."""
+    """The values for JSON; raises if a file has none."""
     if not np.isfinite(values).all():
-        raise ValueError(f"A file has no figure: {values.tolist()}.")
+        raise ValueError(f"A file has no measurement: {values.tolist()}.")
     return [round(value, DIGITS) for value in values.tolist()]
 
 
@@ -458,13 +458,13 @@ def rounded(values: NDArray[np.float64]) -> list[float]:
 
 @dataclass(frozen=True)
 class Reward:
-    """Rewards of the same rollouts under one kind of whitening, as (n x groups) numbers.
+    """Rewards of the same rollouts with one kind of whitening, as (n x groups) numbers.
 
     Attributes:
         alignment, diversity: means.
         within: standard deviation of the reward within its group, mean over groups.
         agreement: correlation, within groups, with the reward without whitening.
-        advantages: the same correlation of the leave-one-out advantages.
+        advantages: the same correlation for the leave-one-out advantages.
     """
 
     alignment: float
@@ -475,7 +475,7 @@ class Reward:
 
 
 def run_probe(setup: Setup, out: Path) -> None:
-    """What each whitening makes of the same rollouts of the untrained model."""
+    """Compare the kinds of whitening on the same rollouts of the untrained model."""
     path = out / "probe-rewards.json"
     if path.exists():
         return
@@ -528,7 +528,7 @@ def run_probe(setup: Setup, out: Path) -> None:
 
 
 def within_correlation(a: Tensor, b: Tensor) -> float:
-    """Correlation of (1, n, K) numbers after their group means are taken off."""
+    """Correlation of (1, n, K) numbers after subtracting their group means."""
     a, b = (x - x.mean(dim=1, keepdim=True) for x in (a.double(), b.double()))
     return round(float((a * b).sum() / (a.norm() * b.norm())), DIGITS)
 

@@ -1,8 +1,8 @@
 """phi, the frozen feature network, and its forward pass over packed rows.
 
-It needs no head and no layer above the highest one whose features are used, and keeps hidden states
-only where an embedding is read. What does not depend on the shape of the rows is `FrozenNetwork`,
-which structured mode builds on too.
+It needs no head and no layer above the highest feature layer, and keeps hidden states only at the
+positions that the pooling reads. `FrozenNetwork` has everything that does not depend on the shape
+of the rows; structured mode uses it, too.
 
 Dimension letters: B rows, R packed row, P places kept, m layers, H hidden width, T token positions
 that the pooling reads, F = m * H, D embedding width, V vocabulary, J lengths of rollouts.
@@ -40,7 +40,7 @@ from hf_ebft.rows.chunks import block_chunks, tokens_without_gradient
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout, PackedPart
 
-# Tokens that are embedded at once, each as a document of its own.
+# Number of tokens that are embedded at once in `token_features`, each as its own document.
 TABLE_ROWS = 1024
 
 
@@ -50,14 +50,14 @@ class _TopLayerReached(Exception):
 
 @dataclass(frozen=True)
 class FeaturePass:
-    """What the feature network makes of a batch.
+    """The results of the feature network for a batch.
 
     Attributes:
         generated: (B, n, K, D) float32 embeddings of the rollouts.
-        ground_truth: (B, K, D) float32 embeddings of the windows; zero for blocks not there.
-        reference_log_probs: (B, n, K, G) float32 of the rollout tokens, or None.
-        states: (B, n, K, G, r) float32, features of the token before each rollout token in a given
-            basis, or None.
+        ground_truth: (B, K, D) float32 embeddings of the windows; zero for missing blocks.
+        reference_log_probs: (B, n, K, G) float32 log-probabilities of the rollout tokens, or None.
+        states: (B, n, K, G, r) float32, features of the token before each rollout token, projected
+            on a given basis, or None.
     """
 
     generated: Tensor
@@ -69,8 +69,8 @@ class FeaturePass:
 class FrozenNetwork:
     """A frozen causal language model whose hidden states can be read at chosen places.
 
-    It is deliberately no `nn.Module`: a trainer that holds one does not wrap, optimize or save
-    it.
+    It is deliberately not an `nn.Module`: a trainer that has one as an attribute does not wrap,
+    optimize or save it.
 
     Args:
         model: the network. It is put into evaluation mode and frozen, in place, unless it is
@@ -78,8 +78,8 @@ class FrozenNetwork:
         feature_layers: fractions of depth; layer index `int(fraction * L)` into transformers'
             `hidden_states` (0 is the embedding output, L the last one, after the final norm).
         normalization: see `hf_ebft.objective.features.normalize_layers`.
-        shared: `model` is the policy, a PEFT model whose base serves as the network: it is left
-            as it is, and read with its adapters switched off.
+        shared: whether `model` is the policy, a PEFT model whose base serves as the network. It is
+            then not changed, and runs with its adapters switched off.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class FrozenNetwork:
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes."""
+        """The device of the network."""
         return next(self.model.parameters()).device
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """No gradient; a shared policy as it was before training, then as it is again."""
+        """Switch off gradients; run a shared policy without adapters, and restore it afterwards."""
         with torch.no_grad(), contextlib.ExitStack() as stack:
             if self.shared:
                 stack.enter_context(evaluation_mode(self.model))
@@ -117,9 +117,9 @@ class FrozenNetwork:
         """Hidden states (B, P, H) of every feature layer at `places` (B, P) of a forward pass.
 
         Args:
-            run: makes the pass over B rows.
+            run: makes the forward pass over B rows.
             places: (B, P) int64.
-            to_the_end: whether the pass must not stop after the highest feature layer.
+            to_the_end: whether the pass must go on after the highest feature layer.
         """
         rows = torch.arange(places.shape[0], device=places.device)[:, None]
         kept: dict[int, Tensor] = {}
@@ -135,11 +135,10 @@ class FrozenNetwork:
     def _capture(
         self, kept: dict[int, Tensor], rows: Tensor, places: Tensor, *, stop_early: bool
     ) -> Iterator[None]:
-        """Hooks that keep the wanted hidden states at `places` and end the pass after the last
-        one.
+        """Keep the wanted hidden states at `places` by hooks; with `stop_early`, end the pass then.
 
-        Hooks on the layers see the same values as transformers' `hidden_states`; the last entry
-        of those is taken after the final norm, hence from the backbone's output.
+        Hooks on the layers get the same values as transformers' `hidden_states`. The last entry of
+        those is taken after the final norm, so it is read from the backbone's output.
         """
         n_layers, top = len(self.layers), max(self.layer_indices)
 
@@ -220,13 +219,13 @@ class FeatureNetwork(FrozenNetwork):
     ) -> FeaturePass:
         """Embed rollouts and their ground-truth windows.
 
-        Token ids and layout travel to the network's device, embeddings come back. Rollouts of one
-        block with equal tokens get the very same embedding.
+        Token ids and layout are moved to the network's device, and embeddings back. Rollouts of one
+        block with equal tokens get the same embedding, to the bit.
 
         Args:
             rollouts: the batch and its sampled tokens.
-            score: `packed_log_probs` with its settings, where the network's log-probabilities of
-                the rollouts are wanted too (for a KL penalty).
+            score: `packed_log_probs` with its settings, if the network's log-probabilities of the
+                rollouts are wanted, too (for a KL penalty).
 
         Raises:
             ValueError: a document or the packed row is too long for the network.
@@ -238,25 +237,25 @@ class FeatureNetwork(FrozenNetwork):
     def embed_beginnings(
         self, rollouts: Rollouts, lengths: Sequence[int]
     ) -> dict[int, FeaturePass]:
-        """Embed the first tokens of rollouts and windows, for several lengths in one causal pass.
+        """Embed the beginnings of rollouts and windows, for several lengths in one causal pass.
 
-        A token never sees a later one, so the pass over the whole rollouts holds the states of all
-        their beginnings.
+        A token never attends to a later one, so the pass over the whole rollouts contains the
+        states of all their beginnings.
 
         Args:
             rollouts: the batch and its sampled tokens.
-            lengths: of the beginnings, from 1 to the rollouts' own.
+            lengths: lengths of the beginnings, from 1 to the rollouts' own length.
 
         Returns:
-            Length -> what `embed` makes of rollouts and windows cut to it, up to rounding.
+            Length -> the result of `embed` for rollouts and windows cut to it, up to rounding.
 
         Raises:
-            ValueError: a length out of range, or a row that is too long for the network.
+            ValueError: a length is out of range, or a row is too long for the network.
         """
         longest = rollouts.layout.length
         if not lengths or min(lengths) < 1 or max(lengths) > longest:
             raise ValueError(
-                f"lengths={list(lengths)} must lie between 1 and {longest}, the tokens of these "
+                f"lengths={list(lengths)} must lie between 1 and {longest}, the length of these "
                 "rollouts: leave out the others, or sample longer rollouts."
             )
         return self._embed(rollouts, _Pooling(self.embed_method, lengths), None)
@@ -267,11 +266,11 @@ class FeatureNetwork(FrozenNetwork):
         basis: Tensor,
         score: Callable[..., TokenLogProbs] | None = None,
     ) -> FeaturePass:
-        """`embed` by the last token, and what the network knew before every rollout token.
+        """`embed` by the last token, with the network's states before every rollout token.
 
         Args:
             rollouts, score: see `embed`.
-            basis: (F, r), on the network's device, in which the states are wanted.
+            basis: (F, r), on the network's device; the states are projected on it.
 
         Raises:
             ValueError: as `embed`.
@@ -285,9 +284,9 @@ class FeatureNetwork(FrozenNetwork):
         return FeaturePass(generated, ground_truth, found.reference_log_probs, states)
 
     def token_features(self, size: int) -> Tensor:
-        """(size, F) float32: features of the tokens 0, 1, ... each on its own, without a context.
+        """(size, F) float32: features of the tokens 0, 1, ..., each without context.
 
-        Zero for ids that the network does not know.
+        They are zero for ids that the network does not have.
         """
         known = min(size, vocabulary_size(self.model))
         ids = torch.arange(known, device=self.device)[:, None]
@@ -324,7 +323,7 @@ class FeatureNetwork(FrozenNetwork):
         reference = None if reference is None else reference.to(policy_device)
         passes = {}
         for index, length in enumerate(pooling.lengths):
-            # Tokens after the last one that is read change nothing.
+            # The pooling reads no later tokens, so they do not matter.
             read = rollouts.tokens[..., : token_positions(pooling.embed_method, length)[-1] + 1]
             generated = with_equal_features(
                 found.generated[..., index, :].to(policy_device), first_equal_rollouts(read)
@@ -338,7 +337,7 @@ class FeatureNetwork(FrozenNetwork):
         return passes
 
     def _chunks(self, layout: PackedLayout) -> tuple[slice, ...]:
-        """Of the blocks; one for all of them where the network cannot go on from a cache."""
+        """Chunks of the blocks; a single one if the network cannot continue from a cache."""
         # FSDP2 would gather all parameters for every chunk.
         if is_sharded(self.model) or not self.forward.has_plain_cache:
             return (slice(0, layout.rollout_shape[2]),)
@@ -352,7 +351,7 @@ class FeatureNetwork(FrozenNetwork):
         pooling: _Pooling,
         score: Callable[..., TokenLogProbs] | None,
     ) -> FeaturePass:
-        """All of the packed row at once; embeddings (..., J, D)."""
+        """Run the whole packed row at once; embeddings (..., J, D)."""
         layout = rollouts.layout
         of_rollouts, windows = pooling.rollout_places(layout), pooling.window_places(layout)
         # Sample by sample, then the windows: (B, (n + 1) * K, T).
@@ -372,7 +371,7 @@ class FeatureNetwork(FrozenNetwork):
         chunks: Sequence[slice],
         score: Callable[..., TokenLogProbs] | None,
     ) -> FeaturePass:
-        """The documents, then the rollouts of some blocks at a time against a cache of them."""
+        """Run the documents, then the rollouts of some blocks at a time, with a cache of them."""
         layout, cache = rollouts.layout, self.forward.new_cache()
         ground_truth, first = self._pass(
             rollouts, layout.document_part, pooling.window_places(layout), pooling, score, cache
@@ -407,9 +406,9 @@ class FeatureNetwork(FrozenNetwork):
 
         Args:
             rollouts: the batch and its sampled tokens.
-            part: which part.
+            part: the part of the row.
             places: (B, ..., T) places in the row whose hidden states are pooled.
-            pooling: of those T states.
+            pooling: pools these T states.
             score: see `embed`.
             cache: keys and values of earlier tokens, extended in place.
 
@@ -418,7 +417,7 @@ class FeatureNetwork(FrozenNetwork):
             predicts, if `score` asks for them.
         """
         index = part.index_of[places]
-        # FSDP2 counts on every pass to go through its root and to the end.
+        # FSDP2 requires every pass to go through its root and to the end.
         whole = score is not None or is_sharded(self.model)
         reference: Tensor | None = None
 
@@ -447,11 +446,11 @@ class FeatureNetwork(FrozenNetwork):
 
 
 class _Pooling:
-    """Which tokens of rollouts and windows one pass keeps, and their pooling at several lengths.
+    """The tokens of rollouts and windows that one pass keeps, and their pooling at several lengths.
 
     Args:
-        embed_method: of every length.
-        lengths: J of them.
+        embed_method: the pooling, at every length.
+        lengths: J lengths.
     """
 
     def __init__(self, embed_method: EmbedMethod, lengths: Sequence[int]) -> None:
@@ -479,7 +478,7 @@ class _Pooling:
 class _WithStates(_Pooling):
     """The last token's feature, followed by all tokens' in a basis: J = 1, D = F + G * r.
 
-    Windows have the state at the end of their prefix in place of their tokens'.
+    For windows, the state at the end of their prefix takes the place of their tokens' states.
 
     Args:
         length: G.
