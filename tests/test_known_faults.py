@@ -608,10 +608,10 @@ def test_the_kl_to_oneself_is_zero_at_the_start(tmp_path: Path) -> None:
 GUARDED = {
     "building a trainer made frozen adapters trainable": [
         "feature_network/test_shared_base.py::test_building_a_trainer_keeps_what_is_trainable",
-        "feature_network/test_shared_base.py::test_frozen_adapters_do_not_move",
+        "feature_network/test_shared_base.py::test_frozen_adapters_are_not_trained",
     ],
     "a probe left a trace": [
-        "feature_network/test_shared_base.py::test_probes_restore_what_they_touch",
+        "feature_network/test_shared_base.py::test_probes_restore_the_state_of_the_policy",
     ],
     "evaluate() before train() left DDP out and crashed FSDP2": [
         "distributed/test_ddp.py::test_evaluation_before_training_leaves_no_trace",
@@ -619,7 +619,7 @@ GUARDED = {
         "distributed/test_structured_ddp.py::test_evaluation_before_training_leaves_no_trace",
     ],
     "curves of a run that was measured first went to ./runs": [
-        "training/test_before_training.py::test_curves_land_in_output_dir_whatever_came_first",
+        "training/test_before_training.py::test_curves_are_written_to_output_dir_also_after_an_evaluation",
     ],
     "only the first process was compared with the vLLM server": [
         "structured/vllm/test_distributed.py::test_a_policy_that_differs_on_one_process_stops_all",
@@ -734,11 +734,11 @@ GUARDED = {
     ],
     "what failed after training cost the model or the report": [
         "watching/test_model_card.py::test_a_tree_that_is_not_installed_has_a_card",
-        "commands/test_train.py::test_what_fails_after_training_costs_nothing_else",
+        "commands/test_train.py::test_a_step_that_fails_after_training_does_not_stop_the_others",
     ],
     "the script did not resume by true, or failed before it said its mode": [
-        "commands/test_train.py::test_a_run_goes_on_from_the_newest_checkpoint",
-        "commands/test_train.py::test_the_mode_is_said_before_its_options_are_refused",
+        "commands/test_train.py::test_a_run_resumes_from_the_newest_checkpoint",
+        "commands/test_train.py::test_the_mode_is_printed_before_its_options_are_refused",
     ],
     "tests failed to collect without the extras": [
         "test_packaging.py::test_tests_are_collected_without_the_extras",

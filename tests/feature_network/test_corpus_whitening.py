@@ -82,7 +82,7 @@ def test_norms_are_kept_and_zeros_stay() -> None:
     assert torch.equal(whitening.apply(x)[0], torch.zeros(WIDTH))
 
 
-def test_it_evens_out_directions() -> None:
+def test_whitening_evens_out_directions() -> None:
     moment = skewed_moment()
     generator = torch.Generator().manual_seed(1)
     factor = torch.linalg.cholesky(moment)
@@ -101,7 +101,7 @@ def test_singular_moments_are_finite() -> None:
     assert whitening.apply(unit(9, WIDTH, seed=2)).isfinite().all()
 
 
-def test_half_precision_regions_do_not_reach_it() -> None:
+def test_autocast_does_not_change_the_whitening() -> None:
     whitening = CorpusWhitening.from_second_moment(skewed_moment(), 0.1)
     x = unit(3, WIDTH)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -123,7 +123,7 @@ def test_a_shrinkage_out_of_range_is_refused(shrinkage: float) -> None:
         (torch.ones(3, 4), r"\(D, D\)"),
     ],
 )
-def test_a_moment_of_nothing_is_refused(moment: Tensor, message: str) -> None:
+def test_a_moment_of_zero_features_is_refused(moment: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CorpusWhitening.from_second_moment(moment, 0.1)
 
@@ -225,7 +225,7 @@ def moment_by_plain_forwards(trainer: EBFTTrainer, rows: list[dict[str, Any]]) -
     return matrix.T @ matrix / len(matrix)
 
 
-def test_it_is_measured_on_the_windows_of_training_rows(tmp_path: Path) -> None:
+def test_whitening_is_measured_on_the_windows_of_training_rows(tmp_path: Path) -> None:
     rows = texts(21, 9, 30, 14, 5)  # the last has no room for a block
     trainer = make_trainer(tmp_path, rows, corpus_whitening_documents=99)
     whitening = trainer.corpus_whitening()
@@ -247,7 +247,7 @@ def test_padded_and_masked_batches_count_the_same_windows(tmp_path: Path) -> Non
     torch.testing.assert_close(one.matrix, four.matrix, rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_measured_once_and_leaves_randomness_alone(
+def test_whitening_is_measured_once_and_does_not_change_random_states(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -266,7 +266,7 @@ def test_it_is_measured_once_and_leaves_randomness_alone(
 
 
 @pytest.mark.parametrize("settings", [{"whitening_space": "feature"}, {"use_whitening": False}])
-def test_off_it_measures_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_nothing_is_measured_if_whitening_is_off(tmp_path: Path, settings: dict[str, Any]) -> None:
     trainer = make_trainer(tmp_path, **settings)
     trainer.get_test_dataloader = None  # type: ignore[method-assign,assignment]
     assert trainer.corpus_whitening() is None
@@ -300,7 +300,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert logged(resumed, "ebft/diversity") == logged(whole, "ebft/diversity")
 
 
-def test_evaluation_takes_it(tmp_path: Path) -> None:
+def test_evaluation_uses_the_corpus_whitening(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     arguments = (trainer.model, trainer.feature_network, texts(21, 30), trainer.ebft)
     figures = evaluate_documents(*arguments, corpus_whitening=trainer.corpus_whitening())
@@ -319,7 +319,7 @@ def test_rows_are_chosen_by_seed_without_repeats() -> None:
     assert choose_rows(iter(rows), 3, corpus_rows(1)) == [0, 1, 2]
 
 
-def test_without_training_text_it_is_refused(tmp_path: Path) -> None:
+def test_corpus_whitening_without_training_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_dataset is None"):
         EBFTTrainer(tiny_llama(), config(tmp_path, **CORPUS), eval_dataset=texts(20))
 

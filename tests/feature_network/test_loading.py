@@ -48,7 +48,7 @@ def test_trainable_and_merged_bases_are_found():
     assert "no adapters" in why_not_shareable(small_llama())
 
 
-def test_requesting_shared_where_it_is_wrong_raises(tmp_path):
+def test_shared_placement_is_refused_if_the_base_is_not_the_policy(tmp_path):
     with pytest.raises(ValueError, match="feature_placement='shared' is not possible"):
         make_trainer(tmp_path, feature_placement="shared")
 

@@ -264,7 +264,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_no_hook_stays_even_after_an_error() -> None:
+def test_hooks_are_removed_even_after_an_error() -> None:
     model = tiny_model("llama")
     rollouts = rollouts_of(model)
     phi = network(model)
@@ -284,7 +284,7 @@ def test_no_graph_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [WHOLE, 1])
-def test_shared_policy_is_read_without_its_adapters_and_left_as_it_was(chunk_size: int) -> None:
+def test_shared_policy_runs_without_its_adapters_and_is_restored(chunk_size: int) -> None:
     policy = lora_model("llama").train()
     state = copy.deepcopy(policy.state_dict())
     rollouts = rollouts_of(policy)

@@ -79,7 +79,7 @@ def test_impossible_requests_are_refused(request_, situation, message):
         choose_placement(request_, situation)
 
 
-def test_cost_is_told_in_one_line():
+def test_the_memory_is_described_in_one_line():
     situation = facts(processes=4, network_bytes=8 * GIB)
     line = choose_placement("sharded", situation).describe(situation)
     assert "2.000 GiB per process" in line and "\n" not in line

@@ -85,7 +85,7 @@ def test_building_a_trainer_keeps_what_is_trainable(tmp_path: Path, kind: str) -
 
 
 @pytest.mark.parametrize("kind", ["partly frozen", "old beside new"])
-def test_frozen_adapters_do_not_move(tmp_path: Path, kind: str) -> None:
+def test_frozen_adapters_are_not_trained(tmp_path: Path, kind: str) -> None:
     model = POLICIES[kind](tmp_path / "adapter")
     wanted, before = trainable(model), weights_of(model)
     args = config(tmp_path, max_steps=2, ce_coef=0.1)
@@ -97,7 +97,7 @@ def test_frozen_adapters_do_not_move(tmp_path: Path, kind: str) -> None:
     assert moved == wanted
 
 
-def test_adapters_off_is_undone_exactly_where_layers_differ() -> None:
+def test_adapters_off_restores_layers_that_differ() -> None:
     model = partly_switched_off()
     before = state_of(model)
     with pytest.warns(UserWarning, match="some adapter layers"), adapters_off(model):
@@ -139,7 +139,7 @@ PROBES: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_probes_restore_what_they_touch(probe: str, attention: str) -> None:
+def test_probes_restore_the_state_of_the_policy(probe: str, attention: str) -> None:
     """Modes, what is trainable, random numbers, configuration, hooks and adapters."""
     model = old_beside_new()
     model.get_base_model().set_attn_implementation(attention)

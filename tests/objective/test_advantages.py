@@ -88,7 +88,7 @@ def test_rloo_is_the_default() -> None:
 @settings(deadline=None)  # machines may be busy
 @given(n=st.integers(3, 9), seed=st.integers(0, 2**31), use_whitening=st.booleans())
 def test_rloo_advantages_sum_to_zero(n: int, seed: int, use_whitening: bool) -> None:
-    """What lets a trainer that subtracts group means pass them on unchanged."""
+    """So a trainer that subtracts group means does not change them."""
     advantages = compute_advantages(make_rewards(n, seed=seed, use_whitening=use_whitening))
     torch.testing.assert_close(advantages.sum(dim=1), torch.zeros(2, 3).double())
 
@@ -212,7 +212,7 @@ def test_rloo_has_less_variance_with_whitening() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_rloo_with_two_rollouts_uncentres_balanced_rewards(seed: int) -> None:
+def test_rloo_with_two_rollouts_has_far_more_variance_for_balanced_rewards(seed: int) -> None:
     """The warning in the docstring: unwhitened, equal coefficients, n = 2."""
     assert SoftmaxPolicy(2, seed).variance_ratio() > 5
 
@@ -228,7 +228,9 @@ def test_plain_leave_one_out_mean_would_be_biased() -> None:
 
 @pytest.mark.parametrize("estimator", ["rloo", "group_norm"])
 @pytest.mark.parametrize("use_whitening", [False, True])
-def test_duplicates_give_no_advantages_but_rounding(estimator: str, use_whitening: bool) -> None:
+def test_advantages_of_duplicates_are_zero_but_for_rounding(
+    estimator: str, use_whitening: bool
+) -> None:
     """In float32, where their rewards are not equal to the last bit."""
     generated = unit(1, 1, 5, 64).float().repeat(1, 4, 1, 1) + 1e-8 * torch.randn(1, 4, 5, 64)
     rewards = feature_matching_rewards(
@@ -238,7 +240,7 @@ def test_duplicates_give_no_advantages_but_rounding(estimator: str, use_whitenin
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "group_norm"])
-def test_a_single_rollout_cannot_be_compared(estimator: str) -> None:
+def test_estimators_with_a_baseline_need_two_rollouts(estimator: str) -> None:
     with pytest.raises(ValueError, match=f"'{estimator}'.*n_samples_per_prompt.*'reinforce'"):
         compute_advantages(make_rewards(1), estimator)
 
@@ -248,7 +250,7 @@ def test_a_single_rollout_has_no_baseline() -> None:
         rloo_baseline(make_rewards(1))
 
 
-def test_an_estimator_by_token_is_not_made_of_rewards() -> None:
+def test_fitted_advantages_cannot_be_computed_from_rewards() -> None:
     with pytest.raises(ValueError, match=r"'fitted' needs more than rewards"):
         compute_advantages(make_rewards(4), "fitted")
 

@@ -64,7 +64,7 @@ def test_diversity_of_duplicates_has_its_closed_form(space: str) -> None:
     assert float(undecided.diversity.abs().max()) < 1e-3  # the noise is large enough to matter
 
 
-def test_equal_rollouts_get_the_same_bits_and_others_keep_theirs() -> None:
+def test_equal_rollouts_get_the_same_features_and_others_are_unchanged() -> None:
     kinds = [[0, 1, 0, 2]]
     features = noisy_features(kinds)
     found = with_equal_features(features, first_equal_rollouts(rollouts(kinds)))

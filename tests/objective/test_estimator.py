@@ -411,14 +411,14 @@ def test_any_regression_of_tokens_leaves_the_expected_gradient(
     assert relative_error(result, expected) < TOLERANCE
 
 
-def test_expectations_of_another_policy_are_noticed(world: World) -> None:
+def test_expectations_of_another_policy_give_another_gradient(world: World) -> None:
     joint = enumerate_joint_samples(world, 2)
     wrong = token_knowledge(world, joint.rollouts, temperature=0.6)
     result = LENGTH * expected_gradient(world, joint, advantages_by_token(world, joint, wrong))
     assert relative_error(result, flat_gradient(objective(world), world)) > 0.03
 
 
-def test_a_baseline_that_knows_its_own_token_is_noticed(world: World) -> None:
+def test_a_baseline_that_depends_on_its_own_token_gives_another_gradient(world: World) -> None:
     joint = enumerate_joint_samples(world, 2)
     right = token_knowledge(world, joint.rollouts, temperature=1.0)
     wrong = replace(right, states=right.tokens)
@@ -429,7 +429,7 @@ def test_a_baseline_that_knows_its_own_token_is_noticed(world: World) -> None:
 # ---- What would be wrong -------------------------------------------------------------------------
 
 
-def test_scoring_at_another_temperature_is_noticed(world: World) -> None:
+def test_scoring_at_another_temperature_gives_another_gradient(world: World) -> None:
     """Sampled at 0.6 and scored at 1, the gradient is that of no objective of ours."""
     world = replace(world, temperature=0.6)
     joint = enumerate_joint_samples(world, 2)
@@ -438,7 +438,7 @@ def test_scoring_at_another_temperature_is_noticed(world: World) -> None:
     assert relative_error(result, flat_gradient(objective(world), world)) > 0.1
 
 
-def test_advantages_of_another_block_are_noticed(world: World) -> None:
+def test_advantages_of_another_block_give_another_gradient(world: World) -> None:
     joint = enumerate_joint_samples(world, 2)
     advantages = compute_advantages(library_rewards(world, joint.rollouts), "reinforce")
     swapped = advantages[:, :, [1, 0, 2]]
@@ -546,14 +546,14 @@ def test_rloo_has_the_mean_of_reinforce_and_less_variance(
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_rloo_takes_the_mean_of_alignment_away(balanced_world: World, n: int) -> None:
+def test_rloo_removes_the_variance_of_the_mean_alignment(balanced_world: World, n: int) -> None:
     """Where alignment alone is rewarded, most of the variance is that of its mean."""
     alignment_only = replace(balanced_world, diversity_coef=0.0)
     ratio = variance_ratio(alignment_only, gram_matrices(alignment_only), n)
     assert ratio < 0.1
 
 
-def test_rloo_costs_variance_where_rewards_have_no_mean_to_take_away(balanced_world: World) -> None:
+def test_rloo_adds_variance_if_rewards_are_already_centred(balanced_world: World) -> None:
     """A limit worth knowing, and no fault: a baseline is an estimate, with a variance of its own.
 
     Without whitening, alignment and diversity are dot products of unit features both, and their
@@ -567,7 +567,7 @@ def test_rloo_costs_variance_where_rewards_have_no_mean_to_take_away(balanced_wo
 # ---- Documents weigh the same --------------------------------------------------------------------
 
 
-def test_a_document_weighs_the_same_however_many_blocks_it_has() -> None:
+def test_the_weight_of_a_document_does_not_depend_on_its_number_of_blocks() -> None:
     """The loss against plain loops: packed and ragged rows, documents with 0 to 4 blocks."""
     lengths = [[12, 5, 2], [3], [7, 6]]  # tokens of the documents of each row
     width = max(map(sum, lengths))

@@ -43,7 +43,7 @@ def test_token_features_have_unit_norm(normalization: str, m: int) -> None:
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(2, 3, 4))
 
 
-def test_scale_of_a_layer_matters_only_when_joint() -> None:
+def test_the_scale_of_a_layer_matters_only_with_joint_normalization() -> None:
     layers = random_layers(2, 3, 6)
     louder = [layers[0] * 1000, layers[1]]
     torch.testing.assert_close(normalize_layers(louder), normalize_layers(layers))
@@ -186,6 +186,6 @@ def test_empty_block(length: int) -> None:
     ("embed_method", "n_tokens"),
     [("last_token", 2), ("last_token", 0), ("concat", 2), ("concat", 8), ("mean_pooling", 0)],
 )
-def test_pool_wants_the_positions_of_its_method(embed_method: str, n_tokens: int) -> None:
+def test_pool_refuses_other_numbers_of_positions(embed_method: str, n_tokens: int) -> None:
     with pytest.raises(ValueError, match=rf"{embed_method}.*got {n_tokens} .*token_positions"):
         pool(torch.zeros(3, n_tokens, 4), embed_method)

@@ -102,7 +102,7 @@ def test_error_is_that_of_predictions() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_moments_of_the_past_weigh_less() -> None:
+def test_earlier_moments_have_less_weight() -> None:
     torch.manual_seed(4)
     z, x = torch.randn(2, 20, G, 5), torch.randn(2, 20, D)
     both = filled(z[0], x[0]).plus(filled(z[1], x[1]), decay=0.25)

@@ -138,7 +138,7 @@ def test_the_objective_is_the_weighted_sum_of_its_parts(
     torch.testing.assert_close(objective.loss, expected)
 
 
-def test_an_objective_that_is_not_finite_names_its_parts() -> None:
+def test_an_objective_that_is_not_finite_raises_and_lists_its_parts() -> None:
     layout = ragged_layout()
     log_probs = torch.zeros(layout.rollout_shape)
     advantages = torch.full(layout.rollout_shape[:3], math.inf)

@@ -70,7 +70,7 @@ def test_gradients_of_batches_give_the_noise_of_a_document() -> None:
 
 
 @pytest.mark.parametrize("signal", [0.5, 3.0])
-def test_interval_covers_the_truth_as_often_as_it_says(signal: float) -> None:
+def test_the_interval_has_its_nominal_coverage(signal: float) -> None:
     truth = 50 / signal**2
     found = [
         noise_scale(gradient_products(gaussian(24, seed=s, signal=signal)), confidence=0.9)
@@ -105,7 +105,7 @@ def test_jackknife_leaves_out_one_gradient_at_a_time() -> None:
     assert found.high == pytest.approx(ratio(everything) + margin, rel=1e-4)
 
 
-def test_cosine_of_independent_samples_is_freed_of_noise() -> None:
+def test_cosine_of_independent_samples_is_not_biased_by_noise() -> None:
     """Means at a known angle under noise ten times their size."""
     width, angle = 40, 0.6
     first, second = torch.zeros(width), torch.zeros(width)
@@ -121,7 +121,7 @@ def test_cosine_of_independent_samples_is_freed_of_noise() -> None:
     assert float(plain) < 0.7  # what noise would make of it
 
 
-def test_cosine_on_the_same_documents_leaves_shared_noise_out() -> None:
+def test_cosine_on_the_same_documents_ignores_shared_noise() -> None:
     """Two kinds with one mean whose noise is opposed on each document: cosine 1, not less."""
     noise = 3 * torch.randn(300, 20, generator=torch.Generator().manual_seed(7))
     mean = torch.ones(20)
@@ -155,7 +155,7 @@ def test_cosine_without_signal_is_nan() -> None:
         ),
     ],
 )
-def test_what_cannot_be_estimated_is_refused(call, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_matrices_and_settings_that_do_not_fit_are_refused(call, message: str) -> None:  # type: ignore[no-untyped-def]
     products = gradient_products(gaussian(4, seed=9))
     with pytest.raises(ValueError, match=re.escape(message)):
         call(products)

@@ -88,7 +88,7 @@ def test_defaults_are_the_papers() -> None:
     assert (defaults.alignment_coef, defaults.diversity_coef) == (1.0, 1.0)
 
 
-def test_tolerance_is_handed_on() -> None:
+def test_the_tolerance_is_passed_to_the_whitening() -> None:
     generated = unit(1, 1, 1, 16).repeat(1, 2, 1, 1)
     generated[0, 1] += 1e-3 * unit(1, 16, seed=1)
     ground_truth = unit(1, 1, 16, seed=2)
@@ -143,7 +143,7 @@ def test_cfm_loss_does_not_depend_on_whitening() -> None:
 
 
 @pytest.mark.parametrize("use_whitening", [False, True])
-def test_half_precision_and_autocast_lose_nothing_more(use_whitening: bool) -> None:
+def test_autocast_does_not_change_rewards_of_half_precision_features(use_whitening: bool) -> None:
     generated, ground_truth = unit(2, 4, 3, 64).bfloat16(), unit(2, 3, 64, seed=1).bfloat16()
     expected = feature_matching_rewards(
         generated.float(), ground_truth.float(), use_whitening=use_whitening
@@ -263,7 +263,7 @@ def test_tokens_are_not_features() -> None:
 
 @pytest.mark.parametrize("use_whitening", [False, True])
 def test_unknown_whitening_space(use_whitening: bool) -> None:
-    """Also where it would not be read: a typing error should not wait for whitening to be on."""
+    """Also with whitening off: a typing error is reported at once."""
     with pytest.raises(ValueError, match=r"'features' is unknown.*'feature', 'sample'"):
         feature_matching_rewards(
             unit(1, 4, 2, 8),

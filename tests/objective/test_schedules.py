@@ -39,7 +39,9 @@ def test_values_of_a_run_of_five_steps(
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_before_after_and_in_the_shortest_runs(schedule: CoefficientSchedule) -> None:
+def test_values_before_and_after_a_run_and_in_short_runs(
+    schedule: CoefficientSchedule,
+) -> None:
     def value(step: int, total: int) -> float:
         return scheduled_value(schedule, 0.1, 0.7, step, total)
 
@@ -55,7 +57,7 @@ def test_from_a_value_to_itself_is_that_value(schedule: CoefficientSchedule) -> 
     assert {scheduled_value(schedule, 0.1, 0.1, step, 1000) for step in range(1000)} == {0.1}
 
 
-def test_each_coefficient_has_a_course_of_its_own() -> None:
+def test_each_coefficient_has_its_own_schedule() -> None:
     settings = EBFTSettings(
         rl_coef=0.0,
         rl_coef_schedule="linear",

@@ -1,4 +1,4 @@
-"""What goes wrong in a user's hands: each ends in an error that helps, or in a stated behaviour.
+"""Mistakes of users: each gives a helpful error, or has a documented behaviour.
 
 Values of configuration fields are in tests/test_config.py.
 """
@@ -52,7 +52,7 @@ def test_an_empty_dataset_of_several_is_named(tmp_path: Path) -> None:
         EBFTTrainer(tiny_llama(), config(tmp_path), eval_dataset=datasets)
 
 
-def test_a_stream_is_not_asked_for_its_length(tmp_path: Path) -> None:
+def test_a_stream_needs_no_length(tmp_path: Path) -> None:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Any:
             return iter(texts(20, 20))
@@ -105,7 +105,7 @@ def test_some_short_rows_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "room for a block" not in caplog.text
 
 
-def test_a_row_of_a_single_token_is_no_reason_to_stop(tmp_path: Path) -> None:
+def test_a_row_of_a_single_token_is_accepted(tmp_path: Path) -> None:
     loss, gradient = gradients(
         EBFTTrainer(tiny_llama(), config(tmp_path, ce_coef=0.5)), {"input_ids": IDS[:, :1]}
     )
@@ -139,7 +139,7 @@ def test_input_ids_of_another_shape_are_refused(tmp_path: Path, input_ids: Any) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
-def test_token_ids_that_are_no_whole_numbers_are_refused(
+def test_token_ids_that_are_not_whole_numbers_are_refused(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
     """Rounded silently, they would be other tokens."""
@@ -148,7 +148,7 @@ def test_token_ids_that_are_no_whole_numbers_are_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
-def test_the_collator_does_not_round_either(dtype: torch.dtype) -> None:
+def test_the_collator_refuses_them_too(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="input_ids"):
         EBFTDataCollator()([{"input_ids": torch.tensor([1.5, 2.5]).to(dtype)}])
 
@@ -162,7 +162,7 @@ def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path, token: int
         loss_of(tmp_path, {"input_ids": ids})
 
 
-def test_any_value_may_stand_at_padding(tmp_path: Path) -> None:
+def test_padding_may_have_any_token_id(tmp_path: Path) -> None:
     """Some collators pad with -100 or with an id beyond the embedding."""
     mask = torch.ones_like(IDS)
     mask[1, 9:] = 0
@@ -223,7 +223,7 @@ def test_document_masking_without_any_boundary_is_refused(tmp_path: Path) -> Non
         loss_of(tmp_path, {"input_ids": IDS}, document_masking=True)
 
 
-def test_a_tokenizer_without_a_pad_token_needs_none(tmp_path: Path) -> None:
+def test_a_tokenizer_needs_no_pad_token(tmp_path: Path) -> None:
     """Rows padded with an id that is text give the same as rows padded with a pad token."""
     losses = []
     for special_tokens in ({}, {"pad_token": "<pad>"}):
@@ -274,7 +274,7 @@ def test_an_unknown_placement_is_refused(tmp_path: Path) -> None:
         EBFTTrainer(tiny_llama(), config(tmp_path, feature_placement="nowhere"))
 
 
-def test_a_model_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_not_a_language_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Linear is not a transformers model"):
         EBFTTrainer(nn.Linear(2, 2), config(tmp_path))
 
@@ -302,7 +302,7 @@ def test_a_frozen_model_can_be_evaluated_and_not_trained(adapters: bool, tmp_pat
 
 
 @pytest.mark.parametrize("optim", ["lomo", "adalomo"])
-def test_an_optimizer_that_updates_in_the_backward_pass_needs_the_batch_whole(
+def test_an_optimizer_that_updates_in_the_backward_pass_cannot_split_a_batch(
     optim: str, tmp_path: Path
 ) -> None:
     args = config(tmp_path, optim=optim, rollout_batch_size=1)
@@ -399,7 +399,7 @@ def test_rollouts_of_a_wrong_shape_are_refused(tmp_path: Path, cut: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
-def test_rollouts_that_are_no_token_ids_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_rollouts_that_are_not_token_ids_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     """As a sampler outside of torch may return them."""
 
     class Wrong(EBFTTrainer):

@@ -54,7 +54,7 @@ def test_the_rate_follows_what_is_trained(make_model: Any, rate: float, tmp_path
     assert trainer.args is args and args.learning_rate == rate
 
 
-def test_peft_config_and_model_init_count(tmp_path: Path) -> None:
+def test_peft_config_and_model_init_decide_the_rate_too(tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules="all-linear")
     wrapped = EBFTTrainer(tiny_llama(), settings(tmp_path), train_dataset=ROWS, peft_config=lora)
     assert wrapped.args.learning_rate == 1e-5

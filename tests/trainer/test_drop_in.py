@@ -342,7 +342,7 @@ def test_a_collator_that_packs(tmp_path: Path, seq_idx: bool) -> None:
     assert_same_tensors(actual, expected, relative=2e-5)
 
 
-def test_a_collator_of_the_users_own(tmp_path: Path) -> None:
+def test_a_custom_collator(tmp_path: Path) -> None:
     """Any mapping with input_ids will do, from rows of any kind."""
     calls: list[int] = []
 
@@ -481,7 +481,7 @@ def test_rows_without_labels_are_their_own_labels(tmp_path: Path) -> None:
     )
 
 
-def test_prompts_are_no_part_of_the_evaluation_loss(tmp_path: Path) -> None:
+def test_prompts_do_not_count_for_the_evaluation_loss(tmp_path: Path) -> None:
     rows = texts(20, 13, 31)
     by_labels = [row | {"labels": [-100] * 7 + row["input_ids"][7:]} for row in rows]
     expected, _ = evaluated(Trainer, tmp_path, by_labels)
@@ -621,7 +621,7 @@ def test_a_model_in_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_evaluation_wholly_in_bfloat16(tmp_path: Path, attention: str) -> None:
+def test_evaluation_with_bf16_full_eval(tmp_path: Path, attention: str) -> None:
     """bf16_full_eval casts the policy: figures near those of float32, and it trains on."""
     rows = texts(30, 24)
     metrics = []
@@ -809,7 +809,7 @@ def test_a_feature_network_given_by_name(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
-def test_an_optimizer_of_the_users_own(tmp_path: Path) -> None:
+def test_a_custom_optimizer(tmp_path: Path) -> None:
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

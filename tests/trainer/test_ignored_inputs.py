@@ -113,7 +113,7 @@ def test_pixel_values_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [None, 1])
-def test_flags_that_ask_for_nothing_are_no_reason_to_stop(size: int | None, tmp_path: Path) -> None:
+def test_flags_without_effect_are_accepted(size: int | None, tmp_path: Path) -> None:
     """A collator's `use_cache=False` was refused; it changes no number."""
 
     def trained(**flags: Any) -> tuple[dict[str, Tensor], float]:
@@ -135,7 +135,7 @@ def test_flags_that_ask_for_nothing_are_no_reason_to_stop(size: int | None, tmp_
         trained(use_cache=True)
 
 
-def test_a_column_that_the_model_does_not_take_is_no_reason_to_stop(tmp_path: Path) -> None:
+def test_a_column_that_the_model_does_not_take_is_accepted(tmp_path: Path) -> None:
     """Llama has no token types: remove_unused_columns drops them, and nothing would use them."""
     rows = typed_rows()
     args = config(tmp_path, max_steps=1)

@@ -1,4 +1,4 @@
-"""Arrangements that mean the same must train the same: accumulation, packing, resume, evaluation.
+"""Equivalent runs must train the same: accumulation, packing, resume, evaluation.
 
 No test here knows the right numbers; each compares two runs that have to agree.
 """
@@ -110,7 +110,7 @@ def test_accumulation_gives_the_gradient_of_one_batch(
     ],
     ids=str,
 )
-def test_how_a_batch_is_worked_off_changes_neither_gradient_nor_metrics(
+def test_chunking_a_batch_changes_neither_gradient_nor_metrics(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     """Parts, padding, chunks and attention: only time and memory may differ."""
@@ -260,7 +260,7 @@ def test_every_process_draws_its_own_rollouts(
     assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_sampling_leaves_the_global_generators_alone(tmp_path: Path) -> None:
+def test_sampling_does_not_change_the_global_generators(tmp_path: Path) -> None:
     """Data order and dropout of a run must not depend on how many tokens were sampled."""
     trainer = EBFTTrainer(tiny_llama(), config(tmp_path))
     state = torch.get_rng_state()
@@ -386,7 +386,7 @@ def test_evaluation_has_a_seed_of_its_own(tmp_path: Path) -> None:
 # ---- Modes of the model ---------------------------------------------------------------------
 
 
-def test_sampling_sees_no_dropout_and_restores_modes(tmp_path: Path) -> None:
+def test_sampling_has_no_dropout_and_restores_modes(tmp_path: Path) -> None:
     """Dropout of 90 % would change most tokens; a module kept in eval mode stays there."""
     plain, dropping = tiny_llama(), tiny_llama(attention_dropout=0.9)
     batch = batch_of(texts(30, 24))
@@ -401,7 +401,7 @@ def test_sampling_sees_no_dropout_and_restores_modes(tmp_path: Path) -> None:
     assert dropping.training
 
 
-def test_the_training_pass_does_see_dropout(tmp_path: Path) -> None:
+def test_the_training_pass_has_dropout(tmp_path: Path) -> None:
     """Regularisation that the user asked for must reach the gradient."""
     trainer = PrefixRollouts(dropout_llama(), config(tmp_path))
     batch = batch_of(texts(30, 24))
@@ -413,7 +413,7 @@ def test_the_training_pass_does_see_dropout(tmp_path: Path) -> None:
     )
 
 
-def test_tied_embeddings_get_both_gradients(tmp_path: Path) -> None:
+def test_tied_embeddings_get_the_sum_of_both_gradients(tmp_path: Path) -> None:
     """The gradient of a tied weight is the sum of those of the embedding and of the head."""
     tied = tiny_llama(tie_word_embeddings=True)
     untied = tiny_llama(tie_word_embeddings=False)
@@ -429,7 +429,7 @@ def test_tied_embeddings_get_both_gradients(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("placement", ["same_device", "shared"])
-def test_adapter_training_leaves_the_feature_network_alone(tmp_path: Path, placement: str) -> None:
+def test_training_adapters_does_not_change_the_features(tmp_path: Path, placement: str) -> None:
     """phi is the policy before training, as a copy or as the base under the adapters."""
     args = config(tmp_path, max_steps=3, learning_rate=0.5, feature_placement=placement)
     trainer = PrefixRollouts(
@@ -458,7 +458,7 @@ def test_adapter_training_leaves_the_feature_network_alone(tmp_path: Path, place
     assert not torch.allclose(trainer.model(**batch).logits, base, atol=1e-2)
 
 
-def test_training_leaves_the_feature_network_alone(tmp_path: Path) -> None:
+def test_training_does_not_change_the_feature_network(tmp_path: Path) -> None:
     """A copy shares no storage with the policy."""
     args = config(tmp_path, max_steps=2, learning_rate=0.5)
     trainer = EBFTTrainer(tiny_llama(), args, train_dataset=texts(22, 30))
@@ -587,7 +587,7 @@ def test_logged_metrics_are_means_over_accumulation_and_steps(tmp_path: Path) ->
         )
 
 
-def test_duplicates_and_idle_groups_are_counted(tmp_path: Path) -> None:
+def test_duplicates_and_groups_without_advantage_are_counted(tmp_path: Path) -> None:
     """Of four equal rollouts three repeat another, and no advantage is left."""
 
     class Equal(EBFTTrainer):

@@ -37,7 +37,7 @@ TESTED = {
             activation_checkpointing gradient_checkpointing""",
         "test_columns_that_ebft_understands_are_kept": "remove_unused_columns",
         "test_evaluation_is_that_of_trainer": "per_device_eval_batch_size",
-        "test_evaluation_wholly_in_bfloat16": "bf16_full_eval",
+        "test_evaluation_with_bf16_full_eval": "bf16_full_eval",
         "test_fp16_on_a_cpu_does_what_it_does_in_trainer": "fp16",
         "test_losses_that_are_asked_for_are_logged": "include_for_metrics",
         "test_push_to_hub": "push_to_hub",

@@ -1,4 +1,4 @@
-"""What `evaluate()` and `log()` before `train()` leave behind: nothing."""
+"""`evaluate()` and `log()` before `train()` do not affect the training."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.support.tiny import assert_same_tensors, config, texts, tiny_llama, w
 
 
 @pytest.mark.parametrize("first", ["evaluate", "log"])
-def test_curves_land_in_output_dir_whatever_came_first(
+def test_curves_are_written_to_output_dir_also_after_an_evaluation(
     first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Born from runs whose curves went to ./runs, where `evaluate()` had opened the writer."""
@@ -55,7 +55,7 @@ def test_a_folder_that_the_user_chose_is_kept(
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_mixed_precision_is_taken_off_again(
+def test_mixed_precision_is_removed_after_an_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in one of several processes; `train()` puts it on a second time otherwise."""
@@ -109,9 +109,7 @@ def test_an_evaluation_does_not_round_the_weights(
 
 
 @pytest.mark.parametrize("option", ["bf16_full_eval", "fp16_full_eval"])
-def test_an_evaluation_keeps_the_hooks_that_ddp_has_put_on_gradients(
-    option: str, tmp_path: Path
-) -> None:
+def test_an_evaluation_keeps_the_gradient_hooks_of_ddp(option: str, tmp_path: Path) -> None:
     """Between two trainings, say: without them each process would train on its own gradients."""
     rows = texts(20)
     model = tiny_llama(tie_word_embeddings=True)

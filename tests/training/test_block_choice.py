@@ -125,7 +125,7 @@ def test_training_samples_fewer_blocks(settings: dict[str, Any], tmp_path: Path)
     assert all(bool(torch.isfinite(weight).all()) for weight in weights.values())
 
 
-def test_evaluation_sees_all_blocks(tmp_path: Path) -> None:
+def test_evaluation_uses_all_blocks(tmp_path: Path) -> None:
     found = {}
     for share in (1.0, 0.3):
         trainer = make(tmp_path, block_share=share)
@@ -135,7 +135,7 @@ def test_evaluation_sees_all_blocks(tmp_path: Path) -> None:
         assert found[1.0][name] == found[0.3][name]
 
 
-def test_metrics_weigh_blocks_like_the_loss() -> None:
+def test_metrics_weight_blocks_like_the_loss() -> None:
     """Duplicates in one block of two, kept with probabilities 1 and a half."""
     layout = ragged_layout()
     kept = layout.blocks.exists & (torch.arange(4) < 2) & (torch.arange(3)[:, None] == 0)

@@ -83,7 +83,7 @@ def averages(trainer: EBFTTrainer) -> dict[str, Tensor]:
 # ---- The average ----------------------------------------------------------------------------
 
 
-def test_by_hand() -> None:
+def test_averages_of_a_few_steps_by_hand() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 2.0)
     average = WeightAverage(model, 0.75)
@@ -95,7 +95,7 @@ def test_by_hand() -> None:
     assert model.weight.item() == 10.0
 
 
-def test_half_precision_weights_are_averaged_in_full() -> None:
+def test_half_precision_weights_are_averaged_in_float32() -> None:
     """In bfloat16 the average of 1 and 1.0078 would stay at 1 with this decay, forever."""
     model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     nn.init.constant_(model.weight, 1.0)
@@ -157,7 +157,7 @@ def test_training_averages_what_it_trains(tmp_path: Path, peft: bool) -> None:
     assert_same_tensors(averages(trainer), closed_form(steps, DECAY), relative=1e-6)
 
 
-def test_training_does_not_notice(tmp_path: Path) -> None:
+def test_averaging_does_not_change_training(tmp_path: Path) -> None:
     evaluating = {"eval_strategy": "steps", "eval_steps": 1}
     runs = [
         make_trainer(tmp_path / str(decay), ema_decay=decay, **evaluating)
@@ -197,7 +197,7 @@ def test_several_evaluation_datasets(tmp_path: Path) -> None:
     assert not any("ema" in name for name in other)
 
 
-def test_the_average_may_decide_what_is_best(tmp_path: Path) -> None:
+def test_a_metric_of_the_average_can_choose_the_best_model(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path,
         eval_strategy="steps",
@@ -240,7 +240,7 @@ def test_a_resumed_run_continues_the_average(tmp_path: Path, peft: bool) -> None
     assert_same_tensors(averages(resumed), averages(whole), relative=0)
 
 
-def test_the_last_checkpoint_is_found_without_a_path(tmp_path: Path) -> None:
+def test_resuming_finds_the_last_checkpoint_without_a_path(tmp_path: Path) -> None:
     whole = make_trainer(tmp_path, **saving())
     whole.train()
     shutil.rmtree(tmp_path / "checkpoint-4")
@@ -272,7 +272,7 @@ def test_the_saved_average_of_adapters_is_adapters(tmp_path: Path) -> None:
     assert list(resumed.model.peft_config) == ["default"]
 
 
-def test_a_checkpoint_for_its_weights_alone_has_no_state(tmp_path: Path) -> None:
+def test_a_checkpoint_with_save_only_model_has_no_state(tmp_path: Path) -> None:
     make_trainer(tmp_path, max_steps=2, **saving(save_only_model=True)).train()
     folder = tmp_path / "checkpoint-2" / "ema"
     assert (folder / "model").is_dir()
@@ -297,7 +297,7 @@ def test_the_average_of_another_step_is_refused(tmp_path: Path) -> None:
 # ---- Other trainers -----------------------------------------------------------------------------
 
 
-def test_it_works_with_any_trainer(tmp_path: Path) -> None:
+def test_the_callback_works_with_any_trainer(tmp_path: Path) -> None:
     args = TrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,

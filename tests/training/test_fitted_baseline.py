@@ -60,7 +60,7 @@ def test_the_first_step_has_plain_rewards_and_later_ones_do_not(tmp_path: Path) 
         assert_same_tensors(runs["fitted", 2], runs["reinforce", 2], relative=1e-4)
 
 
-def test_regressions_do_not_see_the_batch_that_they_serve(tmp_path: Path) -> None:
+def test_regressions_are_not_fitted_to_the_batch_that_they_are_used_for(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     trainer.train()
     before = fitted(trainer).coefficients
@@ -72,7 +72,7 @@ def test_regressions_do_not_see_the_batch_that_they_serve(tmp_path: Path) -> Non
         assert fitted(trainer).coefficients is before
 
 
-def test_advantages_of_rollouts_they_have_not_seen_get_smaller(tmp_path: Path) -> None:
+def test_regressions_reduce_advantages_of_other_rollouts(tmp_path: Path) -> None:
     """What they are for. Measured on other documents, with weights that stay."""
     trainer = make(tmp_path, learning_rate=0.0, max_steps=12, n_samples_per_prompt=8)
     trainer.train_dataset = texts(*[40] * 24, seed=1)
@@ -109,7 +109,7 @@ def test_a_checkpoint_without_regressions_is_not_resumed(tmp_path: Path) -> None
     assert not (tmp_path / "only" / "checkpoint-1" / FILE).exists()
 
 
-def test_regressions_of_other_places_are_not_resumed(tmp_path: Path) -> None:
+def test_regressions_for_another_rollout_length_are_not_resumed(tmp_path: Path) -> None:
     """One place would be taken for all of them by broadcasting, and nothing would be said."""
     settings: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make(tmp_path, **settings, generate_max_len=1).train()
@@ -120,7 +120,7 @@ def test_regressions_of_other_places_are_not_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"rollout_batch_size": 1}, {"training_chunk_size": 6}])
-def test_how_a_batch_is_worked_off_changes_nothing(
+def test_chunking_a_batch_does_not_change_the_result(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     whole, parts = make(tmp_path, PrefixRollouts), make(tmp_path, PrefixRollouts, **settings)
@@ -200,6 +200,6 @@ def test_states_and_lone_tokens_equal_plain_forwards(chunk_size: int | None) -> 
         ({"n_samples_per_prompt": 1, "diversity_coef": 0.0}, "no other rollout to compare with"),
     ],
 )
-def test_what_it_is_not_made_for_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_unsupported_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EBFTSettings(**(FITTED | settings))

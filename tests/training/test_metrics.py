@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def as_they_are(sums: Tensor) -> Tensor:
-    """The reduction over a single process."""
+    """The reduction for a single process."""
     return sums
 
 
@@ -87,7 +87,7 @@ def test_standard_deviation_comes_from_moments() -> None:
     assert means["ebft/advantages_std"] == pytest.approx(float(values.std(unbiased=False)))
 
 
-def test_clear_forgets() -> None:
+def test_clear_removes_all_sums() -> None:
     metrics = MetricAccumulator(CPU)
     metrics.add({"kl": Ratio(1.0, 1)})
     metrics.clear()

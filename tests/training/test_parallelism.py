@@ -57,7 +57,7 @@ def test_rows_and_tensors_are_not_split(mode: Any, size: str, tmp_path: Path) ->
 
 
 @both_modes
-def test_the_launcher_is_asked_too(
+def test_settings_of_the_launcher_are_refused_too(
     mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, make = mode(tmp_path)
@@ -75,7 +75,7 @@ def test_the_launcher_is_asked_too(
         (2, True, r"bf16_full_eval and fp16_full_eval cast the weights.*bf16=True"),
     ],
 )
-def test_what_fsdp_cannot_do_is_refused(
+def test_unsupported_settings_of_fsdp_are_refused(
     mode: Any,
     version: int,
     full: bool,

@@ -35,7 +35,7 @@ def test_the_numbers_of_the_streams_are_fixed() -> None:
     }
 
 
-def test_a_micro_batch_draws_what_it_always_drew(tmp_path: Path) -> None:
+def test_the_random_numbers_of_a_micro_batch_are_fixed(tmp_path: Path) -> None:
     """Recorded when the trainer itself still numbered the streams: resumed runs rely on it."""
     streams = RolloutStreams(config(tmp_path, seed=3))
     places = [streams.next(CPU, step) for step in (0, 0, 1)]
@@ -45,7 +45,7 @@ def test_a_micro_batch_draws_what_it_always_drew(tmp_path: Path) -> None:
     assert [drawn(place) for place in places] == RECORDED
 
 
-def test_every_place_has_numbers_of_its_own(tmp_path: Path) -> None:
+def test_every_place_in_a_run_has_different_random_numbers(tmp_path: Path) -> None:
     streams = RolloutStreams(config(tmp_path, seed=3))
     generators = [streams.next(CPU, step) for step in (0, 0, 0, 1, 1, 2)]
     with streams.evaluation():

@@ -1,4 +1,4 @@
-"""Weights that rounding keeps where they are."""
+"""Weights that rounding keeps from changing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def warnings_of(folder: Path, caplog: pytest.LogCaptureFixture, **settings: Any)
     return [line for line in lines if "last place" in line]
 
 
-def test_the_paper_s_learning_rate_does_not_move_bfloat16(
+def test_the_paper_s_learning_rate_does_not_change_bfloat16_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (line,) = warnings_of(tmp_path, caplog, learning_rate=1e-6)
@@ -72,7 +72,7 @@ def test_the_paper_s_learning_rate_does_not_move_bfloat16(
     ],
     ids=["large steps", "float32", "autocast", "sgd", "own sgd"],
 )
-def test_what_moves_is_not_warned_of(
+def test_no_warning_for_weights_that_can_change(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
 ) -> None:
     assert not warnings_of(tmp_path, caplog, **settings)

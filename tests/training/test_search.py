@@ -1,4 +1,4 @@
-"""Hyperparameter search: the objective, and trials that set what EBFT reads."""
+"""Hyperparameter search: the objective, and trials that set EBFT settings."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_an_objective_of_the_users_own_is_kept(search: Any) -> None:
     assert objective == metrics["eval_ebft/alignment"]
 
 
-def test_a_loss_is_not_maximised(search: Any) -> None:
+def test_maximising_the_loss_is_refused(search: Any) -> None:
     with pytest.raises(ValueError, match=r"direction='maximize' without compute_objective"):
         search([{}], direction="maximize")
 
@@ -111,6 +111,6 @@ def test_a_trial_with_impossible_settings_is_refused(search: Any) -> None:
         search([{"n_samples_per_prompt": 0}])
 
 
-def test_a_trial_cannot_set_what_is_read_only_once(search: Any) -> None:
+def test_a_trial_cannot_set_settings_that_are_read_only_once(search: Any) -> None:
     with pytest.raises(ValueError, match=r"A trial sets log_pictures_steps, but this is read only"):
         search([{"log_pictures_steps": 3}])

@@ -1,4 +1,4 @@
-"""What `StepLog` makes of a step: metrics, seconds, and calls of callbacks."""
+"""`StepLog` records metrics, seconds, and calls of callbacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(folder: Path, **settings: Any) -> tuple[EBFTTrainer, Listener]:
     return trainer, listener
 
 
-def test_callbacks_are_told_of_every_micro_batch_of_training(tmp_path: Path) -> None:
+def test_callbacks_get_every_micro_batch_of_training(tmp_path: Path) -> None:
     trainer, listener = make(tmp_path, max_steps=2, gradient_accumulation_steps=2)
     trainer.evaluate()
     assert not listener.outputs
@@ -40,7 +40,7 @@ def test_metrics_are_means_over_what_was_recorded_since(tmp_path: Path) -> None:
     assert trainer.step_log.take() == {}
 
 
-def test_a_restart_forgets(tmp_path: Path) -> None:
+def test_a_restart_clears_metrics(tmp_path: Path) -> None:
     trainer, _ = make(tmp_path)
     trainer.compute_loss(trainer.model, batch_of(texts(24)))
     with trainer.step_log.phase("rollout"):
