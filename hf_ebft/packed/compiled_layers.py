@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import TrainingArguments
 
 from hf_ebft.packed.flex import compiled
-from hf_ebft.packed.layer_caches import SHARED_KEYS, CacheByLayer, NumberedModules
+from hf_ebft.packed.layer_caches import CacheByLayer, NumberedModules
 from hf_ebft.packed.model_parts import CACHE_ARGUMENTS, decoder_layers
 
 # How decoder layers call the cache.
@@ -86,10 +86,7 @@ class CompiledForward:
         if name is None:
             return _compiled_run(self.options)(self.layer, *args, **kwargs)
         cache, number = kwargs[name], self.numbered.number
-        # A layer that uses another's keys and values has none of its own in the cache.
-        if number is None or kwargs.get(SHARED_KEYS) is not None:
-            return _run(self.layer, *args, **kwargs)
-        if not (isinstance(cache, CacheByLayer) and cache.few_shapes):
+        if number is None or not (isinstance(cache, CacheByLayer) and cache.few_shapes):
             return _run(self.layer, *args, **kwargs)
         with cache.of_layer(number, kwargs["attention_mask"]) as own, self.numbered.as_first():
             run = _compiled_run_with_cache(self.options.for_captures)

@@ -23,8 +23,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 # How attention modules call their number.
 NUMBER = "layer_idx"
-# The argument by which layers hand keys and values on to others (Gemma 3n, Gemma 4).
-SHARED_KEYS = "shared_kv_states"
+# Parts of the names by which layers call a cache, and keys and values that other layers hand on to
+# them (Gemma 4), which have none of their own in the cache.
+_CACHE_NAMES = ("past", "cache", "shared_kv")
 
 
 class OneLayer:
@@ -158,5 +159,4 @@ def _reads_number_or_cache(node: ast.AST) -> bool:
 
 def _names_cache(node: ast.AST) -> bool:
     """Whether it is what a layer calls a cache, or keys and values of lower layers."""
-    words = ("past", "cache", "shared_kv")
-    return isinstance(node, ast.Name) and any(word in node.id for word in words)
+    return isinstance(node, ast.Name) and any(word in node.id for word in _CACHE_NAMES)
