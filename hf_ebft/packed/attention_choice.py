@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.masks import SPLIT
 
-# Least width of a head that flex_attention's kernels take.
-LEAST_HEAD_DIM = 16
+# Widths of heads that flex_attention's kernels take. torch's tiles for wider ones (at 512, in
+# bfloat16: 64 queries, and three times 32 keys and values) need 256 KiB of shared memory, and an
+# H100 has 227.
+LEAST_HEAD_DIM, MOST_HEAD_DIM = 16, 256
 # By the names of `packed_attention`.
 NAMED = {"split": SPLIT, "flex_attention": FLEX}
 
@@ -27,6 +29,7 @@ class AttentionFacts:
         supports_sdpa: whether its code takes sdpa.
         takes_flex: whether its code is known to work with flex_attention.
         head_dim: least width of its heads.
+        widest_head: largest width of its heads.
         dropout: of its attention in training; 0 for a network that is not trained.
         trains: whether it is trained.
         has_triton: whether Triton is installed, which flex_attention's kernels are written in.
@@ -38,6 +41,7 @@ class AttentionFacts:
     supports_sdpa: bool
     takes_flex: bool
     head_dim: int
+    widest_head: int
     dropout: float
     trains: bool
     has_triton: bool
@@ -56,6 +60,11 @@ class AttentionFacts:
             return (
                 f"its heads are {self.head_dim} wide, and flex_attention needs {LEAST_HEAD_DIM} or "
                 "more"
+            )
+        if self.widest_head > MOST_HEAD_DIM:
+            return (
+                f"its widest heads are {self.widest_head} wide, and flex_attention's kernels take "
+                f"at most {MOST_HEAD_DIM}"
             )
         return None if self.has_triton else "flex_attention needs Triton, which is not installed"
 

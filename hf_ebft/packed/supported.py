@@ -351,6 +351,7 @@ def gather_facts(
         and calls_chosen_attention(base)
         and not looks_at_block_masks(base),
         head_dim=min(widths, default=0),
+        widest_head=max(widths, default=0),
         dropout=max(dropout, default=0.0) if trains else 0.0,
         trains=trains,
         has_triton=importlib.util.find_spec("triton") is not None,

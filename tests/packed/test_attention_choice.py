@@ -23,6 +23,7 @@ CUDA = AttentionFacts(
     supports_sdpa=True,
     takes_flex=True,
     head_dim=64,
+    widest_head=64,
     dropout=0.0,
     trains=True,
     has_triton=True,
@@ -42,6 +43,7 @@ def test_auto_is_flex_attention_on_cuda_and_split_attention_on_a_cpu() -> None:
     ("change", "reason"),
     [
         ({"head_dim": 8}, "8 wide.*16 or more"),
+        ({"widest_head": 512}, "512 wide.*at most 256"),
         ({"has_triton": False}, "Triton"),
         ({"takes_flex": False}, "not known to work"),
         ({"dropout": 0.1}, "dropout.*0.1"),
@@ -108,7 +110,7 @@ def test_weights_on_the_meta_device_change_nothing() -> None:
         # It leaves out block masks.
         ("doge", {}, {"takes_flex": False}),
         # Layers of several widths, about which the configuration has no one answer.
-        ("gemma4_text", {"head_dim": 8, "global_head_dim": 16}, {"head_dim": 8}),
+        ("gemma4_text", {"head_dim": 8, "global_head_dim": 16}, {"head_dim": 8, "widest_head": 16}),
         ("gemma4_text", {"num_kv_shared_layers": 2}, {"takes_flex": True}),
     ],
 )
