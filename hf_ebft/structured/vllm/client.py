@@ -1,7 +1,7 @@
-"""Asks a stock vLLM server over HTTP for completions, and hands it weights.
+"""The client of a stock vLLM server: requests completions over HTTP, and lets it load weights.
 
-Whatever goes wrong ends in a right answer or in a `VLLMServerError`; a completion is never replaced
-by an empty one.
+Every call returns a correct answer or raises a `VLLMServerError`; a completion is never replaced by
+an empty one.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from hf_ebft.structured.vllm.settings import SERVE_COMMAND, VLLMServerArguments
 logger = logging.getLogger(__name__)
 
 TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
-"""Of answers that another try may get right."""
+"""Statuses after which a repeated request may succeed."""
 PROGRESS_EVERY = 15.0
 """Seconds between two progress messages while waiting."""
 HEALTH_TIMEOUT = 10.0
 """Seconds to wait for an answer of /health."""
 CLEANUP_TIMEOUT = 5.0
-"""Seconds to wait for each answer when the run is over; a server that has frozen gives none."""
+"""Seconds to wait for each answer at the end of a run; a frozen server never answers."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Sampling:
     """How to sample one prompt.
 
     Attributes:
-        max_tokens: most tokens of a completion.
-        temperature: log-probs are at it, too; 0 is greedy.
+        max_tokens: largest number of tokens of a completion.
+        temperature: sampling temperature, also that of the log-probs; 0 is greedy.
         stop_token_ids: tokens that end a completion and belong to it.
-        seed: of the server's random numbers for this prompt.
-        ignore_stop: sample `max_tokens` tokens whatever they are.
+        seed: seed of the server's random numbers for this prompt.
+        ignore_stop: sample `max_tokens` tokens, even after a stop token.
     """
 
     max_tokens: int
@@ -66,8 +66,8 @@ class VLLMClient:
 
     Args:
         settings: address, timeouts, retries.
-        wait: seconds between two looks at a server that is not up yet, and before a request is
-            sent for the third time; tests take less.
+        wait: seconds between two checks of a server that is not up yet, and before a request is
+            sent for the third time; tests use less.
     """
 
     def __init__(self, settings: VLLMServerArguments, wait: float = 1.0) -> None:
@@ -83,7 +83,7 @@ class VLLMClient:
     # ---- Is it there, and what is it ---------------------------------------------------------
 
     def wait_until_ready(self) -> None:
-        """Wait for the server to answer, with a message now and then.
+        """Wait until the server answers, and log the progress.
 
         Raises:
             VLLMServerError: it is not up after `vllm_server_timeout` seconds.
@@ -123,7 +123,7 @@ class VLLMClient:
         """The base model that the server was started with.
 
         Raises:
-            VLLMServerError: there are several and none is named, or the named one is not there.
+            VLLMServerError: there are several and none is named, or the named one does not exist.
         """
         models = [
             ServedModel(str(entry["id"]), str(entry["root"]), entry.get("max_model_len"))
@@ -141,7 +141,7 @@ class VLLMClient:
                 )
         if not models:
             raise BadAnswer(f"the vLLM server at {self.url} serves no base model.")
-        # Several --served-model-name are names of one model.
+        # Several values of --served-model-name are names of the same model.
         if len({model.path for model in models}) > 1:
             raise VLLMServerError(
                 f"the vLLM server at {self.url} serves several models ({names}); name one in "
@@ -163,9 +163,9 @@ class VLLMClient:
         return entries
 
     def start_time(self) -> float | None:
-        """When the server's process started, in seconds since 1970; a restart changes it.
+        """The start time of the server's process in seconds since 1970, which a restart changes.
 
-        None if the server does not say, as with several API server processes.
+        None if the server does not report it, as with several API server processes.
         """
         try:
             text = self._request("GET", "/metrics", None, "show its metrics")
@@ -175,10 +175,7 @@ class VLLMClient:
         return None if found is None else float(found.group(1))
 
     def device(self) -> str | None:
-        """The kind of device that the server computes on; None if it does not say.
-
-        Only a server in development mode does.
-        """
+        """The kind of device that the server runs on; None unless it is in development mode."""
         path = "/server_info?config_format=json"
         try:
             answer = parse(self._request("GET", path, None, "tell its configuration"))
@@ -201,7 +198,7 @@ class VLLMClient:
         """Let the server load an adapter from a folder, under a name that is new to it."""
         payload = {"lora_name": name, "lora_path": path}
         try:
-            # A refusal of an adapter comes as status 500 as well: trying again would not help.
+            # A server that refuses an adapter also answers with status 500: do not try again.
             self._request(
                 "POST",
                 "/v1/load_lora_adapter",
@@ -210,7 +207,7 @@ class VLLMClient:
                 transient=(),
             )
         except RequestRefused as error:
-            # The answer to an earlier try was lost on its way.
+            # An earlier request succeeded, but its answer was lost.
             if "already been loaded" in error.reason:
                 return
             if error.status in (404, 405) and "No adapter found" not in error.reason:
@@ -227,11 +224,11 @@ class VLLMClient:
             raise
 
     def unload_adapter(self, name: str, *, at_the_end: bool = False) -> None:
-        """Let the server forget an adapter; it need not know it.
+        """Let the server unload an adapter; it is no error if it does not have it.
 
         Args:
-            name: of the adapter.
-            at_the_end: the run is over; do not wait long for an answer.
+            name: name of the adapter.
+            at_the_end: whether the run is over; then do not wait long for an answer.
         """
         haste: dict[str, Any] = {"timeout": CLEANUP_TIMEOUT, "retries": 0} if at_the_end else {}
         try:
@@ -287,20 +284,20 @@ class VLLMClient:
         Args:
             model: name of the base model or of an adapter.
             prompt: token ids.
-            count: how many completions.
-            sampling: how.
+            count: number of completions.
+            sampling: how to sample.
 
         Returns:
             `count` completions.
 
         Raises:
             ModelNotServed: the server does not know the model (any more).
-            RequestRefused: the server will not do it, with its message.
+            RequestRefused: the server refuses the request, with its message.
             BadAnswer: something is missing in the answer.
-            ServerUnavailable: no answer after all retries.
+            ServerUnavailable: there is no answer after all retries.
         """
-        # Everything that the server would otherwise take from the model's generation_config.json
-        # is said: its top_p or repetition_penalty would make another distribution.
+        # Set every option that the server would otherwise take from the model's
+        # generation_config.json: its top_p or repetition_penalty would change the distribution.
         payload = {
             "model": model,
             "prompt": list(prompt),
@@ -370,16 +367,16 @@ class VLLMClient:
 
         Args:
             method: GET or POST.
-            path: below the server's address.
-            payload: of a POST.
-            what: the server is asked to do, for messages.
+            path: path below the server's address.
+            payload: payload of a POST.
+            what: what the server shall do, for messages.
             transient: statuses after which the request is sent again.
             timeout: seconds. Default: `vllm_request_timeout`.
-            retries: default: `vllm_request_retries`.
+            retries: number of retries. Default: `vllm_request_retries`.
 
         Raises:
-            ServerUnavailable: no whole answer, or a transient status to the last.
-            RequestRefused: another status that is an error.
+            ServerUnavailable: there is no complete answer, or a transient status after all retries.
+            RequestRefused: the answer has another error status.
         """
         failed = f"the vLLM server at {self.url} failed to {what}"
         try:

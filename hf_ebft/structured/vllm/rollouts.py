@@ -2,8 +2,8 @@
 
     trainer = GRPOTrainer(..., rollout_func=VLLMRollouts(VLLMServerSettings(vllm_lora_sync=True)))
 
-Every process asks the server for its own prompts; the main process alone sends weights. A batch is
-complete or the run stops: completions lost with a server that went away are sampled again.
+Every process requests completions of its own prompts; only the main process sends weights. A batch
+is complete or the run stops: completions that are lost with a server are sampled again.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ logger = logging.getLogger(__name__)
 class VLLMRollouts:
     """A `rollout_func(prompts, trainer)` that samples from a stock vLLM server.
 
-    Starts on its first call: waits for the server, compares tokenizers, sends the weights and
-    compares log-probs. From then on it sends them whenever `vllm_sync_interval` optimizer steps
-    have passed (evaluation always samples from the policy as it is).
+    The first call waits for the server, compares tokenizers, sends the weights and compares
+    log-probs. Later calls send the weights again when `vllm_sync_interval` optimizer steps have
+    passed (evaluation always samples from the current policy).
 
     Args:
         settings: an `EBFTGRPOConfig` or `VLLMServerSettings`.
-        client: to the server; default: one by the settings.
+        client: the client of the server. Default: one made from the settings.
 
     Raises:
         ValueError: neither kind of sync is on.
@@ -69,11 +69,11 @@ class VLLMRollouts:
         """Sample one completion for each entry. All processes call this together.
 
         Args:
-            prompts: of this process, repeated as often as completions are wanted of each.
-            trainer: TRL's.
+            prompts: prompts of this process, each repeated for its completions.
+            trainer: TRL's trainer.
 
         Returns:
-            `prompt_ids`, `completion_ids` and `logprobs`, one list an entry.
+            `prompt_ids`, `completion_ids` and `logprobs`, one list per entry.
 
         Raises:
             VLLMServerError: on every process, if the batch cannot be completed.
@@ -101,17 +101,17 @@ class VLLMRollouts:
     def sample(
         self, prompt_ids: Sequence[Sequence[int]], max_tokens: int, trainer: Any
     ) -> list[Completion]:
-        """Sample a completion for each prompt of token ids, from weights that are sent if due.
+        """Sample a completion for each prompt of token ids; the weights are sent first if due.
 
         For rollouts of several turns. All processes call this together.
 
         Args:
             prompt_ids: token ids of each prompt.
-            max_tokens: most tokens of a completion.
-            trainer: TRL's.
+            max_tokens: largest number of tokens of a completion.
+            trainer: TRL's trainer.
 
         Raises:
-            ValueError: `async_prefetch` is on, which cannot know the turns to come.
+            ValueError: `async_prefetch` is on; it cannot sample later turns in advance.
             VLLMServerError: on every process, if the batch cannot be completed.
         """
         if self.settings.async_prefetch:
@@ -127,20 +127,20 @@ class VLLMRollouts:
         return self._collect(policy, batch, trainer)
 
     def start_evaluation(self) -> None:
-        """Sample the next rollouts for evaluation with the seeds of every evaluation."""
+        """Sample the next rollouts with the seeds that are the same in every evaluation."""
         self._seeds.start_evaluation()
 
     def metrics(self) -> dict[str, float]:
-        """What happened since the last call, for the log.
+        """Metrics since the last call.
 
         Returns:
-            `vllm/...`: sums of what is counted (retries, restarts, batches sampled in vain), means
-            of the rest (staleness in optimizer steps, seconds, nats).
+            `vllm/...`: sums of counts (retries, restarts, discarded batches), and means of others
+            (staleness in optimizer steps, seconds, nats).
         """
         return self._metrics.take()
 
     def close(self) -> None:
-        """Unload what was sent and remove its folders. The next call would start afresh."""
+        """Unload adapters that were sent, and remove folders. The next call would start again."""
         if self._pool is not None:
             self._pool.close()
         if self._policy is not None:
@@ -151,7 +151,7 @@ class VLLMRollouts:
     # ---- Start -------------------------------------------------------------------------------
 
     def check(self, trainer: Any) -> None:
-        """Refuse a trainer whose options or policy cannot work with a server.
+        """Raise for a trainer whose options or policy cannot work with a server.
 
         Raises:
             ValueError: naming the option, the reason and what to write instead.
@@ -215,7 +215,7 @@ class VLLMRollouts:
             batch.ask(index, self._pool, self.client, policy.version.name)
 
     def _collect(self, policy: ServedPolicy, batch: Batch, trainer: Any) -> list[Completion]:
-        """Wait for a batch; what a server that went away has lost is asked for again."""
+        """Wait for a batch; requests that are lost with a server are sent again."""
         for attempt in range(RECOVERIES + 1):
             lost, failure = self._find_lost(policy, batch)
             anything_lost = any(gather_object([bool(lost)]))
@@ -237,7 +237,7 @@ class VLLMRollouts:
         return completions
 
     def _find_lost(self, policy: ServedPolicy, batch: Batch) -> tuple[list[int], Exception | None]:
-        """Which requests must be sent again, and what cannot be helped.
+        """The requests that must be sent again, and an error that a repetition cannot solve.
 
         All processes call this together.
         """
@@ -257,9 +257,9 @@ class VLLMRollouts:
     # ---- Prefetching -------------------------------------------------------------------------
 
     def _prefetch(self, policy: ServedPolicy, trainer: Any) -> None:
-        """Have the next batch sampled while this one trains."""
+        """Request the next batch, so that it is sampled while the current one trains."""
         following = self.following.popleft() if self.following else None
-        # Sending weights is for all processes together; each of them has a next batch, or none has.
+        # All processes send weights together; either all have a next batch, or none has.
         if following is None:
             return
         policy.send_if_due(trainer)

@@ -1,4 +1,4 @@
-"""Keeps the server on the policy's weights: meets it, sends weights, checks, sends them again."""
+"""Keeps the server's weights equal to the policy's: sends them, checks them, sends them again."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ from hf_ebft.structured.vllm.trainer_options import get_tokenizer, get_vocabular
 logger = logging.getLogger(__name__)
 
 RECOVERIES = 3
-"""How often weights are sent again, or a batch is, before a server that keeps failing ends the
-run."""
+"""Number of times that weights, or a batch, are sent again before a failing server ends the run."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,10 @@ class Version:
     """Weights that the server has.
 
     Attributes:
-        name: to ask the server for.
-        step: optimizer step that they are from.
-        served: the base model that they are of.
-        fingerprint: of the trained weights of this process.
+        name: their name on the server.
+        step: their optimizer step.
+        served: their base model.
+        fingerprint: fingerprint of the trained weights of this process.
     """
 
     name: str
@@ -63,12 +62,12 @@ class Version:
 
 
 def sync_kind(settings: VLLMServerArguments) -> type[AdapterSync] | type[FullWeightSync]:
-    """How the settings want weights to be sent."""
+    """The kind of sync that the settings choose."""
     return AdapterSync if settings.vllm_lora_sync else FullWeightSync
 
 
 def fingerprint(model: nn.Module) -> list[float]:
-    """The sum of each trained tensor, of this process' share of it."""
+    """The sum of each trained tensor; of a sharded one, the sum of this process's shard."""
     tensors = [p.detach() for p in model.parameters() if p.requires_grad]
     shares = [one.to_local() if isinstance(one, DTensor) else one for one in tensors]
     sums = [share.sum(dtype=torch.float64) for share in shares]
@@ -76,14 +75,14 @@ def fingerprint(model: nn.Module) -> list[float]:
 
 
 class ServedPolicy:
-    """The policy as one server has it. All processes make its calls together.
+    """The policy's weights on one server. All processes call its methods together.
 
     Args:
-        client: of the server.
+        client: the client of the server.
         settings: when and how weights are sent.
-        metrics: to note differences and seconds in.
-        output_dir: of the run, for the default folder of weights.
-        settle: waits for requests under way, which must not see their weights exchanged.
+        metrics: metrics, for differences and seconds.
+        output_dir: the run's folder, for the default folder of weights.
+        settle: waits for open requests, so that weights are not replaced while they are sampled.
     """
 
     def __init__(
@@ -108,12 +107,12 @@ class ServedPolicy:
 
     @property
     def version(self) -> Version:
-        """The weights that the server has; they have been sent."""
+        """The version of the weights that were sent last."""
         assert self._version is not None
         return self._version
 
     def close(self) -> None:
-        """Leave nothing on the server and on the disk."""
+        """Remove everything from the server and from the disk."""
         self._sync.close()
 
     # ---- Sending -----------------------------------------------------------------------------
@@ -122,15 +121,15 @@ class ServedPolicy:
         """Send the policy's weights if the server's are too old, or if it has lost them.
 
         Args:
-            trainer: TRL's.
-            fresh: any older weights are too old.
+            trainer: TRL's trainer.
+            fresh: whether the server needs the current weights, whatever `vllm_sync_interval` is.
         """
         step = trainer.state.global_step
         if self._version is None:
             self._send(trainer, "at the start")
             return
         age = step - self._version.step
-        # A second `train()` counts its steps from 0 again.
+        # The age is negative in a second `train()`, which counts steps from 0 again.
         due = age < 0 or age >= (1 if fresh else self._settings.vllm_sync_interval)
         if due or (age == 0 and self._policy_changed(trainer)):
             self._send(trainer, f"after step {step}")
@@ -138,9 +137,9 @@ class ServedPolicy:
             self.send_again(trainer)
 
     def _policy_changed(self, trainer: Any) -> bool:
-        """Whether the policy has other weights than those sent, although the step is the same.
+        """Whether the policy's weights have changed since they were sent at the same step.
 
-        So after `load_best_model_at_end`, or in the first step of a second `train()`.
+        This happens after `load_best_model_at_end`, or in the first step of a second `train()`.
         """
         changed = fingerprint(trainer.model) != self.version.fingerprint
         return any(gather_object([changed]))
@@ -157,8 +156,8 @@ class ServedPolicy:
     def lost_weights(self) -> bool:
         """Whether the server has lost full weights.
 
-        A restarted server answers under the base model's name, from the weights it started with.
-        (It does not know the name of an adapter that it lost, which needs no asking.)
+        A restarted server answers under the base model's name, but with its original weights. (A
+        lost adapter needs no check: the server refuses its name.)
         """
 
         def restarted_or_down() -> bool:
@@ -170,7 +169,7 @@ class ServedPolicy:
         return self._settings.vllm_full_sync and on_main_process(restarted_or_down)
 
     def _send(self, trainer: Any, when: str) -> None:
-        """Send the policy and compare log-probs."""
+        """Send the policy's weights and compare log-probs."""
         started = time.monotonic()
         self._settle()
         for attempt in range(RECOVERIES + 1):
@@ -191,10 +190,10 @@ class ServedPolicy:
         self._metrics.add("vllm/sync_seconds", time.monotonic() - started)
 
     def _meet(self, trainer: Any) -> tuple[ServedModel, float | None]:
-        """Wait for the server and make sure that it is the right one, on the main process.
+        """Wait for the server and check that it is the right one, on the main process.
 
         Returns:
-            Its base model, and when it started.
+            Its base model and its start time.
         """
         self.client.wait_until_ready()
         start = self.client.start_time()
@@ -216,7 +215,7 @@ class ServedPolicy:
     # ---- Checking ----------------------------------------------------------------------------
 
     def _shake_hands(self, name: str, trainer: Any, served: ServedModel, when: str) -> None:
-        """Let the server answer the probe from new weights, and judge what it answers."""
+        """Let the server answer the probe with the new weights, and check the answer."""
         model, temperature = trainer.model, trainer.temperature
         vocabulary = get_vocabulary_size(trainer)
         prompt = probe_prompt(get_tokenizer(trainer), vocabulary, served.max_length)
@@ -233,7 +232,7 @@ class ServedPolicy:
             require_agreement(found, tolerance, temperature, what, self._settings.vllm_full_sync)
             return before is None or weights_took_effect(before, found, tolerance, what)
 
-        # Each process trains a policy of its own, and one alone may have gone astray.
+        # Each process has its own copy of the policy, and a single copy may differ.
         self._metrics.add("vllm/handshake_difference", max(gather_object([found.mean])))
         if on_every_process(judge):
             self._probe_before = found
@@ -249,16 +248,17 @@ class ServedPolicy:
         completions: list[Completion],
         trainer: Any,
     ) -> None:
-        """Make sure that a batch was sampled from the weights that the server was sent.
+        """Check that a batch was sampled from the weights that were sent to the server.
 
-        If they are the policy's present ones, some completions are compared with it. The policy of
-        an earlier step is gone; then the server is compared with itself when it got its weights.
+        If these are the policy's current weights, some completions are compared with the policy.
+        The policy of an earlier step is gone, so then the server's log-probs are compared with
+        those at the time when it got the weights.
 
         Args:
-            step: of the weights that sampled.
+            step: optimizer step of the weights that sampled.
             prompt_ids: tokens of each completion's prompt.
-            completions: of this process.
-            trainer: TRL's.
+            completions: completions of this process.
+            trainer: TRL's trainer.
 
         Raises:
             VLLMServerError: on every process, if those of any were sampled from other weights.
@@ -281,7 +281,7 @@ class ServedPolicy:
     def _compare_with_policy(
         self, prompt_ids: list[list[int]], completions: list[Completion], trainer: Any
     ) -> None:
-        # As many forward passes on each process: with sharded weights they are collective.
+        # Equally many forward passes on each process: with sharded weights they are collective.
         limit = min(gather_object([min(CHECKED_ROLLOUTS, len(completions))]))
         if limit == 0:
             return

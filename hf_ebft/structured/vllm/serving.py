@@ -1,4 +1,4 @@
-"""The command line of a stock vLLM server that serves a run, from the run's own options."""
+"""Makes the command line of the stock vLLM server for a run, from the run's options."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def server_command(
     """Environment and arguments of the server for a run's options.
 
     Args:
-        options: of the run, as its YAML holds them.
+        options: options of the run, from its YAML.
         listen: address to listen on.
-        cpu_cache_gib: memory for keys and values, in GiB, on a CPU; None on a GPU.
+        cpu_cache_gib: GiB of memory for the KV cache on a CPU; None on a GPU.
 
     Raises:
-        ValueError: options with which a stock server cannot serve the run.
+        ValueError: a stock server cannot serve a run with these options.
     """
     names = {entry.name for entry in fields(VLLMServerSettings)}
     settings = VLLMServerSettings(**{name: options[name] for name in names & set(options)})
@@ -76,7 +76,7 @@ def server_command(
 
 
 def server_dtype(settings: VLLMServerSettings, options: Mapping[str, Any]) -> str:
-    """The precision that the policy computes in, unless `vllm_dtype` says another."""
+    """The precision of `vllm_dtype`; if that is 'auto', the one in which the policy computes."""
     if settings.vllm_dtype != "auto":
         return settings.vllm_dtype
     if options.get("fp16", False):

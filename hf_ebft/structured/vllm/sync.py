@@ -1,8 +1,8 @@
-"""Writes the policy's weights to a folder that a running vLLM server sees, and has it load them.
+"""Writes the policy's weights to a folder that a running vLLM server sees, and lets it load them.
 
-Every version has a name and a folder of its own, written under another name first and renamed when
-it is complete: a server that loads the same folder again keeps caches of the earlier weights.
-All processes call `publish` together; only the main one writes and talks to the server.
+Every version has its own name and folder, since a server that loads the same folder again keeps
+caches of the earlier weights. A folder is written under another name first and renamed when it is
+complete. All processes call `publish` together; only the main one writes and talks to the server.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from hf_ebft.structured.vllm.settings import VLLMServerArguments
 logger = logging.getLogger(__name__)
 
 KEPT_VERSIONS = 2
-"""Adapters that the server holds: the current one and, for requests under way, the one before."""
+"""Adapters that the server keeps: the current one and, for open requests, the previous one."""
 
 
 class WeightSync(ABC):
     """Sends versions of the policy to one server.
 
     Args:
-        client: of the server.
-        settings: where the folder is.
-        output_dir: of the run, for the default folder.
+        client: the client of the server.
+        settings: the settings, with the folder.
+        output_dir: the run's folder, for the default folder.
     """
 
     def __init__(
@@ -56,47 +56,47 @@ class WeightSync(ABC):
     @staticmethod
     @abstractmethod
     def check(policy: Any, settings: VLLMServerArguments) -> None:
-        """Refuse a policy that cannot be sent.
+        """Raise for a policy that cannot be sent.
 
         Raises:
-            ValueError: naming what stands in the way, and what to do instead.
+            ValueError: naming the reason, and what to do instead.
         """
 
     @staticmethod
     @abstractmethod
     def check_server(policy: Any, client: VLLMClient) -> None:
-        """Refuse a server that cannot take this policy's weights, on the main process.
+        """Raise, on the main process, for a server that cannot load this policy's weights.
 
         Raises:
-            VLLMServerError: what stands in the way, and what to do instead.
+            VLLMServerError: naming the reason, and what to do instead.
         """
 
     @abstractmethod
     def publish(
         self, policy: Any, accelerator: Accelerator, wrapped: Any, served: ServedModel
     ) -> str:
-        """Send the policy's weights as they are. All processes must call this together.
+        """Send the policy's current weights. All processes must call this together.
 
         Args:
-            policy: unwrapped.
-            accelerator: what prepared it.
-            wrapped: the policy as prepared.
+            policy: the unwrapped policy.
+            accelerator: the accelerator that prepared it.
+            wrapped: the policy as the accelerator returned it.
             served: the server's base model.
 
         Returns:
-            The name to sample from.
+            The name of the model to sample from.
         """
 
     @abstractmethod
     def forget(self) -> None:
-        """Take back from the server what was sent to it, on the main process."""
+        """Unload from the server what was sent to it, on the main process."""
 
     def remove_leftovers(self) -> None:
-        """Clear away what trainers that were killed left behind, on the main process."""
+        """Remove what killed trainers left behind, on the main process."""
         remove_leftovers(self.client, self.folder.parent)
 
     def close(self) -> None:
-        """Leave nothing behind on the server or on the disk; problems are logged."""
+        """Remove everything from the server and the disk; problems are logged."""
         if self.versions == 0:
             return
         try:
@@ -107,7 +107,7 @@ class WeightSync(ABC):
         self.versions = 0
 
     def _write(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Have a folder written, and give it its name when it is whole."""
+        """Write a folder, and give it its name when it is complete."""
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -116,13 +116,13 @@ class WeightSync(ABC):
         return partial.rename(self.folder / name)
 
     def _on_server(self, path: Path) -> str:
-        """The path by which the server knows a folder of this run."""
+        """The path of a folder of this run on the server's machine."""
         root = self.settings.vllm_sync_dir_on_server
         return str(path) if root is None else os.path.join(root, self.run, path.name)
 
 
 class AdapterSync(WeightSync):
-    """Sends a LoRA adapter; the server keeps the current version and the one before."""
+    """Sends a LoRA adapter; the server keeps the current and the previous version."""
 
     def __init__(
         self, client: VLLMClient, settings: VLLMServerArguments, output_dir: str | None
@@ -142,7 +142,7 @@ class AdapterSync(WeightSync):
 
     @staticmethod
     def check_server(policy: Any, client: VLLMClient) -> None:
-        """Nothing: the server checks what it loads, and says what is wrong."""
+        """Check nothing: the server checks an adapter when it loads it."""
 
     def publish(
         self, policy: Any, accelerator: Accelerator, wrapped: Any, served: ServedModel
@@ -161,7 +161,7 @@ class AdapterSync(WeightSync):
         self.versions += 1
         name = f"{self.run}-{self.versions:06d}"
         folder = self._write(name, write)
-        # Remembered first: a server that was too slow to answer may still load it.
+        # Before the request: a server that was too slow to answer may still load it.
         self._sent.append(folder)
         self.client.load_adapter(name, self._on_server(folder))
         while len(self._sent) > KEPT_VERSIONS:
@@ -170,7 +170,7 @@ class AdapterSync(WeightSync):
 
     def _drop(self, folder: Path, at_the_end: bool = False) -> None:
         self.client.unload_adapter(folder.name, at_the_end=at_the_end)
-        # Whoever cleaned up the disk in the meantime has done this already.
+        # The folder may be gone already, if somebody has cleaned up the disk.
         shutil.rmtree(folder, ignore_errors=True)
 
     def forget(self) -> None:
@@ -231,7 +231,7 @@ class FullWeightSync(WeightSync):
                 f"weights-{self.versions:06d}",
                 lambda path: policy.save_pretrained(str(path), state_dict=weights),
             )
-            # A server that is sent to a folder without weights dies at the next request.
+            # A server that reloads from a folder without weights crashes at the next request.
             if not any(folder.glob("*.safetensors")):
                 raise VLLMServerError(f"no weights were saved in {folder}.")
             self.client.reload_weights(self._on_server(folder))
@@ -241,4 +241,4 @@ class FullWeightSync(WeightSync):
         return on_main_process(send)
 
     def forget(self) -> None:
-        """Nothing to take back: the server keeps the last weights."""
+        """Unload nothing: the server keeps the last weights."""

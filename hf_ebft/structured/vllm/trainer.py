@@ -1,4 +1,4 @@
-"""What a GRPO trainer needs beside `VLLMRollouts` when rollouts are older than its policy.
+"""A mixin for GRPO trainers that corrects for rollouts older than the policy.
 
     class Trainer(StalenessCorrection, GRPOTrainer): ...
 
@@ -26,16 +26,16 @@ else:
 
 
 class StalenessCorrection(StalenessAware, Base):
-    """Goes before `trl.GRPOTrainer` (or a subclass) among the bases of a trainer.
+    """A base class to list before `trl.GRPOTrainer` (or a subclass of it).
 
-    With any other source of rollouts than `VLLMRollouts` nothing changes.
+    It changes nothing unless `VLLMRollouts` is the source of rollouts.
 
-    - The importance ratio is exp(log p(token | policy) - log p(token | server)), the server's being
-      those at sampling time: right for stale weights, several passes over a batch and the server's
-      rounding alike. TRL alone would take the policy of the moment as the one that sampled.
-      Clipping and the loss stay TRL's.
-    - With `async_prefetch` the next batch of rollouts is asked for as soon as this one is there,
-      so it is one batch of rollouts behind. The first batch of an epoch is never ahead.
+    - The importance ratio is exp(log p(token | policy) - log p(token | server)), with the server's
+      log-probs at sampling time. This is correct for stale weights, several passes over a batch,
+      and the server's rounding. TRL alone would assume that the current policy sampled. Clipping
+      and the loss are TRL's.
+    - With `async_prefetch` the next batch of rollouts is requested as soon as the current one is
+      complete, so rollouts are one batch old. The first batch of an epoch is never prefetched.
     """
 
     _look_ahead: LookAhead | None = None
@@ -53,19 +53,19 @@ class StalenessCorrection(StalenessAware, Base):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The loss of a batch, with the server's log-probs (B, T) as those of the old policy."""
+        """The loss of a batch, with the server's log-probs (B, T) as the old policy's."""
         if self.server_rollouts is None:
             self._refuse_unused_server()
         else:
-            # The one place that knows TRL's names in a batch: what rollout_func returned as
-            # `logprobs`, and what the ratio is taken against.
+            # The only place with TRL's names for entries of a batch: the `logprobs` that
+            # rollout_func returned, and the log-probs in the ratio's denominator.
             inputs = {**inputs, "old_per_token_logps": inputs["sampling_per_token_logps"]}
         return super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
 
     def _refuse_unused_server(self) -> None:
-        """Raise if a server is asked for in the settings and another source of rollouts is used."""
+        """Raise if the settings name a server but another source of rollouts is used."""
         args: Any = self.args
         if isinstance(args, VLLMServerArguments) and args.samples_on_server:
             raise ValueError(
@@ -78,7 +78,7 @@ class StalenessCorrection(StalenessAware, Base):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Draw the batches of one optimizer step; tell the rollouts what to sample next."""
+        """Get the batches of one optimizer step, and tell the rollouts which batches follow."""
         rollouts = self.rollout_func
         if not isinstance(rollouts, VLLMRollouts) or not rollouts.settings.async_prefetch:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -86,11 +86,11 @@ class StalenessCorrection(StalenessAware, Base):
             self._look_ahead = LookAhead(epoch_iterator)
         ahead: Any = self._look_ahead
         drawn, items = super().get_batch_samples(ahead, num_batches, device)
-        # TRL samples on every so many-th batch and passes over the others.
+        # TRL samples at every `every`-th batch and skips the others.
         steps = cast("GRPOConfig", self.args).steps_per_generation
         assert steps is not None  # GRPOConfig has worked it out
         every = steps * self.num_iterations
-        # What comes after the last step is never trained on.
+        # Batches after the last step are never trained on.
         steps_left = self.state.max_steps - self.state.global_step - 1
         end = len(drawn) + steps_left * self.args.gradient_accumulation_steps
         rollouts.following.clear()

@@ -1,4 +1,4 @@
-"""What the server needs of TRL's trainer: checked options, its tokenizer, prompts as tokens."""
+"""Reads what the server needs from TRL's trainer: options, tokenizer, prompts as tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PLAIN_SAMPLING: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "generation_kwargs": (None, {}),
 }
-"""Options of TRL with the values that leave the softmax at the temperature whole."""
+"""Options of TRL with the values that do not change the distribution at the temperature."""
 
 
 def check_trainer(trainer: Any, settings: VLLMServerArguments) -> None:
-    """Refuse options that would make the server's distribution another than the one trained on.
+    """Raise for options with which the server's distribution would differ from the trained one.
 
     Raises:
         ValueError: naming the option, the reason and what to write instead.
@@ -58,14 +58,14 @@ def check_trainer(trainer: Any, settings: VLLMServerArguments) -> None:
 
 
 def get_max_tokens(trainer: Any) -> int:
-    """Most tokens of a completion of the batch at hand."""
+    """Largest number of tokens of a completion of the current batch."""
     if isinstance(trainer, StalenessAware):
         return trainer.rollout_budget()
     return trainer.max_completion_length
 
 
 def get_tokenizer(trainer: Any) -> Any:
-    """The policy's tokenizer, also where the trainer has a processor around it."""
+    """The policy's tokenizer, also if the trainer has a processor that contains it."""
     processing = trainer.processing_class
     return processing.tokenizer if isinstance(processing, ProcessorMixin) else processing
 
@@ -79,10 +79,10 @@ def get_vocabulary_size(trainer: Any) -> int:
 
 
 def tokenize_prompts(prompts: list[Any], trainer: Any) -> list[list[int]]:
-    """Token ids of text prompts as they are, of chats by the trainer's chat template.
+    """Token ids of prompts; chats are rendered with the trainer's chat template.
 
     Raises:
-        ValueError: the prompts hold more than text.
+        ValueError: the prompts contain more than text.
     """
     if not prompts:
         return []

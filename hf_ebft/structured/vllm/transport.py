@@ -1,8 +1,8 @@
-"""HTTP by urllib3, with the one rule of when a request is sent again.
+"""HTTP with urllib3, and the rule when a request is sent again.
 
-urllib3 rather than requests, which is built on it: urllib3 also repeats a request whose answer
+urllib3 is used, and not requests, which is built on it: urllib3 also repeats a request whose answer
 breaks off in its body, threads may share its connections, and it reads no proxy or password from
-the environment (the server is a machine of one's own).
+the environment (the server is the user's own machine).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_ebft.structured.vllm.errors import ServerUnavailable
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = 30.0
-"""Seconds between two tries of a request, at most."""
+"""Largest number of seconds between two tries of a request."""
 CONNECT_TIMEOUT = 10.0
 
 
@@ -30,9 +30,9 @@ class Response:
     """An HTTP answer, whatever its status.
 
     Attributes:
-        status: of HTTP.
-        body: as text.
-        retries: how often the request was sent again before.
+        status: HTTP status.
+        body: the body as text.
+        retries: number of times that the request was sent again.
     """
 
     status: int
@@ -44,10 +44,10 @@ class Transport:
     """Sends requests to one server. Safe to use from several threads.
 
     Args:
-        url: of the server.
-        connections: to keep open.
-        wait: seconds before a request is sent for the third time; twice as many before each
-            further time, and none before the second.
+        url: address of the server.
+        connections: number of connections to keep open.
+        wait: seconds before a request is sent for the third time; they double before each further
+            time, and are 0 before the second.
     """
 
     def __init__(self, url: str, connections: int, wait: float) -> None:
@@ -65,20 +65,20 @@ class Transport:
         retries: int,
         transient: Collection[int],
     ) -> Response:
-        """Send a request, again if the connection breaks, the time is up or the status may pass.
+        """Send a request; send it again after a broken connection, a timeout or a transient status.
 
-        A server that refuses connections is not tried again: the caller waits until it is up.
+        If the server refuses connections, it is not sent again: the caller waits until it is up.
 
         Args:
             method: GET or POST.
-            path: below the server's address.
+            path: path below the server's address.
             payload: JSON of a POST; None sends none.
             timeout: seconds to wait for an answer.
-            retries: how often it is sent again.
+            retries: number of times that it is sent again.
             transient: statuses after which it is sent again.
 
         Raises:
-            ServerUnavailable: no whole answer.
+            ServerUnavailable: there is no complete answer.
         """
         headers = {}
         if "VLLM_API_KEY" in os.environ:  # the variable that vLLM itself reads

@@ -1,4 +1,4 @@
-"""Threads for requests that must not keep the process alive."""
+"""Threads for requests that do not keep the process alive."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 class DaemonPool:
     """Runs calls in a bounded number of daemon threads.
 
-    Python waits at its exit for the calls of a `ThreadPoolExecutor`. With a server that has frozen,
-    that is `vllm_request_timeout` times the tries after ctrl-C.
+    Python waits at its exit for the calls of a `ThreadPoolExecutor`. With a frozen server, it would
+    wait after ctrl-C for `vllm_request_timeout` times the number of tries.
 
     Args:
-        size: most calls at a time.
+        size: largest number of calls at a time.
     """
 
     def __init__(self, size: int) -> None:
@@ -27,7 +27,7 @@ class DaemonPool:
         self._calls: SimpleQueue[Call | None] = SimpleQueue()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Have a call made as soon as a thread is free."""
+        """Make a call as soon as a thread is free."""
         future: Future[Any] = Future()
         self._calls.put((future, function, arguments))
         if len(self._threads) < self._size:
@@ -37,7 +37,7 @@ class DaemonPool:
         return future
 
     def close(self) -> None:
-        """Cancel what has not begun; calls under way are left to themselves."""
+        """Cancel calls that have not begun; others continue, but nobody waits for them."""
         try:
             while (call := self._calls.get_nowait()) is not None:
                 call[0].cancel()
