@@ -85,6 +85,16 @@ def test_chunks_of_rollouts_agree_with_the_whole_row(attention):
     assert_agree(loss_and_gradients(model, attention, training_chunk_size=20), whole, 1e-5)
 
 
+@pytest.mark.parametrize(("width", "chunk"), [(24, 20), (64, 20), (300, 400)])
+@pytest.mark.skipif(ON_CPU, reason="flex_attention has no backward pass on a CPU")
+def test_chunks_with_flex_attention_agree_with_the_dense_mask(width, chunk):
+    """Against the documents' keys and values, which are computed again after the chunks."""
+    model = small_llama(head_dim=HEAD_DIM).to(DEVICE)
+    dense = loss_and_gradients(copy.deepcopy(model), "sdpa", width=width)
+    found = loss_and_gradients(model, "flex_attention", training_chunk_size=chunk, width=width)
+    assert_agree(found, dense, 2e-3)
+
+
 # Fewer queries than the 128 of a tile, which flex_attention sends to a kernel of their own; several
 # tiles, the last of them not full.
 @pytest.mark.parametrize("width", [24, 64, 300])
