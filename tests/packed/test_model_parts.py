@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_ebft.feature_network.network import FeatureNetwork
-from hf_ebft.packed.compiled_layers import _reads_packed_row
+from hf_ebft.packed.compiled_layers import CompiledForward, CompileOptions
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.model_parts import cache_argument, decoder_layers
 from tests.support.architectures import LAYERS, MODEL_TYPES, tiny_model
@@ -18,21 +18,34 @@ from tests.support.exactness import Case, ragged_batch, sample
 
 
 class Newer(nn.Module):
-    def forward(self, input_ids: Any, cache: Any = None, **kwargs: Any) -> None: ...
+    def forward(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> Tensor:
+        return input_ids + 1
 
 
 class Older(nn.Module):
-    def forward(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> None: ...
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Tensor:
+        return input_ids + 1
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Newer, "cache"), (Older, "past_key_values")])
 def test_the_cache_goes_by_the_name_that_the_model_has_for_it(
     kind: type[nn.Module], name: str
 ) -> None:
-    assert cache_argument(kind()) == name
-    mask = torch.ones(1, 1, 2, 2)
-    assert not _reads_packed_row({"attention_mask": mask, name: object()})
-    assert _reads_packed_row({"attention_mask": mask, name: None})
+    model = kind()
+    assert cache_argument(model) == name
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    forward = CompiledForward(model, CompileOptions(backend))  # type: ignore[arg-type]
+    row = {"input_ids": torch.ones(1, 2), "attention_mask": torch.ones(1, 1, 2, 2)}
+    # Layers with a cache that they cannot be handed their part of run as they are written.
+    forward(**row, **{name: object()})
+    assert not compiled
+    forward(**row, **{name: None})
+    assert compiled
 
 
 def test_no_model_is_called_by_a_name_that_its_release_warns_of() -> None:
