@@ -137,7 +137,7 @@ def test_one_pass_embeds_the_beginnings_of_rollouts(method: str, chunk_size: int
 @pytest.mark.parametrize("lengths", [(), (0, 2), (3, 6)])
 def test_beginnings_are_no_longer_than_the_rollouts(lengths: tuple[int, ...]) -> None:
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="must lie between 1 and 5, the tokens of these rollouts"):
+    with pytest.raises(ValueError, match="must lie between 1 and 5, the length of these rollouts"):
         network(model).embed_beginnings(rollouts_of(model), lengths)
 
 
