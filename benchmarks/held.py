@@ -62,7 +62,7 @@ class HeldMemory:
                 self._reach_memory(tensor.untyped_storage())
         for tensor in tensors_in((found,)):
             storage = tensor.untyped_storage()
-            if not tensor.is_meta or storage in self._known:
+            if not tensor.is_meta or storage in self._known or storage in self._fused:
                 continue
             big = storage.nbytes() >= 2**20
             who = owner(self._phase(), func) if big else "small tensors"
