@@ -110,7 +110,8 @@ def test_parameters_of_experts_get_adapters() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"load_in_4bit": True}, "quantized weights cannot be trained, .* Add use_peft"),
+        ({"load_in_4bit": True}, "load_in_4bit=True: quantized weights cannot .* Add use_peft"),
+        ({"load_in_8bit": True}, "load_in_8bit=True: .* or drop load_in_8bit to train"),
         ({"use_dora": True}, "use_dora=True would have no effect without adapters"),
         ({"lora_modules_to_save": ["a"]}, r"\['a'\] would have no effect without adapters"),
         ({"use_peft": True, "load_in_4bit": True, "load_in_8bit": True}, "keep one of the two"),
