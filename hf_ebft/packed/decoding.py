@@ -33,7 +33,6 @@ from hf_ebft.packed.model_code import calls_chosen_attention
 from hf_ebft.packed.model_parts import bare_model, keeping_every_state
 from hf_ebft.packed.static_cache import CannotDecodeStatically, Slot, StaticCache, decoding_against
 from hf_ebft.packed.step_views import StepViews
-from hf_ebft.rows.anchors import Blocks
 from hf_ebft.rows.layout import PackedLayout
 
 # Of document columns and rollouts, where shapes come in few sizes: the tiles of flex_attention.
@@ -341,16 +340,10 @@ class StaticDecoder:
 
 def _filled_up(layout: PackedLayout) -> tuple[PackedLayout, int]:
     """Blocks that do not exist added, and how many rollouts these have."""
-    n_samples, blocks = layout.n_samples, layout.blocks
+    _, n_samples, n_blocks, _ = layout.rollout_shape
     granularity = MULTIPLE // math.gcd(MULTIPLE, n_samples)
-    missing = -blocks.exists.shape[1] % granularity
-    filled = Blocks(
-        pad(blocks.column, (0, missing)),
-        pad(blocks.position, (0, missing)),
-        pad(blocks.document, (0, missing), value=-1),
-        pad(blocks.exists, (0, missing)),
-    )
-    return PackedLayout(layout.documents, filled, n_samples, layout.length), missing * n_samples
+    missing = -n_blocks % granularity
+    return layout.select_blocks(slice(0, n_blocks + missing)), missing * n_samples
 
 
 def _callable_part(model: nn.Module) -> nn.Module:
