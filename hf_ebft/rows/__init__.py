@@ -1,1 +1,1 @@
-"""Where every token of a packed row is, and which tokens it sees. No model here."""
+"""The layout of packed rows: where each token is and which tokens it sees. No model code."""

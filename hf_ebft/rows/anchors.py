@@ -1,11 +1,11 @@
 """Where blocks start: anchors, prefixes and ground-truth windows.
 
-Block k of a document continues the nested prefix `doc[:e_k]` with `e_k = a_0 + k * stride`; its
-ground truth is the window `doc[e_k : e_k + G]`. The first prefix ends at
-`a_0 = context_length`, or, where a completion is marked, at
-`max(context_length, completion_start + min_completion_prefix)` of that document.
+Block k of a document continues the prefix `doc[:e_k]` with `e_k = a_0 + k * stride`. Its ground
+truth is the window `doc[e_k : e_k + G]`. The first prefix ends at `a_0 = context_length`. In a
+document with a marked completion it ends at
+`a_0 = max(context_length, completion_start + min_completion_prefix)`.
 
-Dimension letters: B rows, S tokens of a row, K blocks (the most that any row has), G tokens of a
+Dimension letters: B rows, S tokens of a row, K blocks (the maximum over the rows), G tokens of a
 rollout.
 """
 
@@ -27,18 +27,23 @@ from hf_ebft.rows.documents import Documents
 class Blocks:
     """The blocks of a batch, in the order of their anchors; K is at least 1.
 
-    A batch without any block still has K = 1 with `exists` False, so that every process of a
-    distributed run makes the same forward passes whatever its documents are.
+    A row with fewer than K blocks is padded with blocks whose `exists` is False. A batch without
+    any block still has K = 1, with `exists` False: every process of a distributed run must make
+    the same forward passes, whatever its documents are.
 
     Attributes:
-        column: (B, K) int64, index in the row of the window's first token (0 where none exists).
-        position: (B, K) int64, e_k: index within the document, which is the prefix's length.
-        document: (B, K) int64, document of the row that the block belongs to; -1 where none exists.
+        column: (B, K) int64, index in the row of the window's first token; 0 if the block does not
+            exist.
+        position: (B, K) int64, e_k: index of that token within its document, which is the length of
+            the prefix.
+        document: (B, K) int64, which document of the row the block belongs to; -1 if the block does
+            not exist.
         exists: (B, K) bool.
-        weight: (B, K) float32, how many blocks each one stands for, where some were left out at
-            random; None: all are there.
-        total: (B, K) int64, `per_document` before some were left out.
-        everything: the blocks before some were left out.
+        weight: (B, K) float32, weight of each block after `thinned`: one over the probability with
+            which it was kept. None: no blocks were dropped, and each has weight 1.
+        total: (B, K) int64, `per_document` before `thinned` dropped blocks. None: no blocks were
+            dropped.
+        everything: the blocks before `thinned` dropped some. None: no blocks were dropped.
     """
 
     column: Tensor
@@ -50,11 +55,11 @@ class Blocks:
     everything: Blocks | None = None
 
     def __getitem__(self, index: slice) -> Blocks:
-        """Some of the K blocks of every row."""
+        """A slice of the K blocks of every row."""
         return self._map(lambda tensor: tensor[:, index])
 
     def filled_up(self, missing: int) -> Blocks:
-        """The same blocks, followed by `missing` that do not exist."""
+        """The same blocks, padded with `missing` blocks that do not exist."""
         nothing = {"document": -1}
         filled: dict[str, Any] = {
             name: torch.nn.functional.pad(tensor, (0, missing), value=nothing.get(name, 0))
@@ -72,25 +77,25 @@ class Blocks:
         return replace(self, **changed)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Those that are there, (B, K) each, by name."""
+        """The tensor attributes that are not None, (B, K) each, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     @property
     def weights(self) -> Tensor:
-        """(B, K) float32: how many blocks each one stands for, 0 where none exists."""
+        """(B, K) float32: weight of each block in sums over blocks; 0 if it does not exist."""
         return self.exists.float() if self.weight is None else self.weight
 
     @property
     def before_choice(self) -> Blocks:
-        """All blocks of the batch, those that were left out, too."""
+        """All blocks of the batch, including those that `thinned` dropped."""
         return self if self.everything is None else self.everything
 
     def thinned(self, kept: Tensor, probability: Tensor, counts: Buckets = EXACT) -> Blocks:
-        """Some of the blocks, weighed so that sums over blocks keep their expectation.
+        """Drop some blocks, and weight the others so that sums over blocks keep their expectation.
 
         Args:
-            kept: (B, K) bool, drawn with `probability`, independently.
+            kept: (B, K) bool, which blocks to keep; drawn independently with `probability`.
             probability: (B, K), above 0 for every block.
             counts: the new K is rounded up to one of these.
         """
@@ -110,9 +115,9 @@ class Blocks:
         )
 
     def per_document(self) -> Tensor:
-        """(B, K) int64: number of blocks of the document that each block belongs to (0 if none).
+        """(B, K) int64: number of blocks in the document of each block; 0 if it does not exist.
 
-        Those that were left out at random count.
+        Blocks that `thinned` dropped are counted.
         """
         if self.total is not None:
             return self.total
@@ -129,19 +134,19 @@ def find_blocks(
     min_completion_prefix: int = 0,
     counts: Buckets = EXACT,
 ) -> Blocks:
-    """Find every block that lies in one document and whose window has no masked label.
+    """Find every block whose window lies in one document and contains no masked label.
 
     Args:
         documents: the batch.
         stride: tokens between anchors.
-        context_length: tokens of the shortest prefix.
+        context_length: minimum number of tokens of a prefix.
         generate_max_len: G.
-        min_completion_prefix: tokens of a marked completion that precede its first block.
+        min_completion_prefix: number of tokens of a marked completion before its first block.
         counts: K is rounded up to one of these.
 
     Returns:
-        `floor((S - G - a_0) / stride) + 1` blocks for a document of S tokens (none if that is not
-        positive), less those whose window contains a masked label.
+        `floor((S - G - a_0) / stride) + 1` blocks for a document of S tokens (none if this is not
+        positive), without those whose window contains a masked label.
     """
     marked = documents.completion_start >= 0
     a_0 = torch.where(
@@ -166,17 +171,17 @@ def find_blocks(
 
 
 def _at_the_front(chosen: Tensor, counts: Buckets) -> tuple[Tensor, Tensor]:
-    """Indices of the chosen places of each row, in order, and which of them exist: (B, K) each.
+    """Indices of the True entries of each row, in order, and which of them exist: (B, K) each.
 
     Args:
-        chosen: (B, any number of places) bool.
+        chosen: (B, any width) bool.
         counts: K is rounded up to one of these.
     """
     count = chosen.sum(dim=1)
     most = counts.round_up(max(1, int(count.max())))
-    # A row may have fewer places than blocks that are not there.
+    # After rounding up, K may exceed the width of the row.
     chosen = torch.nn.functional.pad(chosen, (0, max(0, most - chosen.shape[1])))
-    # Stable sort brings those chosen to the front of each row, in order.
+    # A stable sort moves the True entries to the front of each row and keeps their order.
     index = torch.argsort((~chosen).long(), dim=1, stable=True)[:, :most]
     exists = torch.arange(most, device=count.device) < count[:, None]
     return torch.where(exists, index, 0), exists
@@ -184,16 +189,17 @@ def _at_the_front(chosen: Tensor, counts: Buckets) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Replies:
-    """How many of the replies of a batch get a block; a reply is an unbroken stretch of labelled
-    tokens of a document that marks a completion.
+    """How many replies of a batch contain a block.
 
-    All blocks of a document lie on one lattice, `stride` apart, that starts with its first reply. A
-    later reply is reached for certain if it has `generate_max_len + stride - 1` tokens or more.
+    A reply is a contiguous run of labelled tokens in a document that marks a completion. The blocks
+    of a document are `stride` tokens apart, counted from its first reply. A later reply is
+    guaranteed a block only if it has at least `generate_max_len + stride - 1` tokens.
 
     Attributes:
-        count: int64 scalar.
-        without_blocks: int64 scalar, those that no block lies in.
-        too_short: int64 scalar, those that are shorter than a rollout, which no stride would reach.
+        count: int64 scalar, number of replies.
+        without_blocks: int64 scalar, number of replies that contain no block.
+        too_short: int64 scalar, number of replies shorter than a rollout. They contain no block at
+            any stride.
     """
 
     count: Tensor
@@ -202,17 +208,17 @@ class Replies:
 
 
 def count_replies(documents: Documents, blocks: Blocks, generate_max_len: int) -> Replies:
-    """Count the replies of a batch and those that its blocks do not reach.
+    """Count the replies of a batch, and those without a block.
 
     Args:
         documents: the batch.
-        blocks: all of its blocks.
+        blocks: all blocks of the batch.
         generate_max_len: G.
     """
     labelled = documents.is_target & (documents.completion_start > 0)
     before = torch.nn.functional.pad(labelled[:, :-1], (1, 0))
     first = labelled & (~before | (documents.position == 0))
-    # (B, S): 1, 2, ... along the row; 0 collects what is no part of a reply.
+    # (B, S): the number of the reply along the row, from 1 on; 0 for tokens outside replies.
     reply = torch.where(labelled, first.long().cumsum(dim=1), 0)
     nothing = torch.zeros(reply.shape[0], reply.shape[1] + 1, dtype=torch.long, device=reply.device)
     length = nothing.scatter_add(1, reply, torch.ones_like(reply))[:, 1:]
@@ -225,12 +231,12 @@ def count_replies(documents: Documents, blocks: Blocks, generate_max_len: int) -
 
 
 def find_blocks_for(settings: StridedArguments, documents: Documents, **changes: Any) -> Blocks:
-    """`find_blocks` with a run's settings.
+    """Call `find_blocks` with the settings of a run.
 
     Args:
-        settings: where blocks start and how long rollouts are.
+        settings: give the stride, the shortest prefix and the length of rollouts.
         documents: the batch.
-        **changes: arguments of `find_blocks` in place of the settings'.
+        **changes: arguments of `find_blocks` that override the settings or add to them.
     """
     names = ("stride", "context_length", "generate_max_len", "min_completion_prefix")
     return find_blocks(documents, **({name: getattr(settings, name) for name in names} | changes))

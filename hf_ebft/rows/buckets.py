@@ -1,7 +1,8 @@
-"""Widths and numbers of blocks, rounded up to few values, so that shapes repeat.
+"""Row widths and block counts rounded up to a few values, so that shapes repeat.
 
-What is compiled for one shape, or captured in a graph, serves every batch of that shape. Steps
-grow with the number: four to each power of two, so that long rows have few shapes, too.
+Code compiled for one shape, or a CUDA graph captured for it, serves every batch of that shape. The
+distance between buckets can grow with the number: two neighbouring powers of two then have at most
+four buckets between them, so that long rows also have few shapes.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Buckets:
-    """Numbers that others are rounded up to: `least` and its multiples, ever further apart.
+    """The values that a number may be rounded up to; all are multiples of `least`.
 
     Attributes:
-        least: the smallest of them, and the smallest step; a power of two if steps grow.
-        grows: whether steps grow to a quarter of the next power of two; else all are `least`.
+        least: the smallest value, and the smallest distance between neighbouring values. It must be
+            a power of two if `grows`.
+        grows: if True, the distance near a number is a quarter of the next power of two (at least
+            `least`). If False, the distance is always `least`.
     """
 
     least: int = 1
@@ -25,7 +28,11 @@ class Buckets:
         assert not self.grows or self.least & (self.least - 1) == 0, "else buckets would not nest"
 
     def round_up(self, number: int) -> int:
-        """The first bucket that is no smaller than a number of at least 1."""
+        """The smallest bucket that is at least `number`.
+
+        Args:
+            number: 1 or more.
+        """
         step = self.least
         if self.grows:
             step = max(step, (1 << (number - 1).bit_length()) // 4)
@@ -33,21 +40,24 @@ class Buckets:
 
 
 EXACT = Buckets()
-# Where nothing else is asked for: tokens of a row (the tile of flex_attention's kernels), and
-# blocks.
+# Defaults for the tokens of a row and for its blocks. 128 is the tile of flex_attention's kernels.
 TOKENS, BLOCKS = Buckets(128, grows=True), Buckets(8, grows=True)
 
 
 def buckets_for(
     pad_to_multiple_of: int | None, stride: int, *, static_shapes: bool
 ) -> tuple[Buckets, Buckets]:
-    """Buckets of a row's tokens and of its blocks.
+    """Choose the buckets for a row's tokens and for its blocks.
 
     Args:
-        pad_to_multiple_of: what the user wants: a multiple for the tokens, and the blocks that lie
-            in so many tokens for the blocks; None: what serves the machine.
+        pad_to_multiple_of: the user's setting. Token counts become multiples of it, and block
+            counts become multiples of the number of blocks in that many tokens. None: choose by
+            `static_shapes`.
         stride: tokens between the starts of neighbouring blocks.
-        static_shapes: whether each shape costs something, being compiled by itself.
+        static_shapes: whether code is compiled for each new shape, so that every shape costs time.
+
+    Returns:
+        Buckets for tokens, and buckets for blocks.
     """
     if pad_to_multiple_of is not None:
         return Buckets(pad_to_multiple_of), Buckets(max(1, pad_to_multiple_of // stride))

@@ -1,8 +1,8 @@
 """How many blocks of a batch go through a model at a time.
 
-With the documents in a cache, the rollouts of one block do not need those of another. A forward
-pass over them can be made in chunks that are large enough for efficient matrix products, and the
-activations of one chunk exist at a time.
+If a cache holds the documents' keys and values, the rollouts of a block are independent of those of
+other blocks. The forward pass over the rollouts can then be made in chunks. A chunk must be large
+enough for efficient matrix products. Only one chunk's activations exist at a time.
 """
 
 from __future__ import annotations
@@ -13,29 +13,31 @@ import torch
 
 from hf_ebft.rows.layout import PackedLayout
 
-# Rollout tokens that go through a model together on a CPU.
+# Rollout tokens per chunk on a CPU.
 ON_CPU = 1024
-# And elsewhere, without a gradient: activations are gone after each layer.
+# Rollout tokens per chunk on other devices without a gradient: each layer's activations are freed
+# after the layer.
 WITHOUT_GRADIENT = 8192
-# With a gradient: numbers of the hidden states of a chunk (its tokens times their width H). A layer
-# takes about 72 * H floating point operations for each, forward and backward, and launches about a
-# hundred operators of ten microseconds. At 400 TFLOP/s the two take as long with 2^22 numbers where
-# H is 1500; with twice as many nothing waits for launches from there on, and their activations are
-# about those of the documents of a batch.
+# With a gradient: elements in the hidden states of a chunk (its tokens times their width H). For
+# each element, a layer takes about 72 * H floating point operations, forward and backward. A layer
+# also launches about a hundred operators of ten microseconds. At 400 TFLOP/s and H = 1500,
+# computing and launching take the same time with 2^22 elements. With twice as many, computing takes
+# longer than launching at this width and above, and a chunk's activations take about as much memory
+# as those of a batch's documents.
 NUMBERS_WITH_GRADIENT = 2**23
 
 
 def tokens_without_gradient(device: torch.device) -> int:
-    """Rollout tokens of a chunk whose activations nobody keeps, where nothing is set."""
+    """Default number of rollout tokens of a chunk in a pass without gradient."""
     return ON_CPU if device.type == "cpu" else WITHOUT_GRADIENT
 
 
 def tokens_with_gradient(device: torch.device, width: int) -> int:
-    """Rollout tokens of a chunk whose activations are kept, where nothing is set.
+    """Default number of rollout tokens of a chunk in a pass with gradient.
 
     Args:
-        device: of the model.
-        width: H, of its hidden states.
+        device: the model's device.
+        width: H, the width of the model's hidden states.
     """
     if device.type == "cpu":
         return ON_CPU
@@ -49,10 +51,14 @@ def block_chunks(
 
     Args:
         layout: the batch.
-        size: rollout tokens of a chunk, at least those of one block.
-        tokens_fed: of the G tokens of a rollout, how many go through the model.
-        equal: all chunks have the same number of blocks, so that their passes have one shape; the
-            last may reach beyond the last block, see `PackedLayout.select_blocks`.
+        size: approximate number of rollout tokens of a chunk. A chunk has at least one block, even
+            if that block has more tokens.
+        tokens_fed: how many of the G tokens of each rollout go through the model.
+        equal: give all chunks the same number of blocks, so that their passes have one shape. The
+            last chunk may then end beyond the last block, see `PackedLayout.select_blocks`.
+
+    Returns:
+        Slices of the K blocks, in order.
     """
     rows, n_samples, n_blocks, _ = layout.rollout_shape
     tokens = rows * n_samples * n_blocks * tokens_fed

@@ -1,6 +1,7 @@
-"""From a Trainer's batch to documents: padding read, boundaries found, labels understood.
+"""Reads a Trainer's batch as documents: its padding, document boundaries and labels.
 
-Dimension letters: B rows of the batch, S tokens of a row without padding.
+Dimension letters: B rows of the batch, S' tokens of a row as collated (padding included), S tokens
+of a row as read here: those of the longest row without padding, rounded up.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from hf_ebft.rows.buckets import EXACT, Buckets
 
-# Columns that only EBFT understands: kept by the trainer, never passed to the model.
+# Columns that only EBFT reads: the trainer keeps them and never passes them to the model.
 PROMPT_LENGTH = "prompt_length"
 DOCUMENT_COLUMNS = ("document_ids", "seq_idx")
-# TRL's columns: 1 at the tokens of a completion, and at those that an assistant wrote.
+# TRL's columns: 1 at the tokens of a completion, and 1 at the tokens that an assistant wrote.
 LABEL_MASKS = ("completion_mask", "assistant_masks")
 EBFT_COLUMNS = (PROMPT_LENGTH, *DOCUMENT_COLUMNS, *LABEL_MASKS)
 READ_COLUMNS = ("input_ids", "attention_mask", "labels", "position_ids", *EBFT_COLUMNS)
@@ -26,17 +27,17 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Documents:
-    """The batch with its padding moved to the right, whatever side it came on.
+    """The batch with its padding moved to the right (left padding is accepted).
 
     Attributes:
-        input_ids: (B, S) int64; 0 where there is no token.
+        input_ids: (B, S) int64; 0 at padding.
         document: (B, S) int64, which document of the row a token belongs to; -1 at padding.
         position: (B, S) int64, the token's index within its own document; 0 at padding.
-        length: (B, S) int64, tokens of the token's own document; 0 at padding.
-        is_target: (B, S) bool, tokens that labels and label masks leave unmasked (all real tokens
-            without any).
-        completion_start: (B, S) int64, index within the token's document of the first token that
-            labels, label masks or `prompt_length` mark as completion; -1 where nothing marks one.
+        length: (B, S) int64, number of tokens of the token's own document; 0 at padding.
+        is_target: (B, S) bool, tokens that labels and label masks leave unmasked. Without labels
+            and label masks, all real tokens.
+        completion_start: (B, S) int64, index, within the token's document, of the first token that
+            labels, label masks or `prompt_length` mark as completion; -1 if nothing marks one.
     """
 
     input_ids: Tensor
@@ -65,24 +66,24 @@ class Documents:
         vocabulary_size: int | None = None,
         widths: Buckets = EXACT,
     ) -> Documents:
-        """Read a batch as collators make it.
+        """Read a batch as a data collator returns it.
 
         Args:
-            inputs: `input_ids` (B, S'); optional `attention_mask` (B, S'), `labels` (B, S')
-                equal to input_ids or -100, `completion_mask` and `assistant_masks` (B, S') 0 where
-                a token is no target, `prompt_length` (B,) in tokens without padding, and
-                document boundaries as `document_ids` / `seq_idx` (B, S') or `position_ids`
-                that restart.
+            inputs: `input_ids` (B, S'). Optional: `attention_mask` (B, S'); `labels` (B, S'), equal
+                to input_ids or -100; `completion_mask` and `assistant_masks` (B, S'), 0 for tokens
+                that are not targets; `prompt_length` (B,), in tokens without padding; document
+                boundaries as `document_ids` or `seq_idx` (B, S'), or as `position_ids` (B, S') that
+                restart at each document.
             document_masking: see `hf_ebft.config.StridedArguments`.
-            eos_token_id: token that ends a document, used when `document_masking` is True and
-                the batch has no boundaries of its own.
-            vocabulary_size: token ids that the model embeds; larger ones are refused if given.
+            eos_token_id: token that ends a document. It is used if `document_masking` is True and
+                the batch has no column with boundaries.
+            vocabulary_size: number of token ids that the model embeds; None: ids are not checked.
             widths: S is rounded up to one of these.
 
         Raises:
-            ValueError: missing or malformed `input_ids`, ids that the model does not know,
-                labels that are not a masked copy of them, a `prompt_length` beyond its row, or
-                no way to find boundaries.
+            ValueError: `input_ids` are missing or malformed, or contain ids that the model does
+                not embed; labels are not a masked copy of them; a `prompt_length` is negative or
+                longer than its row; or the boundaries cannot be found.
         """
         input_ids = _read_input_ids(inputs)
         real = _read_attention_mask(inputs, input_ids)
@@ -91,7 +92,8 @@ class Documents:
         is_target = real & _read_label_mask(inputs, input_ids, real)
         boundary_column, boundary_kind = _boundary_column(inputs, input_ids, document_masking)
 
-        # Stable sort: real tokens first, in their order. Left padding becomes right padding.
+        # A stable sort puts the real tokens first, in their order: left padding becomes right
+        # padding.
         order = torch.argsort((~real).long(), dim=1, stable=True)
         order = order[:, : max(1, int(real.sum(dim=1).max()))]
         missing = widths.round_up(order.shape[1]) - order.shape[1]
@@ -104,7 +106,7 @@ class Documents:
         column = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         first_column = torch.where(starts, column, 0).cummax(dim=1).values
         position = torch.where(real, column - first_column, 0)
-        # Scatter over document indices; padding goes to a slot of its own that is never read.
+        # Scatter over document indices. Padding goes to an extra slot that is never read.
         slot = torch.where(real, document, document.shape[1])
         per_document = torch.zeros(
             slot.shape[0], slot.shape[1] + 1, dtype=torch.long, device=slot.device
@@ -140,13 +142,13 @@ class Documents:
 
 @dataclass(frozen=True)
 class DocumentReader:
-    """How a run reads its batches: the settings of `Documents.from_inputs`, said once.
+    """How a run reads its batches: the arguments of `Documents.from_inputs`, kept in one place.
 
     Attributes:
-        document_masking, eos_token_id, vocabulary_size, widths: see there.
-        model_inputs: names that the model's own forward takes. A batch with one of them that EBFT
-            does not read is refused: evaluation would use it and training would not. None and
-            False ask for nothing (`use_cache=False`).
+        document_masking, eos_token_id, vocabulary_size, widths: see `Documents.from_inputs`.
+        model_inputs: names of the arguments of the model's own forward. If a batch has a column of
+            such a name that EBFT does not read, `read` raises: evaluation would use the column and
+            training would not. Columns that are None or False are allowed (`use_cache=False`).
     """
 
     document_masking: bool | None = None
@@ -156,19 +158,19 @@ class DocumentReader:
     model_inputs: frozenset[str] = frozenset()
 
     def read(self, inputs: Mapping[str, Any], device: torch.device | None = None) -> Documents:
-        """The documents of a batch, on a device (default: where its tensors are).
+        """The documents of a batch, on a device (default: the device of its tensors).
 
         Raises:
-            ValueError: a batch that `Documents.from_inputs` refuses, or with inputs of the model
-                that EBFT does not hand on.
+            ValueError: `Documents.from_inputs` refuses the batch, or the batch has inputs of the
+                model that EBFT does not pass on.
         """
         given = {name for name, value in inputs.items() if value is not None and value is not False}
         unread = sorted((self.model_inputs & given).difference(READ_COLUMNS))
-        if unread and "input_ids" in inputs:  # else there is more to say than that
+        if unread and "input_ids" in inputs:  # without input_ids, from_inputs raises a better error
             raise ValueError(
                 f"The batch has {', '.join(unread)}, which the model takes as input, but EBFT "
-                "samples and trains on token ids alone: the model would be another one in "
-                "evaluation than in training. Drop these columns (dataset.remove_columns, or "
+                "samples and trains on token ids alone: evaluation would use these inputs and "
+                "training would not. Drop these columns (dataset.remove_columns, or "
                 "tokenizer(..., return_token_type_ids=False)), or leave them out in the data "
                 "collator."
             )
@@ -192,10 +194,14 @@ def predicted_targets(documents: Documents) -> Tensor:
 
 
 def split_rows(inputs: dict[str, Any], size: int | None) -> list[dict[str, Any]]:
-    """A batch in parts of at most `size` rows; the batch itself where it is no larger.
+    """Split a batch into parts of at most `size` rows; a batch that is small enough stays whole.
+
+    Args:
+        inputs: the batch.
+        size: most rows of a part; None: do not split.
 
     Raises:
-        ValueError: a column that has not one entry per row.
+        ValueError: a column does not have one entry per row.
     """
     rows = len(_read_input_ids(inputs))
     if size is None or rows <= size:
@@ -217,7 +223,7 @@ def split_rows(inputs: dict[str, Any], size: int | None) -> list[dict[str, Any]]
 
 
 def _entries(column: Any) -> int | None:
-    """How many entries a column of a batch has; None for a single value."""
+    """Number of entries of a column of a batch; None for a single value."""
     if isinstance(column, Tensor) and column.dim() == 0:
         return None
     return len(column) if isinstance(column, Sized) else None
@@ -247,15 +253,18 @@ def _read_input_ids(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _refuse_unknown_ids(ids: Tensor, real: Tensor, vocabulary_size: int) -> None:
-    """On a GPU the embedding would only fail with a device-side assert that names nothing."""
+    """Raise for ids outside the vocabulary.
+
+    On a GPU the embedding would fail with a device-side assert that names neither id nor row.
+    """
     unknown = real & ((ids < 0) | (ids >= vocabulary_size))
     if bool(unknown.any()):
         row = int(unknown.any(dim=1).int().argmax())
         raise ValueError(
             f"input_ids holds {ids[unknown].unique().tolist()[:5]} (first in row {row} of the "
             "batch), but the model embeds token ids from "
-            f"0 to {vocabulary_size - 1}. Tokenize with the model's own tokenizer, or call "
-            "model.resize_token_embeddings(len(tokenizer)) where tokens were added."
+            f"0 to {vocabulary_size - 1}. Tokenize with the model's own tokenizer. If you added "
+            "tokens to it, call model.resize_token_embeddings(len(tokenizer))."
         )
 
 
@@ -263,8 +272,8 @@ def _same_shape(inputs: Mapping[str, Any], name: str, input_ids: Tensor) -> Tens
     tensor = inputs.get(name)
     if tensor is not None and tensor.shape != input_ids.shape:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(input_ids.shape)}; "
-            "they must be the same."
+            f"{name} has shape {tuple(tensor.shape)}, but input_ids has shape "
+            f"{tuple(input_ids.shape)}; the shapes must be the same."
         )
     return tensor
 
@@ -277,7 +286,7 @@ def _read_attention_mask(inputs: Mapping[str, Any], input_ids: Tensor) -> Tensor
 
 
 def marks_targets(inputs: Mapping[str, Any]) -> bool:
-    """Whether a batch says by labels or by label masks which tokens are targets."""
+    """Whether a batch marks its targets with labels or label masks."""
     return any(inputs.get(name) is not None for name in ("labels", *LABEL_MASKS))
 
 
@@ -298,8 +307,8 @@ def _read_labels(inputs: Mapping[str, Any], input_ids: Tensor, real: Tensor) -> 
     if bool((unmasked & real & (labels != input_ids)).any()):
         raise ValueError(
             "labels differ from input_ids at unmasked tokens. EBFT takes the ground truth from "
-            "input_ids, so labels must be a copy of them with -100 where a token is no target "
-            "(not shifted: the trainer shifts)."
+            "input_ids, so labels must be a copy of input_ids with -100 at tokens that are not "
+            "targets, and not shifted (the trainer shifts)."
         )
     return unmasked
 
@@ -325,7 +334,7 @@ def _read_prompt_length(inputs: Mapping[str, Any], real: Tensor) -> Tensor | Non
 def _boundary_column(
     inputs: Mapping[str, Any], input_ids: Tensor, document_masking: bool | None
 ) -> tuple[Tensor, str]:
-    """The column that tells documents of a row apart, and how to read it."""
+    """The column that marks the document boundaries, and how to read it."""
     if document_masking is False:
         return input_ids, "none"
     for name in DOCUMENT_COLUMNS:
@@ -350,7 +359,7 @@ def _document_starts(column: Tensor, kind: str, real: Tensor, eos_token_id: int 
         if eos_token_id is None:
             raise ValueError(
                 "document_masking=True, but the batch has no document_ids, seq_idx or position_ids "
-                "and no EOS token is known; add one of these columns, pass a processing_class with "
+                "and no EOS token is known. Add one of these columns, pass a processing_class with "
                 "an eos_token, or leave document_masking unset."
             )
         starts[:, 1:] = column[:, :-1] == eos_token_id

@@ -1,8 +1,8 @@
-"""The packed row: document and rollouts side by side, every prefix computed once.
+"""The packed row: documents and rollouts in one row, so that each prefix is computed only once.
 
-A row is `[document: S][block 0: sample 0, sample 1, ... n-1][block 1: ...]...`, each sample G
-tokens wide. The samples of a block lie together because they share one prefix. This module owns
-that order; everything else asks it for shapes, position ids, predictors and visibility.
+A row is `[documents: S][block 0: sample 0, sample 1, ... n-1][block 1: ...]...`, where each sample
+has G tokens. The samples of a block are adjacent because they share one prefix. Only this module
+knows that order. Other modules ask it for shapes, position ids, predictors and visibility.
 
 Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, G rollout length, R
 = S + K * n * G tokens of the packed row, Q and C queries and keys (any subset of the row).
@@ -24,14 +24,14 @@ from hf_ebft.rows.visibility import Coordinates, document_coordinates
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where everything is in the packed row of a batch.
+    """Where documents, blocks and rollouts are in the packed rows of a batch.
 
     Attributes:
         documents: the batch; S is its width.
         blocks: its blocks; K is their number.
         n_samples: n.
         length: G.
-        cache: what was worked out about the layout, shared with its parts.
+        cache: values computed from the layout, shared with its parts.
     """
 
     documents: Documents
@@ -42,16 +42,17 @@ class PackedLayout:
 
     @classmethod
     def without_rollouts(cls, documents: Documents) -> PackedLayout:
-        """For passes over the documents alone: K is 1, and the block does not exist."""
-        width = documents.input_ids.shape[1]  # a prefix of this length leaves no room
+        """A layout for passes over the documents alone: K = 1, and its block does not exist."""
+        width = documents.input_ids.shape[1]  # after a prefix of this length no block fits
         blocks = find_blocks(documents, stride=1, context_length=width, generate_max_len=1)
         return cls(documents, blocks, n_samples=1, length=1)
 
     @property
     def on_host(self) -> PackedLayout:
-        """The same layout in the host's memory, read off the device once.
+        """The same layout in the host's memory, copied from the device once.
 
-        Whatever decides shapes is worked out there, so that no forward pass waits for the device.
+        Values that decide shapes are computed from it, so that no forward pass waits for the
+        device.
         """
         if self.documents.input_ids.device.type == "cpu":
             return self
@@ -67,7 +68,7 @@ class PackedLayout:
 
     @property
     def rollout_shape(self) -> tuple[int, int, int, int]:
-        """(B, n, K, G), the shape of whatever is said about rollout tokens outside the row."""
+        """(B, n, K, G), the shape of tensors with one entry per rollout token, outside the row."""
         rows, blocks = self.blocks.exists.shape
         return rows, self.n_samples, blocks, self.length
 
@@ -78,7 +79,7 @@ class PackedLayout:
         return self.document_width + blocks * samples * length
 
     def to_row(self, per_token: Tensor) -> Tensor:
-        """(B, n, K, G) -> (B, K * n * G), the rollout part of the row."""
+        """(B, n, K, G) -> (B, K * n * G), the order of the row's rollout part."""
         return per_token.transpose(1, 2).flatten(1)
 
     def from_row(self, rollout_part: Tensor) -> Tensor:
@@ -87,12 +88,12 @@ class PackedLayout:
         return rollout_part.unflatten(1, (blocks, samples, length)).transpose(1, 2)
 
     def input_ids(self, tokens: Tensor) -> Tensor:
-        """(B, R) token ids of the row that holds the rollouts `tokens` (B, n, K, G)."""
+        """(B, R) token ids of the packed row, with the rollouts `tokens` (B, n, K, G)."""
         self.check_tokens(tokens)
         return torch.cat([self.documents.input_ids, self.to_row(tokens)], dim=1)
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise a ValueError unless these can be rollouts of the batch: (B, n, K, G) int64."""
+        """Raise a ValueError unless `tokens` has the shape (B, n, K, G) and is int64."""
         if tuple(tokens.shape) != self.rollout_shape or tokens.dtype != torch.int64:
             raise ValueError(
                 f"Rollout tokens have shape {tuple(tokens.shape)} and type {tokens.dtype}; this "
@@ -102,7 +103,7 @@ class PackedLayout:
 
     @property
     def coordinates(self) -> Coordinates:
-        """Coordinates of all R tokens of each row."""
+        """Coordinates (B, R) of all tokens of each row."""
         if "coordinates" not in self.cache:
             self.cache["coordinates"] = self._coordinates()
         found: Coordinates = self.cache["coordinates"]
@@ -127,10 +128,10 @@ class PackedLayout:
 
     @cached_property
     def predictor(self) -> Tensor:
-        """(B, n, K, G) int64: the place in the row whose logits predict each rollout token.
+        """(B, n, K, G) int64: the index in the row whose logits predict each rollout token.
 
-        The first token of a rollout is predicted by the last token of its prefix, every later one
-        by the rollout's own token before it.
+        The last token of the prefix predicts the first token of a rollout. Each token of the
+        rollout predicts the next one.
         """
         place = self.from_row(self.coordinates.slot[:, self.document_width :])
         predictor = place - 1
@@ -139,23 +140,26 @@ class PackedLayout:
 
     @cached_property
     def window(self) -> Tensor:
-        """(B, K, G) int64: places of each block's ground-truth window (0 for blocks not there)."""
+        """(B, K, G) int64: indices in the row of each block's ground-truth window.
+
+        0 if the block does not exist.
+        """
         steps = torch.arange(self.length, device=self.blocks.column.device)
         return (self.blocks.column[:, :, None] + steps) * self.blocks.exists[:, :, None]
 
     def step_slots(self, step: int) -> Tensor:
-        """(K * n,) int64: places of the `step`-th token of every rollout, in the row's order."""
+        """(K * n,) int64: index in the row of the `step`-th token of each rollout, ascending."""
         device = self.documents.input_ids.device
         return torch.arange(self.document_width + step, self.row_width, self.length, device=device)
 
     @cached_property
     def document_part(self) -> PackedPart:
-        """The documents alone, as they are before anything is sampled."""
+        """The documents alone, without rollouts."""
         return self._part(document_coordinates(self.documents), True, range(0), range(0))
 
     @cached_property
     def row_part(self) -> PackedPart:
-        """The whole row at once."""
+        """The whole row."""
         steps = range(self.length)
         return self._part(self.coordinates, True, steps, steps)
 
@@ -167,12 +171,12 @@ class PackedLayout:
 
     @cached_property
     def rollouts_part(self) -> PackedPart:
-        """The rollouts, after a cache of the documents."""
+        """The rollouts; a cache holds the documents."""
         return self._without_documents(self.row_part)
 
     @cached_property
     def predicting_rollouts_part(self) -> PackedPart:
-        """The rollouts without their last tokens, after a cache of the documents."""
+        """The rollouts without their last tokens; a cache holds the documents."""
         return self._without_documents(self.predicting_part)
 
     def _without_documents(self, part: PackedPart) -> PackedPart:
@@ -180,13 +184,16 @@ class PackedLayout:
         return self._part(queries, False, part.steps, part.own_steps)
 
     def step_part(self, step: int) -> PackedPart:
-        """The `step`-th token of every rollout, after a cache of all that comes before it."""
+        """The `step`-th token of every rollout; a cache holds the documents and earlier steps."""
         queries = self.coordinates.select(self.step_slots(step))
         part = self._part(queries, False, range(step, step + 1), range(step + 1))
         return replace(part, decodes=True)
 
     def _slots(self, steps: range) -> Tensor:
-        """Places of the documents and of the first tokens of every rollout, in the row's order."""
+        """Indices in the row of the documents and of the first `len(steps)` tokens of each rollout.
+
+        They are ascending.
+        """
         place = torch.arange(self.row_width, device=self.documents.input_ids.device)
         own = place[self.document_width :].view(-1, self.length)[:, : len(steps)]
         return torch.cat([place[: self.document_width], own.flatten()])
@@ -194,14 +201,16 @@ class PackedLayout:
     def _part(
         self, queries: Coordinates, has_documents: bool, steps: range, own_steps: range
     ) -> PackedPart:
-        # With a layout of its own: a layout and its parts must not hold each other, or only
-        # Python's collector of cycles would free them and their masks, some steps later.
+        # The part gets a copy of the layout. If a layout and its parts referred to each other, only
+        # Python's cyclic garbage collector would free them and their masks, some steps later.
         return PackedPart(replace(self), queries, has_documents, steps, own_steps)
 
     def select_blocks(self, chunk: slice) -> PackedLayout:
         """The same documents with some of their blocks.
 
-        Where the slice reaches beyond the last block, blocks that do not exist fill it up.
+        Args:
+            chunk: slice of the K blocks. If it ends beyond the last block, the result is padded
+                with blocks that do not exist.
         """
         blocks = self.blocks[chunk]
         missing = beyond(chunk, self.blocks.exists.shape[1])
@@ -213,7 +222,7 @@ class PackedLayout:
         return selected
 
     def to(self, device: torch.device) -> PackedLayout:
-        """The same layout on a device; itself, with all that it has worked out, where it is."""
+        """The same layout on a device. If it is there already, itself with its cache."""
         if self.documents.input_ids.device == device:
             return self
         moved = PackedLayout(
@@ -226,18 +235,18 @@ class PackedLayout:
 
 @dataclass(frozen=True)
 class PackedPart:
-    """What one forward pass feeds of the row, and what its tokens may look at.
+    """The tokens of the row that one forward pass feeds (queries), and those they may see (keys).
 
     Attributes:
-        layout: of the row.
+        layout: layout of the row.
         queries: coordinates of the tokens that are fed.
-        has_documents: whether the document tokens are fed; they come first, too.
+        has_documents: whether the document tokens are fed. If so, they come first.
         steps: which tokens of every rollout are fed. A single step is ordered (block, sample);
             several are ordered (block, sample, step), as in the row.
-        own_steps: which tokens of every rollout are among the keys. Fed together, they are ordered
-            as in the row; otherwise (step, block, sample).
-        decodes: it is a decoding step.
-        masks: attention masks that were made for this part, so that two networks can share them.
+        own_steps: which tokens of every rollout are among the keys. If all of them are fed in this
+            pass, they are ordered as in the row; otherwise they are ordered (step, block, sample).
+        decodes: whether it is a decoding step.
+        masks: attention masks made for this part, kept so that two networks can share them.
     """
 
     layout: PackedLayout
@@ -256,12 +265,12 @@ class PackedPart:
 
     @property
     def step_major(self) -> bool:
-        """Whether the rollouts' keys stand step by step, as in a cache that grows."""
+        """Whether the rollouts' keys are ordered by step first, as in a cache that grows."""
         return self.steps != self.own_steps
 
     @cached_property
     def keys(self) -> Coordinates:
-        """Coordinates (B, C) of the tokens that those may see: the cached ones, then themselves.
+        """Coordinates (B, C) of the keys: the cached tokens, then the queries themselves.
 
         The S document tokens come first.
         """
@@ -276,7 +285,7 @@ class PackedPart:
 
     @cached_property
     def index_of(self) -> Tensor:
-        """(R,) int64: place in the row -> which of the queries it is (0 for those not fed)."""
+        """(R,) int64: index in the row -> index among the queries (0 for tokens not fed)."""
         slot = self.queries.slot[0]
         index = torch.zeros(self.layout.row_width, dtype=torch.long, device=slot.device)
         index[slot] = torch.arange(slot.shape[0], device=slot.device)
@@ -284,5 +293,5 @@ class PackedPart:
 
 
 def beyond(chunk: slice, n_blocks: int) -> int:
-    """How many blocks of a chunk lie beyond the last one."""
+    """How many blocks of a chunk lie beyond the last of `n_blocks`."""
     return 0 if chunk.stop is None else max(0, chunk.stop - n_blocks)

@@ -1,4 +1,4 @@
-"""Numbers of the host for a device."""
+"""Copying arrays from the host to a device without waiting."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def sent(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """The numbers on a device, without waiting until it has them.
+    """Copy an array to a device; the host does not wait for the copy to finish.
 
     Args:
         numbers: in the host's memory.
-        device: where they go. On the host the tensor shares their memory.
+        device: the destination. On a CPU the tensor shares the array's memory.
     """
     tensor = torch.from_numpy(numbers)
-    # From other memory than pinned one, the copy would wait for all that the device has to do.
+    # A copy from unpinned memory would wait until the device has finished its queued work.
     tensor = tensor.pin_memory() if device.type == "cuda" else tensor
     return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Who sees whom in a packed row: the one definition behind every mask.
+"""Which tokens of a packed row see which: the one definition from which every mask is made.
 
 Dimension letters: B rows of the batch, S document tokens, Q and C queries and keys (any subset of
 the row).
@@ -17,14 +17,17 @@ from hf_ebft.rows.documents import Documents
 
 @dataclass(frozen=True)
 class Coordinates:
-    """What decides who sees whom, for tokens in any order (all fields (B, Q) int64).
+    """The numbers of each token that decide visibility, for tokens in any order.
+
+    All fields are (B, Q) int64.
 
     Attributes:
-        slot: place in the packed row; unique within a row.
-        document: document of the row; -1 for padding and for rollouts that do not exist.
+        slot: index in the packed row; unique within a row.
+        document: which document of the row; -1 for padding and for rollouts that do not exist.
         position: position id within the document.
-        rollout: 0 for document tokens, else 1 + the index of the token's (block, sample).
-        prefix_end: how many document tokens it sees: position + 1 in a document, e_k in a rollout.
+        rollout: 0 for document tokens; for rollout tokens, 1 + the index of their (block, sample).
+        prefix_end: how many tokens of its document the token sees: position + 1 for a document
+            token, e_k for a rollout token.
     """
 
     slot: Tensor
@@ -63,11 +66,11 @@ def document_coordinates(documents: Documents) -> Coordinates:
 
 
 def sees(query: Coordinates, key: Coordinates) -> Tensor:
-    """The one definition of visibility, elementwise over broadcastable coordinates.
+    """Whether each query sees each key, elementwise over broadcastable coordinates.
 
-    A document token sees its document up to itself. A rollout token sees the first `e_k` tokens
-    of its document and its own rollout up to itself. Every token sees itself, padding included, so
-    that no row of a softmax is empty.
+    A document token sees its document up to and including itself. A rollout token sees the first
+    `e_k` tokens of its document, and its own rollout up to and including itself. Every token sees
+    itself, padding included, so that no softmax is over an empty set.
     """
     in_prefix = (key.rollout == 0) & (key.position < query.prefix_end)
     in_own_rollout = (
