@@ -180,7 +180,7 @@ def test_padding_may_have_any_token_id(tmp_path: Path) -> None:
 def test_columns_of_another_shape_are_refused(
     tmp_path: Path, name: str, shape: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=rf"{name} has shape .*input_ids \(2, 12\)"):
+    with pytest.raises(ValueError, match=rf"{name} has shape .*input_ids has shape \(2, 12\)"):
         loss_of(tmp_path, {"input_ids": IDS, name: torch.ones(shape, dtype=torch.long)})
 
 
