@@ -1,4 +1,4 @@
-"""What our attention functions have in common: arguments, bounds, sinks, and attention written out.
+"""Parts that our attention functions share: arguments, soft caps, sinks, and plain attention.
 
 Dimension letters: B rows of the batch, H heads of keys and values, A query heads, Q queries and C
 keys, E and F widths of a head (keys, values).
@@ -13,20 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Added to scores that nobody may see: finite, so that a query that sees nothing has a finite
-# result, which gets no weight beside a part that it does see.
+# Added to the scores of keys that a query does not see. It is finite, so that a query that sees
+# nothing in one part of the keys has a finite result there. That result gets weight 0 when it is
+# combined with a part in which the query sees something.
 HIDDEN = -1e30
-# Arguments by which transformers' models let an attention function change the scores.
+# Keyword arguments with which transformers' models ask an attention function to change the scores.
 _CHANGES_OF_SCORES = ("position_bias", "s_aux", "softcap")
 
 
 def changes_of_scores(arguments: Mapping[str, Any]) -> list[str]:
-    """Names of the arguments given that change the scores."""
+    """Names of the given arguments that change the scores (those that are not None)."""
     return [name for name in _CHANGES_OF_SCORES if arguments.get(name) is not None]
 
 
 def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, of one device, in the dtype of its autocast; as they are where that is off."""
+    """Convert tensors to autocast's dtype; if autocast is off, return them unchanged.
+
+    Args:
+        tensors: all on one device.
+    """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -36,7 +41,7 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
 
 @cache
 def bound_on_scores(softcap: float) -> Callable[..., Tensor]:
-    """The scores' bound, `softcap * tanh(score / softcap)`, as flex_attention takes it."""
+    """The soft cap `softcap * tanh(score / softcap)`, as flex_attention's `score_mod`."""
 
     def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -45,17 +50,17 @@ def bound_on_scores(softcap: float) -> Callable[..., Tensor]:
 
 
 def beside_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Attention whose softmax has one more score for each head, with a value of 0.
+    """Add sinks to an attention's output: one more score per head, whose value is 0.
 
     Args:
-        output: (B, Q, A, F), without the sinks.
+        output: (B, Q, A, F), the output without sinks.
         lse: (B, Q, A) float32, logarithm of the sum of the exponentials of the scores.
-        sinks: (A,).
+        sinks: (A,), the additional scores.
 
     Returns:
         (B, Q, A, F) in float32 or wider.
     """
-    # exp(lse) / (exp(lse) + exp(sink)) is left to the keys.
+    # The keys keep exp(lse) / (exp(lse) + exp(sink)) of the softmax's weight.
     return output * torch.sigmoid(lse - sinks.float())[..., None]
 
 
@@ -68,17 +73,17 @@ def attend_plainly(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in plain operators, for every device; scores and softmax in float32.
+    """Attention in plain operators, on any device; scores and softmax are in float32.
 
-    Heads that share keys and values share a product.
+    Query heads that share keys and values share one matrix product.
 
     Args:
         query: (B, A, Q, E).
         key, value: (B, H, C, E) and (B, H, C, F).
         bias: (B or 1, 1, Q or 1, C or 1), added to the scores.
         scaling: multiplies the scores.
-        softcap: bound on the scores, before the bias is added.
-        dropout: share of the weights that is dropped.
+        softcap: soft cap on the scores, applied before the bias is added.
+        dropout: rate at which weights are dropped.
 
     Returns:
         (B, Q, A, F) in the dtype of the values and (B, Q, A) float32, the logarithm of the sum of
@@ -86,7 +91,7 @@ def attend_plainly(
     """
     shared = (key.shape[1], query.shape[1] // key.shape[1])
     rows = query.unflatten(1, shared).flatten(2, 3)
-    # A product in bfloat16 would round scores to three digits, before their exponentials.
+    # A product in bfloat16 would round the scores to three digits before the exponential.
     scores = torch.matmul(rows.float(), key.transpose(2, 3).float()) * scaling
     scores = scores.unflatten(2, (shared[1], -1))
     if softcap is not None:

@@ -1,7 +1,7 @@
-"""Which models can be trained on packed rows, and what has to be changed in them first.
+"""Which models can be trained on packed rows, and which attention they need for it.
 
-Every rule refuses up front what would be silently wrong later. Where a model is only wrong for long
-rows, the limit is returned and checked against each batch.
+Each rule refuses, before training, a model whose results would be silently wrong. If a model is
+wrong only beyond some length, the limit is returned and checked against each batch.
 """
 
 from __future__ import annotations
@@ -36,28 +36,29 @@ from hf_ebft.rows.layout import PackedLayout
 
 logger = logging.getLogger(__name__)
 
-# What a packed row asks of a model's forward.
+# Arguments that a model's forward must take for packed rows.
 REQUIRED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
-# Model types whose forward takes these arguments and cannot do with them what a packed row needs.
+# Model types whose forward takes these arguments but does not use them as a packed row needs.
 REFUSED_TYPES = {
     "blt": "groups bytes into patches by their order in the row",
-    "openai-gpt": "takes no mask that says for each token which others it sees",
-    "reformer": "sorts the row into chunks by hashing and takes no mask per token",
-    "xlm": "takes no mask that says for each token which others it sees",
+    "openai-gpt": "takes no attention mask with one entry per query and key",
+    "reformer": "sorts the row into chunks by hashing and takes no attention mask with one entry "
+    "per query and key",
+    "xlm": "takes no attention mask with one entry per query and key",
 }
-# PEFT methods whose effect on a token depends on what else is in the forward pass.
+# PEFT methods whose effect on a token depends on the other tokens in the forward pass.
 REFUSED_ADAPTERS = {
     "LILY": "mixes its experts by the mean over all tokens of a forward pass",
-    "POLY": "needs a task id with every row, which text does not have",
+    "POLY": "needs a task id for every row, and EBFT batches have none",
     "SHADOW": "runs a second network beside the layers, which gets neither mask nor positions",
-    "XLORA": "weighs its experts in an extra pass over the whole row",
+    "XLORA": "computes the weights of its experts in an extra pass over the whole row",
 }
-# The same for what a `LoraConfig` can ask for, by the field that asks for it.
+# Options of a `LoraConfig` with such an effect, by the name of their field.
 REFUSED_LORA = {
-    "alora_invocation_tokens": "switches itself on from the place in the row where the invocation "
-    "tokens stand, and rollouts stand elsewhere",
-    "monteclora_config": "draws other weights for every forward pass, so that rollouts are scored "
-    "by other weights than they were sampled with",
+    "alora_invocation_tokens": "is active from the invocation tokens on, in the order of tokens in "
+    "the row, but in a packed row that is not the order of the text",
+    "monteclora_config": "draws new weights for every forward pass, so rollouts would be scored "
+    "with other weights than they were sampled with",
     "velora_config": "approximates its gradient by an average over the tokens of a forward pass",
 }
 
@@ -67,8 +68,8 @@ class RowLimits:
     """Lengths beyond which a model is no longer exact on packed rows.
 
     Attributes:
-        document: most tokens of a document, with the reason.
-        row: most tokens of a packed row, with the reason.
+        document: the most tokens that a document may have, and the reason; None: no limit.
+        row: the most tokens that a packed row may have, and the reason; None: no limit.
     """
 
     document: tuple[int, str] | None = None
@@ -98,14 +99,14 @@ class RowLimits:
 
 
 def check_supported(model: nn.Module) -> RowLimits:
-    """Refuse a model that cannot be exact on packed rows, and return its length limits.
+    """Raise if a model cannot be exact on packed rows; return its length limits.
 
     Args:
-        model: the policy or feature network, bare or wrapped by PEFT, not yet distributed.
+        model: the policy or feature network, bare or wrapped by PEFT, before it is distributed.
 
     Raises:
-        ValueError: saying what in the model or its adapters stands in the way and what to use
-            instead.
+        ValueError: the model or an adapter cannot be exact; the message gives the reason and what
+            to use instead.
     """
     refuse_adapters(model)
     base = bare_model(model)
@@ -125,7 +126,7 @@ def check_supported(model: nn.Module) -> RowLimits:
         )
     _refuse_other_outputs(config, name)
     layer_types = set(getattr(config, "layer_types", None) or ())
-    # Some classes of hybrid models also serve configurations that have attention layers only.
+    # A hybrid model's class may also be configured with attention layers only.
     only_attention = bool(layer_types) and layer_types <= MASKABLE_LAYERS
     if getattr(base, "_is_stateful", False) and not only_attention:
         raise ValueError(
@@ -134,35 +135,37 @@ def check_supported(model: nn.Module) -> RowLimits:
         )
     if _sees_the_future(base, config):
         raise ValueError(
-            f"{name} is configured to see the text after a token as well as before it. Use a "
-            "causal language model (for BERT and its relatives, one with is_decoder=True)."
+            f"{name} is configured with bidirectional attention: a token sees the text after it. "
+            "Use a causal language model (for BERT and its relatives, one with is_decoder=True)."
         )
     parameters = inspect.signature(base.forward).parameters
     missing = [argument for argument in REQUIRED_ARGUMENTS if argument not in parameters]
     if missing:
         raise ValueError(
-            f"{name}.forward takes no {', '.join(missing)}: it derives positions from the order of "
-            "the row (ALiBi, for example), which is not the order of the text in a packed row. Use "
-            "a model with rotary or learned position ids."
+            f"{name}.forward takes no {', '.join(missing)}. It derives positions from the order of "
+            "tokens in the row (as ALiBi does, for example), but in a packed row that is not the "
+            "order of the text. Use a model with rotary or learned position embeddings."
         )
     if getattr(config, "alibi", False):
         raise ValueError(
-            f"{name} uses ALiBi, whose positions follow the order of the row, which is not the "
-            "order of the text in a packed row. Use a model with rotary or learned position ids."
+            f"{name} uses ALiBi, whose positions follow the order of tokens in the row, but in a "
+            "packed row that is not the order of the text. Use a model with rotary or learned "
+            "position embeddings."
         )
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in base.modules()):
         raise ValueError(
-            f"{name} counts positions from its padding id on and skips padding ids in the text; a "
-            "packed row counts each document from 0. Use a model whose position ids start at 0."
+            f"{name} starts its position ids after its padding id and skips padding ids in the "
+            "text; a packed row counts each document from 0. Use a model whose position ids start "
+            "at 0."
         )
     return _row_limits(config, name)
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Raise a ValueError if an active adapter treats a token by what else is in the forward pass.
+    """Raise a ValueError if an active adapter's effect on a token depends on the rest of the pass.
 
-    Such an adapter has other effects in training than on a text alone, on packed rows and in
-    batches of plain rows alike.
+    Such an adapter has another effect in training than on a single text. This is true for packed
+    rows and for batches of plain rows.
 
     Args:
         model: with or without PEFT adapters.
@@ -176,7 +179,7 @@ def refuse_adapters(model: nn.Module) -> None:
             )
         if method in REFUSED_ADAPTERS:
             raise ValueError(
-                f"PEFT method {method} {REFUSED_ADAPTERS[method]}. Use an adapter method that "
+                f"PEFT method {method} {REFUSED_ADAPTERS[method]}. Use an adapter method that only "
                 "changes weights, such as LoRA."
             )
         for field, reason in REFUSED_LORA.items():
@@ -191,19 +194,19 @@ def _refuse_other_outputs(config: Any, name: str) -> None:
     """Raise a ValueError if the configuration changes what a forward pass returns."""
     if getattr(config, "output_router_logits", False):
         raise ValueError(
-            f"{name} has output_router_logits=True in its configuration: it then adds a "
-            "load-balancing loss of its own, which needs a mask of two dimensions and which EBFT "
-            "would not train on. Set model.config.output_router_logits = False."
+            f"{name} has output_router_logits=True in its configuration, so its forward adds a "
+            "load-balancing loss. That loss needs a mask of two dimensions, and EBFT would not "
+            "train on it. Set model.config.output_router_logits = False."
         )
     if not getattr(config, "return_dict", True):
         raise ValueError(
-            f"{name} has return_dict=False in its configuration, so that its forward returns a "
-            "tuple without names. Set model.config.return_dict = True."
+            f"{name} has return_dict=False in its configuration, so its forward returns a tuple "
+            "without names. Set model.config.return_dict = True."
         )
 
 
 def refuse_headless(model: nn.Module) -> None:
-    """Raise a ValueError if a model has no language-model head, hence no logits."""
+    """Raise a ValueError if a model has no language-model head and so computes no logits."""
     base = bare_model(model)
     if base.get_output_embeddings() is None:
         raise ValueError(
@@ -213,12 +216,13 @@ def refuse_headless(model: nn.Module) -> None:
 
 
 def _sees_the_future(base: PreTrainedModel, config: Any) -> bool:
-    """Whether the attention is bidirectional, by one of the ways in which configurations say so."""
+    """Whether one of the settings that configurations have for it makes attention bidirectional."""
     if not getattr(config, "is_causal", True):
         return True
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return True
-    # Some decoders carry is_decoder=False without meaning it: their code knows causal masks only.
+    # Some decoders have is_decoder=False but are causal all the same: their code makes only causal
+    # masks.
     knows = mask_functions(base)
     always_causal = "create_causal_mask" in knows and "create_bidirectional_mask" not in knows
     return not getattr(config, "is_decoder", True) and not always_causal
@@ -232,20 +236,20 @@ def _row_limits(config: Any, name: str) -> RowLimits:
     for rope in ropes:
         kind = rope.get("rope_type") or rope.get("type") or "default"
         if kind in ("dynamic", "longrope"):
-            # The dynamic kind grows from the configured length on, longrope from the original one.
+            # "dynamic" rescales beyond the configured length, "longrope" beyond the original one.
             original = None if kind == "dynamic" else rope.get("original_max_position_embeddings")
-            reason = f"{name} rescales its {kind} rotary embedding by the whole row"
+            reason = f"{name} rescales its {kind} rotary embedding by the length of the whole row"
             documents.append((original or positions, reason))
     if positions and not ropes:
         documents.append((positions, f"{name} has no position embeddings"))
     without_rope = 0 in (getattr(config, "no_rope_layers", None) or (0,))
     if getattr(config, "attn_temperature_tuning", False) and without_rope:
-        reason = f"{name} tunes its attention temperature by the place in the row"
+        reason = f"{name} scales its attention temperature by a token's index in the row"
         rows.append((int(config.floor_scale) - 1, reason))
     if config.model_type == "gpt_neo":
         rows.append((positions, f"{name} has no causal mask"))
         if "local" in config.attention_layers:
-            reason = f"{name} measures the window of its local layers along the row"
+            reason = f"{name} measures the windows of its local layers in tokens of the row"
             rows.append((config.window_size, reason))
     if config.model_type == "big_bird":
         rows.append((positions, f"{name} has no token types"))
@@ -256,20 +260,23 @@ def _row_limits(config: Any, name: str) -> RowLimits:
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """Rotary settings: none, one, or one for each type of layer; older code calls them scaling."""
+    """Rotary settings: none, one, or one for each type of layer.
+
+    Older configurations call them `rope_scaling`.
+    """
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     return nested or ([rope] if rope else [])
 
 
 def sequence_limit(model: nn.Module) -> tuple[int, str] | None:
-    """Most tokens of a plain row that a model can read, whatever else is in its batch.
+    """The most tokens of a plain row that a model can read, whatever the rest of the batch is.
 
     Args:
-        model: bare or wrapped by PEFT, not yet distributed.
+        model: bare or wrapped by PEFT, before it is distributed.
 
     Returns:
-        The number of tokens and why there are no more; None without a limit.
+        The number of tokens and the reason for it; None: no limit.
     """
     base = bare_model(model)
     config = base.config.get_text_config(decoder=True)
@@ -286,20 +293,22 @@ def set_packed_attention(
     trains: bool = False,
     compiles: bool = False,
 ) -> str:
-    """Give the model an attention implementation that can express the packed mask.
+    """Switch a model to an attention implementation that can express the packed mask.
 
     Args:
         model: the policy or feature network, bare or wrapped by PEFT.
         choice: "auto", "split", "sdpa", "eager" or "flex_attention", see `choose_attention`.
-        device_type: of the device on which the model will compute; default: where its weights are.
-        trains: whether it is trained.
+        device_type: type of the device on which the model will compute; default: that of its
+            weights.
+        trains: whether the model is trained.
         compiles: whether TorchDynamo compiles its layers.
 
     Returns:
         The implementation in use, by transformers' name.
 
     Raises:
-        ValueError: the model has no implementation that takes the mask, or not the chosen one.
+        ValueError: the model cannot use the chosen implementation, or has none that takes the
+            packed mask.
     """
     base = bare_model(model)
     facts = gather_facts(base, device_type=device_type, trains=trains, compiles=compiles)
@@ -318,7 +327,7 @@ def set_packed_attention(
 
 
 def attention_of(model: nn.Module) -> str:
-    """The attention that a model has now, by the name that `packed_attention` has for it."""
+    """The attention that a model uses now, by its name in the setting `packed_attention`."""
     name = bare_model(model).config.get_text_config(decoder=True)._attn_implementation or "eager"
     return next((choice for choice, own in NAMED.items() if own == name), name)
 
@@ -326,7 +335,10 @@ def attention_of(model: nn.Module) -> str:
 def gather_facts(
     base: PreTrainedModel, *, device_type: str | None, trains: bool, compiles: bool
 ) -> AttentionFacts:
-    """What decides how a model attends on packed rows; see `set_packed_attention`."""
+    """Collect the facts by which `choose_attention` decides.
+
+    Arguments: see `set_packed_attention`.
+    """
     config = base.config.get_text_config(decoder=True)
     weights = next(base.parameters()).device.type
     dropout = [
@@ -334,7 +346,7 @@ def gather_facts(
         for name, value in vars(config).items()
         if isinstance(value, float) and "att" in name and "drop" in name
     ]
-    # Layers may differ, so the modules are asked and not the configuration.
+    # Layers may differ, so the widths are read from the modules, not from the configuration.
     widths = [
         width
         for module in base.modules()
@@ -362,31 +374,31 @@ def gather_facts(
 def _log_choice(
     name: str, facts: AttentionFacts, chosen: AttentionChoice, taken: str, unsplit: str | None
 ) -> None:
-    """Say what "auto" came to, and why."""
+    """Log which attention "auto" chose, and why."""
     if taken == FLEX:
         logger.info(
-            "Attention of %s over packed rows: flex_attention, compiled for each shape of the "
-            "rows, since it computes on %s.",
+            "%s uses flex_attention for packed rows, compiled for each shape of the rows, because "
+            "it computes on %s.",
             name,
             facts.device,
         )
     elif chosen.reason is not None:
         logger.warning(
-            "Attention of %s over packed rows: %s with a mask of the whole row, since %s.",
+            "%s uses %s attention with a mask of the whole row for packed rows, because %s.",
             name,
             taken,
             chosen.reason,
         )
     elif SPLIT in chosen.candidates and unsplit is not None:
         logger.warning(
-            "Attention of %s cannot be split, since %s: it gets a mask of the whole packed row, "
+            "%s cannot use split attention, because %s. It gets a mask of the whole packed row, "
             "which takes more memory and time.",
             name,
             unsplit,
         )
     if facts.before not in ("sdpa", SPLIT, FLEX, taken):
         logger.warning(
-            "Attention of %s switched from %s to %s, which can express the packed mask.",
+            "The attention of %s was switched from %s to %s, which can express the packed mask.",
             name,
             facts.before,
             taken,
@@ -394,7 +406,11 @@ def _log_choice(
 
 
 def _takes(base: PreTrainedModel, implementation: str, reasons: list[str]) -> bool:
-    """Switch a model to an attention implementation, or say why it cannot be."""
+    """Switch a model to an attention implementation; if it cannot, append the reason.
+
+    Returns:
+        Whether the model now uses the implementation.
+    """
     config = base.config.get_text_config(decoder=True)
     if implementation == "sdpa" and (reason := why_not_sdpa(base)):
         reasons.append(f"sdpa: {reason}")
@@ -411,5 +427,5 @@ def _takes(base: PreTrainedModel, implementation: str, reasons: list[str]) -> bo
         return False
     if config._attn_implementation == implementation:
         return True
-    reasons.append(f"{implementation}: not taken")
+    reasons.append(f"{implementation}: the model did not switch to it")
     return False

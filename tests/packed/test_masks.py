@@ -193,7 +193,7 @@ def test_attention_that_cannot_be_split_is_logged(
         PackedForward.for_model(tiny_model(model_type), choice)
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("hf_ebft")]
     assert len(lines) == (reason is not None)
-    assert reason is None or f"cannot be split, since {reason}" in lines[0]
+    assert reason is None or f"cannot use split attention, because {reason}" in lines[0]
 
 
 @pytest.mark.parametrize("before", ["sdpa", "eager"])

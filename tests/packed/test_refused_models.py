@@ -43,10 +43,10 @@ def skeleton(model_type: str, **overrides: Any) -> PreTrainedModel:
 
 RECURRENT = "carries a recurrent state.*layers are all attention layers"
 LAYERS = "layers of type .*all of type chunked_attention, full_attention, sliding_attention"
-NO_POSITIONS = "takes no position_ids.*rotary or learned position ids"
-FUTURE = "see the text after a token.*causal language model"
+NO_POSITIONS = "takes no position_ids.*rotary or learned position embeddings"
+FUTURE = "a token sees the text after it.*causal language model"
 KEPT_APART = "cannot be kept apart.*another architecture"
-PADDING = "counts positions from its padding id.*position ids start at 0"
+PADDING = "position ids after its padding id.*position ids start at 0"
 
 REFUSED = [
     ("bamba", RECURRENT),
