@@ -73,7 +73,8 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "message"),
     [
         (ValueError("stride=0 must be at least 1."), "stride=0 must be at least 1."),
-        (FileNotFoundError(2, "No such file or directory", "a.txt"), "a.txt: No such file or d"),
+        (FileNotFoundError(2, "No such file", "a.txt"), "There is no file or folder a.txt; check"),
+        (PermissionError(13, "Permission denied", "a.txt"), "a.txt: Permission denied"),
         (OSError("m is no model of the hub"), "m is no model of the hub"),
         (ImportError("pip install 'hf_ebft[structured]'"), "pip install 'hf_ebft[structured]'"),
         (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory."),

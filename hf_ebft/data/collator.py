@@ -36,8 +36,10 @@ class EBFTDataCollator:
         """
         for row in rows:
             if "input_ids" not in row:
+                # Trainer drops columns that the model does not read before rows come here.
+                others = f"only {sorted(row)}" if row else "nor any other column of the model"
                 raise ValueError(
-                    f"A row has no input_ids, only {sorted(row)}: tokenize the dataset first, for "
+                    f"A row has no input_ids, {others}: tokenize the dataset first, for "
                     "example dataset.map(lambda row: tokenizer(row['text']))."
                 )
         lengths = [len(row["input_ids"]) for row in rows]

@@ -58,8 +58,15 @@ def with_adapters(model: nn.Module | None, peft_config: PeftConfig | None) -> nn
     """Wrap the model with adapters if a configuration is given; 4-bit weights keep their gradients.
 
     Raises:
+        TypeError: `model` is a name or anything else that is no model.
         ValueError: there is no model to wrap, or it has adapters already.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        name = model if isinstance(model, str) else "..."
+        raise TypeError(
+            f"model={model!r} is not a loaded model; load it first: "
+            f"AutoModelForCausalLM.from_pretrained({name!r})."
+        )
     if model is not None:
         keep_gradients(model)
     if peft_config is None:

@@ -50,10 +50,23 @@ class SameFeaturesCallback(TrainerCallback):
             raise ValueError(
                 f"Training resumes at step {state.global_step} with another feature network than "
                 f"it began with{precision if cast else ''}, so rewards before and after could not "
-                "be compared. If feature_network is not given, a copy of model is used. Pass as "
-                "model the one that training started from, not a checkpoint "
-                "(resume_from_checkpoint loads the trained weights), or pass feature_network. To "
-                "train with a new feature network, start a new run from the checkpoint's weights, "
-                "without resume_from_checkpoint."
+                f"be compared. {_remedy(args)} To train with a new feature network, start a new "
+                "run from the checkpoint's weights, without resume_from_checkpoint."
             )
         states[KEY] = {"args": {}, "attributes": fingerprint}
+
+
+def _remedy(args: TrainingArguments) -> str:
+    """How to get the feature network back that the run began with."""
+    named = getattr(args, "feature_model_name_or_path", None)
+    if named is not None:
+        return (
+            f"feature_model_name_or_path={named!r} may now name another model, or its files may "
+            "have changed: name the model that the run began with."
+        )
+    return (
+        "If feature_network is not given, a copy of model is used. Pass as model the one that "
+        "training started from, not a checkpoint (resume_from_checkpoint loads the trained "
+        "weights), or pass feature_network. If the run began with feature_model_name_or_path, set "
+        "it again."
+    )

@@ -39,7 +39,7 @@ def test_serve_prints_the_server_s_command_and_runs_it(tmp_path, monkeypatch, ca
         ("model_name_or_path: m", "neither vllm_lora_sync nor"),
         ("- a\n- b", "contains a list, but it must be a mapping"),
         ("a: [", "run.yaml"),
-        (None, "No such file"),
+        (None, "There is no file or folder"),
     ],
 )
 def test_a_bad_file_ends_with_a_message(tmp_path, capsys, text, message):

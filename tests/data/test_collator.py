@@ -75,6 +75,8 @@ def test_lists_arrays_and_tensors_give_the_same_batch(convert: Any) -> None:
 def test_a_row_without_input_ids_is_named() -> None:
     with pytest.raises(ValueError, match=r"no input_ids, only \['text'\]: tokenize"):
         EBFTDataCollator()([{"input_ids": [1]}, {"text": "abc"}])
+    with pytest.raises(ValueError, match=r"no input_ids, nor any other column of the model: tok"):
+        EBFTDataCollator()([{}])
 
 
 def test_a_column_of_another_length_is_named() -> None:

@@ -70,6 +70,12 @@ def test_rows_without_input_ids_are_named(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_a_name_in_place_of_a_model_is_refused(tmp_path: Path) -> None:
+    message = r"model='gpt2' is not a loaded model.*from_pretrained\('gpt2'\)"
+    with pytest.raises(TypeError, match=message):
+        EBFTTrainer("gpt2", config(tmp_path), train_dataset=texts(4, 24))  # type: ignore[arg-type]
+
+
 def test_a_batch_without_input_ids_is_named(tmp_path: Path) -> None:
     """From a collator of the user's own."""
     with pytest.raises(ValueError, match=r"no input_ids \(it has \['inputs_embeds', 'labels'\]\)"):

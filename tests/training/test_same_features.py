@@ -74,6 +74,19 @@ def test_another_precision_is_named(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_the_setting_that_names_another_network_is_quoted(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        tiny_llama(seed=seed).save_pretrained(tmp_path / f"phi{seed}")
+    first, second = (str(tmp_path / f"phi{seed}") for seed in (1, 2))
+    make(tmp_path, tiny_llama(), feature_model_name_or_path=first).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    trainer = make(tmp_path, tiny_llama(), feature_model_name_or_path=second)
+    with pytest.raises(ValueError, match=r"feature_model_name_or_path='.*phi2' may now name"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"began with feature_model_name_or_path, set it again"):
+        make(tmp_path, tiny_llama()).train(resume_from_checkpoint=checkpoint)
+
+
 def test_a_checkpoint_of_an_earlier_release_resumes(tmp_path: Path) -> None:
     make(tmp_path, tiny_llama()).train()
     path = tmp_path / "checkpoint-1" / "trainer_state.json"
