@@ -1,8 +1,9 @@
-"""flex_attention's block masks of packed rows, by arithmetic on the layout's own numbers.
+"""Block masks of packed rows for flex_attention, computed from the layout.
 
-`create_block_mask` evaluates the mask of every pair of query and key to find out which tiles of 128
-by 128 hold nothing, something or everything. In a packed row a query sees one stretch of document
-columns and some of its own tokens, so that the keys it sees in a tile can be counted.
+A block mask says which tiles of 128 queries by 128 keys are empty, partly visible or fully visible.
+torch's `create_block_mask` evaluates the mask for every pair of query and key to find this out. In
+a packed row, a query sees one range of document columns and some tokens of its own rollout. So this
+module counts the visible keys of each query in each tile instead.
 
 Dimension letters: B rows of the batch, Q queries, C keys, O own keys of a rollout, q and c tiles of
 queries and of keys.
@@ -23,9 +24,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from hf_ebft.rows.sending import sent
 
 MaskByPair = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# Queries and keys of a tile: what flex_attention's kernels are written for.
+# Queries, and keys, of a tile: the default block size of flex_attention's kernels.
 TILE = 128
-# Block masks that are kept: a step has some for every chunk of rollouts and every kind of layer.
+# Block masks that are kept: a training step has several per chunk of rollouts and kind of layer.
 KEPT = 64
 
 
@@ -34,10 +35,10 @@ class VisibleKeys:
     """Which keys each query sees, in the host's memory.
 
     Attributes:
-        low, high: (B, Q) int64, document columns `low <= column < high`.
-        own: (B, Q, O) bool, which of its own tokens it sees.
-        own_place: (Q, O) int64, where these stand among the keys.
-        has_own: (Q,) bool, the queries of rollouts.
+        low, high: (B, Q) int64, a query sees the document columns `low <= column < high`.
+        own: (B, Q, O) bool, which tokens of its own rollout a query sees.
+        own_place: (Q, O) int64, index of these tokens among the keys.
+        has_own: (Q,) bool, whether the query is a rollout token.
         n_keys: C.
     """
 
@@ -49,9 +50,9 @@ class VisibleKeys:
     n_keys: int
 
     def tiles(self) -> tuple[np.ndarray, np.ndarray]:
-        """(B, q, c) bool: tiles in which some query sees some key, and in which all see all.
+        """Two (B, q, c) bool arrays: tiles with a visible pair, and tiles with all pairs visible.
 
-        Tiles that reach beyond the last query or key never count as full.
+        Tiles that extend beyond the last query or key never count as fully visible.
         """
         found = [self._tiles_of_row(row) for row in range(len(self.low))]
         some, full = (np.stack(tiles) for tiles in zip(*found, strict=True))
@@ -77,13 +78,14 @@ def block_mask(
     at_least: VisibleKeys | None = None,
     mask_mod: MaskByPair | None = None,
 ) -> BlockMask:
-    """The block mask of these queries and keys, on a device.
+    """Make the block mask for the given visibility.
 
     Args:
-        visible: who sees whom; where that changes while the mask is in use, at most.
-        device: of the mask.
-        at_least: who sees whom at any time, where that changes.
-        mask_mod: who sees whom by pair, where that changes.
+        visible: which keys each query sees. If that changes while the mask is in use: every key
+            that it sees at any time.
+        device: device of the mask.
+        at_least: the keys that each query sees at all times; None: visibility does not change.
+        mask_mod: the current visibility of a pair; None: visibility does not change.
     """
     some, full = visible.tiles()
     if at_least is not None:
@@ -99,12 +101,16 @@ def block_mask(
 
 
 def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
-    """Who sees whom by the indices of rows, heads, queries and keys.
+    """Make a function (row, head, query, key) -> whether the query sees the key.
 
-    What a kernel evaluates in tiles that are neither empty nor full: whether a key lies in one of
-    two ranges. Numbers of queries alone, since a kernel holds what belongs to keys in registers of
-    its own, 64 of them for two numbers a key. Every mask runs the same code on tensors of its own,
-    so that what was compiled for one serves another.
+    A kernel evaluates it in partly visible tiles. It tests whether the key lies in one of two
+    ranges, whose bounds are stored per query. Numbers stored per key would take registers in the
+    kernel: 64 of them for two numbers per key. All masks run the same code with their own tensors,
+    so that a kernel compiled for one mask serves the others.
+
+    Args:
+        visible: which keys each query sees.
+        device: device of the mask.
     """
     own_from = own_to = visible.low * 0
     place_of = np.arange(visible.n_keys)
@@ -112,7 +118,7 @@ def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
         n_own = visible.own.shape[-1]
         places = visible.own_place[visible.has_own]
         rollout = np.unique(places[:, 0], return_inverse=True)[1]
-        # As if the keys of a rollout stood side by side: what a query sees of them is one range.
+        # Number the keys so that those of a rollout are adjacent: a query then sees one range.
         begin = places.min() + rollout * n_own
         place_of[places] = begin[:, None] + np.arange(n_own)
         own = visible.own[:, visible.has_own]
@@ -130,7 +136,7 @@ def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
         return mask_mod
     place = sent(place_of.astype(np.int32), device)
 
-    # Keys stand step by step, as in a cache that grows.
+    # The keys are ordered by step first, as in a cache that grows.
     def mask_mod_by_step(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask_mod(row, head, query, place[key])
 
@@ -138,23 +144,28 @@ def mask_by_pair(visible: VisibleKeys, device: torch.device) -> MaskByPair:
 
 
 def _listed(tiles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, q, c) bool -> how many tiles of keys, (B, 1, q) int32, and which first, (B, 1, q, c)."""
+    """Convert (B, q, c) bool into the lists that a BlockMask holds.
+
+    Returns:
+        (B, 1, q) int32, number of True tiles of keys; (B, 1, q, c) int32, all tiles of keys, those
+        that are True first.
+    """
     order = np.argsort(~tiles, axis=-1, kind="stable").astype(np.int32)
     how_many = tiles.sum(axis=-1, dtype=np.int32)
     return sent(how_many[:, None], device), sent(order[:, None], device)
 
 
 class BlockMaskCache:
-    """The block masks made last, by all that decides them.
+    """The most recent block masks, by everything that determines them.
 
-    Rows without padding have the same one in every batch, and what was compiled for it stays.
+    Rows without padding have the same block mask in every batch.
     """
 
     def __init__(self) -> None:
         self._masks: OrderedDict[Any, BlockMask] = OrderedDict()
 
     def get(self, key: Any, make: Callable[[], BlockMask]) -> BlockMask:
-        """The mask of this key, made now if it is none of the last ones."""
+        """The mask of this key; it is made if it is not among the recent ones."""
         if key not in self._masks:
             self._masks[key] = make()
             if len(self._masks) > KEPT:

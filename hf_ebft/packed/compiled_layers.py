@@ -1,13 +1,14 @@
-"""Decoder layers compiled one by one, for passes over packed rows.
+"""Compiles decoder layers one by one, for passes over packed rows.
 
-Layers of one class share what is compiled, so that a model costs one graph and not one per layer,
-with a cache, too: see `hf_ebft.packed.layer_caches`. Passes without a mask of their own (plain
-rows) and those against a cache that is not ours have many shapes and stay as they are.
+Layers of one class share their compiled code, so that a model needs one graph and not one per
+layer. This also holds for passes with a cache, see `hf_ebft.packed.layer_caches`. Two kinds of
+passes have many shapes and are not compiled: passes without an explicit mask (plain rows) and
+passes with a cache of another class.
 
-accelerate can compile layers, too (`compile_regions`). It puts a copy of the model in the policy's
-place, in which the head is compiled as well, and hooks are traced: the feature network and the head
-in chunks need both as they were. Here `forward` alone is compiled, with every hook around it (of
-FSDP2, of the feature network), whatever wraps the model later.
+accelerate can also compile layers (`compile_regions`). It replaces the policy by a copy in which
+the head is compiled, too, and hooks are traced. The feature network and the chunked head need the
+hooks and the head uncompiled. This module compiles a layer's `forward` alone. All hooks (of FSDP2,
+of the feature network) stay outside it, whatever wraps the model later.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from hf_ebft.packed.flex import compiled
 from hf_ebft.packed.layer_caches import CacheByLayer, NumberedModules
 from hf_ebft.packed.model_parts import CACHE_ARGUMENTS, decoder_layers
 
-# How decoder layers call the cache.
+# Names of the argument by which decoder layers take the cache.
 _CACHES = (*CACHE_ARGUMENTS, "layer_past")
-# Modes in which inductor captures graphs of its own, and the same without: what is compiled for a
-# decoding step runs inside of a capture.
+# Modes in which inductor captures CUDA graphs -> the same mode without. The compiled code of a
+# decoding step runs inside our own capture, where another capture is impossible.
 _CAPTURING_MODES = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """How TorchDynamo compiles.
+    """Options of `torch.compile`.
 
     Attributes:
         backend: see `torch.compile`.
-        mode: see there; None: the backend's own.
-        fullgraph: raise where a layer cannot be one graph, for tests.
+        mode: see `torch.compile`; None: the backend's default.
+        fullgraph: raise if a layer cannot be compiled as one graph (for tests).
     """
 
     backend: str = "inductor"
@@ -49,29 +50,32 @@ class CompileOptions:
 
     @classmethod
     def of(cls, args: TrainingArguments) -> CompileOptions | None:
-        """What `torch_compile` and its companions ask for; None where they ask for nothing."""
+        """The options of `torch_compile`, `torch_compile_backend` and `torch_compile_mode`.
+
+        None if `torch_compile` is False.
+        """
         if not args.torch_compile:
             return None
         return cls(args.torch_compile_backend or "inductor", args.torch_compile_mode)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, compiled anew for each shape."""
+        """Compile a function; it is recompiled for each new shape."""
         return compiled(function, backend=self.backend, mode=self.mode, fullgraph=self.fullgraph)
 
     @property
     def for_captures(self) -> CompileOptions:
-        """The same, for what a CUDA graph may hold."""
+        """The same options for code that runs inside a CUDA graph capture."""
         return replace(self, mode=_CAPTURING_MODES.get(str(self.mode), self.mode))
 
 
 class CompiledForward:
-    """A layer's forward that is compiled where it reads a packed row.
+    """A layer's forward that runs compiled code for packed rows, and the layer's own code else.
 
-    It belongs to one layer and is copied with it.
+    It belongs to one layer. A deep copy of the layer copies it, too.
 
     Args:
-        layer: whose `forward` this becomes.
-        options: of the compiler.
+        layer: the layer whose `forward` it replaces.
+        options: options of the compiler.
     """
 
     def __init__(self, layer: nn.Module, options: CompileOptions) -> None:
@@ -79,7 +83,7 @@ class CompiledForward:
         self.numbered = NumberedModules(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer's own forward returns."""
+        """Compute the same as the layer's own forward."""
         if not (_Switch.on and _has_own_mask(kwargs)):
             return _run(self.layer, *args, **kwargs)
         name = next((name for name in _CACHES if kwargs.get(name) is not None), None)
@@ -99,7 +103,7 @@ class _Switch:
 
 @contextmanager
 def layers_as_written() -> Iterator[None]:
-    """Compiled layers run uncompiled within the context, for shapes that are met once."""
+    """Run compiled layers uncompiled within the context, for shapes that occur only once."""
     before, _Switch.on = _Switch.on, False
     try:
         yield
@@ -108,46 +112,48 @@ def layers_as_written() -> Iterator[None]:
 
 
 def compile_layers(model: nn.Module, options: CompileOptions) -> None:
-    """Compile the decoder layers of a model, in place; before the model is wrapped or sharded.
+    """Compile the decoder layers of a model in place.
+
+    Call it before the model is distributed.
 
     Args:
         model: the policy or feature network, bare or wrapped by PEFT.
-        options: of the compiler.
+        options: options of the compiler.
 
     Raises:
-        ValueError: no list of decoder layers, see `decoder_layers`, or a layer whose forward
-            something has replaced.
+        ValueError: the model has no list of decoder layers (see `decoder_layers`), or the forward
+            of a layer has already been replaced.
     """
     for layer in decoder_layers(model):
         given = layer.__dict__.get("forward")
         if given is not None and not isinstance(given, CompiledForward):
             raise ValueError(
-                f"torch_compile=True, but something has replaced the forward of "
-                f"{type(layer).__name__} (accelerate's hooks of device_map, for example), which "
+                f"torch_compile=True replaces the forward of {type(layer).__name__}, but something "
+                "else has replaced it already (accelerate's hooks of device_map, for example) and "
                 "would be lost. Load the model without device_map, or leave torch_compile off."
             )
         layer.forward = CompiledForward(layer, options)
 
 
 def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # By the class as it is now: FSDP2 changes it, and checkpointing depends on it.
+    # Look up the class at each call: FSDP2 changes it, and checkpointing depends on it.
     return type(layer).forward(layer, *args, **kwargs)
 
 
 def _run_with_cache(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # Another function than `_run`: torch limits how often the code of one is compiled.
+    # A separate function from `_run`: torch limits how often one function's code is recompiled.
     return type(layer).forward(layer, *args, **kwargs)
 
 
 @cache
 def _compiled_run(options: CompileOptions) -> Callable[..., Any]:
-    """One for the process, so that layers share it."""
+    """The compiled function, one per process and options, so that layers share it."""
     return options.compile(_run)
 
 
 @cache
 def _compiled_run_with_cache(options: CompileOptions) -> Callable[..., Any]:
-    """The same for passes with a cache."""
+    """The compiled function for passes with a cache."""
     return options.compile(_run_with_cache)
 
 

@@ -1,10 +1,10 @@
-"""Decoding steps captured as CUDA graphs, and replayed for batches of the same shapes.
+"""Captures decoding steps as CUDA graphs and replays them for batches of the same shapes.
 
 A step launches some hundreds of small kernels, and on a GPU launching them takes longer than
-running them. A graph launches them at once. It is bound to the places of its tensors, so a batch is
-copied into the tensors of the one that was captured.
+running them. A graph launches all of them at once. It uses fixed memory addresses, so a new batch
+is copied into the tensors of the batch that was captured.
 
-Capturing has not run on a GPU yet. Whatever it raises, decoding goes on without it.
+Capturing has not run on a GPU yet. If it raises an error, decoding continues without it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Graphs that are kept. Each holds the keys and values of a batch; all share the memory of a step.
+# Graphs that are kept. Each holds the keys and values of a batch; all share one step's temporary
+# memory.
 KEPT = 4
-# Shapes that are remembered until they come again.
+# Shapes seen once that are remembered, so that their second occurrence is recognised.
 REMEMBERED = 256
 
 
 class Graph(Protocol):
-    """A captured step, as `torch.cuda.CUDAGraph` is one."""
+    """A captured step: the part of `torch.cuda.CUDAGraph` that is used here."""
 
     def replay(self) -> None:
         """Compute the step again."""
 
     def pool(self) -> Any:
-        """The memory in which it keeps what exists during a step only."""
+        """The memory pool of the step's temporary tensors."""
 
 
 class Step(Protocol):
-    """A decoder whose step is a function of tensors at fixed places."""
+    """A decoder whose step is a function of tensors at fixed addresses."""
 
     tokens: Tensor
     log_probs: Tensor
@@ -51,43 +52,43 @@ class Step(Protocol):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What a captured step is bound to, beside its tensors."""
+        """Everything a captured step depends on, except the content of its tensors."""
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether a graph could hold the step."""
+        """Whether the step can be captured as a CUDA graph."""
 
     def own_documents(self) -> None:
-        """Copy what belongs to others."""
+        """Copy the tensors that other code owns (the documents' keys and values)."""
 
     def take_inputs_of(self, other: Any) -> None:
-        """Put another batch into this one's places."""
+        """Copy another batch of the same shapes into this decoder's tensors."""
 
     def ready(self) -> AbstractContextManager[None]:
-        """Set up for calls of `step`."""
+        """Prepare for calls of `step`, within the context."""
 
     def step(self) -> None:
         """Compute one step."""
 
     def step_alone(self) -> None:
-        """Compute one step from nothing but its tensors and the weights themselves."""
+        """Compute one step without cached copies of weights, for a capture."""
 
 
 def capture(step: Callable[[], None], pool: Any = None) -> Graph:
-    """Capture what a function launches on the current device as a CUDA graph.
+    """Capture the kernels that a function launches on the current device as a CUDA graph.
 
-    It is called twice before. The first time, libraries prepare what they must not prepare during
-    the capture, and compilers compile, for which they may wait for the device. Where the function
-    makes the host wait, it fails the second time: a capture that fails leaves torch's allocator
-    unable to give memory back.
+    The function is first called twice without capturing. In the first call, libraries initialise
+    and compilers compile; both may wait for the device, which is impossible during a capture. The
+    second call raises if the function makes the host wait for the device. This check comes before
+    the capture because a failed capture leaves torch's allocator unable to free memory.
 
     Args:
-        step: nothing that it allocates may be needed after it, but by itself.
-        pool: of another graph, which must still exist and must never run at the same time; None: a
-            new one.
+        step: the function. Memory that it allocates may be used only by itself.
+        pool: memory pool of another graph, which must still exist and must never run at the same
+            time; None: use a new pool.
 
     Raises:
-        RuntimeError: a step that waits for the device, or cannot be captured for other reasons.
+        RuntimeError: the function waits for the device, or cannot be captured for other reasons.
     """
     usual = torch.cuda.current_stream()
     stream = _stream_for_captures(torch.cuda.current_device())
@@ -110,8 +111,11 @@ def capture(step: Callable[[], None], pool: Any = None) -> Graph:
 
 @cache
 def _stream_for_captures(device: int) -> torch.cuda.Stream:
-    """One for each device: torch keeps memory for matrix products for every stream. Its own default
-    is on the device of the first capture, whatever the device of the next.
+    """The stream for captures on a device: always the same one.
+
+    torch keeps a workspace for matrix products per stream, so new streams would cost memory.
+    torch's default stream for captures belongs to the device of the first capture, even if a later
+    capture is on another device.
     """
     return torch.cuda.Stream(device)
 
@@ -128,17 +132,17 @@ def _waiting_is_an_error() -> Iterator[None]:
 
 def _set_sync_debug_mode(mode: int | str) -> None:
     with warnings.catch_warnings():
-        # That it does not notice every way of waiting: what it misses, the capture notices.
+        # torch warns that this mode does not detect every wait. The capture detects the others.
         warnings.filterwarnings("ignore", message="Synchronization debug mode")
         torch.cuda.set_sync_debug_mode(mode)
 
 
 @dataclass
 class StepGraphs:
-    """Captured steps, by what they are bound to.
+    """Captured steps, by the `identity` of their decoders.
 
     Attributes:
-        capture: makes a graph of a function, in a pool of memory or a new one.
+        capture: captures a function as a graph, in the given memory pool (None: a new one).
         works: False once a capture has failed.
     """
 
@@ -152,7 +156,7 @@ class StepGraphs:
 
         Args:
             decoder: holds the batch.
-            n_steps: how often to compute a step.
+            n_steps: number of decoding steps.
 
         Returns:
             Tokens and log-probabilities of all steps, (G, B, m) each.
@@ -167,7 +171,10 @@ class StepGraphs:
         return decoder.tokens, decoder.log_probs
 
     def _replayed(self, decoder: Step, n_steps: int) -> tuple[Tensor, Tensor] | None:
-        """`run` by a graph; None where there is none, as for shapes that come the first time."""
+        """`run` by replaying a graph; None if there is no graph.
+
+        There is none when shapes occur for the first time, or if the capture fails.
+        """
         key = decoder.identity
         if key not in self._captured:
             if key not in self._seen:
@@ -185,28 +192,32 @@ class StepGraphs:
 
     @property
     def _pool(self) -> Any:
-        """The pool of the graphs that exist; None where there is none yet.
+        """The memory pool that all graphs share; None if there is no graph yet.
 
-        They may share it. All that outlives a step (tokens, log-probabilities, the number of the
-        step, keys and values, biases) lies outside of it, since it is allocated before the capture.
-        What lies inside is written by each replay before it is read, so that graphs may follow each
-        other in any order. They do follow each other, since all are replayed by one thread in its
-        current stream. The pool is taken from a graph that exists, as torch frees the pool of the
-        last one that ends.
+        Sharing is safe. Tensors that outlive a step (tokens, log-probabilities, the number of the
+        step, keys and values, biases) are allocated before the capture, outside the pool. Tensors
+        inside the pool are written by each replay before they are read, so graphs may run in any
+        order. They never run at the same time, because one thread replays all of them in its
+        current stream. The pool is read from an existing graph, because torch frees a pool together
+        with the last graph that uses it.
         """
         return next((graph.pool() for _, graph in self._captured.values()), None)
 
     def _capture(self, key: Any, decoder: Step) -> bool:
-        """Capture a decoder's step, and put its batch back."""
+        """Capture a decoder's step, then restore the tensors that capturing has changed.
+
+        Returns:
+            Whether the capture succeeded.
+        """
         before = [tensor.clone() for tensor in decoder.state]
         try:
             decoder.own_documents()
             with decoder.ready():
                 graph = self.capture(decoder.step_alone, self._pool)
-        # Whatever a model's code, a driver or a library raises.
+        # A model's code, a driver or a library may raise anything.
         except Exception as error:
             logger.warning(
-                "Decoding steps cannot be captured as a CUDA graph (%s: %s): they run one operator "
+                "Decoding steps cannot be captured as a CUDA graph (%s: %s). They run one operator "
                 "at a time, which takes more time.",
                 type(error).__name__,
                 error,

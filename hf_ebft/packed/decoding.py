@@ -1,9 +1,9 @@
-"""Decoding steps: what follows the pass over the documents in sampling.
+"""The decoding steps of sampling, which follow the pass over the documents.
 
-Where a model allows it, every step is one and the same function of tensors at fixed places
-(`StaticDecoder`): tokens, their log-probabilities, random numbers drawn beforehand, keys and values
-with a slot for every step, and the number of the step. On CUDA such a step is captured as a graph
-once its shapes come a second time. Other models are decoded against a cache that grows.
+For most models, every step is the same function of tensors at fixed addresses (`StaticDecoder`):
+tokens, their log-probabilities, random numbers drawn beforehand, keys and values with a slot for
+every step, and the number of the step. On CUDA, such a step is captured as a CUDA graph when its
+shapes occur for the second time. Other models are decoded against a cache that grows.
 
 Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, m = K * n rollouts
 of a row, G rollout length.
@@ -35,7 +35,8 @@ from hf_ebft.packed.static_cache import CannotDecodeStatically, Slot, StaticCach
 from hf_ebft.packed.step_views import StepViews
 from hf_ebft.rows.layout import PackedLayout
 
-# Of document columns and rollouts, where shapes come in few sizes: the tiles of flex_attention.
+# With static shapes, the numbers of document columns and of rollouts are padded to multiples of
+# this, the tile size of flex_attention.
 MULTIPLE = 128
 
 logger = logging.getLogger(__name__)
@@ -50,18 +51,18 @@ def decode(
     first: list[Tensor],
     uniform: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The G - 1 steps that follow the first tokens.
+    """Run the G - 1 decoding steps that follow the first tokens.
 
-    The host waits for the device in none of them.
+    The host does not wait for the device in any step.
 
     Args:
         model: the wrapped policy, in evaluation mode.
-        forward: how it runs packed rows.
+        forward: how the policy runs packed rows.
         layout: the batch.
         sampler: how tokens are drawn.
         cache: keys and values of the documents.
-        first: tokens and their log-probabilities, (B, m) each.
-        uniform: (G - 1, B, m) float64, see `hf_ebft.packed.drawing.draw`.
+        first: the first token of every rollout and its log-probability, (B, m) each.
+        uniform: (G - 1, B, m) float64, random numbers for `hf_ebft.packed.drawing.draw`.
 
     Returns:
         All tokens (B, n, K, G) and their log-probabilities.
@@ -82,7 +83,7 @@ def decode(
             found = decoding.graphs.run(decoder, len(uniform))
             decoding.works = True
             return _in_order(layout, [part[..., : uniform.shape[2]] for part in found])
-        # Whatever foreign code raises about a cache that is not its own kind.
+        # A model's code may raise anything if it is given a cache of another class.
         except Exception as error:
             if decoding.works or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -91,41 +92,42 @@ def decode(
 
 
 def why_cache_grows(model: nn.Module, forward: PackedForward, cache: DynamicCache) -> str | None:
-    """Why a model cannot be decoded against fixed places, as far as can be told beforehand.
+    """Why a model cannot be decoded against a static cache; None if no reason is known beforehand.
 
     Args:
         model: the wrapped policy.
-        forward: how it runs packed rows.
+        forward: how the policy runs packed rows.
         cache: keys and values of the documents.
     """
     if not forward.has_plain_cache:
         return "its cache holds more than keys and values of every layer"
     if not calls_chosen_attention(model):
-        return "its code does not leave attention to the chosen function"
+        return "its code does not call the attention function that its configuration names"
     inside = _transformers_model(model)
     if not (inside._supports_sdpa or inside._supports_flex_attn):
-        return "its attention may do more than it leaves to the chosen function"
+        return "its code may compute a part of attention outside the attention function"
     rank = getattr(forward.config.get_text_config(decoder=True), "kv_lora_rank", None)
     if rank is not None and states_in(cache)[0].shape[1::2] == (1, rank):
-        return "its cache holds latents that become keys and values after it, in every step anew"
+        return "its cache holds latents, from which it computes all keys and values in every step"
     return None
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The outermost one inside all wrappers."""
+    """The outermost transformers model inside all wrappers."""
     return next(part for part in model.modules() if isinstance(part, PreTrainedModel))
 
 
 def _log_growing(model: nn.Module, error: Exception) -> str:
-    """Say so, and return why; with the traceback of an error that nobody foresaw, which may be a
-    bug of ours.
+    """Log that the cache grows, and return the reason.
+
+    An unexpected error is logged with its traceback, because it may be a bug of ours.
     """
     foreseen = isinstance(error, CannotDecodeStatically)
-    raised = f"a step against fixed places raised {type(error).__name__}: {error}"
+    raised = f"a decoding step with a static cache raised {type(error).__name__}: {error}"
     reason = str(error) if foreseen else raised
     logger.warning(
-        "%s is decoded against keys and values that grow with every step, since %s: that takes "
-        "more time, and no CUDA graph.",
+        "%s is decoded with a cache that grows in every step, because %s. That takes more time, "
+        "and no CUDA graph can be used.",
         type(_transformers_model(model)).__name__,
         reason,
         exc_info=None if foreseen else error,
@@ -134,7 +136,7 @@ def _log_growing(model: nn.Module, error: Exception) -> str:
 
 
 def _in_order(layout: PackedLayout, by_step: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(G, B, m) -> (B, n, K, G), twice."""
+    """Reorder tokens and log-probabilities, (G, B, m) each, to (B, n, K, G) each."""
     tokens, log_probs = (
         layout.from_row(part.permute(1, 2, 0).flatten(1)).contiguous() for part in by_step
     )
@@ -150,7 +152,7 @@ def _decode_growing(
     first: list[Tensor],
     uniform: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`decode` against the cache as transformers has it."""
+    """`decode` with transformers' own cache, which grows in every step."""
     _, n_samples, n_blocks, length = layout.rollout_shape
     every_rollout = torch.arange(n_blocks * n_samples, device=uniform.device)
     parts = [layout.step_part(step) for step in range(length - 1)]
@@ -165,7 +167,7 @@ def _decode_growing(
             return sampler(states, to_logits, numbers)
 
         text = steps[-1][0]
-        # Keys and values have another shape in every step.
+        # Keys and values have a new shape in every step, for which compiling would not pay.
         with layers_as_written():
             found = forward.through_head(model, text, part, every_rollout, draw, cache=cache)
         steps.append(found)
@@ -173,13 +175,13 @@ def _decode_growing(
 
 
 class StaticDecoder:
-    """A decoding step as a function of tensors at fixed places.
+    """A decoding step as a function of tensors at fixed addresses.
 
     Args:
         model, forward, layout, sampler, cache, first, uniform: see `decode`.
-        static: whether documents and rollouts are filled up to multiples of `MULTIPLE`, and nothing
-            but the values of tensors depends on where blocks and documents lie. Then few graphs
-            serve batches of all lengths.
+        static: whether documents and rollouts are padded to multiples of `MULTIPLE`. Where blocks
+            and documents lie then changes only the values of tensors, not their shapes, and few
+            graphs serve batches of all lengths.
     """
 
     def __init__(
@@ -210,13 +212,14 @@ class StaticDecoder:
         device = uniform.device
         self.uniform = uniform
         tokens, log_probs = first
-        # Token and position ids of every step, (G, 2, B, m): one operator finds both.
+        # Token and position ids of every step, (G, 2, B, m), together so that one operator reads
+        # both.
         self._fed = tokens.new_zeros(self.n_steps + 1, 2, *tokens.shape)
         self.tokens, positions = self._fed.unbind(1)
         self.tokens[0] = tokens
         positions[:-1] = _positions(layout, self.n_steps)
         self.log_probs = torch.cat([log_probs[None], log_probs.new_zeros(self.tokens[1:].shape)])
-        # The number of the step and the next one.
+        # The number of the current step, and of the next one.
         self._steps = torch.arange(2, device=device)
         self.slot = Slot(self._steps[:1], None if static else 0)
         self.views = StepViews(forward.recipe, layout, self.n_steps, width=width, static=static)
@@ -225,19 +228,20 @@ class StaticDecoder:
 
     @property
     def state(self) -> list[Tensor]:
-        """The tensors that a step writes, keys and values of slots not yet fed left out."""
+        """The tensors that a step writes, except the keys and values of slots not yet fed."""
         return [self._fed, self.log_probs, self._steps]
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The tensors that a batch brings with it, its keys and values too."""
+        """The tensors that differ from batch to batch, including the documents' keys and values."""
         return [*self.state, self.uniform, *self.views.inputs, *self.documents]
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What a captured step is bound to, beside the places of `inputs`.
+        """Everything a captured step depends on that is not the content of `inputs`.
 
-        Shapes, the settings of drawing, the weights' places and what adapters are switched to.
+        These are shapes, the sampler's settings, the addresses of the weights and the state of the
+        adapters.
         """
         device = self.uniform.device
         shapes = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in self.inputs)
@@ -250,25 +254,25 @@ class StaticDecoder:
 
     @property
     def can_be_captured(self) -> bool:
-        """Whether a CUDA graph could hold the step."""
+        """Whether the step can be captured as a CUDA graph."""
         on_cuda = self.uniform.device.type == "cuda"
         return on_cuda and self.n_steps > 1 and _lies_whole_on(self.model, self.uniform.device)
 
     def own_documents(self) -> None:
-        """Take copies of the documents' keys and values, which belong to the pass over them."""
+        """Copy the documents' keys and values, so that no other code can change or free them."""
         self.documents = [states.detach().clone() for states in self.documents]
 
     def take_inputs_of(self, other: StaticDecoder) -> None:
-        """Put another batch of the same shapes into this one's places."""
+        """Copy another batch of the same shapes into this decoder's tensors."""
         for own, new in zip(self.inputs, other.inputs, strict=True):
             own.copy_(new)
 
     @contextmanager
     def ready(self, *, traceable: bool = False) -> Iterator[None]:
-        """Set the model up for calls of `step`.
+        """Prepare the model for calls of `step`, within the context.
 
         Args:
-            traceable: whether TorchDynamo is to follow the step through the model's head.
+            traceable: whether TorchDynamo traces the step through the model's head.
         """
         if self._cache is None:
             self._cache = StaticCache(
@@ -282,19 +286,19 @@ class StaticDecoder:
             )
         with ExitStack() as stack:
             stack.enter_context(_not_compiled(self.model))
-            # Of the model in hand: it may be another one than the one that was looked at.
+            # The configuration of the model that is called: it may be a copy of the checked model.
             stack.enter_context(decoding_against(bare_model(self.model).config, self._cache))
             if self.forward.head is not None:
                 stack.enter_context(
                     self.forward.head.replaced_by(self.model, self._draw, traceable=traceable)
                 )
             if self.uniform.device.type == "cuda":
-                # A capture sees the current device alone, which need not be the model's.
+                # A capture covers the current device only, which may not be the model's.
                 stack.enter_context(torch.cuda.device(self.uniform.device))
             yield
 
     def step(self) -> None:
-        """Feed every rollout's newest token, draw the next, and go on to the next step."""
+        """Feed every rollout's newest token, draw the next one, and advance the step number."""
         assert self._cache is not None
         self.views.move_to(self.slot.index)
         masks: Any = self._cache.masks
@@ -316,12 +320,12 @@ class StaticDecoder:
             self.slot.number += 1
 
     def step_alone(self) -> None:
-        """`step`, with weights that it casts itself.
+        """`step`, without autocast's cached copies of weights, for a capture.
 
-        Autocast keeps copies of weights until its outermost context ends, even if it was told not
-        to: accelerate's context, around the model's forward, has a setting of its own. A graph that
-        reads such a copy reads what is gone later; and a copy that a capture has made holds nothing
-        before the first replay.
+        Autocast caches cast copies of weights until its outermost context ends. Switching the cache
+        off here would not help: accelerate's context around the model's forward has a setting of
+        its own. A graph must not read such a copy, which is freed later. Later code must not read a
+        copy made during the capture, which has no values before the first replay.
         """
         torch.clear_autocast_cache()
         try:
@@ -339,7 +343,11 @@ class StaticDecoder:
 
 
 def _filled_up(layout: PackedLayout) -> tuple[PackedLayout, int]:
-    """Blocks that do not exist added, and how many rollouts these have."""
+    """Pad a layout with blocks that do not exist.
+
+    Returns:
+        The padded layout, and the number of rollouts added per row.
+    """
     _, n_samples, n_blocks, _ = layout.rollout_shape
     granularity = MULTIPLE // math.gcd(MULTIPLE, n_samples)
     missing = -n_blocks % granularity
@@ -347,8 +355,9 @@ def _filled_up(layout: PackedLayout) -> tuple[PackedLayout, int]:
 
 
 def _callable_part(model: nn.Module) -> nn.Module:
-    """The policy without DDP, which would broadcast its buffers before every step, and as it is
-    when it is not compiled.
+    """The policy without DDP and without `torch.compile`'s wrapper.
+
+    DDP would broadcast the policy's buffers before every step.
     """
     if isinstance(model, DistributedDataParallel):
         return _callable_part(model.module)
@@ -358,8 +367,10 @@ def _callable_part(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _not_compiled(model: nn.Module) -> Iterator[None]:
-    """Run modules that were compiled by `nn.Module.compile` as they are: with a cache, such layers
-    would be compiled one by one. Those of `torch_compile` are not, see `compiled_layers`.
+    """Run modules that `nn.Module.compile` compiled without their compiled code.
+
+    With a cache, such layers would be compiled one by one. Layers that the setting `torch_compile`
+    compiled stay compiled, see `compiled_layers`.
     """
     compiled: list[Any] = [part for part in model.modules() if part._compiled_call_impl is not None]
     before = [part._compiled_call_impl for part in compiled]
@@ -373,8 +384,9 @@ def _not_compiled(model: nn.Module) -> Iterator[None]:
 
 
 def _lies_whole_on(model: nn.Module, device: torch.device) -> bool:
-    """Whether no weight has to come from other processes or devices when it is used: a capture
-    sees none of that.
+    """Whether all weights are on the device, so that using one needs no other process or device.
+
+    A capture could not record the transfer of a weight.
     """
     weights = model.parameters()
     return not is_sharded(model) and all(weight.device == device for weight in weights)
@@ -389,7 +401,7 @@ def _positions(layout: PackedLayout, n_steps: int) -> Tensor:
 
 
 def _adapter_settings(model: nn.Module) -> tuple[Any, ...]:
-    """How the adapters of a PEFT model stand: which are active, merged, and how much they weigh."""
+    """The state of a PEFT model's adapters: which are active or merged, and their scaling."""
     if bare_model(model) is model:
         return ()
     layers: list[Any] = [part for part in model.modules() if hasattr(part, "merged_adapters")]

@@ -1,4 +1,4 @@
-"""What is learned of a policy's decoding in one batch and holds for the next."""
+"""The state of a policy's decoding that is kept from batch to batch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hf_ebft.packed.cuda_graphs import StepGraphs
 
 @dataclass
 class Decoding:
-    """What is known of how a policy decodes, from batch to batch.
+    """How a policy decodes, as far as earlier batches have shown.
 
     Attributes:
-        grows: why keys and values have to grow; None where they need not, or it is not known yet.
-        works: whether a step against fixed places has run.
-        static: whether shapes come in few sizes, see `hf_ebft.packed.decoding.StaticDecoder`;
-            None: where the device is not a CPU.
+        grows: why the cache has to grow; None: it does not have to, or this is not known yet.
+        works: whether a step with a static cache has run.
+        static: whether shapes are padded to few sizes, see
+            `hf_ebft.packed.decoding.StaticDecoder`; None: on all devices except a CPU.
         graphs: captured steps.
     """
 

@@ -1,19 +1,19 @@
-"""Training on rollouts a chunk at a time: their forward pass is made in the backward pass.
+"""Training on rollouts chunk by chunk: their forward pass is deferred to the backward pass.
 
-The activations of the rollouts' tokens are most of the memory of a training step. The values of
-their log-probabilities are known from sampling, so that a forward pass over them serves the
-gradient alone and can wait.
+The activations of the rollouts' tokens take most of the memory of a training step. The values of
+their log-probabilities are known from sampling. So the forward pass over them is needed only for
+the gradient, and can be deferred.
 
-1. The documents go through the model with gradient. Where sampling can keep its pass over them, it
-   is that one.
-2. In the backward pass, each chunk of rollouts goes forward against the documents' keys and values
-   and at once backward again. The gradients of weights, keys and values are added up.
-3. The backward pass goes on through the documents.
+1. The documents go through the model with gradient. If sampling's pass over the documents can serve
+   training, it is kept and used here.
+2. In the backward pass, each chunk of rollouts goes forward against the documents' keys and values,
+   and backward immediately after. The gradients of weights, keys and values are summed over chunks.
+3. The backward pass continues through the documents.
 
-This computes what one pass over the whole row computes, with the activations of the documents and
-of one chunk at a time. On a GPU sampling keeps of its pass over the documents their keys, values
-and log-probabilities alone, and the pass is made again in step 3, so that activations of documents
-and of a chunk never exist together.
+The result is that of one pass over the whole row, but only the activations of the documents and of
+one chunk exist at a time. On a GPU, sampling keeps only the keys, values and log-probabilities of
+its pass over the documents. Step 3 makes that pass again, so that activations of the documents and
+of a chunk never exist at the same time.
 
 Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, G rollout length.
 """
@@ -48,18 +48,20 @@ from hf_ebft.rows.layout import PackedLayout, PackedPart
 
 @dataclass(frozen=True)
 class TrainingPass:
-    """How a policy's rollouts, and documents, are scored with gradient.
+    """Computes log-probabilities of a policy's rollouts, and of documents, with gradient.
 
     Attributes:
         forward: how the policy runs packed rows.
         temperature, with_document, chunk_size: see `Targets`.
         training_chunk_size: rollout tokens whose activations exist at once, see
-            `hf_ebft.rows.chunks.block_chunks`.
-        adds_to_grad: the backward pass is that of a training step, which adds gradients to `.grad`
-            of the weights. Chunks then do so themselves, where nothing listens to the sum. Else two
-            more gradients of all weights exist: the sum over chunks, and that of the latest one.
-        makes_documents_again: the pass over the documents is made again in the backward pass,
-            rather than kept from sampling, where both are the same; None: not on a CPU.
+            `hf_ebft.rows.chunks.block_chunks`; None: chosen by device and model.
+        adds_to_grad: True if the backward pass adds gradients to `.grad` of the weights, as that of
+            a training step does. Each chunk then adds its gradient to `.grad` directly, unless DDP
+            or a hook needs the sum over chunks. Otherwise two more gradients of all weights exist:
+            the sum over chunks, and the gradient of the latest chunk.
+        makes_documents_again: whether the backward pass makes the pass over the documents again
+            instead of using activations kept from sampling. This applies only if the two passes are
+            the same. None: True on all devices except a CPU.
     """
 
     forward: PackedForward
@@ -71,20 +73,20 @@ class TrainingPass:
     makes_documents_again: bool | None = None
 
     def document_targets(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
-        """What the documents alone predict; None unless a batch is trained on chunk by chunk.
+        """The targets that the documents alone predict; None if training is not chunk by chunk.
 
-        It is not where one chunk is enough, or where the model cannot be called in parts (see
-        `can_defer`).
+        Training is not chunk by chunk if one chunk holds the batch, or if the model cannot be
+        called in parts (see `can_defer`).
         """
         if len(self._chunks(layout)) == 1 or not can_defer(model, self.forward):
             return None
         return Targets(layout.document_part, self.temperature, self.with_document, self.chunk_size)
 
     def targets_in_sampling(self, model: nn.Module, layout: PackedLayout) -> Targets | None:
-        """`document_targets`, if sampling's pass over the documents can serve training, too.
+        """`document_targets`, if sampling's pass over the documents can serve training; else None.
 
-        It cannot where training mode differs from evaluation mode, in which tokens are sampled, nor
-        under DDP, which broadcasts the model's buffers before every pass.
+        It cannot if training mode differs from evaluation mode, in which tokens are sampled. It
+        cannot under DDP, which broadcasts the model's buffers before every pass.
         """
         targets = self.document_targets(model, layout)
         if targets is None or not _same_in_sampling(model):
@@ -100,17 +102,17 @@ class TrainingPass:
     def log_probs(
         self, model: nn.Module, rollouts: Rollouts, record: SamplingRecord | None = None
     ) -> TokenLogProbs:
-        """`packed_log_probs` with gradient, in as many chunks as keep memory in bounds.
+        """`packed_log_probs` with gradient, chunk by chunk, to limit memory.
 
-        Where there are no `document_targets`, in one pass over the whole row. Tokens that the
-        policy has not sampled itself, as it is now, cost one more forward pass.
+        If `document_targets` is None, it makes one pass over the whole row. Tokens that the current
+        policy did not sample itself cost one more forward pass.
 
         Args:
             model: the wrapped policy.
             rollouts: the batch and its sampled tokens.
-            record: what was computed in sampling just now. It is ignored where it is not about
-                these rollouts. Its pass over the documents serves one backward pass, so hand it
-                over once.
+            record: results of the sampling of these rollouts. It is ignored if it describes other
+                rollouts. Its pass over the documents can be used in one backward pass only, so pass
+                a record once.
         """
         targets = self.document_targets(model, rollouts.layout)
         if targets is None:
@@ -118,7 +120,7 @@ class TrainingPass:
         rollouts.layout.check_tokens(rollouts.tokens)
         if record is not None and not record.describes(rollouts, model, self.temperature):
             record = None
-        # Nobody may change the tokens between the loss and its backward pass.
+        # The backward pass reads the tokens again, so they are copied: they must not change.
         rollouts = record.rollouts if record else rollouts.with_tokens(rollouts.tokens.clone())
         documents = record.document_pass if record else None
         read_documents = partial(self._read_documents, model, rollouts, targets.part)
@@ -152,7 +154,11 @@ class TrainingPass:
     def _score_rollouts(
         self, model: nn.Module, rollouts: Rollouts, states: Sequence[Tensor]
     ) -> Tensor:
-        """(B, n, K, G - 1) of the tokens after the first, against the documents' states."""
+        """Log-probabilities (B, n, K, G - 1) of all tokens but the first.
+
+        Args:
+            states: keys and values of the documents.
+        """
         part, cache = rollouts.layout.predicting_rollouts_part, self.forward.new_cache(states)
         return self._packed(model, rollouts, part=part, cache=cache).rollout
 
@@ -178,12 +184,15 @@ class TrainingPass:
 
 
 def can_defer(model: nn.Module, forward: PackedForward) -> bool:
-    """Whether a model may make forward passes during the backward pass, against a cache.
+    """Whether a model can run forward passes with a cache during the backward pass.
 
-    Not where FSDP2 gathers parameters around each pass or another wrapper than DDP stands between,
-    with gradient checkpointing (which drops caches), with noise that is drawn once for a pass or
-    whose size depends on how many tokens a pass has, where the cache holds more than keys and
-    values, or where hooks change gradients of weights, which are to see the whole gradient.
+    It cannot in these cases:
+
+    - FSDP2 gathers parameters around each pass, or a wrapper other than DDP is around the model;
+    - gradient checkpointing is on, which drops caches;
+    - training mode draws noise once per pass, or noise whose size depends on the number of tokens;
+    - the cache holds more than keys and values;
+    - hooks change the gradients of weights. They must receive the whole gradient, not a chunk's.
     """
     inner = _unwrapped(model)
     return (
@@ -199,21 +208,21 @@ def can_defer(model: nn.Module, forward: PackedForward) -> bool:
 
 
 def _same_in_sampling(model: nn.Module) -> bool:
-    """Whether a pass of training is one of sampling, with gradient."""
+    """Whether a pass in training computes the same as a pass in sampling."""
     return not isinstance(model, DistributedDataParallel) and not is_random_in_training(model)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model that DDP wraps; DDP itself must not be called while it adds up gradients."""
+    """The model inside DDP. DDP itself must not be called while it accumulates gradients."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _somebody_listens(model: nn.Module, weights: Sequence[Tensor]) -> bool:
-    """Whether something counts on one gradient of each weight in a backward pass.
+    """Whether something needs exactly one gradient of each weight per backward pass.
 
-    DDP sends it to other processes; hooks may even step the optimizer with it.
+    DDP sends that gradient to other processes. Hooks may even step the optimizer with it.
     """
-    # Hooks: attributes that torch itself reads by these names, in nn.Parameter and its optimizers.
+    # torch itself reads this attribute of parameters by name.
     return isinstance(model, DistributedDataParallel) or any(
         weight._post_accumulate_grad_hooks for weight in weights
     )
@@ -221,14 +230,14 @@ def _somebody_listens(model: nn.Module, weights: Sequence[Tensor]) -> bool:
 
 @dataclass(frozen=True)
 class _RolloutPasses:
-    """Forward passes over some of the rollouts at a time.
+    """Forward passes over the rollouts, one chunk at a time.
 
     Attributes:
         rollouts: the batch and its sampled tokens.
-        chunks: of the blocks.
-        score: log-probabilities (B, n, k, G - 1) of rollouts, given keys and values of every layer,
-            (B, H, S, E) each.
-        adds_to_grad: gradients of weights are added to their `.grad`, chunk by chunk.
+        chunks: slices of the K blocks.
+        score: computes log-probabilities (B, n, k, G - 1) of the rollouts of k blocks, given the
+            documents' keys and values of every layer, (B, H, S, E) each.
+        adds_to_grad: whether each chunk adds the gradients of weights to their `.grad`.
     """
 
     rollouts: Rollouts
@@ -237,18 +246,26 @@ class _RolloutPasses:
     adds_to_grad: bool
 
     def log_probs(self, chunk: slice, states: Sequence[Tensor]) -> Tensor:
-        """(B, n, k, G - 1) of the tokens after the first, of the k blocks of a chunk."""
+        """Log-probabilities (B, n, k, G - 1) of all tokens but the first, for k blocks of a chunk.
+
+        Args:
+            chunk: slice of the K blocks.
+            states: keys and values of the documents.
+        """
         found = self.score(self.rollouts.select_blocks(chunk), states)
         return found[:, :, : self.rollouts.tokens.shape[2] - chunk.start]
 
     def values(self, states: Sequence[Tensor]) -> Tensor:
-        """(B, n, K, G - 1), without gradient."""
+        """Log-probabilities (B, n, K, G - 1) of all tokens but the first, without gradient."""
         with torch.no_grad():
             return torch.cat([self.log_probs(chunk, states) for chunk in self.chunks], dim=2)
 
 
 class _Deferred(torch.autograd.Function):
-    """Known log-probabilities as a function of the states and weights that they came from."""
+    """Known log-probabilities as a differentiable function of the documents' states and weights.
+
+    The forward pass returns the known values. The backward pass makes the deferred passes.
+    """
 
     @staticmethod
     def forward(
@@ -276,7 +293,7 @@ class _Deferred(torch.autograd.Function):
                 log_probs = passes.log_probs(chunk, states)
             add(totals, [log_probs], [d_log_probs[:, :, chunk]], inputs)
         if passes.adds_to_grad:
-            # Of the weights, nothing is left to return.
+            # The weights' gradients are in `.grad` already, so None is returned for them.
             totals = [state.grad for state in states if state.requires_grad]
             totals += [None] * (len(inputs) - len(totals))
         of_inputs = iter(totals)
@@ -284,7 +301,10 @@ class _Deferred(torch.autograd.Function):
 
 
 class _PassAgain(torch.autograd.Function):
-    """A known pass over the documents as a function of the weights, made again for its gradient."""
+    """A known pass over the documents as a differentiable function of the weights.
+
+    The forward pass returns the known values. The backward pass makes the pass again.
+    """
 
     @staticmethod
     def forward(
@@ -318,7 +338,7 @@ def _add_to_grad(
     gradients: Sequence[Tensor],
     inputs: list[Tensor],
 ) -> None:
-    """Add the inputs' gradients to their `.grad`, one by one as they are found."""
+    """Add the inputs' gradients to their `.grad`, each as soon as it is computed."""
     torch.autograd.backward(outputs, gradients, inputs=inputs)
 
 
@@ -330,7 +350,7 @@ def _add_to_totals(
 ) -> None:
     """Add the inputs' gradients to the totals."""
     found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-    # One by one, so that earlier totals go as new ones come.
+    # One at a time, so that each old total is freed when the new one replaces it.
     for index, new in enumerate(found):
         totals[index] = _sum(totals[index], new)
 

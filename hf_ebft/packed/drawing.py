@@ -1,8 +1,8 @@
 """Drawing tokens from logits, with random numbers that are drawn beforehand.
 
-Which token is drawn is a function of the logits and of one uniform number per token. So it does not
-matter how many rows of logits exist at once, and a step of decoding draws the same whether it runs
-operator by operator or is replayed as a CUDA graph: no generator runs inside.
+The drawn token is a function of the logits and of one uniform number per token. So the result does
+not depend on how many rows of logits exist at once. A decoding step also draws the same tokens
+whether it runs operator by operator or as a CUDA graph, because no random generator runs inside it.
 
 Dimension letters: B rows of the batch, Q tokens of a row that are continued, N rows of logits, V
 vocabulary, X width of a state.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_ebft.packed.flex import compiled, fuses_kernels
 from hf_ebft.packed.heads import ToLogits
 
-# A sum of positive numbers times this is smaller than the sum, by one or two places of rounding.
+# A positive number times this is smaller than the number, by one or two units in the last place.
 _JUST_BELOW_ONE = 1.0 - 2.0**-52
 
 
@@ -40,15 +40,17 @@ class Sampler:
     chunk_size: int
 
     def __call__(self, states: Tensor, to_logits: ToLogits, uniform: Tensor) -> list[Tensor]:
-        """Tokens drawn for each state, and their log-probabilities before any truncation.
+        """Draw tokens for each state.
 
         Args:
             states: (B, Q, X).
-            to_logits: makes logits of any of them.
-            uniform: (B, Q, each) of `uniform_numbers`.
+            to_logits: computes logits from states (N, X).
+            uniform: (B, Q, each) of `uniform_numbers`, where `each` is the number of tokens to draw
+                per state.
 
         Returns:
-            (B, Q * each) int64 and float32.
+            The tokens, (B, Q * each) int64, and their log-probabilities before top-p truncation,
+            (B, Q * each) float32.
         """
         tokens, log_probs = [], []
         chunks = states.flatten(0, 1).split(self.chunk_size)
@@ -60,7 +62,7 @@ class Sampler:
         return [_joined(parts).view(states.shape[0], -1) for parts in (tokens, log_probs)]
 
     def _of_chunk(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (N, each) and their log-probabilities for logits (N, V)."""
+        """Draw tokens (N, each) from logits (N, V); also return their log-probabilities."""
         if self.top_p >= 1.0 and fuses_kernels(logits.device.type):
             return _compiled_draw()(logits, uniform, self.temperature)
         probabilities = token_probabilities(logits, self.temperature)
@@ -73,9 +75,10 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def uniform_numbers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Float64 numbers in [0, 1), on the generator's device, for `draw`."""
+    """Draw float64 numbers in [0, 1) for `draw`, on the generator's device."""
     numbers = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-    # A threshold made of the largest one must not be rounded to a total that none passes.
+    # The threshold (number times total) must not be rounded up to the total: no cumulated
+    # probability would exceed it.
     return numbers.clamp_(max=_JUST_BELOW_ONE)
 
 
@@ -93,7 +96,7 @@ def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The smallest set of most likely tokens whose probability reaches `top_p`, and no others.
+    """Keep the smallest set of most likely tokens whose probability reaches `top_p`; renormalise.
 
     Args:
         probabilities: (..., V) float32, summing to 1.
@@ -104,7 +107,8 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     if top_p >= 1.0:
         return probabilities
     descending, order = probabilities.sort(dim=-1, descending=True)
-    # Of the likelier tokens alone: cumsum - descending would let rounding keep one token too many.
+    # Total of the likelier tokens. Computed as `cumsum - descending`, rounding could keep one token
+    # too many.
     mass_before = nn.functional.pad(descending.cumsum(dim=-1)[..., :-1], (1, 0))
     kept = torch.where(mass_before < top_p, descending, 0.0)
     kept = kept / kept.sum(dim=-1, keepdim=True)
@@ -112,18 +116,22 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens drawn from each distribution: (N, V) -> (N, each) int64.
+    """Draw tokens from each distribution.
 
-    The token at which the cumulated probability first passes a uniform number: one random number
-    per token, where `torch.multinomial` takes one per entry of the vocabulary. The vocabulary is
-    summed in parts, and only the part that holds the token is cumulated. Sums are in double
-    precision, so that rare tokens at the end of a large vocabulary keep their share.
+    A drawn token is the first one at which the cumulated probability exceeds a uniform number. This
+    takes one random number per token, while `torch.multinomial` takes one per entry of the
+    vocabulary. Probabilities are summed over parts of the vocabulary. They are cumulated entry by
+    entry only in the part that contains the token. Sums are in double precision, so that rare
+    tokens at the end of a large vocabulary keep their probability.
 
-    A distribution that holds NaN gives some token of the vocabulary.
+    For a distribution that contains NaN, the token is arbitrary but within the vocabulary.
 
     Args:
         probabilities: (N, V) float32.
         uniform: (N, each) of `uniform_numbers`.
+
+    Returns:
+        (N, each) int64.
     """
     vocabulary = probabilities.shape[1]
     width = _part_width(vocabulary)
@@ -133,7 +141,7 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     sums = parts.sum(dim=-1, dtype=torch.float64)
     up_to_part = sums.cumsum(dim=-1)
     threshold = uniform * up_to_part[:, -1:]
-    # Among NaN, which no threshold is below, the search goes to the end and beyond.
+    # With NaN, no comparison is true, and the search returns an index beyond the end.
     part = torch.searchsorted(up_to_part, threshold, right=True).clamp_(max=parts.shape[1] - 1)
     before_part = nn.functional.pad(up_to_part, (1, 0)).gather(1, part)
     inside = parts.gather(1, part[..., None].expand(-1, -1, width))
@@ -145,13 +153,13 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 def draw_from_logits(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What `token_probabilities` and `draw` do, written for a compiler.
+    """`token_probabilities` followed by `draw`, written for a compiler.
 
-    Compiled, it reads the logits once and writes nothing of their size: every part of the
-    vocabulary has its sum of exponentials beside its own highest score, and only these sums are put
-    on one scale. Operator by operator it is slower than the two functions.
+    The compiled function reads the logits once and writes nothing of their size. Each part of the
+    vocabulary has a sum of exponentials relative to its own highest score. Only these sums are
+    brought to one scale. Uncompiled, it is slower than the two functions.
 
-    Where the logits of a row hold NaN, so do its log-probabilities.
+    If the logits of a row contain NaN, its log-probabilities are NaN.
 
     Args:
         logits: (N, V) in any floating dtype.
@@ -167,7 +175,7 @@ def draw_from_logits(logits: Tensor, uniform: Tensor, temperature: float) -> tup
     padded = nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
     parts = padded.unflatten(1, (-1, width))
     scores = parts.float() / temperature
-    # Parts may hold nothing but impossible tokens: minus infinity less itself would be NaN.
+    # All scores of a part may be minus infinity, and minus infinity minus itself would be NaN.
     highest = scores.amax(dim=-1).clamp(min=torch.finfo(torch.float32).min)
     sums = torch.exp(scores - highest[..., None]).sum(dim=-1, dtype=torch.float64)
     top = highest.amax(dim=-1, keepdim=True)
@@ -175,7 +183,8 @@ def draw_from_logits(logits: Tensor, uniform: Tensor, temperature: float) -> tup
     up_to_part = (sums * scale).cumsum(dim=-1)
     total = up_to_part[:, -1:]
     threshold = uniform * total
-    # As many are passed as are no larger, since sums only grow.
+    # The cumulated sums never decrease, so the number of sums up to the threshold is the part's
+    # index.
     part = (up_to_part[:, None] <= threshold[..., None]).sum(dim=-1)
     part = part.clamp(max=parts.shape[1] - 1)
     before_part = nn.functional.pad(up_to_part, (1, 0)).gather(1, part)
@@ -192,12 +201,15 @@ def draw_from_logits(logits: Tensor, uniform: Tensor, temperature: float) -> tup
 
 @cache
 def _compiled_draw() -> Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]:
-    """One for the process."""
+    """The compiled `draw_from_logits`, one per process."""
     return compiled(draw_from_logits)
 
 
 def _part_width(vocabulary: int) -> int:
-    """About the square root, a divisor if there is one nearby: then nothing has to be copied."""
+    """Width of a part of the vocabulary: about its square root.
+
+    A divisor of the vocabulary is preferred, because then the logits need not be padded.
+    """
     root = math.isqrt(vocabulary)
     nearby = range(root, min(2 * root, vocabulary) + 1)
     return next((width for width in nearby if vocabulary % width == 0), root)

@@ -1,7 +1,7 @@
-"""Expectations over the next token at every place of a rollout.
+"""Expected value of a vector per token, under the policy's distribution at each rollout token.
 
-Dimension letters: B rows of the batch, n samples, K blocks, G rollout length, P places kept, V
-vocabulary, r width of what is averaged.
+Dimension letters: B rows of the batch, n samples, K blocks, G rollout length, P tokens whose states
+are kept, V vocabulary, r width of the averaged vectors.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ def expected_over_tokens(
     top_p: float,
     chunk_size: int,
 ) -> Tensor:
-    """What a table of vectors by token is on average, where each rollout token was drawn.
+    """Average a table of token vectors over the distribution from which each token was drawn.
 
-    One forward pass in evaluation mode, without gradient.
+    It makes one forward pass in evaluation mode, without gradient.
 
     Args:
         model: the policy.
-        forward: how it runs packed rows.
+        forward: how the policy runs packed rows.
         rollouts: the batch and its sampled tokens.
-        table: (V, r), on the policy's device. Tokens beyond it count as zero vectors.
-        temperature, top_p: of the sampling.
+        table: (V, r), one vector per token, on the policy's device. Tokens beyond the table count
+            as zero vectors.
+        temperature, top_p: settings with which the rollouts were sampled.
         chunk_size: rows of logits that exist at once.
 
     Returns:

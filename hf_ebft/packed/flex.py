@@ -1,11 +1,11 @@
-"""flex_attention over a packed row, as an attention function that transformers' models can take.
+"""flex_attention over packed rows, as an attention function for transformers' models.
 
-transformers has one, too. This one is compiled once for each shape and never with dynamic shapes,
-which torch would try at the second shape and then give up on; and whatever is no pass over a packed
-row (plain rows, decoding steps) takes sdpa, which needs no compilation.
+It differs from transformers' own in two ways. First, it is compiled once per shape and never with
+dynamic shapes. (By default torch would try dynamic shapes at the second shape, and give up.)
+Second, passes without a block mask (plain rows, for example) use sdpa, which is not compiled.
 
-Dimension letters: B rows of the batch, H heads of keys and values, r query heads to each of them,
-Q queries and C keys of a pass, E and F widths of a head (keys, values).
+Dimension letters: B rows of the batch, H heads of keys and values, r query heads per key head, Q
+queries and C keys of a pass, E and F widths of a head (keys, values).
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from hf_ebft.packed.attention_functions import (
 )
 from hf_ebft.packed.block_masks import TILE
 
-# The name by which transformers' models find it.
+# The name under which it is registered in transformers.
 FLEX = "ebft_flex"
-# Shapes, times gradient or none, times kinds of layers, that a callable is compiled for before
-# torch gives up and computes scores unfused, which takes all memory there is.
+# How often torch may compile one function: shapes, times with or without gradient, times kinds of
+# layers. Beyond this number torch falls back to unfused attention, which may exhaust the memory.
 COMPILED_AT_MOST = 64
 
 
 def fuses_kernels(device_type: str) -> bool:
-    """Whether small functions are compiled on a type of device: on CUDA, by Triton."""
+    """Whether small functions are compiled on a type of device: on CUDA, if Triton is installed."""
     return device_type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """A function compiled anew for each shape, and never with dynamic shapes.
+    """Compile a function once per shape, never with dynamic shapes.
 
     Args:
-        function: what to compile.
-        options: of `torch.compile`.
+        function: the function to compile.
+        options: options of `torch.compile`.
     """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = COMPILED_AT_MOST
@@ -62,9 +62,9 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 @cache
 def _compiled_flex_attention(device_type: str) -> Callable[..., Any]:
-    """One for the process: networks of one shape share what was compiled.
+    """The compiled function, one per process, so that networks of one shape share it.
 
-    On a CPU flex_attention is there to be compared with: it is traced as for a GPU, and computed
+    On a CPU, flex_attention serves as a reference for tests: it is traced as on a GPU but computed
     unfused.
     """
     return compiled(flex_attention, backend="aot_eager" if device_type == "cpu" else "inductor")
@@ -82,25 +82,24 @@ def flex_attention_forward(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention through a block mask by flex_attention; through any other mask without it.
+    """Attention by flex_attention if the mask is a block mask, otherwise by other functions.
 
     Args:
         module: the layer's attention.
         query: (B, H * r, Q, E).
         key, value: (B, H, C, E), (B, H, C, F).
         attention_mask: a block mask; or boolean (B, 1, Q, C); or None for a causal row.
-        dropout: on the weights, which flex_attention does not know.
+        dropout: dropout rate of the weights; it must be 0 with a block mask.
         scaling: multiplies the scores; default 1 / sqrt(E).
-        softcap: bound on the scores.
-        s_aux: (H * r,) sinks: a score of each head that takes its share of the softmax and has no
-            value.
-        kwargs: for sdpa.
+        softcap: soft cap on the scores.
+        s_aux: (H * r,) sinks: an additional score per head whose value is 0.
+        kwargs: further arguments for sdpa.
 
     Returns:
-        (B, Q, H * r, F), and None in place of weights.
+        (B, Q, H * r, F), and None in place of the attention weights.
 
     Raises:
-        ValueError: dropout or a bias by position, through a block mask.
+        ValueError: dropout or a position bias is given with a block mask.
     """
     query, key, value = in_autocast_dtype(query, key, value)
     if not isinstance(attention_mask, BlockMask):
@@ -117,17 +116,18 @@ def flex_attention_forward(
     if unknown:
         raise ValueError(
             f"{type(module).__name__} uses {' and '.join(unknown)} in its attention, which "
-            "flex_attention does not know. Set packed_attention='sdpa'."
+            "flex_attention does not support. Set packed_attention='sdpa'."
         )
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": True, "block_mask": attention_mask}
     if softcap is not None:
         options["score_mod"] = bound_on_scores(softcap)
     if query.shape[2] < TILE and query.device.type != "cpu":
-        # Few queries would go to a kernel for decoding, which knows fewer shapes and types.
+        # For few queries torch would choose its decoding kernel, which supports fewer shapes and
+        # dtypes.
         options["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
     if s_aux is not None:
         options["return_aux"] = AuxRequest(lse=True)
-    # Inside of a compiled layer it is compiled with the layer.
+    # Inside a compiled layer, flex_attention is compiled with the layer.
     attend: Callable[..., Any] = flex_attention
     if not torch.compiler.is_compiling():
         attend = _compiled_flex_attention(query.device.type)
@@ -150,7 +150,7 @@ def _attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, None]:
-    """Attention with a bound on the scores or with sinks, which sdpa lacks, scores written out.
+    """Attention with a soft cap or sinks, which sdpa does not support, in plain operators.
 
     Arguments and result: see `flex_attention_forward`.
     """

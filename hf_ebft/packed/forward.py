@@ -1,10 +1,10 @@
 """Forward passes of a model over packed rows, always through the wrapped model.
 
-DDP, FSDP2, PEFT and autocast act on calls of the model that the trainer holds, so a backbone inside
-it is never called.
+DDP, FSDP2, PEFT and autocast act on calls of the outermost model. So this module calls that model
+and never a backbone inside it.
 
-Dimension letters: B rows of the batch, Q tokens fed, P positions whose logits are kept, V
-vocabulary.
+Dimension letters: B rows of the batch, Q tokens fed, P tokens whose logits are kept, V vocabulary,
+X width of a state.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hf_ebft.packed.model_parts import (
 from hf_ebft.packed.supported import RowLimits, check_supported, set_packed_attention
 from hf_ebft.rows.layout import PackedPart
 
-# What a layer that uses the keys and values of another has in a cache; in older releases nothing.
+# The cache entry of a layer that uses another layer's keys and values; older releases have none.
 _Keyless = getattr(cache_utils, "DummyLayer", None)
 _DROPOUTS = (
     nn.Dropout,
@@ -52,7 +52,20 @@ _DROPOUTS = (
 
 @dataclass(frozen=True)
 class PackedForward:
-    """How one model runs packed rows; built once from the bare model, used with the wrapped one."""
+    """How one model runs packed rows; built once from the bare model, used with the wrapped one.
+
+    Attributes:
+        recipe: how to make the model's attention masks.
+        limits: maximum lengths of documents and rows.
+        config: the model's configuration.
+        takes_logits_to_keep: whether the model's forward takes the argument `logits_to_keep`.
+        head: the model's head, for computing logits in chunks; None if it is not recognised.
+        cache_argument: name of the forward's argument for the cache.
+        noise_per_pass: whether training mode may draw noise once per pass, see
+            `has_noise_per_pass`.
+        compiler: options with which layers and head are compiled; None: they are not compiled.
+        decoding: what earlier batches have shown about decoding.
+    """
 
     recipe: MaskRecipe
     limits: RowLimits
@@ -74,15 +87,17 @@ class PackedForward:
         trains: bool = False,
         compiler: CompileOptions | None = None,
     ) -> PackedForward:
-        """Check the model, set its attention and read its recipe.
+        """Check a model, set its attention and find out how it runs packed rows.
 
         Args:
-            model: the bare or PEFT model.
+            model: the model, bare or wrapped by PEFT.
             packed_attention: see `StridedArguments`.
-            device_type: of the device on which the model will compute; default: where it is.
-            trains: it is trained; also find out whether training mode draws noise for a whole
-                pass, by one short pass.
-            compiler: compiles its layers, in place, and its head; None: nothing does.
+            device_type: type of the device on which the model will compute; default: that of its
+                weights.
+            trains: whether the model is trained. If so, one short pass may be made to find out
+                whether training mode draws noise once per pass.
+            compiler: options with which its layers (in place) and its head are compiled; None:
+                nothing is compiled.
 
         Raises:
             ValueError: the model cannot be exact on packed rows (see
@@ -119,13 +134,13 @@ class PackedForward:
         *,
         cache: DynamicCache | None = None,
     ) -> Tensor:
-        """Logits at chosen positions.
+        """Logits of chosen tokens.
 
         Args:
             model: the wrapped policy.
             input_ids: (B, Q).
-            part: which part of the packed row these tokens are.
-            keep: (P,) int64, which of the Q tokens to return logits for.
+            part: the part of the packed row that these tokens are.
+            keep: (P,) int64, indices of the tokens whose logits to return, among the Q tokens.
             cache: keys and values of earlier tokens, extended in place.
 
         Returns:
@@ -153,23 +168,26 @@ class PackedForward:
         *,
         cache: DynamicCache | None = None,
     ) -> list[Tensor]:
-        """A forward pass that computes something from logits without ever holding all of them.
+        """Run a forward pass and compute something from logits, without holding all of them.
 
         Args:
             model, input_ids, part, keep, cache: as in `logits`.
-            compute: gets one state per kept token, (B, P, X), and what makes logits (N, V) of any
-                such states (N, X). It runs inside the model's forward. Where the model's head
-                cannot be taken apart, the states are the logits.
+            compute: called inside the model's forward. Its arguments are one state per kept token,
+                (B, P, X), and a function that computes logits (N, V) from any of these states
+                (N, X). If the model's head was not recognised, the states are the logits.
 
         Returns:
-            What `compute` returned.
+            The return value of `compute`.
+
+        Raises:
+            RuntimeError: the model's forward did not call its head.
         """
         if self.head is None:
             logits = self.logits(model, input_ids, part, keep, cache=cache)
             return compute(logits, lambda rows: rows)
 
         def kept_only(hidden: Tensor, to_logits: ToLogits) -> list[Tensor]:
-            # A model that knows logits_to_keep has cut its hidden states already.
+            # A model with logits_to_keep has already selected the kept hidden states.
             return compute(hidden if self.takes_logits_to_keep else hidden[:, keep], to_logits)
 
         with self.head.replaced_by(
@@ -188,14 +206,14 @@ class PackedForward:
         return results
 
     def new_cache(self, states: Sequence[Tensor] | None = None) -> DynamicCache:
-        """A cache that keeps every key.
+        """Make a cache that keeps every key.
 
-        Sliding-window layers of a default cache drop keys that later blocks still need; here the
-        window is the mask's affair.
+        In transformers' default cache, sliding-window layers drop keys that later blocks still
+        need. Here only the mask limits the window.
 
         Args:
-            states: keys and values of every layer, (B, H, C, E) each, to start with, or of the
-                lowest layers; None: empty.
+            states: the cache's initial keys and values, (B, H, C, E) each, of every layer or of the
+                lowest layers; None: the cache is empty.
         """
         cache = RowCache(config=self.config.get_text_config(decoder=True))
         cache.layers = [
@@ -204,7 +222,7 @@ class PackedForward:
         ]
         if states is not None:
             pairs = list(zip(states[::2], states[1::2], strict=True))
-            # Models that run layers several times have more of them in their cache.
+            # A model that runs layers several times has a cache entry for each run.
             cache.layers += [DynamicLayer() for _ in range(len(pairs) - len(cache.layers))]
             layers = cast(list[DynamicLayer], cache.layers)[: len(pairs)]
             for layer, (keys, values) in zip(layers, pairs, strict=True):
@@ -214,21 +232,21 @@ class PackedForward:
 
     @property
     def compiles_by_shape(self) -> bool:
-        """Whether something is compiled for each shape of a pass."""
+        """Whether code is compiled for each new shape of a pass."""
         return self.recipe.implementation == FLEX or self.compiler is not None
 
     @cached_property
     def has_plain_cache(self) -> bool:
-        """Whether keys and values of every layer are all that the model's cache holds.
+        """Whether the model's cache holds keys and values of its layers and nothing else.
 
-        Then a row may be fed in parts, later ones against a cache of the earlier ones.
+        A row can then be fed in parts, where later parts see a cache of the earlier ones.
         """
         config = self.config.get_text_config(decoder=True)
-        # Text alone does not reach these layers, and leaves their part of the cache empty.
+        # Without images these layers do not run, and their cache entries stay empty.
         if getattr(config, "cross_attention_layers", None):
             return False
         layers = self.new_cache().layers
-        # Layers that use the keys and values of earlier ones come last, and keep none themselves.
+        # Layers that use keys and values of earlier layers come last and have none of their own.
         if self.shares_keys:
             layers = [layer for layer in layers if type(layer) is not _Keyless]
         return all(type(layer) is DynamicLayer for layer in layers)
@@ -240,7 +258,7 @@ class PackedForward:
 
 
 def is_random_in_training(model: nn.Module) -> bool:
-    """Whether dropout, or noise of another kind, tells training mode from evaluation mode."""
+    """Whether dropout or other noise makes training mode differ from evaluation mode."""
     config = bare_model(model).config.get_text_config(decoder=True)
     by_configuration = any(
         value > 0
@@ -258,26 +276,26 @@ def is_random_in_training(model: nn.Module) -> bool:
 def has_noisy_embeddings(model: nn.Module) -> bool:
     """Whether NEFTune (`neftune_noise_alpha`) adds noise to embeddings in training mode.
 
-    Its noise is the smaller the longer the input of a pass is, so that parts of a row would get
-    other noise than the row.
+    Its noise becomes smaller as the input of a pass becomes longer, so a part of a row would get
+    larger noise than the whole row.
     """
     embeddings = bare_model(model).get_input_embeddings()
     return bool(getattr(embeddings, "neftune_noise_alpha", None))
 
 
 def has_noise_per_pass(model: nn.Module) -> bool:
-    """Whether training mode draws what is not known to be drawn for each token on its own.
+    """Whether training mode may draw noise once per pass instead of once per token.
 
-    Such noise (LayerDrop, noise in hooks, dropout by a function with its rate in the code) may be
-    one for a whole pass, so that parts of a row would be computed by different networks. Where no
-    setting tells, one short pass does: it moves the random generator.
+    Examples are LayerDrop, noise in hooks, and dropout whose rate is written in the code. With such
+    noise, parts of a row could be computed by different networks. If no setting shows it, one short
+    pass is made: noise advances the random generator, whose state is restored afterwards.
     """
     config = bare_model(model).config.get_text_config(decoder=True)
     if getattr(config, "layerdrop", 0) > 0:
         return True
     if is_random_in_training(model):
         return False
-    # Sharded models are never called in parts, and calling one takes every process.
+    # Sharded models are never called in parts, and a call would need all processes.
     if is_sharded(model) or any(weight.is_meta for weight in model.parameters()):
         return False
     device = next(model.parameters()).device
@@ -292,7 +310,7 @@ def has_noise_per_pass(model: nn.Module) -> bool:
             ids = torch.zeros(1, 4, dtype=torch.long, device=device)
             model(input_ids=ids, use_cache=False)
             return not torch.equal(before, generators.get_rng_state())
-    except Exception:  # what a model cannot do is for the self-test to say
+    except Exception:  # if the model cannot run, the self-test reports it
         return False
     finally:
         for module in resting:
@@ -300,7 +318,7 @@ def has_noise_per_pass(model: nn.Module) -> bool:
 
 
 def _is_random(adapter: Any) -> bool:
-    """Whether a PEFT method draws in training mode: its weights, or which of them to leave out."""
+    """Whether a PEFT method is random in training mode: it draws or drops weights."""
     return adapter.peft_type == "PVERA" or any(
         isinstance(value, float) and value > 0
         for name, value in vars(adapter).items()
@@ -309,7 +327,7 @@ def _is_random(adapter: Any) -> bool:
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether a module drops something in training mode, by itself or with a function."""
+    """Whether a module is a dropout layer with a rate above 0, or has a dropout rate above 0."""
     if isinstance(module, _DROPOUTS):
         return module.p > 0
     return any(
@@ -319,8 +337,9 @@ def _drops(module: nn.Module) -> bool:
 
 
 def states_in(cache: DynamicCache) -> list[Tensor]:
-    """Keys and values of every layer that a pass went through, (B, H, C, E) each, as
-    `PackedForward.new_cache` takes them.
+    """Keys and values of every layer of a cache that is not empty, (B, H, C, E) each.
+
+    The list has the order that `PackedForward.new_cache` takes.
     """
     layers = [layer for layer in cast(list[DynamicLayer], cache.layers) if layer.keys is not None]
     return [cast(Tensor, state) for layer in layers for state in (layer.keys, layer.values)]
@@ -328,10 +347,10 @@ def states_in(cache: DynamicCache) -> list[Tensor]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No gradient and evaluation mode, then every module's own mode again.
+    """Evaluation mode without gradient within the context; each module's mode is restored after it.
 
-    Sampling must see neither dropout nor gradient checkpointing (which drops the cache), and
-    modules that the user keeps in evaluation mode must stay so afterwards.
+    Sampling must run without dropout and without gradient checkpointing (which drops the cache).
+    Modules that the user keeps in evaluation mode stay in it afterwards.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,6 +1,7 @@
-"""What FSDP2 needs: parameters gathered while sampling, a sharded feature network, copied weights.
+"""Support for FSDP2: gathering parameters for sampling, sharding the feature network, and copying
+weights from the main process.
 
-Dimension letters: G decoding steps.
+Dimension letters: G tokens of a rollout.
 """
 
 from __future__ import annotations
@@ -26,15 +27,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def parameters_gathered(model: nn.Module, reshard_after: bool) -> Iterator[None]:
-    """Keep every layer's parameters gathered from its first forward pass until the end.
+    """Keep each layer's parameters gathered from its first forward pass to the end of the context.
 
-    Each of the G passes of sampling would otherwise gather the whole model again; here the first
-    one does, and the others find the parameters in place. Costs the memory of the unsharded
-    weights.
+    Otherwise each of the G passes of sampling would gather the whole model again. Here only the
+    first pass gathers it. This needs memory for the unsharded weights.
 
     Args:
-        model: the wrapped policy; nothing happens unless FSDP2 shards it.
-        reshard_after: what the layers' `reshard_after_forward` is set back to.
+        model: the wrapped policy; if FSDP2 does not shard it, nothing happens.
+        reshard_after: value to which the layers' `reshard_after_forward` is reset.
     """
     units = _resharding_units(model) if is_sharded(model) else []
     for unit in units:
@@ -48,11 +48,11 @@ def parameters_gathered(model: nn.Module, reshard_after: bool) -> Iterator[None]
 
 
 class SamplingGather:
-    """Whether FSDP2 keeps the policy gathered while it samples: decided at the first sampling.
+    """Decides, at the first sampling, whether FSDP2 keeps the policy gathered while it samples.
 
     Args:
-        choice: `gather_params_for_sampling`.
-        accelerator: of the run.
+        choice: the setting `gather_params_for_sampling`.
+        accelerator: the run's accelerator.
     """
 
     def __init__(self, choice: str, accelerator: Accelerator) -> None:
@@ -61,7 +61,7 @@ class SamplingGather:
         self._gathers: bool | None = None
 
     def __call__(self, model: nn.Module) -> AbstractContextManager[None]:
-        """The context to sample in; every process must ask together."""
+        """The context in which to sample. All processes must call this together."""
         if not is_sharded(model):
             return nullcontext()
         if self._gathers is None:
@@ -75,9 +75,9 @@ class SamplingGather:
 
 
 def _resharding_units(model: nn.Module) -> list[FSDPModule]:
-    """The sharded modules that are resharded after forward: layers, and an embedding of its own.
+    """The sharded modules that are resharded after forward: layers, and an untied embedding.
 
-    accelerate keeps the root and the tail (final norm and head, with a tied embedding) gathered.
+    accelerate keeps the root and the tail (final norm, head and a tied embedding) gathered.
     """
     base = bare_model(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
@@ -100,7 +100,7 @@ def full_bytes(model: nn.Module) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of a device (of the machine for the CPU)."""
+    """Free bytes of a device's memory (for a CPU: of the machine's memory)."""
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     return int(torch.accelerator.get_memory_info(device)[0])
@@ -109,7 +109,7 @@ def free_memory(device: torch.device) -> int:
 def gathering_fits(model: nn.Module, accelerator: Accelerator) -> bool:
     """Whether the unsharded weights take at most half of the free memory of every process.
 
-    Every process must call this together, and all get the same answer.
+    All processes must call this together, and all get the same answer.
     """
     device = accelerator.device
     free = torch.tensor([free_memory(device)], dtype=torch.int64, device=device)
@@ -117,11 +117,11 @@ def gathering_fits(model: nn.Module, accelerator: Accelerator) -> bool:
 
 
 def copy_from_main_process(model: nn.Module) -> nn.Module:
-    """A full copy of the main process's model, on every process.
+    """Make a full copy of the main process's model on every process.
 
-    accelerate's `cpu_ram_efficient_loading` leaves real weights on the main process only. Sending
-    those, rather than loading from a hub name again, copies the policy as it is, warm-started or
-    not. Every process must call this together.
+    With accelerate's `cpu_ram_efficient_loading`, only the main process has real weights. They are
+    sent to the other processes instead of being loaded from the hub again, so that the copy equals
+    the policy even if it was warm-started. All processes must call this together.
     """
     duplicate = copy.deepcopy(model)
     device = PartialState().device

@@ -1,8 +1,8 @@
-"""The head of a language model, applied to a chunk of hidden states at a time.
+"""The head of a language model, applied to one chunk of hidden states at a time.
 
-Logits of every kept token of a packed row would be the largest tensor of a training step by far.
-They are made chunk by chunk inside the model's own forward pass, where parameters are gathered,
-adapters active and autocast on.
+The logits of all kept tokens of a packed row would be by far the largest tensor of a training step.
+So they are computed chunk by chunk. This happens inside the model's own forward pass, where
+parameters are gathered, adapters are active and autocast is on.
 
 Dimension letters: B rows of the batch, Q tokens fed, N states in any order, H hidden width,
 V vocabulary.
@@ -25,12 +25,12 @@ ToLogits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Head:
-    """What turns last hidden states into logits.
+    """How a model turns its last hidden states into logits.
 
     Attributes:
-        name: of the output embeddings, as the model calls them.
-        scale: multiplies their output.
-        softcap: bounds the logits, `softcap * tanh(logits / softcap)`; None: no bound.
+        name: name of the output embeddings in the model.
+        scale: multiplies the output of the output embeddings.
+        softcap: soft cap on the logits, `softcap * tanh(logits / softcap)`; None: no cap.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Head:
     softcap: float | None = None
 
     def finish(self, logits: Tensor) -> Tensor:
-        """What the model does with the output of its head, elementwise."""
+        """Apply the scale and the soft cap to the output of the output embeddings, elementwise."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -53,24 +53,25 @@ class Head:
         *,
         traceable: bool = False,
     ) -> Iterator[list[Tensor]]:
-        """Let the model compute something else in place of logits.
+        """Within the context, let the model compute something else instead of logits.
 
         Args:
-            model: as it is called, wrapped or not.
-            compute: gets the hidden states (B, Q, H) that the model hands to its head, and what
-                makes logits of any of them; called once for each call of the model.
-            traceable: whether TorchDynamo may follow the model into `compute`.
+            model: the model that will be called, wrapped or not.
+            compute: called once per call of the model. Its arguments are the hidden states
+                (B, Q, H) that the model passes to its head, and a function that computes logits
+                (N, V) from any of them (N, H).
+            traceable: whether TorchDynamo may trace `compute` as part of the model.
 
         Yields:
-            A list, which holds what `compute` returned once the model's forward has run. The
-            model itself returns zeros in place of logits; they carry no information, and where
-            there is a gradient they depend on the results, so that the gradient of the model's
-            output, which makes FSDP2 gather parameters, arrives before it is needed.
+            A list. After the model's forward has run, it contains the results of `compute`. The
+            model returns zeros in place of logits. If the results have a gradient, the zeros depend
+            on them: FSDP2 gathers parameters when the gradient of the model's output arrives, and
+            this must happen before the results' gradient needs the parameters.
         """
         results: list[Tensor] = []
         inside = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
         head = getattr(inside, self.name)
-        given = head.__dict__.get("forward")  # of a library that hooks modules this way
+        given = head.__dict__.get("forward")  # set by a library that hooks modules this way
         original = head.forward
 
         def instead(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -81,7 +82,7 @@ class Head:
             anchors = [result.sum() * 0.0 for result in results if result.requires_grad]
             return zeros + sum(anchors) if anchors else zeros
 
-        # Compiled models leave their graph here: what is computed changes with every call.
+        # A compiled model breaks its graph here, because `compute` is a new function in every call.
         head.forward = instead if traceable else torch.compiler.disable(instead)
         try:
             yield results

@@ -1,10 +1,10 @@
-"""A cache as a single decoder layer sees it, so that one compiled graph serves every layer.
+"""The cache of a single decoder layer, so that one compiled graph serves all layers.
 
-Each attention of a transformers model knows its own number, and asks the cache of the whole model
-for the keys and values of that number. TorchDynamo would compile every layer by itself: the number
-is part of the code. So a compiled layer gets its own part of the cache in the cache's place, and
-all of them have the number 0 meanwhile. Layers whose code reads number or cache for anything else
-are found by reading it.
+Each attention module of a transformers model has a layer number (`layer_idx`), with which it asks
+the model's cache for its keys and values. TorchDynamo treats this number as a constant and would
+compile every layer separately. So a compiled layer gets only its own part of the cache, and its
+number is 0 during the call. This does not work for layers whose code uses the number or the cache
+in other ways. The source code of a layer's modules is inspected to find these.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-# How attention modules call their number.
+# The attribute in which attention modules keep their layer number.
 NUMBER = "layer_idx"
-# Parts of the names by which layers call a cache, and keys and values that other layers hand on to
-# them (Gemma 4), which have none of their own in the cache.
+# Words in the names of arguments that hold a cache, or keys and values of other layers (as in
+# Gemma 4, where some layers have none of their own).
 _CACHE_NAMES = ("past", "cache", "shared_kv")
 
 
 class OneLayer:
-    """In the place of a cache, the keys and values of one layer.
+    """The keys and values of one layer, passed to the layer instead of the model's cache.
 
-    It offers nothing else that a cache does, so that a layer which asks for more raises.
+    It has no other method of a cache, so a layer that calls another one raises.
     """
 
     def __init__(self, layer: CacheLayerMixin) -> None:
@@ -40,34 +40,34 @@ class OneLayer:
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """What the cache of the whole model does for the layer, whatever number it has now."""
+        """Do what the model's cache does for this layer; the number given is ignored."""
         return self.layer.update(key_states, value_states, *args, **kwargs)
 
 
 @runtime_checkable
 class CacheByLayer(Protocol):
-    """A cache that can be handed to compiled layers.
+    """A cache whose parts can be passed to compiled layers.
 
     Attributes:
-        few_shapes: whether its shapes come in few sizes, each of which is compiled.
+        few_shapes: whether its tensors have few different shapes; code is compiled for each.
     """
 
     few_shapes: bool
 
     def of_layer(self, number: int, mask: Any) -> AbstractContextManager[OneLayer]:
-        """A layer's own part of the cache, to be used within the context.
+        """One layer's part of the cache, to be used within the context.
 
         Args:
-            number: of the layer.
-            mask: that the layer is given.
+            number: number of the layer.
+            mask: attention mask that the layer gets.
         """
 
 
 class RowCache(DynamicCache):
     """The cache of passes over parts of packed rows.
 
-    Its shapes are those of the rows: few where these are rounded up, as they are when layers are
-    compiled.
+    Its shapes are those of the rows. When layers are compiled, row widths are rounded up, so that
+    there are few shapes.
     """
 
     few_shapes = True
@@ -79,10 +79,10 @@ class RowCache(DynamicCache):
 
 
 class NumberedModules:
-    """The modules of a decoder layer that know its number.
+    """The modules of a decoder layer that have the layer's number as an attribute.
 
     Args:
-        layer: of a transformers model.
+        layer: a decoder layer of a transformers model.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -94,14 +94,16 @@ class NumberedModules:
 
     @property
     def number(self) -> int | None:
-        """By which they find the layer's keys and values in a cache; None if they do anything else
-        with number or cache, or that cannot be told.
+        """The number with which the modules find the layer's keys and values in a cache.
+
+        None if their code uses the number or the cache in other ways, if they have different
+        numbers, or if their code cannot be read.
         """
         return None if self._reads_more or len(self.numbers) != 1 else next(iter(self.numbers))
 
     @contextmanager
     def as_first(self) -> Iterator[None]:
-        """Let them have the number 0 within the context."""
+        """Set the number of these modules to 0 within the context."""
         try:
             for module in self.modules:
                 setattr(module, NUMBER, 0)
@@ -113,8 +115,9 @@ class NumberedModules:
 
 @cache
 def _reads_more(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class of modules does more with number and cache than to hand them on
-    to each other, or uses keys and values of other layers.
+    """Whether a module class uses number or cache for more than `cache.update(..., number)`.
+
+    Also True if it uses keys and values of other layers.
     """
     ours = kind.__mro__[: kind.__mro__.index(nn.Module)]
     return any(
@@ -130,7 +133,7 @@ def _function_reads_more(function: Callable[..., Any]) -> bool:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError, TypeError):
-        return True  # code that cannot be read
+        return True  # the code cannot be read, so assume that it does
     updates = {id(node): node for node in ast.walk(tree) if _is_update(node)}
     allowed = set()
     for call in cast("list[ast.Call]", list(updates.values())):
@@ -140,7 +143,7 @@ def _function_reads_more(function: Callable[..., Any]) -> bool:
 
 
 def _is_update(node: ast.AST) -> bool:
-    """`cache.update(...)`"""
+    """Whether a node is a call `cache.update(...)`."""
     return (
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
@@ -158,5 +161,5 @@ def _reads_number_or_cache(node: ast.AST) -> bool:
 
 
 def _names_cache(node: ast.AST) -> bool:
-    """Whether it is what a layer calls a cache, or keys and values of lower layers."""
+    """Whether a node is a name that holds a cache, or keys and values of lower layers."""
     return isinstance(node, ast.Name) and any(word in node.id for word in _CACHE_NAMES)

@@ -25,15 +25,16 @@ def packed_log_probs(
     part: PackedPart | None = None,
     cache: DynamicCache | None = None,
 ) -> TokenLogProbs:
-    """One forward pass of a model over the packed row, with gradient if it is on.
+    """Log-probabilities from one forward pass over the packed row, with gradient if it is enabled.
 
     Args:
         model: the (wrapped) policy, or a reference model.
-        forward: how it runs packed rows.
+        forward: how the model runs packed rows.
         rollouts: the batch and its sampled tokens.
         temperature, with_document, chunk_size: see `Targets`.
-        part: what to feed of the row; default: all that predicts something.
-        cache: keys and values of what the part may look at and does not feed, extended in place.
+        part: the part of the row to feed; default: all tokens that predict something.
+        cache: keys and values of the tokens that the part may see but does not feed; it is extended
+            in place.
     """
     part = rollouts.layout.predicting_part if part is None else part
     targets = Targets(part, temperature, with_document, chunk_size, forward.compiler)
@@ -47,14 +48,14 @@ def packed_log_probs(
 def document_log_probs(
     model: nn.Module, forward: PackedForward, documents: Documents, *, chunk_size: int
 ) -> Tensor:
-    """Log-probabilities of the documents, in a pass over them alone, with gradient if it is on.
+    """Log-probabilities of the documents from a pass over them alone, with gradient if enabled.
 
     Args:
         model, forward, chunk_size: as in `packed_log_probs`.
         documents: the batch.
 
     Returns:
-        (B, S) float32 at temperature 1; 0 for tokens that are no targets.
+        (B, S) float32 at temperature 1; 0 for tokens that are not targets.
     """
     layout = PackedLayout.without_rollouts(documents)
     nothing = documents.input_ids.new_zeros(layout.rollout_shape)

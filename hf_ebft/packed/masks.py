@@ -1,10 +1,10 @@
 """The attention masks of a packed row, in the form that a model's attention takes.
 
-One definition of visibility becomes a plan (split attention), a boolean mask (sdpa), an additive
-mask (eager) or, for passes over rollouts, a block mask (flex_attention). A
-model's configuration and code say how far its layers see. Sliding windows and chunks are measured
-in position ids and never in places of the row: neighbours in the row are not neighbours in the
-text.
+The one definition of visibility (`hf_ebft.rows.visibility`) becomes a plan for split attention, a
+boolean mask for sdpa, an additive mask for eager attention or, where it is worth compiling, a block
+mask for flex_attention. A model's configuration and code say how far its layers see. Sliding
+windows and chunks are measured in position ids, not in row indices: tokens that are neighbours in
+the row need not be neighbours in the text.
 
 Dimension letters: B rows of the batch, Q queries and C keys of a pass, S document tokens, K blocks,
 n samples, T tokens fed of every rollout, O own keys of a rollout.
@@ -46,7 +46,7 @@ from hf_ebft.rows.visibility import Coordinates, sees
 logger = logging.getLogger(__name__)
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
-# Layers that look through a mask and depend on the rest of the row in no other way.
+# Types of layers that depend on other tokens only through an attention mask.
 MASKABLE_LAYERS = frozenset({FULL, SLIDING, CHUNKED})
 # Our own implementation, under the name by which transformers' models find it.
 SPLIT = "ebft_split"
@@ -64,9 +64,9 @@ class MaskRecipe:
         implementation: one of `PACKABLE_IMPLEMENTATIONS`.
         layer_types: the kinds of layers the model has.
         by_layer_type: whether the model takes a dict of masks (one per kind) or a single mask.
-        window: sliding window in positions, where there are sliding layers.
-        chunk: chunk size in positions, where there are chunked layers.
-        dtype: dtype of additive masks, which must be the one the model computes in.
+        window: sliding window in positions, for sliding layers.
+        chunk: chunk size in positions, for chunked layers.
+        dtype: dtype of additive masks; it must be the dtype in which the model computes.
     """
 
     implementation: str
@@ -78,10 +78,10 @@ class MaskRecipe:
 
     @classmethod
     def for_model(cls, model: PreTrainedModel) -> MaskRecipe:
-        """Read the recipe off a (bare) transformers model.
+        """Derive the recipe from a (bare) transformers model.
 
         Raises:
-            ValueError: a layer type whose visibility cannot be expressed by a mask.
+            ValueError: the model has a layer type whose visibility no mask can express.
         """
         config = model.config.get_text_config(decoder=True)
         layer_types = getattr(config, "layer_types", None)
@@ -92,14 +92,14 @@ class MaskRecipe:
             if unknown:
                 raise ValueError(
                     f"{type(model).__name__} has layers of type {', '.join(unknown)}, which carry "
-                    "a state along the row or choose among its tokens instead of only looking "
-                    "through a mask; blocks that share a row cannot be kept apart. Use a model "
+                    "a state along the row or select keys by themselves. A mask cannot keep blocks "
+                    "that share a row apart in such layers. Use a model "
                     f"whose layers are all of type {', '.join(sorted(MASKABLE_LAYERS))}."
                 )
             kinds = tuple(sorted(set(layer_types)))
         else:
             made = mask_functions(model)
-            # Code that makes its masks itself is taken to mean what its configuration says.
+            # If the model's code makes its masks itself, the configuration is trusted.
             trusted = not made or "create_masks_for_generate" in made
             slides = trusted or "create_sliding_window_causal_mask" in made
             chunks = trusted or "create_chunked_causal_mask" in made
@@ -114,7 +114,7 @@ class MaskRecipe:
         )
 
     def masks_for(self, part: PackedPart) -> Masks:
-        """Masks of one forward pass over the packed row, made once for each recipe."""
+        """Masks of one forward pass over the packed row, made once per recipe and then kept."""
         in_blocks = self.implementation == FLEX and _pays_to_compile(part)
         key = (self, in_blocks)
         if key not in part.masks:
@@ -127,7 +127,7 @@ class MaskRecipe:
         return part.masks[key]
 
     def prepare(self, part: PackedPart) -> None:
-        """Make the masks of a pass ahead of it, unless they are large."""
+        """Make the masks of a later pass now, unless they are large."""
         if self.implementation == SPLIT:
             self.masks_for(part)
 
@@ -140,7 +140,7 @@ class MaskRecipe:
         return masks if self.by_layer_type else next(iter(masks.values()))
 
     def first_visible(self, kind: str, position: Tensor) -> Tensor:
-        """The earliest position that a token at `position` sees in a layer of this kind."""
+        """The first position that a token at `position` sees in a layer of this kind."""
         if kind == SLIDING and self.window:
             return (position - self.window + 1).clamp(min=0)
         if kind == CHUNKED and self.chunk:
@@ -148,12 +148,12 @@ class MaskRecipe:
         return torch.zeros_like(position)
 
     def allowed(self, kind: str, query: Coordinates, key: Coordinates) -> Tensor:
-        """Who attends to whom in a layer of this kind, elementwise (coordinates broadcast)."""
+        """Whether each query sees each key in a layer of this kind (coordinates broadcast)."""
         return sees(query, key) & (key.position >= self.first_visible(kind, query.position))
 
     def _packed_mask(self, kind: str, part: PackedPart) -> PackedMask:
-        # The mask must not hold the part, which holds the mask: only Python's collector of cycles
-        # would free them, some steps later.
+        # The part refers to the mask. If the mask also referred to the part, only Python's cyclic
+        # garbage collector would free them, some steps later.
         copy = replace(part, masks={})
         rows, n_queries = part.queries.slot.shape
         return PackedMask.from_plan(
@@ -164,7 +164,7 @@ class MaskRecipe:
         )
 
     def plan(self, kind: str, part: PackedPart) -> AttentionPlan:
-        """The same visibility as stretches of document columns and own tokens."""
+        """The visibility as a range of document columns and own tokens, for split attention."""
         layout = part.layout
         n_queries = part.queries.slot.shape[1]
         sections = []
@@ -206,8 +206,7 @@ class MaskRecipe:
         stretches = partial(self._rollout_stretches, kind, part.steps)
         if kind != FULL:
             return self._tiles(stretches, part.layout, per_group)
-        # Every token of a rollout sees the whole prefix, so decoding steps have their tiles in
-        # common.
+        # Every token of a rollout sees the whole prefix, so all decoding steps share their tiles.
         known = part.layout.cache
         if (FULL, per_group) not in known:
             known[FULL, per_group] = self._tiles(stretches, part.layout, per_group)
@@ -215,17 +214,17 @@ class MaskRecipe:
         return tiles
 
     def _document_stretches(self, kind: str, layout: PackedLayout) -> Stretches:
-        """What the S document tokens see of the documents."""
+        """Which document columns the S document tokens see."""
         documents = layout.documents
         column = torch.arange(layout.document_width, device=documents.position.device)
         real = documents.document >= 0
         first = column - documents.position + self.first_visible(kind, documents.position)
-        # Padding may look at anything, so it looks at what costs nothing.
+        # The output of padding is ignored, so it may see any column. Column 0 widens no tile.
         low = torch.where(real, first, 0)[:, :, None]
         return Stretches(low, (column + 1).expand_as(real), real)
 
     def _rollout_stretches(self, kind: str, steps: range, layout: PackedLayout) -> Stretches:
-        """What these steps of every block's rollouts see of the documents."""
+        """Which document columns these steps of each block's rollouts see."""
         blocks = layout.blocks
         low = (blocks.column - blocks.position)[:, :, None]
         if kind != FULL:
@@ -235,9 +234,12 @@ class MaskRecipe:
         return Stretches(low, blocks.column, blocks.exists)
 
     def _own_hidden(self, kind: str, part: PackedPart, blocks: Blocks) -> Tensor | None:
-        """(B or 1, 1, K or 1, 1, T, O) bool: own tokens ahead or outside of the window."""
+        """(B or 1, 1, K or 1, 1, T, O) bool: own tokens that are later or outside the window.
+
+        None: no own token is hidden.
+        """
         device = blocks.position.device
-        # The newest token alone sees all of its own where nothing limits it.
+        # In a layer without a window, a rollout's newest token sees all tokens of the rollout.
         if kind == FULL and len(part.steps) == 1 and part.steps.stop == part.own_steps.stop:
             return None
         step = torch.arange(part.steps.start, part.steps.stop, device=device)
@@ -251,7 +253,7 @@ class MaskRecipe:
         return hidden
 
     def block_mask(self, kind: str, part: PackedPart) -> BlockMask:
-        """The same visibility as a block mask, kept for the next batch whose numbers are equal."""
+        """The visibility as a block mask, reused for later batches with the same layout."""
         host, device = part.layout.on_host, part.queries.slot.device
         numbers = (
             host.documents.document,
@@ -268,7 +270,7 @@ class MaskRecipe:
         return _BLOCK_MASKS.get(key, lambda: block_mask(self.visible_keys(kind, part), device))
 
     def visible_keys(self, kind: str, part: PackedPart) -> VisibleKeys:
-        """The same visibility, query by query, in the host's memory."""
+        """The visibility of each query, in the host's memory."""
         host = part.layout.on_host
         rows, n_samples, n_blocks, _ = host.rollout_shape
         low, high = [np.zeros((rows, 0), dtype=np.int64)] * 2
@@ -287,7 +289,7 @@ class MaskRecipe:
             first, end = stretches.low.numpy()[:, :, None, :], stretches.high.numpy()
             hidden = self._own_hidden(kind, part, host.blocks)
             seen = np.ones((1,) * 6, dtype=bool) if hidden is None else ~hidden.numpy()
-            # What does not exist sees itself.
+            # A token of a block that does not exist sees itself.
             itself = np.equal.outer(np.array(part.steps), np.array(part.own_steps))
             seen = np.where(exists[..., None], seen[:, 0], itself)
             low = np.concatenate([low, _queries(np.where(exists, first, 0), shape)], axis=1)
@@ -312,7 +314,7 @@ class MaskRecipe:
         )
         if self.implementation != "eager":
             return allowed
-        # Eager attention adds the mask to its scores, in the model's own dtype.
+        # Eager attention adds the mask to its scores in the model's dtype.
         lowest = torch.finfo(self.dtype).min
         return torch.zeros_like(allowed, dtype=self.dtype).masked_fill_(~allowed, lowest)
 
@@ -321,10 +323,10 @@ _BLOCK_MASKS = BlockMaskCache()
 
 
 def _pays_to_compile(part: PackedPart) -> bool:
-    """Whether flex_attention, which is compiled for each shape, is worth it for a pass.
+    """Whether a pass is worth compiling flex_attention for its shape.
 
-    For rows and chunks of rollouts; for documents that rollouts follow, where their activations
-    are kept for a gradient. Documents alone have many shapes.
+    It is for whole rows and for chunks of rollouts. It is for documents in a pass with gradient,
+    if the batch has rollouts. It is not for batches without rollouts, which have many shapes.
     """
     if len(part.steps) > 0:
         return not part.decodes
@@ -337,11 +339,11 @@ def _queries(by_rollout: np.ndarray, shape: tuple[int, int, int, int]) -> np.nda
 
 
 class PackedMask(Tensor):
-    """A boolean mask (B, 1, Q, C) that is not made until somebody looks at it.
+    """A boolean mask (B, 1, Q, C) whose values are computed only when they are needed.
 
-    A transformers model hands its mask on to its attention function, and ours takes the plan out of
-    it. Anything else that a model does with the mask (cut it, add to it, convert it) makes the real
-    mask at that moment, which may be slow and is never wrong.
+    A transformers model passes its mask to its attention function, and split attention reads the
+    plan from it. If the model does anything else with the mask (slice it, add to it, convert it),
+    the dense mask is computed at that moment. This may be slow but gives the right result.
     """
 
     plan: AttentionPlan
@@ -357,13 +359,13 @@ class PackedMask(Tensor):
         device: torch.device,
         make_dense: Callable[[], Tensor],
     ) -> PackedMask:
-        """A mask of this shape that holds a plan, and how to make the mask itself."""
+        """A mask of this shape that holds a plan and a function that makes the dense mask."""
         mask = torch.ones((), dtype=torch.bool, device=device).expand(shape).as_subclass(cls)
         mask.plan, mask._make_dense, mask._dense = plan, make_dense, None
         return mask
 
     def dense(self) -> Tensor:
-        """The mask itself."""
+        """The dense mask, computed at the first call."""
         if self._dense is None:
             self._dense = self._make_dense()
         return self._dense
@@ -388,7 +390,7 @@ class PackedMask(Tensor):
             return func(*args, **kwargs)
 
 
-# What can be said of a tensor without its values (__get__: its attributes).
+# Functions that answer from a tensor's metadata, without its values (__get__: attributes).
 _ABOUT_A_TENSOR = frozenset(
     {"__get__", "__set__", "dim", "get_device", "is_floating_point", "numel", "size"}
 )
@@ -408,7 +410,7 @@ def _split_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Split attention for packed rows, as a transformers attention function; sdpa for all else.
+    """Split attention as a transformers attention function; sdpa for masks that are not packed.
 
     Args:
         query: (B, query heads, Q, E).
@@ -435,10 +437,10 @@ def _split_attention_forward(
 
 @cache
 def _log_dense_mask(attention: str, changes: str) -> None:
-    """Say once for each class of attention that it cannot be split, and why."""
+    """Log once per class of attention that it cannot be split, and why."""
     logger.warning(
-        "%s uses %s, which split attention does not know: sdpa with a mask of the whole packed row "
-        "takes its place, which needs more memory and time.",
+        "%s uses %s, which split attention does not support. It uses sdpa with a mask of the whole "
+        "packed row instead, which needs more memory and time.",
         attention,
         changes,
     )

@@ -1,9 +1,9 @@
-"""What the code of a transformers model does with its logits and masks, and how to find out.
+"""Finds out what the code of a transformers model does with its logits and masks.
 
-No configuration says it, and a table by model type would be true of one release, and not of a
-subclass or of remote code. So the model in hand is asked: its own forward is run on known values.
-Everything here rests on how transformers writes its models; the tests hold it against every type of
-the installed release.
+No configuration says it. A table by model type would hold for one release only, and not for
+subclasses or remote code. So this module inspects the model itself: it runs the model's own forward
+on known values and reads the names in its code. All of this relies on how transformers writes its
+models. The tests check it for every model type of the installed release.
 
 Dimension letters: Q tokens, H hidden width, V vocabulary.
 """
@@ -28,7 +28,7 @@ from hf_ebft.packed.model_parts import bare_model
 
 logger = logging.getLogger(__name__)
 
-# How transformers' models make their masks (transformers.masking_utils).
+# The functions with which transformers' models make their masks (transformers.masking_utils).
 MASK_FUNCTIONS = frozenset(
     {
         "create_bidirectional_mask",
@@ -38,29 +38,30 @@ MASK_FUNCTIONS = frozenset(
         "create_sliding_window_causal_mask",
     }
 )
-# Tokens of the trial of a head, and the spread of the values that take the place of its output:
-# wide enough to tell a bound on the logits from none.
+# For trying out a head: number of tokens, and the standard deviation of the values that replace its
+# output. It is large enough to tell whether the logits are bounded.
 TRIAL_TOKENS, TRIAL_SPREAD = 3, 100.0
 
 
 def mask_functions(model: PreTrainedModel) -> set[str]:
-    """Which of transformers' mask functions the model's own code uses; empty if it makes its own.
+    """Which of transformers' mask functions the model's own code uses; empty if it uses none.
 
-    A configuration may name a window that the model never looks at. The code does not lie.
+    The code is more reliable than the configuration, which may name a window that the model does
+    not use.
     """
     return _names_in_code(model) & MASK_FUNCTIONS
 
 
 def looks_at_block_masks(model: PreTrainedModel) -> bool:
-    """Whether the model's own code tells block masks from others, as Doge's does to leave them out.
+    """Whether the model's own code treats block masks unlike other masks (Doge's drops them).
 
-    A model that hands masks on to its attention function has no need to.
+    A model that only passes masks to its attention function does not mention `BlockMask`.
     """
     return "BlockMask" in _names_in_code(model)
 
 
 def _names_in_code(model: PreTrainedModel) -> set[str]:
-    """Names that the modules with the model's classes define or import."""
+    """Names defined or imported in the Python modules that contain the model's classes."""
     sources = {
         ancestor.__module__
         for part in model.modules()
@@ -72,50 +73,51 @@ def _names_in_code(model: PreTrainedModel) -> set[str]:
 
 
 def calls_chosen_attention(model: nn.Module) -> bool:
-    """Whether a model's code leaves attention to the function that its configuration names."""
+    """Whether a model calls the attention function that its configuration names."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     return any(part._can_set_attn_implementation() for part in parts)
 
 
 def why_not_split(model: PreTrainedModel) -> str | None:
-    """Why split attention cannot take the place of a model's attention; None if it can."""
-    # transformers would only warn when it is told to switch the attention of such a model.
+    """Why a model cannot use split attention; None if it can."""
+    # For such a model, transformers only warns when its attention is switched.
     if not calls_chosen_attention(model):
-        return "its code does not leave attention to the chosen function"
-    # It knows what sdpa knows, and takes it where it has to: no bound on the scores, no sinks.
+        return "its code does not call the attention function that its configuration names"
+    # Split attention falls back to sdpa and, like it, supports neither soft caps nor sinks.
     if reason := why_not_sdpa(model):
         return reason
     if not model._supports_sdpa:
-        return "it does not support sdpa, whose place split attention takes"
+        return "it does not support sdpa, which split attention replaces"
     return None
 
 
 def why_not_sdpa(model: PreTrainedModel) -> str | None:
-    """Why sdpa must not take the place of a model's attention, whatever the model's class says.
+    """Why a model must not use sdpa, even if its class says that it supports sdpa; None if it may.
 
-    In transformers 5.17, Gemma 2 and VaultGemma hand the bound on their scores to sdpa, which
-    leaves it out; newer releases have no sdpa for them.
+    In transformers 5.17, Gemma 2 and VaultGemma pass their soft cap on the scores to sdpa, which
+    ignores it. Newer releases do not support sdpa for them.
     """
     bound = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     if bound is not None:
-        return f"sdpa leaves out the bound on its scores (attn_logit_softcapping={bound:g})"
+        return f"sdpa ignores the soft cap on its scores (attn_logit_softcapping={bound:g})"
     return None
 
 
 def find_head(model: nn.Module) -> Head | None:
-    """The head of a causal language model, or None if it is not recognised.
+    """Find the head of a causal language model; None if it is not recognised.
 
-    The model's forward runs once with its backbone and its head replaced, so that no weight is
-    read: what it makes of known values in the place of the head's output is compared with what a
-    `Head` would make of them, for every scale and bound on the logits in its configuration.
+    The model's forward runs once with its backbone and head replaced, so that no weight is read.
+    The replaced head returns known values. The logits that the model makes of them are compared
+    with those of each possible `Head`: every scale and soft cap for which the configuration has a
+    number.
 
     Args:
-        model: bare or wrapped by PEFT, on any device, the meta device too.
+        model: bare or wrapped by PEFT, on any device, including the meta device.
     """
     base = bare_model(model)
     module = base.get_output_embeddings()
     names = [name for name, child in base.named_children() if child is module]
-    reason = "its output embeddings are no part of it by name"
+    reason = "its output embeddings are not one of its named child modules"
     if module is not None and len(names) == 1:
         try:
             values, logits = _try_head(base, names[0])
@@ -124,13 +126,13 @@ def find_head(model: nn.Module) -> Head | None:
                     head.finish(values), logits.float(), rtol=1e-5, atol=1e-5
                 ):
                     return head
-            reason = "it changes its logits in a way that is not known"
-        # Whatever foreign code raises when its backbone returns hidden states and nothing else.
+            reason = "it post-processes its logits in a way that is not recognised"
+        # A model's code may raise anything if its backbone returns only hidden states.
         except Exception as error:
             reason = f"its forward cannot be tried ({type(error).__name__}: {error})"
     logger.warning(
-        "The head of %s cannot be applied in chunks, since %s: logits of all kept tokens are made "
-        "at once, which takes more memory.",
+        "The head of %s cannot be applied in chunks, because %s. The logits of all kept tokens are "
+        "computed at once, which takes more memory.",
         type(base).__name__,
         reason,
     )
@@ -138,7 +140,7 @@ def find_head(model: nn.Module) -> Head | None:
 
 
 def _possible_heads(base: PreTrainedModel, name: str) -> Iterator[Head]:
-    """Heads with every scale and bound that the configuration has a number for."""
+    """Heads with every scale and soft cap for which the configuration has a number."""
     config = vars(base.config.get_text_config(decoder=True))
     numbers = [
         float(value)
@@ -151,11 +153,14 @@ def _possible_heads(base: PreTrainedModel, name: str) -> Iterator[Head]:
 
 
 def _try_head(base: PreTrainedModel, name: str) -> tuple[Tensor, Tensor]:
-    """Values in place of the head's output, and the logits (1, Q, V) that the model makes of them.
+    """Run the model's forward with its head's output replaced by known values.
+
+    Returns:
+        The known values, and the logits that the model makes of them, (1, Q, V) each.
 
     Raises:
-        Exception: the model's code cannot be run so.
-        RuntimeError: it does not call the head exactly once.
+        Exception: the model's code cannot run with replaced parts.
+        RuntimeError: the model does not call its head exactly once.
     """
     weight = next(base.get_input_embeddings().parameters())
     values_device = torch.device("cpu") if weight.is_meta else weight.device
@@ -191,7 +196,7 @@ def _try_head(base: PreTrainedModel, name: str) -> tuple[Tensor, Tensor]:
 
 
 class _BackboneOutput:
-    """Last hidden states (1, Q, H), and None for whatever else a backbone may return."""
+    """Last hidden states (1, Q, H), and None for all other outputs of a backbone."""
 
     def __init__(self, last_hidden_state: Tensor) -> None:
         self.last_hidden_state = last_hidden_state
@@ -205,8 +210,8 @@ class _BackboneOutput:
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Another forward, without the hooks that somebody may have put around it."""
-    given = module.__dict__.get("forward")  # of a library that hooks modules this way
+    """Replace a module's forward and remove its hooks, within the context."""
+    given = module.__dict__.get("forward")  # set by a library that hooks modules this way
     hooks = {name: getattr(module, name) for name in ("_forward_pre_hooks", "_forward_hooks")}
     module.forward = forward
     for name in hooks:

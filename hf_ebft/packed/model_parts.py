@@ -1,4 +1,4 @@
-"""Where the parts of a transformers model are: its bare model, backbone, layers and vocabulary."""
+"""Finds parts of a transformers model: the bare model, backbone, decoder layers and vocabulary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# What forwards of models and layers call their cache, newest name first.
+# Names of the forward's argument for the cache, in models and layers, newest first.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
@@ -28,7 +28,7 @@ def active_adapter_configs(model: nn.Module) -> list[Any]:
 
 
 def tokens_with_adapters(model: nn.Module) -> list[int]:
-    """Token ids that an active adapter treats unlike others: those whose embeddings it trains."""
+    """Ids of tokens that an active adapter treats specially (trained embeddings, aLoRA)."""
     found: set[int] = set()
     for adapter in active_adapter_configs(model):
         for name in ("token_indices", "trainable_token_indices", "alora_invocation_tokens"):
@@ -52,7 +52,7 @@ def backbone(model: nn.Module) -> PreTrainedModel:
 
 
 def checkpoints_activations(model: nn.Module) -> bool:
-    """Whether gradient (or, as newer releases say, activation) checkpointing is on."""
+    """Whether gradient checkpointing is on (newer releases call it activation checkpointing)."""
     base = bare_model(model)
     new_name = hasattr(type(base), "is_activation_checkpointing")
     name = "is_activation_checkpointing" if new_name else "is_gradient_checkpointing"
@@ -60,9 +60,9 @@ def checkpoints_activations(model: nn.Module) -> bool:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the model's own forward calls the keys and values of earlier tokens.
+    """The name of the forward's argument for the keys and values of earlier tokens.
 
-    transformers 5.24 has renamed the argument, and warns of the older name.
+    transformers 5.24 renamed the argument and warns about the older name.
     """
     parameters = inspect.signature(bare_model(model).forward).parameters
     newest, older = CACHE_ARGUMENTS
@@ -75,15 +75,16 @@ def shares_keys(config: Any) -> bool:
 
 
 def keeping_every_state(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The argument by which a model returns the states of all tokens, if it has to be told.
+    """The argument that makes a model return the states of all tokens; empty if it needs none.
 
-    Newer releases tell a model that shares keys between its layers which logits are kept. Where
-    that is a number, be it for all of them, the model cuts masks to these tokens, so that its
-    attention functions get other masks than the model was given.
+    In newer releases, a model that shares keys between its layers uses `logits_to_keep` in its
+    layers, too. If it is a number (even the number that keeps all tokens), the model slices the
+    masks. Its attention functions then get other masks than the model was given. A tensor of
+    indices avoids this.
 
     Args:
         model: a model or its backbone.
-        input_ids: (B, Q), that it will read.
+        input_ids: (B, Q), the tokens that the model will read.
     """
     readers = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     if not shares_keys(readers[0].config) or all(
@@ -94,37 +95,37 @@ def keeping_every_state(model: nn.Module, input_ids: torch.Tensor) -> dict[str, 
 
 
 def _reads_tokens(module: nn.Module, base: PreTrainedModel) -> bool:
-    """Whether the input embeddings lie inside a module, as they do not in a vision tower."""
+    """Whether a module contains the input embeddings (a vision tower does not)."""
     embeddings = base.get_input_embeddings()
     return any(inner is embeddings for inner in module.modules())
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a transformers model: its first list of as many modules.
+    """The decoder layers of a transformers model: its first module list of the configured length.
 
     Lists inside towers for other modalities do not count.
 
     Raises:
-        ValueError: no such list, or layers without one hidden state each.
+        ValueError: the model has no such list, or its layers do not each have one hidden state.
     """
     base = bare_model(model)
     name, config = type(base).__name__, base.config.get_text_config(decoder=True)
     if hasattr(config, "altup_num_inputs"):
         raise ValueError(
-            f"{name} keeps several hidden states per token side by side, so that a layer has no "
-            "one hidden state to take features from. Pass another model as feature_network."
+            f"{name} keeps several hidden states per token side by side, but features need one "
+            "hidden state per layer. Pass another model as feature_network."
         )
     if getattr(config, "cross_attention_layers", None):
         raise ValueError(
-            f"{name} skips its cross-attention layers where there is no image, so that layers "
-            "cannot be counted by depth. Pass another model as feature_network."
+            f"{name} skips its cross-attention layers if there is no image, so feature layers "
+            "cannot be chosen by depth. Pass another model as feature_network."
         )
     if getattr(config, "n_recurrent_loops", 1) > 1:
         raise ValueError(
-            f"{name} runs some of its layers several times, so that layers cannot be counted by "
+            f"{name} runs some of its layers several times, so feature layers cannot be chosen by "
             "depth. Pass another model as feature_network."
         )
-    # Some layers hold two attentions and count as two in num_hidden_layers, not in num_layers.
+    # Layers with two attention modules count as two in num_hidden_layers but as one in num_layers.
     counts = {config.num_hidden_layers, getattr(config, "num_layers", config.num_hidden_layers)}
     towers = [
         module
@@ -146,7 +147,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def end_of_text_id(model: nn.Module, processing_class: Any = None) -> int | None:
-    """Token that ends a document: the tokenizer's EOS, else the first one of the model's."""
+    """Id of the token that ends a document: the tokenizer's EOS, or else the model's first EOS."""
     from_tokenizer = getattr(processing_class, "eos_token_id", None)
     if from_tokenizer is not None:
         return int(from_tokenizer)

@@ -1,4 +1,4 @@
-"""Sampling: one prefill of the documents, then G - 1 decoding steps for all blocks at once.
+"""Sampling: one prefill of the documents, then G - 1 decoding steps for all blocks together.
 
 Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, G rollout length, V
 vocabulary, Q tokens of a row that are continued, N rows of logits.
@@ -24,10 +24,11 @@ from hf_ebft.rows.layout import PackedLayout, PackedPart, beyond
 
 @dataclass(frozen=True)
 class DocumentPass:
-    """A forward pass over the documents, with gradient or without.
+    """Results of a forward pass over the documents, with or without gradient.
 
     Attributes:
-        log_probs: of the rollouts' first tokens, (B, n, K, 1), and of the documents if asked for.
+        log_probs: log-probabilities of the rollouts' first tokens, (B, n, K, 1), and of the
+            documents if they were requested.
         states: keys and values of every layer, (B, H, S, E) each.
     """
 
@@ -36,12 +37,12 @@ class DocumentPass:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of it, in a fixed order."""
+        """All tensors of the pass, in a fixed order."""
         document = self.log_probs.document
         return [self.log_probs.rollout, *([] if document is None else [document]), *self.states]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> DocumentPass:
-        """The same pass with other `tensors`."""
+        """The same pass with its tensors replaced, in the order of `tensors`."""
         first, *others = tensors
         document = None if self.log_probs.document is None else others.pop(0)
         return DocumentPass(TokenLogProbs(first, document), others)
@@ -52,9 +53,9 @@ class Rollouts:
     """Sampled continuations of the prefixes of a batch.
 
     Attributes:
-        tokens: (B, n, K, G) int64; arbitrary where the block does not exist.
-        exists: (B, K) bool.
-        layout: where prefixes, windows and rollouts lie in the packed row.
+        tokens: (B, n, K, G) int64; arbitrary if the block does not exist.
+        exists: (B, K) bool, whether the block exists.
+        layout: where prefixes, windows and rollouts are in the packed row.
     """
 
     tokens: Tensor
@@ -68,13 +69,13 @@ class Rollouts:
             tokens: (B, n, K, G) int64, on any device.
 
         Raises:
-            ValueError: tokens of another shape or type.
+            ValueError: the tokens have another shape or dtype.
         """
         self.layout.check_tokens(tokens)
         return Rollouts(tokens.to(self.tokens.device), self.exists, self.layout)
 
     def select_blocks(self, chunk: slice) -> Rollouts:
-        """The rollouts of some blocks, see `PackedLayout.select_blocks`."""
+        """The rollouts of a slice of the blocks, see `PackedLayout.select_blocks`."""
         layout, tokens = self.layout.select_blocks(chunk), self.tokens[:, :, chunk]
         missing = beyond(chunk, self.tokens.shape[2])
         if missing > 0:
@@ -82,25 +83,26 @@ class Rollouts:
         return Rollouts(tokens, layout.blocks.exists, layout)
 
     def input_ids(self, part: PackedPart) -> Tensor:
-        """(B, Q) token ids of what a part of the row feeds."""
+        """(B, Q) token ids of the tokens that a part of the row feeds."""
         return self.layout.input_ids(self.tokens)[:, part.queries.slot[0]]
 
 
 @dataclass(frozen=True)
 class SamplingRecord:
-    """What sampling computed beside the tokens. Training on these very rollouts can use it.
+    """Results of sampling besides the tokens, which training on the same rollouts can use.
 
-    It is handed on beside the rollouts and not inside them: rollouts may get other tokens, or be
-    trained on a second time, when none of this is true any longer.
+    It is separate from the rollouts, because it becomes invalid when their tokens are replaced or
+    when they are trained on a second time.
 
     Attributes:
-        rollouts: as they were sampled; nobody else holds their tokens.
-        log_probs: (B, n, K, G) float32, of the tokens, at the temperature, before any truncation.
-        temperature: of the sampling.
+        rollouts: the rollouts as sampled. No other code has a reference to their tokens.
+        log_probs: (B, n, K, G) float32, log-probabilities of the tokens at the temperature, before
+            top-p truncation.
+        temperature: sampling temperature.
         policy: the model that sampled.
-        weight_versions: of the policy's weights, see `weight_versions`.
-        document_pass: the pass over the documents, if it was to be kept. Its graph, if it has one,
-            serves one backward pass.
+        weight_versions: versions of the policy's weights, see `weight_versions`.
+        document_pass: the pass over the documents; None if it was not kept. Its autograd graph, if
+            it has one, can be used in one backward pass.
     """
 
     rollouts: Rollouts
@@ -111,7 +113,10 @@ class SamplingRecord:
     document_pass: DocumentPass | None = None
 
     def describes(self, rollouts: Rollouts, policy: nn.Module, temperature: float) -> bool:
-        """Whether this policy, as it is now, has sampled these tokens at this temperature."""
+        """Whether this policy, with its current weights, sampled these tokens.
+
+        The temperature must be the same, too.
+        """
         return (
             rollouts.layout is self.rollouts.layout
             and policy is self.policy
@@ -122,18 +127,19 @@ class SamplingRecord:
 
 
 def weight_versions(policy: nn.Module) -> tuple[int, ...]:
-    """How often each weight was changed in place, as autograd counts it for tensors that it saves.
+    """How often each weight was changed in place, by autograd's version counters.
 
-    A subclass may sample with other weights than it trains, averaged ones for example.
+    They show whether weights changed after sampling: a subclass may, for example, sample with
+    averaged weights and train other ones.
     """
     return tuple(parameter._version for parameter in policy.parameters())
 
 
 def make_generator(device: torch.device, *entropy: int) -> torch.Generator:
-    """A generator seeded from several numbers, e.g. (seed, step, process).
+    """Make a generator seeded from several numbers, e.g. (seed, step, process).
 
-    Being a function of the step, it needs no place in checkpoints: a resumed run draws what an
-    uninterrupted one would have drawn.
+    The seed is a function of the step, so checkpoints need not store the generator: a resumed run
+    draws the same numbers as an uninterrupted one.
     """
     sequence = np.random.SeedSequence([number % 2**64 for number in entropy])
     seed = int(sequence.generate_state(1, np.uint64)[0]) % 2**63
@@ -154,7 +160,7 @@ def sample_rollouts(
 
     Args:
         model, forward, layout, temperature, top_p, chunk_size, generator: see `sample_with_record`,
-            whose errors it raises, too.
+            which also lists the errors.
     """
     rollouts, _ = sample_with_record(
         model,
@@ -179,24 +185,24 @@ def sample_with_record(
     generator: torch.Generator,
     targets: Targets | None = None,
 ) -> tuple[Rollouts, SamplingRecord]:
-    """Sample G tokens after every prefix of the batch, n times, and say what was computed.
+    """Sample G tokens after every prefix of the batch, n times, and return a record of it.
 
-    The number of forward passes is G whatever the batch holds, so that all processes of a
-    distributed run gather parameters equally often.
+    The number of forward passes is always G, whatever the batch contains, so that all processes of
+    a distributed run gather parameters equally often.
 
     Args:
-        model: the wrapped policy, in any mode; sampled in evaluation mode, without gradient.
+        model: the wrapped policy, in any mode. It samples in evaluation mode, without gradient.
         forward: how this policy runs packed rows.
         layout: the batch.
         temperature: > 0, divides the logits.
         top_p: nucleus mass; 1.0 keeps the whole distribution.
         chunk_size: rows of logits that exist at once.
         generator: source of randomness, on the model's device.
-        targets: of the documents, to be scored in the pass over them that sampling makes anyway;
-            the pass is kept. In evaluation mode, like all of it.
+        targets: targets of the documents, to be scored in sampling's own pass over the documents
+            (in evaluation mode). That pass is then kept in the record. None: the pass is not kept.
 
     Returns:
-        The rollouts, and what can serve a training pass over them.
+        The rollouts, and the results that a training pass over them can use.
 
     Raises:
         FloatingPointError: the policy's logits are not finite.
@@ -234,10 +240,10 @@ def _first_tokens(
     targets: Targets | None,
     uniform: Tensor,
 ) -> tuple[list[Tensor], DocumentPass | None]:
-    """The pass over the documents, which fills the cache.
+    """Make the pass over the documents, which fills the cache, and draw each rollout's first token.
 
     Returns:
-        Tokens (B, K * n) and their log-probabilities, and the pass itself if there are targets.
+        Tokens (B, K * n) and their log-probabilities; and the pass, or None without targets.
     """
     _, n_samples, n_blocks, _ = layout.rollout_shape
     uniform = uniform.unflatten(1, (n_blocks, n_samples))
@@ -246,7 +252,7 @@ def _first_tokens(
         kept = KeptPlaces.for_layout(layout, whole_document=False, part=part)
     else:
         kept = targets.kept
-    # The first token is predicted by the prefix's last one, for all samples alike.
+    # The last token of the prefix predicts the first token of all samples.
     index = kept.index_of[layout.predictor[:, 0, :, 0]]
 
     def first_tokens(states: Tensor, to_logits: ToLogits) -> list[Tensor]:
@@ -268,7 +274,7 @@ def _first_tokens(
 
 
 def _refuse_not_finite(log_probs: Tensor) -> None:
-    # Once, after the last step: a look at every step would make the host wait for the device.
+    # Only once, after the last step: a check in every step would make the host wait for the device.
     if bool(torch.isnan(log_probs).any()):
         raise FloatingPointError(
             "The policy's logits are not finite, so no rollout can be sampled. Its weights have "

@@ -1,17 +1,18 @@
 """Attention over packed rows without a mask of the whole row.
 
-A token of the packed row sees a stretch of document columns, the same for all rollouts of a
-block, and a rollout token also sees its own earlier tokens. So scores are computed against
-`[stretch of the document | own rollout]` only, tile by tile, with one softmax over both: about
-R * (S / 2 + G) pairs instead of R * R, in plain matrix products. The backward pass computes the
-scores again instead of keeping them (as in FlashAttention, Dao et al. 2022, section 3.1). Heads
-that share keys and values (grouped-query attention) share a product; nothing is repeated.
+Each token of a packed row sees one range of document columns, which is the same for all rollouts of
+a block. A rollout token also sees the earlier tokens of its own rollout. So scores are computed
+only against `[range of the document | own rollout]`, tile by tile, with one softmax over both. That
+is about R * (S / 2 + G) pairs of query and key instead of R * R, in plain matrix products. The
+backward pass recomputes the scores instead of keeping them (as in FlashAttention, Dao et al. 2022,
+section 3.1). Query heads that share keys and values (grouped-query attention) share a matrix
+product, so keys and values are not repeated.
 
-Dimension letters: B rows of the batch, H heads of keys and values, r query heads to each of them,
-Q queries and C keys of the pass, S document tokens (the first S keys), E and F widths of a head
-(keys, values). A section of the queries: g groups that see the same columns each, n rollouts in a
-group, T of their tokens, w = n * r * T rows of scores in a group, O own keys of a rollout. A tile:
-c of the groups, P columns that any of them sees.
+Dimension letters: B rows of the batch, H heads of keys and values, r query heads per key head, Q
+queries and C keys of the pass, S document tokens (the first S keys), E and F widths of a head
+(keys, values). Within a section of the queries: g groups, the queries of a group see the same
+columns; n rollouts in a group, T tokens of each, w = n * r * T rows of scores in a group, O own
+keys of a rollout. Within a tile: c groups, P columns that at least one of them sees.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Rows of scores that a tile has per query head, at most about: enough for an efficient matrix
-# product, and few enough for the scores to stay in a CPU's cache, or in a small part of a GPU's
+# Approximate maximum of a tile's rows of scores per query head. It is large enough for an efficient
+# matrix product, and small enough for the scores to fit a CPU's cache or a small part of a GPU's
 # memory.
 TILE_ROWS = {"cpu": 192, "cuda": 2048}
-# A tile computes every column that any of its groups sees. With so many tiles, what it computes in
-# vain is about one part in as many; but tiles below the second number cost more than they save.
+# A tile computes every column that at least one of its groups sees. With TILES tiles, about one
+# part in TILES of this work is for pairs that are hidden. A tile with fewer than FEWEST_ROWS rows
+# costs more than it saves.
 TILES, FEWEST_ROWS = 16, 128
 
 
@@ -38,9 +40,10 @@ class Stretches:
     """Which document columns each query sees: `low <= column < high`.
 
     Attributes:
-        low: (B, g, T), T tokens of each of g groups (T = 1 if all see alike).
+        low: (B, g, T), for T tokens of each of g groups (T = 1 if all tokens see the same columns).
         high: (B, g).
-        exists: (B, g) bool; what the others see is arbitrary, and their output is ignored.
+        exists: (B, g) bool. For groups that do not exist, the bounds are arbitrary and the output
+            is ignored.
     """
 
     low: Tensor
@@ -53,10 +56,10 @@ class Tile:
     """Groups that are computed together.
 
     Attributes:
-        groups: which.
-        columns: the document columns that any of them sees.
-        hidden: parts of `columns` that not all of them see, with (B, 1, c, 1, T or 1, columns)
-            bool, True where a query does not see a column.
+        groups: slice of the section's groups.
+        columns: the document columns that at least one of them sees.
+        hidden: ranges within `columns` that not all of them see, each with a
+            (B, 1, c, 1, T or 1, columns) bool tensor, True if a query does not see a column.
     """
 
     groups: slice
@@ -71,16 +74,16 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """Queries that stand together and are of one kind: those of the documents, or of the rollouts.
+    """Adjacent queries of one kind: either all document tokens or all rollout tokens of a pass.
 
     Attributes:
-        queries: where they are among the queries of the pass, group after group, in each group
-            rollout after rollout.
+        queries: their slice of the pass's queries. They are ordered by group, and within a group by
+            rollout.
         per_group: (n, T).
-        tiles: they cover every group once.
+        tiles: together they cover every group once.
         n_own: O.
         own_hidden: (B or 1, 1, g or 1, 1, T, O) bool, own tokens that a rollout token does not see;
-            None where it sees them all.
+            None if it sees all of them.
     """
 
     queries: slice
@@ -97,15 +100,15 @@ class Section:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Who sees whom in one forward pass.
+    """Which keys each query sees in one forward pass.
 
     Attributes:
-        sections: they cover every query once.
+        sections: together they cover every query once.
         n_queries: Q.
         n_keys: C.
         document_width: S.
-        step_major: whether the keys of the rollouts stand token after token (as in a cache that
-            grows by steps) instead of rollout after rollout.
+        step_major: whether the rollouts' keys are ordered by step first (as in a cache that grows)
+            instead of by rollout first.
     """
 
     sections: tuple[Section, ...]
@@ -128,8 +131,8 @@ def make_tiles(
     """Cut a section's groups into tiles.
 
     Args:
-        stretches: what the groups see.
-        on_host: the same in the host's memory, which decides the shapes.
+        stretches: the columns that the groups see.
+        on_host: the same in the host's memory, from which shapes are computed.
         per_group: (n, T).
     """
     low, high = stretches.low, stretches.high
@@ -138,7 +141,7 @@ def make_tiles(
     rows = TILE_ROWS["cpu" if low.device.type == "cpu" else "cuda"]
     size = max(-(-n_groups // TILES), FEWEST_ROWS // n_queries)
     size = max(1, min(rows // n_queries, size))
-    # Bounds over the groups that exist: the whole tile's columns, and those that all see.
+    # Bounds per tile, over the groups that exist: columns that any group sees, and that all see.
     far, exists = np.iinfo(np.int32).max, on_host.exists.numpy()
     host_low, host_high = on_host.low.numpy(), on_host.high.numpy()
     bounds = np.stack(
@@ -167,7 +170,7 @@ def make_tiles(
 
 
 def _per_tile(bound: np.ndarray, size: int, filling: int) -> np.ndarray:
-    """(B, g) -> (tiles, B * size), the last tile filled up."""
+    """(B, g) -> (tiles, B * size); the last tile is padded with `filling`."""
     missing = -bound.shape[1] % size
     filled = np.pad(bound, ((0, 0), (0, missing)), constant_values=filling)
     return filled.reshape(len(bound), -1, size).transpose(1, 0, 2).reshape(-1, len(bound) * size)
@@ -176,17 +179,17 @@ def _per_tile(bound: np.ndarray, size: int, filling: int) -> np.ndarray:
 def split_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scaling: float
 ) -> Tensor:
-    """Attention of every query to what the plan lets it see.
+    """Attention of every query to the keys that it sees according to the plan.
 
     Args:
         query: (B, H * r, Q, E).
         key: (B, H, C, E).
-        value: (B, H, C, F), of one dtype with the others.
-        plan: who sees whom.
+        value: (B, H, C, F). All three have the same dtype.
+        plan: which keys each query sees.
         scaling: multiplies the scores.
 
     Returns:
-        (B, Q, H * r, F) in the dtype of the arguments, with gradients for all three.
+        (B, Q, H * r, F) in that dtype, differentiable with respect to all three.
     """
     return _SplitAttention.apply(query, key, value, plan, scaling)
 
@@ -211,7 +214,7 @@ class _SplitAttention(torch.autograd.Function):
         plan, scaling = ctx.plan, ctx.scaling
         d_output = gradients[0]
         d_query = torch.empty_like(query)
-        # Many tiles add to the gradient of a key; sums of low precision would lose them.
+        # Many tiles add to the gradient of a key, and a sum in low precision would be inexact.
         wide = torch.float32 if key.dtype in (torch.bfloat16, torch.float16) else key.dtype
         d_key = torch.zeros(key.shape, dtype=wide, device=key.device)
         d_value = torch.zeros(value.shape, dtype=wide, device=value.device)
@@ -233,14 +236,15 @@ class _SplitAttention(torch.autograd.Function):
 class _SectionPass:
     """The attention of one section, forward or backward.
 
-    What concerns a rollout's own keys is one product for all rollouts; what concerns document
-    columns goes tile by tile. Rows of scores are in the order (g, n, r, T).
+    Scores against own keys are computed in one product for all rollouts. Scores against document
+    columns are computed tile by tile. Rows of scores are in the order (g, n, r, T).
 
     Args:
-        section: of the plan.
-        plan: who sees whom.
-        query, key, value, scaling: as in `split_attention`; key and value of `_rows_together`.
-        n_buffers: matrices of scores that exist at a time.
+        section: the section of the plan.
+        plan: which keys each query sees.
+        query, key, value, scaling: as in `split_attention`; key and value are results of
+            `_rows_together`.
+        n_buffers: number of score matrices that exist at once.
     """
 
     def __init__(
@@ -261,7 +265,7 @@ class _SectionPass:
         self.heads_per_key = query.shape[1] // key.shape[1]
         self.group_rows = n * self.heads_per_key * tokens
         view = self.rows_of(query)
-        # (B, H, g * n, r, T, E), scaled on the way.
+        # (B, H, g * n, r, T, E), a copy, multiplied by `scaling`.
         self.rows = torch.mul(view, scaling, out=query.new_empty(view.shape))
         largest = max(
             (tile.groups.stop - tile.groups.start) * (tile.width + section.n_own)
@@ -303,7 +307,7 @@ class _SectionPass:
 
         Args:
             d_output: (B, H, g * n, r, T, F), contiguous.
-            row_sums: (B, H, g * n, r, T, 1), its products with the output.
+            row_sums: (B, H, g * n, r, T, 1), products of `d_output` with the output, summed over F.
             d_key, d_value: (B, H, C, E) and (B, H, C, F), added to in place.
         """
         rows, d_rows = self._flat(self.rows), torch.empty_like(self._flat(self.rows))
@@ -343,7 +347,7 @@ class _SectionPass:
         return d_rows.view(self.rows.shape)
 
     def _weights(self, rows: Tensor, tile: Tile, own_scores: Tensor | None) -> Tensor:
-        """Softmax over all that each row sees: (B * H, c * w, P + O).
+        """Softmax of each row over all keys that it sees: (B * H, c * w, P + O).
 
         Args:
             rows: (B * H, c * w, E), scaled queries of the tile.
@@ -363,7 +367,7 @@ class _SectionPass:
         return torch.softmax(scores, dim=-1, out=weights)
 
     def _own_scores(self) -> Tensor:
-        """(B * H, g * w, O), minus infinity where a token does not see one of its own."""
+        """Scores against own keys, (B * H, g * w, O); minus infinity for hidden keys."""
         own_hidden = self.section.own_hidden
         keys = self._own(self.key).transpose(1, 2)
         scores = torch.bmm(self._by_rollout(self._flat(self.rows)), keys)
@@ -391,18 +395,18 @@ class _SectionPass:
         return rows.unflatten(0, self.batch).unflatten(2, by_token)
 
     def _place(self, tile: Tile) -> slice:
-        """Where a tile's rows are among the g * w of the section."""
+        """The slice of a tile's rows among the g * w rows of the section."""
         return slice(tile.groups.start * self.group_rows, tile.groups.stop * self.group_rows)
 
     def _buffer(self, index: int, tile: Tile) -> Tensor:
-        """(B * H, c * w, P + O), uninitialised; the same memory for every tile."""
+        """An uninitialised matrix (B * H, c * w, P + O); all tiles use the same memory."""
         n_rows = (tile.groups.stop - tile.groups.start) * self.group_rows
         shape = (self.batch.numel(), n_rows, tile.width + self.section.n_own)
         return self._memory[index][: shape[0] * shape[1] * shape[2]].view(shape)
 
 
 def _rows_together(tensor: Tensor) -> Tensor:
-    """The tensor (B, H, C, E) in an order of memory whose first two dimensions are like one."""
+    """The tensor (B, H, C, E), copied if its first two dimensions cannot be viewed as one."""
     together = tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
     return tensor if together and tensor.stride(3) == 1 else tensor.contiguous()
 

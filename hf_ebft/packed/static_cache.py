@@ -1,12 +1,12 @@
-"""Keys and values of a decoding step at fixed places, and how a model's attention finds them.
+"""A cache with fixed shapes and addresses for decoding steps, and the attention that reads it.
 
-The documents' keys and values are those of the pass over them, as they are. Those of the rollouts
-have a slot for every step, and a step's attention writes its own by index. So nothing is copied
-from step to step, and nothing changes its shape or place.
+The documents' keys and values are the tensors of the pass over the documents, unchanged. The
+rollouts' keys and values have a slot for every step. The attention of a step writes into its slot
+by index. So nothing is copied from step to step, and no tensor changes its shape or address.
 
-A transformers model passes what its cache returns on to its attention function. There, ours
-recognises the tensors and the mask by identity. A model that changes either on the way cannot be
-decoded so, and says it with its first step.
+A transformers model passes the tensors that its cache returns to its attention function. Our
+attention function recognises these tensors and the mask by identity. If a model changes one of them
+in between, it cannot be decoded this way, and its first step raises `CannotDecodeStatically`.
 
 Dimension letters: B rows of the batch, S document tokens, m rollouts of a row, H heads of keys and
 values, E and F widths of a head, O slots for own keys.
@@ -29,21 +29,22 @@ from hf_ebft.packed.attention_functions import changes_of_scores
 from hf_ebft.packed.layer_caches import OneLayer
 from hf_ebft.packed.step_attention import KNOWN_CHANGES, Fed, StepView, step_attention
 
-# The attention of decoding steps, under the name by which transformers' models find it.
+# The name under which the attention of decoding steps is registered in transformers.
 DECODING = "ebft_decoding"
 
 
 class CannotDecodeStatically(RuntimeError):
-    """A model does something with its keys, values or masks that a static cache cannot serve."""
+    """A model's keys, values, masks or attention are used in a way that a static cache excludes."""
 
 
 @dataclass
 class Slot:
-    """Where the tokens that a step feeds have their keys and values.
+    """The slot into which a step writes the keys and values of the tokens that it feeds.
 
     Attributes:
-        index: (1,) int64.
-        number: the same; None where the host does not follow, as a graph serves every step.
+        index: (1,) int64, number of the slot, on the device.
+        number: the same number on the host; None if the host does not know it, because one CUDA
+            graph serves all steps.
     """
 
     index: Tensor
@@ -57,7 +58,7 @@ class StaticLayer(CacheLayerMixin):
         document: keys (B, H, S, E) and values (B, H, S, F).
         n_rollouts: m.
         n_slots: O.
-        slot: of the step.
+        slot: the current step's slot.
     """
 
     is_compileable = True
@@ -75,15 +76,15 @@ class StaticLayer(CacheLayerMixin):
         self._fed: Fed | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the memory is there."""
+        """Do nothing: the memory is already allocated."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take keys and values (B, H, m, E or F), for attention to put into the step's slot.
+        """Take keys and values (B, H, m, E or F). Attention later writes them into the step's slot.
 
         Returns:
-            All slots, (B, m, H, O, E or F).
+            Keys and values of all slots, (B, m, H, O, E or F).
         """
         assert self.keys is not None and self.values is not None
         slot = self.slot.index if self.slot.number is None else self.slot.number
@@ -91,33 +92,37 @@ class StaticLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def take_fed(self) -> Fed | None:
-        """What was fed and is not in its slot yet; None for who attends to it after others."""
+        """The keys and values not yet written into their slot; None if they have been taken.
+
+        Layers that share keys call attention several times; the first call takes them.
+        """
         fed, self._fed = self._fed, None
         return fed
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Of a mask that the model would make itself; it is given one."""
+        """Sizes of a mask that the model would make itself. It is not used: the model gets one."""
         return self.document_width + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Where a model without position ids would go on; it is given them."""
+        """Next position for a model without position ids. It is not used: the model gets them."""
         return self.document_width
 
     def get_max_length(self) -> int:
-        """No limit that a model should look at."""
+        """-1: the cache has no maximum length."""
         return -1
 
 
 class StaticCache(Cache):
-    """Keys and values of all layers, and what the queries of a step see of them.
+    """Keys and values of all layers, and which of them the queries of a step see.
 
     Args:
         documents: keys and values of every layer, (B, H, S, E or F) each.
         n_rollouts: m.
-        n_slots: O, steps that feed a token.
+        n_slots: O, number of steps that feed a token.
         slot: see `StaticLayer`.
-        views: by kind of layer.
-        changes_scores: whether soft caps and sinks count. sdpa, in training, would leave them out.
+        views: what a step sees, by kind of layer.
+        changes_scores: whether attention applies soft caps and sinks. It must not if training uses
+            sdpa, which ignores them.
         few_shapes: see `hf_ebft.packed.layer_caches.CacheByLayer`.
     """
 
@@ -136,7 +141,7 @@ class StaticCache(Cache):
         layers = [StaticLayer(pair, n_rollouts, n_slots, slot) for pair in pairs]
         super().__init__([*layers])
         rows, device = documents[0].shape[0], documents[0].device
-        # No mask: a name that the model hands on to its attention function.
+        # Not real masks: the attention function only recognises them by identity.
         self.masks = {
             kind: torch.ones(rows, 1, n_rollouts, 1, dtype=torch.bool, device=device)
             for kind in views
@@ -160,11 +165,11 @@ class StaticCache(Cache):
 
 @dataclass(frozen=True)
 class Attended:
-    """What an attention function finds by what it is handed.
+    """Finds the cache's layer and view that belong to the tensors given to an attention function.
 
     Attributes:
-        layers: that keys and values may come from.
-        seen: masks, and what a layer sees that gets them.
+        layers: the layers that the keys and values may come from.
+        seen: pairs of a mask and what a layer with this mask sees.
         changes_scores: see `StaticCache`.
     """
 
@@ -173,14 +178,17 @@ class Attended:
     changes_scores: bool
 
     def layer_of(self, key: Tensor, value: Tensor) -> StaticLayer:
-        """The layer that returned these; layers may share keys and values with earlier ones."""
+        """The cache layer that returned these keys and values.
+
+        Several decoder layers may use the keys and values of one cache layer.
+        """
         for layer in self.layers:
             if layer.keys is key and layer.values is value:
                 return layer
         raise CannotDecodeStatically("it changes the keys or values that its cache returns")
 
     def view_of(self, mask: Tensor | None) -> StepView:
-        """What a layer sees that got this mask."""
+        """What a layer with this mask sees."""
         for own, view in self.seen:
             if own is mask:
                 return view
@@ -192,11 +200,11 @@ _current: Attended | None = None
 
 @contextmanager
 def decoding_against(config: Any, cache: StaticCache) -> Iterator[None]:
-    """Let a model's attention be that of a decoding step against a cache.
+    """Switch a model to the attention of decoding steps, within the context.
 
     Args:
-        config: of the model.
-        cache: to be given to the model's calls.
+        config: the model's configuration.
+        cache: the cache that is passed to the model's calls.
     """
     global _current
     configs = {id(part): part for part in (config, config.get_text_config(decoder=True))}
@@ -225,8 +233,8 @@ def _decoding_attention_forward(
 
     Args:
         query: (B, query heads, m, E).
-        key, value: what the cache returned.
-        attention_mask: what the cache holds for this kind of layer.
+        key, value: the tensors that the cache returned.
+        attention_mask: the cache's tensor in `masks` for this kind of layer.
     """
     attended = _current
     assert attended is not None
@@ -236,7 +244,7 @@ def _decoding_attention_forward(
         if name not in known:
             raise CannotDecodeStatically(f"its attention uses {name}")
     if kwargs.get("dropout"):
-        raise CannotDecodeStatically("its attention drops something in evaluation mode")
+        raise CannotDecodeStatically("its attention uses dropout in evaluation mode")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = step_attention(
         query,

@@ -1,10 +1,11 @@
-"""Attention of one decoding step: the documents' part and the rollouts' own, put together.
+"""Attention of one decoding step: attention to the document, combined with attention to own keys.
 
-In a decoding step every rollout has one query. It sees a stretch of document columns, which all
-rollouts of a row share, and at most G keys of its own. Attention to either part is computed alone,
-with the logarithm of the sum of its exponentials; these weigh the two results (as in FlashAttention
-and its relatives when keys are split). Nothing depends on the step but the values of tensors, so
-that one CUDA graph serves all steps.
+In a decoding step every rollout has one query. It sees a range of document columns, whose keys are
+shared by all rollouts of a row, and at most G keys of its own. Attention is computed separately for
+the two parts, each with its log-sum-exp (the logarithm of the sum of the exponentials of the
+scores). The log-sum-exps give the weights with which the two results are combined, as in
+FlashAttention with split keys. Only the values of tensors depend on the step, so one CUDA graph
+serves all steps.
 
 Dimension letters: B rows of the batch, S document tokens, m rollouts of a row (block after block,
 the samples of a block together), H heads of keys and values, A query heads, E and F widths of a
@@ -31,17 +32,17 @@ from hf_ebft.packed.attention_functions import (
 )
 from hf_ebft.packed.flex import compiled, fuses_kernels
 
-# What of an attention function's arguments changes the scores and is known here.
+# Keyword arguments of an attention function that change the scores and are supported here.
 KNOWN_CHANGES = ("softcap", "s_aux")
 
 
 @dataclass(frozen=True)
 class DocumentTile:
-    """Rollouts whose document part is computed together.
+    """Rollouts whose attention to the document is computed together.
 
     Attributes:
-        rollouts: which of the m.
-        columns: the document columns that any of them sees, in any step.
+        rollouts: slice of the m rollouts.
+        columns: the document columns that at least one of them sees in some step.
         bias: (B, 1, rollouts, columns) float32, 0 or `HIDDEN`.
     """
 
@@ -52,12 +53,12 @@ class DocumentTile:
 
 @dataclass(frozen=True)
 class StepView:
-    """What the queries of a decoding step see, in layers of one kind.
+    """Which keys the queries of a decoding step see, in layers of one kind.
 
     Attributes:
-        tiles: they cover every rollout once; empty where a block mask takes their place.
-        own_bias: (B * m or 1, 1, 1, O) float32, 0 or `HIDDEN`.
-        block_mask: of the documents, for flex_attention.
+        tiles: together they cover every rollout once; empty if there is a block mask.
+        own_bias: (B * m or 1, 1, 1, O) float32, bias of the own keys: 0 or `HIDDEN`.
+        block_mask: mask of the document columns for flex_attention; None: `tiles` are used.
         fused: whether to use PyTorch's fused attention for CPUs, see `fused_attention_works`.
     """
 
@@ -69,11 +70,11 @@ class StepView:
 
 @dataclass(frozen=True)
 class Fed:
-    """Keys and values of the tokens that a step feeds, to be put into their slot.
+    """Keys and values of the tokens that a step feeds, to be written into their slot.
 
     Attributes:
         key, value: (B, H, m, E) and (B, H, m, F).
-        slot: (1,) int64; or a number, where the host knows it.
+        slot: number of the slot: (1,) int64 on the device, or an int if the host knows it.
     """
 
     key: Tensor
@@ -92,18 +93,18 @@ def step_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every rollout's newest token, in the dtype of autocast where that is on.
+    """Attention of every rollout's newest token, in autocast's dtype if autocast is on.
 
     Args:
         query: (B, A, m, E).
         document: keys (B, H, S, E) and values (B, H, S, F).
-        own: keys (B, m, H, O, E) and values (B, m, H, O, F); slots that are not filled yet hold
-            anything finite.
-        view: who sees what.
+        own: keys (B, m, H, O, E) and values (B, m, H, O, F). Slots that are not filled yet may
+            contain any finite values.
+        view: which keys each query sees.
         scaling: multiplies the scores.
-        fed: what to put into the own slots before; None: it is there.
-        softcap: bounds the scores, `softcap * tanh(scores / softcap)`.
-        sinks: (A,) scores of a key of each head that everybody sees and whose value is 0.
+        fed: keys and values to write into `own` first; None: they are already there.
+        softcap: soft cap on the scores, `softcap * tanh(scores / softcap)`.
+        sinks: (A,), an additional score per head whose value is 0.
 
     Returns:
         (B, m, A, F) in the query's dtype.
@@ -123,8 +124,10 @@ def step_attention(
 
 
 def _in_few_kernels(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """The function compiled; as it is on a CPU, where that takes minutes, and inside of a compiled
-    layer, with which it is compiled.
+    """The function, compiled if small functions are compiled on the device.
+
+    On a CPU it is not compiled, because compiling takes minutes. Inside a compiled layer it is not
+    compiled separately, because it is compiled with the layer.
     """
     alone = fuses_kernels(device) and not torch.compiler.is_compiling()
     return _compiled(function) if alone else function
@@ -143,7 +146,7 @@ def _by_tiles(
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The documents' part, (B, m, A, F), and its log-sum-exp, (B, m, A)."""
+    """Attention to the document columns, (B, m, A, F), and its log-sum-exp, (B, m, A)."""
     parts = [
         _attend(
             query[:, :, tile.rollouts],
@@ -170,7 +173,7 @@ def _by_blocks(
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same by flex_attention."""
+    """The result of `_by_tiles`, computed by flex_attention."""
     attend = _in_few_kernels(flex_attention, query.device.type)
     output, aux = attend(
         query,
@@ -197,7 +200,7 @@ def _with_own(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The documents' part, joined by the rollouts' own, once what is fed lies in its slots."""
+    """Write the fed keys and values, attend to own keys, and combine with the documents' part."""
     if fed is not None:
         put_into_slots(own, *fed)
     rows, heads, rollouts, _ = query.shape
@@ -220,15 +223,15 @@ def _with_own(
 def put_into_slots(
     own: tuple[Tensor, Tensor], key: Tensor, value: Tensor, slot: Tensor | int
 ) -> None:
-    """Write what is fed into one of all slots.
+    """Write the fed keys and values into their slot.
 
     Args:
-        own: (B, m, H, O, E) and (B, m, H, O, F).
+        own: keys and values of all slots, (B, m, H, O, E) and (B, m, H, O, F).
         key, value, slot: see `Fed`.
     """
     states = [key.transpose(1, 2), value.transpose(1, 2)]
     if isinstance(slot, int):
-        # One operator for both.
+        # One operator copies both keys and values.
         torch._foreach_copy_([slots.select(3, slot) for slots in own], states)
         return
     for slots, state in zip(own, states, strict=True):
@@ -273,11 +276,13 @@ def _attend_by_sums(
     scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """`_attend` for a compiler: products of one query and a few keys are too small for a GPU's
-    matrix products, and a compiler merges sums with what comes before and after.
+    """`_attend`, written for a compiler with sums instead of matrix products.
+
+    Products of one query and a few keys are too small for a GPU's matrix kernels. A compiler can
+    fuse sums with the operators before and after them.
     """
     query = query.unflatten(1, (key.shape[1], -1))
-    # (B, H, r, Q, C, E) and (B, H, r, Q, C, F), which exist within a kernel only.
+    # The products (B, H, r, Q, C, E) and (B, H, r, Q, C, F) exist only inside a fused kernel.
     scores = (query.float().unsqueeze(4) * key.float()[:, :, None, None]).sum(dim=-1) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -291,9 +296,9 @@ def _attend_by_sums(
 
 @cache
 def fused_attention_works() -> bool:
-    """Whether PyTorch's fused attention for CPUs says its log-sum-exp and shares keys of heads.
+    """Whether PyTorch's fused attention for CPUs returns the log-sum-exp and supports shared keys.
 
-    The operator is not part of PyTorch's public interface, so that it is tried and not trusted.
+    The operator is not part of PyTorch's public interface, so it is tried on an example.
     """
     with torch.autocast("cpu", enabled=False):
         return _fused_as_plain()
@@ -315,7 +320,7 @@ def _fused_as_plain() -> bool:
         return False
     found = output.transpose(1, 2), lse.transpose(1, 2)
     expected = attend_plainly(query, key, value, bias, 0.3)
-    # The last query sees nothing: any finite output will do.
+    # The last query sees nothing, so its output need only be finite.
     return bool(found[0].isfinite().all()) and all(
         torch.allclose(ours[:, :2], theirs[:, :2], rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(found, expected, strict=True)

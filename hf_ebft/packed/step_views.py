@@ -1,7 +1,7 @@
-"""What the queries of every decoding step see: `StepView`s by kind of layer, made once for a batch.
+"""Which keys the queries of decoding steps see: one `StepView` per kind of layer and batch.
 
-Their shapes hold for all steps. What depends on the step is computed from its number, on the
-device.
+The shapes of a view are the same in all steps. Its values are computed on the device, from the
+number of the step.
 
 Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, m = K * n rollouts
 of a row, O slots for own keys.
@@ -24,21 +24,21 @@ from hf_ebft.packed.step_attention import DocumentTile, StepView, fused_attentio
 from hf_ebft.rows.anchors import Blocks
 from hf_ebft.rows.layout import PackedLayout
 
-# On a CPU: rollouts of a tile, at least about, and tiles, at most. A tile computes all columns that
-# any of its rollouts sees.
+# On a CPU: approximate minimum of rollouts per tile, and maximum number of tiles. A tile computes
+# every column that at least one of its rollouts sees.
 TILE_ROLLOUTS, TILES = 128, 16
 
 
 class StepViews:
-    """What decoding steps see.
+    """The views of a batch's decoding steps, set to one step at a time.
 
     Args:
-        recipe: of the model.
+        recipe: how the model's masks are made.
         layout: the batch.
         n_slots: O.
-        width: columns of the documents' keys, at least S.
-        static: whether shapes must not depend on where blocks and documents lie. Then every tile
-            has all rollouts and columns, or, with flex_attention, a block mask takes its place.
+        width: number of columns of the documents' keys, at least S.
+        static: whether shapes must be independent of where blocks and documents lie. If so, there
+            is one tile with all rollouts and columns or, with flex_attention, a block mask.
     """
 
     def __init__(
@@ -46,14 +46,15 @@ class StepViews:
     ) -> None:
         self.recipe, self.n_samples = recipe, layout.n_samples
         self._static, self._width = static, width
-        # By rollout, (B, m): where its document starts, its prefix ends, and how long that is.
+        # Per rollout, (B, m): columns where its document starts and where its prefix ends, and the
+        # prefix's length.
         self._start, self._end, self._length = self._prefixes(layout)
         device = self._start.device
         self._slot = torch.arange(n_slots, device=device)
-        # By step, for layers without a window: the bias of each slot.
+        # For layers without a window: the bias of each slot, in each step.
         self._own_bias = (self._slot > self._slot[:, None]) * HIDDEN
         self._column = torch.arange(width, device=device)
-        # By kind, (B, m): the first document column that a rollout sees in this step.
+        # Per kind of layer, (B, m): the first document column that a rollout sees in this step.
         self._low = {
             kind: self._start if kind == FULL else torch.empty_like(self._start)
             for kind in recipe.layer_types
@@ -75,7 +76,7 @@ class StepViews:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What is no tensor: two batches of the same shape can take each other's place."""
+        """The bounds of all tiles. A captured step serves batches with the same bounds."""
         return tuple(
             (kind, tile.rollouts.stop, tile.columns.start, tile.columns.stop)
             for kind, view in self.by_kind.items()
@@ -83,11 +84,11 @@ class StepViews:
         )
 
     def move_to(self, step: Tensor, *, anew: bool = False) -> None:
-        """Set the views to a step.
+        """Set the views' values to those of a step.
 
         Args:
-            step: (1,) int64.
-            anew: also what is the same in all steps.
+            step: (1,) int64, number of the step.
+            anew: whether to set also the values that are the same in all steps.
         """
         for kind, view in self.by_kind.items():
             if kind == FULL:
@@ -114,7 +115,7 @@ class StepViews:
         ]
 
     def _view(self, kind: str, layout: PackedLayout) -> StepView:
-        """A view whose values are still to be set."""
+        """A view whose values `move_to` has yet to set."""
         rows, rollouts = self._start.shape
         device = self._slot.device
         alike = 1 if kind == FULL else rows * rollouts
@@ -129,7 +130,7 @@ class StepViews:
         return StepView(tuple(tiles), own_bias, fused=fused)
 
     def _tiles(self, kind: str, layout: PackedLayout) -> list[tuple[slice, slice]]:
-        """Rollouts and columns of every tile."""
+        """Slices of the rollouts and of the columns of every tile."""
         if self._static:
             return [(slice(0, self._start.shape[1]), slice(0, self._width))]
         n_blocks = layout.blocks.exists.shape[1]
@@ -143,7 +144,7 @@ class StepViews:
         ]
 
     def _columns(self, kind: str, blocks: Blocks) -> slice:
-        """Document columns that any rollout of these blocks sees in any step; at least one."""
+        """Document columns that some rollout of these blocks sees in some step; at least one."""
         exists = blocks.exists.numpy()
         if not exists.any():
             return slice(0, 1)
@@ -153,7 +154,10 @@ class StepViews:
         return slice(*map(int, bounds))
 
     def _block_mask(self, kind: str, layout: PackedLayout) -> BlockMask:
-        """Of the documents, for all steps: windows move over the columns from step to step."""
+        """A block mask of the document columns that is valid in all steps.
+
+        Windows move over the columns from step to step.
+        """
         start, end, length = (part.numpy() for part in self._prefixes(layout.on_host))
         rows, rollouts = start.shape
         by_step = []

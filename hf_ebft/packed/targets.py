@@ -1,9 +1,10 @@
-"""Which places of a packed row predict which tokens, and the tokens' log-probabilities.
+"""Which tokens of a packed row predict which targets, and the targets' log-probabilities.
 
-They are computed from a chunk of logits at a time.
+Log-probabilities are computed from one chunk of logits at a time.
 
 Dimension letters: B rows of the batch, S document tokens, K blocks, n samples, G rollout length, R
-packed row, P places whose states are kept, N rows of logits, t targets of a row, V vocabulary.
+packed row, P tokens whose states are kept, N rows of logits, t targets per row of logits, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from hf_ebft.rows.sending import sent
 
 @dataclass(frozen=True)
 class TokenLogProbs:
-    """Log-probabilities of one packed row.
+    """Log-probabilities of the tokens of packed rows.
 
     Attributes:
         rollout: (B, n, K, G) float32, log p(token | prefix, own earlier tokens) at the temperature.
-            Of a part of the row: of the tokens that it predicts.
+            If only a part of the row was fed, G is replaced by the number of tokens it predicts.
         document: (B, S) float32, log p(token | document before it) at temperature 1; 0 for tokens
-            that are no target. None where no cross-entropy is wanted.
+            that are not targets. None if no cross-entropy was requested.
     """
 
     rollout: Tensor
@@ -46,12 +47,13 @@ class TokenLogProbs:
 
 @dataclass(frozen=True)
 class KeptPlaces:
-    """The places of the row whose logits a training pass needs, the same for every row.
+    """The indices in the row whose logits a training pass needs; the same for every row.
 
     Attributes:
-        places: (P,) int64, ascending; the first `n_document` lie in the document.
-        n_document: how many.
-        index_of: (R,) int64, place of the row -> index into `places`.
+        places: (P,) int64, ascending indices in the row; the first `n_document` are in the
+            documents.
+        n_document: number of indices in the documents.
+        index_of: (R,) int64, index in the row -> index in `places`.
     """
 
     places: Tensor
@@ -62,14 +64,14 @@ class KeptPlaces:
     def for_layout(
         cls, layout: PackedLayout, *, whole_document: bool, part: PackedPart | None = None
     ) -> KeptPlaces:
-        """Predictors of all rollout tokens, and of all document tokens if `whole_document`.
+        """The predictors of all rollout tokens, and of all document tokens if `whole_document`.
 
         Args:
-            layout: of the row.
-            whole_document: whether document tokens are predicted, too.
-            part: keep only those that are in this part of the row; default: all.
+            layout: layout of the row.
+            whole_document: whether document tokens are also predicted.
+            part: keep only predictors in this part of the row; default: the whole row.
         """
-        # By numpy and in the host's memory: how many places there are must be known there.
+        # Computed by numpy on the host, which must know how many indices there are.
         document = inside = np.zeros(0, dtype=np.int64)
         if part is None or part.has_documents:
             document = np.unique(layout.on_host.predictor[..., 0].numpy())
@@ -91,16 +93,16 @@ class KeptPlaces:
 
 @dataclass(frozen=True)
 class Targets:
-    """The tokens that a part of the row predicts, and how they are scored.
+    """The tokens that a part of the row predicts, and how to compute their log-probabilities.
 
     Attributes:
-        part: of the row. The documents alone predict the first token of every rollout, the rollouts
-            alone the others.
-        temperature: of the sampling.
-        with_document: whether the document's tokens are among them.
+        part: the part of the row. The documents alone predict the first token of every rollout; the
+            rollouts alone predict the other tokens.
+        temperature: sampling temperature.
+        with_document: whether document tokens are also targets.
         chunk_size: rows of logits that exist at once.
-        compiler: compiles what is computed of a chunk; None: nothing does.
-        with_gradient: whether a pass over them in sampling is to have a gradient.
+        compiler: options with which the computation of a chunk is compiled; None: not compiled.
+        with_gradient: whether the pass over the documents in sampling has a gradient.
     """
 
     part: PackedPart
@@ -112,14 +114,14 @@ class Targets:
 
     @cached_property
     def kept(self) -> KeptPlaces:
-        """The places whose states are needed."""
+        """The tokens whose states are needed."""
         return KeptPlaces.for_layout(
             self.part.layout, whole_document=self._scores_document, part=self.part
         )
 
     @cached_property
     def keep(self) -> Tensor:
-        """(P,) int64, which of the part's tokens these are."""
+        """(P,) int64, indices of the kept tokens among the part's tokens."""
         return self.part.index_of[self.kept.places]
 
     @property
@@ -127,12 +129,13 @@ class Targets:
         return self.with_document and self.part.has_documents
 
     def score(self, tokens: Tensor, states: Tensor, to_logits: ToLogits) -> list[Tensor]:
-        """Log-probabilities, by kind of target; `join` puts them together.
+        """Log-probabilities of the targets, one tensor per kind of target; `join` combines them.
 
         Args:
-            tokens: (B, n, K, G) of the rollouts; the first ones are enough for the documents alone.
-            states: (B, P, X), one per kept place.
-            to_logits: makes logits of any of them.
+            tokens: (B, n, K, G), tokens of the rollouts. If the part is the documents alone, only
+                the first token of each rollout is read.
+            states: (B, P, X), one per kept token.
+            to_logits: computes logits from any of the states.
         """
         layout = self.part.layout
         documents, predictor = layout.documents, layout.predictor
@@ -153,7 +156,7 @@ class Targets:
 
         results = []
         if self.part.has_documents:
-            # The n samples of a block start from one distribution.
+            # The first tokens of a block's n samples are drawn from one distribution.
             starts = log_probs_at(
                 predictor[:, 0, :, 0], tokens[..., 0].transpose(1, 2), self.temperature
             )
@@ -168,7 +171,7 @@ class Targets:
         return results
 
     def join(self, results: Sequence[Tensor]) -> TokenLogProbs:
-        """The log-probabilities of `score` by token."""
+        """Combine the results of `score` into one log-probability per token."""
         if not self._scores_document:
             return TokenLogProbs(rollout=torch.cat(list(results), dim=-1), document=None)
         *of_rollouts, of_document = results
@@ -189,7 +192,7 @@ def target_log_probs(
 ) -> Tensor:
     """Log-probabilities of target tokens, (N, t) float32.
 
-    One chunk of logits exists at a time, in the backward pass too, which makes them again.
+    Only one chunk of logits exists at a time. The backward pass recomputes each chunk.
 
     Args:
         states: (M, H).
@@ -198,8 +201,8 @@ def target_log_probs(
         to_logits: (N, H) -> (N, V).
         temperature: divides the logits.
         chunk_size: rows of a chunk.
-        compiler: compiles what is computed of a chunk, of which the last is then filled up, so that
-            all have one shape.
+        compiler: options with which the computation of a chunk is compiled. The last chunk is then
+            padded, so that all chunks have one shape. None: not compiled.
     """
     log_probs: Callable[..., Tensor] = _log_probs
     n_rows = len(index)
@@ -218,7 +221,8 @@ def target_log_probs(
     if len(chunks) == 1 or not torch.is_grad_enabled():
         found = [chunk_log_probs(states, *chunk) for chunk in chunks]
     else:
-        # A head with adapters may hold dropout, whose mask must be the same the second time.
+        # Checkpointing restores the random state: a head with adapters may use dropout, whose mask
+        # must be the same in the recomputation.
         found = [
             checkpoint(
                 chunk_log_probs,
@@ -233,18 +237,18 @@ def target_log_probs(
 
 
 def _log_probs(states: Tensor, targets: Tensor, to_logits: ToLogits, temperature: float) -> Tensor:
-    """(c, t) float32 of the targets of a chunk's states (c, H)."""
+    """Log-probabilities (c, t) float32 of the targets of a chunk's states (c, H)."""
     return token_log_probs(to_logits(states), targets, temperature)
 
 
 def _plain_log_probs(
     states: Tensor, targets: Tensor, to_logits: ToLogits, temperature: float
 ) -> Tensor:
-    """The same for a compiler, which does better than `token_log_probs`."""
+    """`_log_probs` for a compiler, whose fused kernels are better than `token_log_probs`."""
     return plain_token_log_probs(to_logits(states), targets, temperature)
 
 
 @cache
 def _compiled_log_probs(compiler: CompileOptions) -> Callable[..., Tensor]:
-    """One for the process."""
+    """The compiled function, one per process and options."""
     return compiler.compile(_plain_log_probs)

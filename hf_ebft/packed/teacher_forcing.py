@@ -1,4 +1,4 @@
-"""Model inputs for plain cross-entropy evaluation of an EBFT batch."""
+"""Model inputs for evaluating the plain cross-entropy of an EBFT batch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ from hf_ebft.rows.visibility import document_coordinates
 def teacher_forcing_inputs(
     inputs: Mapping[str, Any], documents: Documents, recipe: MaskRecipe
 ) -> dict[str, Any]:
-    """What the model's own forward needs to return the teacher-forced cross-entropy of a batch.
+    """The inputs with which a model's own forward returns a batch's teacher-forced cross-entropy.
 
-    A batch that a plain Trainer could evaluate is passed on as it is. Where labels are missing,
-    other columns mask them, or rows pack several documents, equivalent right-padded inputs are
-    made: labels masked accordingly, positions and attention restarting in every document.
+    A batch that a plain Trainer could evaluate is passed on without the columns of EBFT. Otherwise
+    (labels are missing, other columns mask labels, or rows pack several documents) equivalent
+    right-padded inputs are made. Their labels are masked, and their positions and attention restart
+    in every document.
 
     Args:
         inputs: the batch as collated.
         documents: the same batch, read by `Documents.from_inputs`.
-        recipe: how the model takes masks.
+        recipe: how the model's attention masks are made.
     """
     packed = bool((documents.document > 0).any())
     masked = any(inputs.get(name) is not None for name in (PROMPT_LENGTH, *LABEL_MASKS))

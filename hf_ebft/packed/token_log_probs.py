@@ -1,8 +1,8 @@
-"""Log-probabilities of some tokens of the vocabulary, with a gradient that holds little memory.
+"""Log-probabilities of target tokens, with a backward pass that needs little memory.
 
 `logits.log_softmax(-1).gather(1, targets)` keeps a float32 copy of the logits for its backward
-pass, which makes two more. Here the logits themselves are kept, in their own dtype, and the
-gradient is written down: that of log p(a) by the logit of b is (1 if a = b else 0) - p(b).
+pass, which makes two more copies. This module keeps only the logits, in their own dtype, and
+computes the gradient by its formula: d log p(a) / d logit(b) = (1 if a = b else 0) - p(b).
 
 Dimension letters: c rows of a chunk, t targets of a row, V vocabulary.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 def token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities of target tokens, as `plain_token_log_probs` gives them.
+    """Log-probabilities of target tokens; the values are those of `plain_token_log_probs`.
 
     Args:
         logits: (c, V), of any floating dtype.
@@ -33,11 +33,11 @@ def token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tens
 
 
 def plain_token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """The same in operators that a compiler fuses; arguments and result as `token_log_probs`."""
+    """`token_log_probs` in operators that a compiler can fuse; same arguments and result."""
     log_probs = _at_temperature(logits, temperature).log_softmax(dim=-1)
     if torch.compiler.is_compiling():
-        # inductor knows the gradient of this loss, and fuses it into one kernel. That of `gather`
-        # takes a matrix of zeros (c, V), which is written, added to and read.
+        # inductor fuses the gradient of this loss into one kernel. The gradient of `gather` would
+        # write, add to and read a matrix of zeros (c, V).
         columns = targets.unbind(dim=1)
         losses = [nn.functional.nll_loss(log_probs, one, reduction="none") for one in columns]
         return -torch.stack(losses, dim=1)
@@ -45,16 +45,16 @@ def plain_token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -
 
 
 def contexts_of_checkpoint() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint.checkpoint`: around the forward pass, and around the second one.
+    """Contexts for `torch.utils.checkpoint.checkpoint`: for the forward pass and its recomputation.
 
-    The second pass prepares the backward pass, which does not read the log-probabilities. So
-    `token_log_probs` leaves them out there.
+    The backward pass does not read the log-probabilities, so in the recomputation `token_log_probs`
+    does not compute their values.
     """
     return nullcontext(), _ValuesLeftOut()
 
 
 class _Values(threading.local):
-    """Whether values are wanted. Backward passes on a GPU run in a thread of their own."""
+    """Whether values are left out, per thread: on a GPU the backward pass has its own thread."""
 
     left_out = False
 
@@ -63,7 +63,7 @@ _values = _Values()
 
 
 class _ValuesLeftOut:
-    """A context that may be entered again: a graph that is kept is passed through several times."""
+    """A context that may be entered several times, once per backward pass through a kept graph."""
 
     def __enter__(self) -> None:
         self._before, _values.left_out = _values.left_out, True
@@ -88,7 +88,7 @@ class _TokenLogProbs(torch.autograd.Function):
         gradient = gradient / ctx.temperature
         of_logits = torch.softmax(_at_temperature(logits, ctx.temperature), dim=-1)
         total = -gradient.sum(dim=1, keepdim=True)
-        if torch.is_grad_enabled():  # for second derivatives, which need the probabilities
+        if torch.is_grad_enabled():  # second derivatives need the probabilities unchanged
             of_logits = (of_logits * total).scatter_add(1, targets, gradient)
         else:
             of_logits.mul_(total).scatter_add_(1, targets, gradient)

@@ -1,7 +1,7 @@
-"""A self-test of packing on the actual model: packed row against plain forward passes.
+"""A self-test of packing on the actual model: packed rows compared with plain forward passes.
 
-Rules (`hf_ebft.packed.supported`) refuse what is known not to work; this catches what no rule
-knows, in a few short forward passes.
+The rules of `hf_ebft.packed.supported` refuse models that are known not to work. This test finds
+the others, with a few short forward passes.
 
 Dimension letters: B rows, K blocks, n samples, G rollout length, V vocabulary.
 """
@@ -25,68 +25,69 @@ from hf_ebft.rows.anchors import find_blocks
 from hf_ebft.rows.documents import Documents
 from hf_ebft.rows.layout import PackedLayout
 
-# The probe: a row with one document of three blocks, and a shorter one with two documents of a
-# block each, so that rows have padding and documents neighbours.
+# Lengths of the test's documents: a row with one document of three blocks, and a shorter row with
+# two documents of one block each. So there is padding, and a row with several documents.
 ROWS = ((16,), (7, 6))
 CONTEXT, STRIDE, ROLLOUT_LENGTH, SAMPLES = 3, 4, 3, 2
-# Windows and chunks while the probe runs: real ones are longer than its document.
+# Length of sliding windows and chunks during the test: real ones are longer than its documents.
 PROBE_WINDOW = 4
-# Mean over tokens of the KL divergence of the packed distribution from the plain one, in nats.
-# Rounding stays below 1e-7 in float32 (some 1e-5 with TF32) and around 2e-3 in bfloat16, where the
-# router of a mixture of experts can take it to 1.4e-2; a wrong mask or position costs 6e-2 and more
-# on models that learned nothing. (The largest difference of a log-probability separates them worse:
-# half a nat in bfloat16 on a vocabulary of 49152.)
+# Tolerated KL divergence of the packed distribution from the plain one, mean over tokens, in nats.
+# Rounding causes less than 1e-7 in float32 (some 1e-5 with TF32) and about 2e-3 in bfloat16, where
+# the router of a mixture of experts can raise it to 1.4e-2. A wrong mask or position causes 6e-2 or
+# more, even on untrained models. (The largest difference of a log-probability separates the two
+# less well: it is half a nat in bfloat16 on a vocabulary of 49152.)
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 LOW_PRECISION_TOLERANCE = 3e-2
 
 
 def verify_packing(model: nn.Module, forward: PackedForward) -> float:
-    """Compare packed log-probabilities with plain causal forwards over `prefix + own tokens`.
+    """Compare packed log-probabilities with plain causal passes over `prefix + own tokens`.
 
     Args:
-        model: the policy or feature network, not on the meta device, not sharded.
-        forward: how it runs packed rows.
+        model: the policy or feature network, not on the meta device and not sharded.
+        forward: how the model runs packed rows.
 
     Returns:
         The divergence per token, in nats, see `packing_divergence`.
 
     Raises:
-        ValueError: it is too large to be rounding, the model fails on a packed row, or it has no
-            head.
+        ValueError: the divergence is larger than rounding can explain, the model fails on a packed
+            row, or it has no head.
     """
     refuse_headless(model)
     try:
         divergence = packing_divergence(model, forward)
     except (FloatingPointError, torch.OutOfMemoryError, ValueError):
         raise
-    # Whatever foreign code raises when it meets a mask or positions that it did not expect.
+    # A model's code may raise anything if it does not expect the mask or the positions.
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} fails on a packed row ({type(error).__name__}: {error}): it "
-            "does not take position_ids and an attention_mask that says for each token which "
-            "others it sees. EBFT cannot train it in strided mode; use another architecture."
+            f"{type(model).__name__} fails on a packed row ({type(error).__name__}: {error}). It "
+            "must take position_ids and an attention_mask with one entry per query and key. EBFT "
+            "cannot train this model in strided mode; use another architecture."
         ) from error
     tolerance = TOLERANCE.get(forward.recipe.dtype, LOW_PRECISION_TOLERANCE)
     if not divergence <= tolerance:
         raise ValueError(
             f"{type(model).__name__} gives other log-probabilities on a packed row than on plain "
-            f"text (a divergence of {divergence:.3g} nats per token, tolerance {tolerance}): "
-            "something in it depends on the order of the row beyond position_ids and "
-            "attention_mask. EBFT cannot train it in strided mode; use another architecture, or "
-            "verify_packing=False if you know the difference to be noise."
+            f"text (a divergence of {divergence:.3g} nats per token, tolerance {tolerance}). "
+            "Something in the model depends on the order of tokens in the row, and not only on "
+            "position_ids and attention_mask. EBFT cannot train it in strided mode. Use another "
+            "architecture, or set verify_packing=False if you know that the difference is noise."
         )
     return divergence
 
 
 def packing_divergence(model: nn.Module, forward: PackedForward) -> float:
-    """How far sampling and training on packed rows are from plain passes, in nats per token.
+    """How much sampling and training on packed rows differ from plain passes, in nats per token.
 
-    The larger of two means over the rollouts' tokens: KL(plain || packed) in the training pass,
-    and, in the cached sampler, which keeps no whole distributions, half the squared difference of
-    a sampled token's log-probability (at most 1/2): the same divergence to second order.
+    The result is the larger of two means over the rollouts' tokens. For the training pass it is
+    KL(plain || packed). The cached sampler keeps no whole distributions; for it, it is half the
+    squared difference of the sampled token's log-probability (at most 1/2), which equals the KL
+    divergence to second order.
 
-    Windows and chunks are shortened meanwhile, so that the documents outgrow them. Nothing is
-    compiled for the few tokens of this test.
+    During the test, sliding windows and chunks are shortened so that documents are longer than
+    they are. Nothing is compiled for the few tokens of the test.
     """
     device = next(model.parameters()).device
     generator = make_generator(device, 0)
@@ -116,12 +117,12 @@ def packing_divergence(model: nn.Module, forward: PackedForward) -> float:
 
 
 def _probe_documents(model: nn.Module, generator: torch.Generator) -> Documents:
-    """Random documents of the lengths of `ROWS`, padded on the right.
+    """Random documents with the lengths of `ROWS`, padded on the right.
 
-    What an adapter reacts to stands early in the first one.
+    The first document begins with the tokens that adapters treat specially.
     """
     device = generator.device
-    # Low ids are the special tokens of many tokenizers; padding ids can have zero embeddings.
+    # In many tokenizers low ids are special tokens, and padding ids may have zero embeddings.
     low = min(16, vocabulary_size(model) // 2)
     shape = (len(ROWS), max(map(sum, ROWS)))
     ids = torch.randint(low, vocabulary_size(model), shape, generator=generator, device=device)
@@ -137,7 +138,7 @@ def _probe_documents(model: nn.Module, generator: torch.Generator) -> Documents:
 
 @contextmanager
 def _short_windows(model: nn.Module, forward: PackedForward) -> Iterator[PackedForward]:
-    """The same model, plain and packed, with windows and chunks of a few tokens."""
+    """Shorten the model's windows and chunks to `PROBE_WINDOW`, for plain and packed passes."""
     config = bare_model(model).config.get_text_config(decoder=True)
     lengths = {
         name: length
@@ -159,8 +160,10 @@ def _short_windows(model: nn.Module, forward: PackedForward) -> Iterator[PackedF
 
 
 def _packed_log_probs(model: nn.Module, forward: PackedForward, rollouts: Rollouts) -> Tensor:
-    """(n, blocks that exist, G, V) from one pass over the packed rows, through the head as in
-    training."""
+    """Log-probabilities (n, blocks that exist, G, V) from one pass over the packed rows.
+
+    The head is applied as in training.
+    """
     layout = rollouts.layout
     kept = KeptPlaces.for_layout(layout, whole_document=False)
     (logits_BPV,) = forward.through_head(

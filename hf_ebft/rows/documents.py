@@ -75,15 +75,15 @@ class Documents:
                 boundaries as `document_ids` or `seq_idx` (B, S'), or as `position_ids` (B, S') that
                 restart at each document.
             document_masking: see `hf_ebft.config.StridedArguments`.
-            eos_token_id: token that ends a document. It is used if `document_masking` is True and
-                the batch has no column with boundaries.
+            eos_token_id: token that ends a document; used if `document_masking` is True and the
+                batch has no column with boundaries.
             vocabulary_size: number of token ids that the model embeds; None: ids are not checked.
             widths: S is rounded up to one of these.
 
         Raises:
-            ValueError: `input_ids` are missing or malformed, or contain ids that the model does
-                not embed; labels are not a masked copy of them; a `prompt_length` is negative or
-                longer than its row; or the boundaries cannot be found.
+            ValueError: `input_ids` are missing, malformed or not embedded by the model; labels are
+                not a masked copy of them; a `prompt_length` does not fit its row; or the document
+                boundaries cannot be found.
         """
         input_ids = _read_input_ids(inputs)
         real = _read_attention_mask(inputs, input_ids)
@@ -92,8 +92,7 @@ class Documents:
         is_target = real & _read_label_mask(inputs, input_ids, real)
         boundary_column, boundary_kind = _boundary_column(inputs, input_ids, document_masking)
 
-        # A stable sort puts the real tokens first, in their order: left padding becomes right
-        # padding.
+        # A stable sort puts real tokens first, in their order: left padding becomes right padding.
         order = torch.argsort((~real).long(), dim=1, stable=True)
         order = order[:, : max(1, int(real.sum(dim=1).max()))]
         missing = widths.round_up(order.shape[1]) - order.shape[1]

@@ -429,7 +429,7 @@ def test_layers_follow_their_class_as_fsdp2_changes_it() -> None:
 def test_a_forward_that_something_has_replaced_is_refused() -> None:
     model = tiny_model("llama")
     decoder_layers(model)[1].forward = lambda *_, **__: None
-    with pytest.raises(ValueError, match=r"replaced the forward of LlamaDecoderLayer.*device_map"):
+    with pytest.raises(ValueError, match=r"replaces the forward of LlamaDecoderLayer.*device_map"):
         compile_layers(model, TRACED)
 
 

@@ -443,7 +443,7 @@ def test_decoding_goes_on_where_a_capture_fails(
     )
     assert [record.message for record in caplog.records] == [
         "Decoding steps cannot be captured as a CUDA graph (RuntimeError: operation not permitted "
-        "when stream is capturing): they run one operator at a time, which takes more time."
+        "when stream is capturing). They run one operator at a time, which takes more time."
     ]
 
 

@@ -179,8 +179,12 @@ def test_a_mask_of_the_whole_row_is_logged_once(caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize(
     ("model_type", "choice", "reason"),
     [
-        ("falcon", "auto", "its code does not leave attention to the chosen function"),
-        ("gemma2", "auto", "sdpa leaves out the bound on its scores"),
+        (
+            "falcon",
+            "auto",
+            "its code does not call the attention function that its configuration names",
+        ),
+        ("gemma2", "auto", "sdpa ignores the soft cap on its scores"),
         ("gemma2", "eager", None),
         ("llama", "auto", None),
         ("llama", "sdpa", None),
@@ -206,7 +210,7 @@ def test_sdpa_does_not_leave_out_bounds_on_scores(
     monkeypatch.setattr(type(model), "_supports_sdpa", True)
     model.set_attn_implementation(before)
     for choice in ("split", "sdpa"):
-        with pytest.raises(ValueError, match=r"sdpa leaves out the bound.*softcapping=50"):
+        with pytest.raises(ValueError, match=r"sdpa ignores the soft cap.*softcapping=50"):
             PackedForward.for_model(model, choice)
     assert PackedForward.for_model(model).recipe.implementation == "eager"
     model.config.attn_logit_softcapping = None
@@ -215,7 +219,7 @@ def test_sdpa_does_not_leave_out_bounds_on_scores(
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("gemma2", "sdpa leaves out the bound"), ("gpt_oss", "it does not support sdpa")],
+    [("gemma2", "sdpa ignores the soft cap"), ("gpt_oss", "it does not support sdpa")],
 )
 def test_split_attention_is_refused_where_it_would_leave_something_out(
     model_type: str, reason: str

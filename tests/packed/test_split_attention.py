@@ -317,5 +317,5 @@ def test_code_with_branches_of_its_own_keeps_its_attention(architecture: str) ->
     model = tiny_model(architecture)
     before = model.config._attn_implementation
     assert set_packed_attention(model, "auto") == before
-    with pytest.raises(ValueError, match=r"split: its code does not leave attention"):
+    with pytest.raises(ValueError, match=r"split: its code does not call the attention function"):
         set_packed_attention(model, "split")
