@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -54,10 +54,19 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options["recompile_limit"] = COMPILED_AT_MOST
-    else:  # torch below 2.13
+        return torch.compile(function, dynamic=False, **options)
+    run = torch.compile(function, dynamic=False, **options)
+
+    # torch below 2.13 has one limit for all that is compiled, and in 2.12 each thread has its own
+    # one: the backward pass on a GPU runs in another thread.
+    @wraps(function)
+    def limited(*args: Any, **kwargs: Any) -> Any:
         config: Any = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, COMPILED_AT_MOST)
-    return torch.compile(function, dynamic=False, **options)
+        if not torch.compiler.is_compiling() and config.recompile_limit < COMPILED_AT_MOST:
+            config.recompile_limit = COMPILED_AT_MOST
+        return run(*args, **kwargs)
+
+    return limited
 
 
 @cache

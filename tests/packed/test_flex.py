@@ -7,7 +7,8 @@ other ways to the same gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from hf_ebft.packed.flex import FLEX, flex_attention_forward
+from hf_ebft.packed.flex import FLEX, compiled, flex_attention_forward
 from hf_ebft.packed.forward import PackedForward
 from hf_ebft.packed.masks import CHUNKED, FULL, SLIDING, SPLIT, MaskRecipe
 from hf_ebft.packed.split_attention import split_attention
@@ -165,3 +166,31 @@ def test_gradients_of_a_model_are_those_with_a_dense_mask(
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert gradients[0].norm() > 1
     torch.testing.assert_close(gradients[1], gradients[0], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("has_argument", [True, False])
+def test_many_shapes_are_compiled_in_every_thread(
+    has_argument: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward passes on a GPU run in another thread; torch below 2.13 has a global limit alone."""
+    if not has_argument:
+        compile: Callable[..., Any] = torch.compile
+        monkeypatch.setattr(
+            torch, "compile", lambda function, **options: compile(function, **options)
+        )
+    lengths: list[int] = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Any:
+        lengths.append(len(inputs[0]))
+        return graph
+
+    double = compiled(lambda numbers: 2 * numbers, backend=backend)
+
+    def call() -> None:
+        for length in range(2, 18):
+            double(torch.ones(length))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert lengths == list(range(2, 18))
