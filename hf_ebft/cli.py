@@ -97,6 +97,8 @@ def error_text(error: Exception) -> str:
     """The message of an error, without the number that Python puts before an `OSError`'s."""
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"There is no file or folder {error.filename}; check the path."
+    if isinstance(error, FileExistsError) and error.filename:
+        return f"{error.filename} exists already and is not a folder; give another path."
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

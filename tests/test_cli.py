@@ -74,6 +74,7 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (ValueError("stride=0 must be at least 1."), "stride=0 must be at least 1."),
         (FileNotFoundError(2, "No such file", "a.txt"), "There is no file or folder a.txt; check"),
+        (FileExistsError(17, "File exists", "a.txt"), "a.txt exists already and is not a folder"),
         (PermissionError(13, "Permission denied", "a.txt"), "a.txt: Permission denied"),
         (OSError("m is no model of the hub"), "m is no model of the hub"),
         (ImportError("pip install 'hf_ebft[structured]'"), "pip install 'hf_ebft[structured]'"),

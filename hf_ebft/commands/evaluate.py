@@ -29,12 +29,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ebft.commands.runs.data import DATA_SEED, is_stdlib, load_split
 from hf_ebft.commands.runs.ending import documents_of
+from hf_ebft.commands.runs.model import read_tokenizer
 from hf_ebft.commands.runs.options import STDLIB, DataArguments
 from hf_ebft.commands.runs.parsing import OptionParser
 from hf_ebft.commands.runs.text import raw_text, tokenize
 from hf_ebft.config import EBFTSettings
 from hf_ebft.data import TokenizedRows
 from hf_ebft.evaluation import ModelMeasurements, compare_models, measure_model
+from hf_ebft.feature_network.loading import naming_option
 from hf_ebft.feature_network.network import FeatureNetwork
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -154,13 +156,14 @@ def main(argv: Sequence[str]) -> None:
     args = parse_arguments(argv)
     models = named_models(args.models)
     device = choose_device(args.device)
-    tokenizer = AutoTokenizer.from_pretrained(
-        next(iter(models.values())), trust_remote_code=args.trust_remote_code
+    tokenizer = read_tokenizer(
+        "models", next(iter(models.values())), trust_remote_code=args.trust_remote_code
     )
     rows = load_rows(args, tokenizer)
     settings = evaluation_settings(args)
     phi_path = args.feature_model_name_or_path or next(iter(models.values()))
-    phi = make_network(load_model(phi_path, args, device), args.feature_layers, args)
+    phi_option = "feature_model_name_or_path" if args.feature_model_name_or_path else "models"
+    phi = make_network(load_model(phi_path, args, device, phi_option), args.feature_layers, args)
     measure = partial(
         measure_model,
         feature_network=phi,
@@ -221,7 +224,8 @@ def second_network(
     path, layers = args.second_feature_model_name_or_path, args.second_feature_layers
     if path is None and layers is None:
         return None
-    model = phi.model if path is None else load_model(path, args, device)
+    option = "second_feature_model_name_or_path"
+    model = phi.model if path is None else load_model(path, args, device, option)
     second = make_network(model, layers or args.feature_layers, args)
     if path is None and second.layer_indices == phi.layer_indices:
         raise ValueError(
@@ -318,15 +322,18 @@ def load_rows(args: EvaluationArguments, tokenizer: Any) -> TokenizedRows:
     return rows.spread(args.rows, DATA_SEED)
 
 
-def load_model(path: str, args: EvaluationArguments, device: torch.device) -> Any:
-    """Load a model, or adapters with their base model."""
+def load_model(
+    path: str, args: EvaluationArguments, device: torch.device, option: str = "models"
+) -> Any:
+    """Load a model, or adapters with their base model. `option` names it, for errors."""
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
     if Path(path, ADAPTER_CONFIG).is_file():
         from peft import AutoPeftModelForCausalLM
 
         return AutoPeftModelForCausalLM.from_pretrained(path, **options).to(device)
-    model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    with naming_option(option, path):
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     return model.to(device)
 
 

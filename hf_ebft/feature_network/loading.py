@@ -151,8 +151,29 @@ def _load(path: str, settings: FeatureMatchingArguments, policy_dtype: torch.dty
             load_in_4bit=settings.feature_quantization == "4bit",
             bnb_4bit_compute_dtype=dtype,
         )
-    with _loading_on_every_process():
+    with _loading_on_every_process(), naming_option("feature_model_name_or_path", path):
         return AutoModelForCausalLM.from_pretrained(path, **arguments)
+
+
+@contextmanager
+def naming_option(option: str, path: str) -> Iterator[None]:
+    """Put the option that names a model before the error if the model cannot be loaded.
+
+    The message of transformers names neither the option nor, without a network, the model.
+
+    Args:
+        option: name of the option.
+        path: its value, a local folder or a name on the hub.
+    """
+    try:
+        yield
+    except OSError as error:
+        local = os.path.exists(path)
+        tried = "" if local else "is not a local folder, and "
+        source = "" if local else " from the hub"
+        raise OSError(
+            f"{option}={path!r} {tried}could not be loaded{source}: {' '.join(str(error).split())}"
+        ) from error
 
 
 @contextmanager

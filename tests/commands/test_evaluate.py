@@ -73,3 +73,14 @@ def test_the_default_split_is_not_the_training_split(
     args = evaluate.parse_arguments(["--models", "x", "--dataset_name_or_path", name])
     evaluate.load_rows(args, AutoTokenizer.from_pretrained(DEMO_MODEL))
     assert asked == [(name, split)]
+
+
+def test_a_model_that_cannot_be_loaded_is_named_with_its_option(tmp_path: Path) -> None:
+    data = ["--dataset_name_or_path", "stdlib:encodings", "--output_dir", str(tmp_path / "out")]
+    message = rf"^models='{tmp_path}' is a folder from which no tokenizer can be loaded; save"
+    with pytest.raises(ValueError, match=message):
+        evaluate.main(["--models", f"base={tmp_path}", *data])
+    option = "feature_model_name_or_path"
+    missing = str(tmp_path / "missing")
+    with pytest.raises(OSError, match=rf"^{option}='{missing}' is not a local folder, and could"):
+        evaluate.main(["--models", f"base={DEMO_MODEL}", f"--{option}", missing, *data])

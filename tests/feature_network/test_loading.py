@@ -161,3 +161,10 @@ def test_quantization_needs_a_name():
 def test_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="feature_dtype='int7'"):
         EBFTSettings(feature_dtype="int7")
+
+
+def test_a_network_that_cannot_be_loaded_is_named_with_its_option(tmp_path):
+    missing = str(tmp_path / "missing")
+    message = f"^feature_model_name_or_path='{missing}' is not a local folder, and could not be"
+    with pytest.raises(OSError, match=message):
+        make_trainer(tmp_path, feature_model_name_or_path=missing)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from hf_ebft.commands.runs.adapters import quantization
 from hf_ebft.commands.runs.console import say
 from hf_ebft.commands.runs.options import LoraArguments, ModelArguments
+from hf_ebft.feature_network.loading import naming_option
 
 
 def load_tokenizer(names: ModelArguments, args: TrainingArguments) -> Any:
@@ -20,20 +21,11 @@ def load_tokenizer(names: ModelArguments, args: TrainingArguments) -> Any:
 
     Raises:
         OSError: there is no such model.
-        ValueError: the tokenizer has neither a pad nor an EOS token.
+        ValueError: the folder has no tokenizer, or one with neither a pad nor an EOS token.
     """
     option = "tokenizer_name_or_path" if names.tokenizer_name_or_path else "model_name_or_path"
     path = names.tokenizer_name_or_path or names.model_name_or_path
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, **loading_options(names))
-    except OSError as error:
-        if Path(path).exists():
-            raise
-        # The hub's own message does not name the option.
-        raise OSError(
-            f"{option}={path!r} is not a local folder, and could not be loaded from the hub: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+    tokenizer = read_tokenizer(option, path, **loading_options(names))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -43,6 +35,32 @@ def load_tokenizer(names: ModelArguments, args: TrainingArguments) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
         say(args, f"The tokenizer has no pad token; rows are padded with {tokenizer.eos_token!r}.")
     return tokenizer
+
+
+def read_tokenizer(option: str, path: str, **options: Any) -> Any:
+    """Load a tokenizer; errors name the option that names it.
+
+    Args:
+        option: name of the option, for errors.
+        path: its value, a local folder or a name on the hub.
+        options: keyword arguments of `from_pretrained`.
+
+    Raises:
+        OSError: there is no such folder, and no such name on the hub.
+        ValueError: there is no tokenizer in it.
+    """
+    try:
+        with naming_option(option, path):
+            return AutoTokenizer.from_pretrained(path, **options)
+    except ValueError as error:
+        if not Path(path).is_dir() or any(Path(path).glob("tokenizer*")):
+            raise
+        # For a folder without tokenizer files, transformers asks for optional packages.
+        raise ValueError(
+            f"{option}={path!r} is a folder from which no tokenizer can be loaded; save one there "
+            "(tokenizer.save_pretrained). With hf-ebft train, tokenizer_name_or_path can name "
+            "another folder instead."
+        ) from error
 
 
 def load_model(
