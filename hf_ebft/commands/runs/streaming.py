@@ -92,7 +92,15 @@ def load_rows(
         source = data.eval_dataset_name_or_path or name
         split = data.eval_split or ("train" if source != name else data.train_split)
         same = (source, split) == (name, data.train_split)
-        records = list((stream if same else _open(source, split, data)).records.take(count))
+        held_out_stream = (stream if same else _open(source, split, data)).records
+        records = list(held_out_stream.take(count + 1))  # one more shows that something is left
+        if same and len(records) <= count:
+            raise ValueError(
+                f"{name} has {len(records)} documents, and the first {count} of a stream are held "
+                "out, so none is left to train on. Lower max_eval_rows, set eval_split or "
+                "eval_dataset_name_or_path, or leave out streaming."
+            )
+        records = records[:count]
         if same:
             train = train.skip(len(records))
         held_out = RowMaker(data, args, tokenizer, source).tokenized(records, pack=False)

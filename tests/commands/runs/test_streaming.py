@@ -96,6 +96,16 @@ def test_the_first_documents_are_held_out_and_not_trained_on(tmp_path: Path) -> 
     assert sorted(trained + measured) == contents(whole)
 
 
+def test_a_stream_without_documents_to_train_on_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"text": text} for text in TEXTS])
+    for options, held_out in (((), 256), (("--max_eval_rows=60",), 60)):
+        message = rf"data\.jsonl has 60 documents, and the first {held_out} .* Lower max_eval_rows"
+        with pytest.raises(ValueError, match=message):
+            rows_of(path, *options, wants_eval=True)
+    stream, _ = rows_of(path, "--max_eval_rows=59", wants_eval=True)
+    assert len(list(stream)) > 0
+
+
 def test_held_out_text_may_be_another_data_set(tmp_path: Path) -> None:
     path = write(tmp_path, [{"text": text} for text in TEXTS])
     other = write(tmp_path, [{"text": "something else, long enough"}] * 3, "other.jsonl")
