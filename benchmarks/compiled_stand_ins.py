@@ -1,9 +1,9 @@
-"""Functions that `torch.compile` has compiled, on a pretended device.
+"""Stand-ins for functions compiled by `torch.compile`, on a pretended device.
 
-They run as they are written, and are counted as what a compiler makes of them. Kernels are fused
-(`launched.Region`). The backward pass gets what came into the function, and what goes into products
-and fused attention and comes out of them, which is in memory anyway; the rest is computed again, as
-torch's partitioner does it.
+They run uncompiled, but are counted as a compiler would fuse them (`launched.Region`). For the
+backward pass they keep the function's inputs, and the inputs and outputs of matrix products and of
+fused attention, which are in memory anyway. All other values are recomputed, as torch's partitioner
+would do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Fused attention and compiled functions on a pretended device, where their kernels cannot run.
+"""Stand-ins for fused attention and `torch.compile` on a pretended device.
 
-What stands in for a kernel allocates what the kernel allocates, keeps for the backward pass what it
-keeps, and counts the arithmetic that it does: for flex_attention, that of the tiles of its block
-mask.
+Their kernels cannot run there. A stand-in allocates the same memory as the kernel, keeps the same
+tensors for the backward pass, and counts the kernel's arithmetic. For flex_attention that is the
+arithmetic of the tiles that its block mask lists.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""All that one short use of a GPU can tell, in one call of at most nine minutes.
+"""Measures everything that one short use of a GPU can show, in one call of at most nine minutes.
 
     PYTHONPATH=. python3 benchmarks/gpu_check.py --out results     # in the root of the repository
     PYTHONPATH=. python3 benchmarks/gpu_check.py --out out --dry-run        # tiny, on a CPU
 
-Nothing needs to be installed but torch, transformers, accelerate and peft: no data set, no network,
-not this package. Parts run in order of value, each in a process of its own that has a time limit.
-What a part finds is on disk as soon as it is found, so that neither a crash nor a limit loses it; a
-part that no longer fits the budget is left out and says so. The table comes last, for whoever sees
-only the end of the output. Under `--out`: `results.json`, `log.txt`, `junit.xml`.
+It needs torch, transformers, accelerate and peft. It needs no data set and no network, and this
+package need not be installed. The most valuable parts run first. Each part runs in a process of its
+own with a time limit. Results are written to disk at once, so that neither a crash nor the limit
+loses them. A part that no longer fits the time budget is skipped and reported as skipped. The table
+is printed last, so that the end of the output suffices. The folder `--out` gets `results.json`,
+`log.txt` and `junit.xml`.
 
-`gpu_parts.py` measures, `gpu_table.py` prints.
+`gpu_parts.py` contains the measurements, and `gpu_table.py` prints the table.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What `gpu_check.py` measures. Each part is run in a process of its own:
+"""The measurements of `gpu_check.py`. Each part runs in a process of its own:
 
     PYTHONPATH=. python3 benchmarks/gpu_parts.py steps steps.json [--dry-run]
 
-A function `part_NAME(record)` notes its figures in a `Record`, which is a file from the first one
-on. What fails inside of a part is noted, and the part goes on.
+A function `part_NAME(record)` stores its results in a `Record`, which writes each of them to a file
+at once. If a measurement inside a part fails, the error is recorded and the part continues.
 """
 
 from __future__ import annotations
@@ -294,10 +294,10 @@ def measure(record: Record, variant: Variant, speed: float) -> dict[str, Any]:
 
 
 def decoding_of(ours: OurStep) -> str:
-    """Whether its decoding steps ran as they should, which seconds alone do not tell."""
+    """How decoding steps ran: the number of CUDA graphs, or why there are none."""
     decoding = ours.trainer._forward.decoding
     if decoding.grows is not None:
-        return f"a cache that grows, since {decoding.grows}"
+        return f"a cache that grows, because {decoding.grows}"
     if not decoding.works:
         return "no steps"
     graphs = decoding.graphs
@@ -343,7 +343,7 @@ def multiply_adds(record: Record, ours: OurStep) -> int:
 
 
 def note_launches(record: Record, variant: Variant) -> None:
-    """What a step of this variant launches."""
+    """Record the kernels that a step of this variant launches."""
     with record.trying(variant.name, "launches"):
         record.note(variant.name, launches(record, variant), "launches")
 
@@ -370,7 +370,7 @@ def launches(record: Record, variant: Variant) -> dict[str, Any]:
 
 
 def free(device: torch.device) -> None:
-    """Give back what the last model held."""
+    """Free the memory of the last model."""
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
@@ -521,7 +521,7 @@ def part_naive(record: Record) -> None:
 
 
 def part_run(record: Record) -> None:
-    """The small model that ships here learns from its own rollouts on text it has not seen.
+    """Train the small model of this repository on new text, from its own rollouts.
 
     In autocast with float32 weights, measured on held-out text before and after.
     """

@@ -1,8 +1,9 @@
-"""Forward and backward of the head: our log-probabilities beside plain `log_softmax` and `gather`.
+"""Compares our log-probabilities, forward and backward, with plain `log_softmax` and `gather`.
 
     python benchmarks/head.py
 
-In turns within one process and one thread. Both compute the head once more in the backward pass.
+The two are measured in turns, in one process with one thread. Both compute the head once more in
+the backward pass.
 """
 
 from __future__ import annotations

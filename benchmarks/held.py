@@ -1,4 +1,4 @@
-"""The most bytes that a step holds on a pretended device, and by whom they were allocated."""
+"""Peak memory of a step on a pretended device, and the functions that allocated it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ import torch
 from pretended import PRODUCTS, tensors_in
 from torch.utils.weak import WeakIdKeyDictionary
 
-# What CUDA's caching allocator rounds up to.
+# torch's caching allocator for CUDA rounds allocations up to a multiple of this many bytes.
 BLOCK = 512
-# Files whose functions say where something was allocated, the innermost of them.
+# An allocation is attributed to the innermost function in files with these path parts.
 _TELLING = ("/hf_ebft/", "/transformers/models/", "/benchmarks/naive")
 
 
 class HeldMemory:
-    """Follows every storage of the device from its first tensor to its end.
+    """Follows every storage of the device from its allocation until it is freed.
 
     Args:
-        phase: says the phase of the step that an operator belongs to.
-        block: bytes that every allocation is a multiple of.
+        phase: returns the current phase of the step.
+        block: allocations are rounded up to a multiple of this many bytes.
 
     Attributes:
-        held: bytes now.
-        peak: most of them since `start`, beyond those held then.
-        at_peak: bytes by who allocated them, at about that time.
-        by_phase: the peak of every phase, beyond what was held at the start.
+        held: bytes allocated now.
+        peak: maximum of `held` since `start`, minus the bytes held at `start`.
+        at_peak: bytes by the function that allocated them, approximately at the peak.
+        by_phase: the peak of every phase, minus the bytes held at `start`.
     """
 
     def __init__(self, phase: Callable[[], str], block: int = BLOCK) -> None:
         self._phase, self._block = phase, block
         self._known = WeakIdKeyDictionary(ref_type=weakref.ref)
-        # Written by compiled functions that run, and perhaps never in memory; by whom.
+        # Results of compiled functions that are running, and the functions that wrote them. A fused
+        # kernel may never write them to memory.
         self._fused = WeakIdKeyDictionary(ref_type=weakref.ref)
         self._in_region = False
         self._by_owner: Counter[str] = Counter()
@@ -46,7 +47,7 @@ class HeldMemory:
         self.start()
 
     def start(self) -> None:
-        """What is held now does not count from here on."""
+        """Begin a measurement: subtract the bytes held now from later results."""
         self._before = self.held
         self._owners_before = Counter(self._by_owner)
         self.peak = 0

@@ -1,10 +1,13 @@
-"""What the operators of a step cost a GPU: kernels, bytes, multiply-adds, and a time from these.
+"""The cost of a step's operators on a GPU: kernels, bytes, multiply-adds, and a predicted time.
 
-The model of time is plain. The host launches one operator after another; each takes it a fixed
-time, views a shorter one. The device takes for an operator the longest of the least time of any
-kernel, of its bytes at the speed of the memory, and of its multiply-adds at the speed of a large
-matrix product, or of attention. It begins with an operator once that is launched and the one before
-is done. Where the host reads something off the device, it waits until all is done.
+The model of time is simple:
+
+- The host launches one operator after another. Each launch takes a fixed time; views take less.
+- The device's time for an operator is the maximum of three: the minimum time of any kernel, the
+  operator's bytes at the speed of the memory, and its multiply-adds at the speed of a large matrix
+  product, or of attention.
+- An operator starts on the device when it has been launched and the previous one has finished.
+- If the host reads a value from the device, it waits until the device has finished all operators.
 """
 
 from __future__ import annotations
@@ -27,18 +30,18 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Machine:
-    """What a GPU can do; by default an H100, measured where a measurement is named.
+    """The speed of a GPU. The defaults are for an H100; those marked "measured" were measured.
 
     Attributes:
-        launch: seconds of the host for an operator with a kernel (measured: 10.7 microseconds).
-        view: seconds of the host for an operator without one.
-        module: seconds of the host for a call of a module, beside its operators.
-        replay: seconds of the device between two kernels of a CUDA graph.
-        kernel: least seconds of a kernel.
-        bandwidth: bytes a second that kernels reach.
-        products: multiply-adds a second of large matrix products (measured: 775 TFLOP/s).
+        launch: host seconds per operator with a kernel (measured: 10.7 microseconds).
+        view: host seconds per operator without a kernel.
+        module: host seconds per call of a module, in addition to its operators.
+        replay: device seconds between two kernels of a CUDA graph.
+        kernel: minimum device seconds of a kernel.
+        bandwidth: bytes per second that kernels read and write.
+        products: multiply-adds per second of large matrix products (measured: 775 TFLOP/s).
         float32: the same in float32, with TF32 switched off.
-        attention, attention_backward: multiply-adds a second of fused attention.
+        attention, attention_backward: multiply-adds per second of fused attention.
     """
 
     launch: float = 10.7e-6
@@ -57,7 +60,7 @@ class Machine:
 
 H100 = Machine()
 
-# Operators that launch nothing, beside those that return views.
+# Operators that launch nothing, in addition to those that return views.
 _FREE = {
     aten.empty.memory_format,
     aten.empty_like.default,
@@ -87,12 +90,12 @@ KERNELS = {
     "_linalg_eigh": 8,
     "isin": 3,
 }
-# Operators that read of their first tensor only what they return.
+# Operators that read only those entries of their first tensor that they return.
 _PICKING = {"index", "gather", "embedding", "index_select", "take_along_dim", "select_scatter"}
 # Operators that read nothing.
 _FILLING = {"fill_", "zero_", "zeros", "ones", "full", "arange", "new_zeros", "scalar_tensor"}
 _REDUCTIONS = {"sum", "amax", "max", "cumsum", "logsumexp", "_softmax", "_log_softmax"}
-# Entries of a row that a fused kernel cannot hold while it is summed.
+# Rows with this many entries are too long for a fused kernel to hold while it sums them.
 LONG_ROW = 2**14
 # Operators that write few of the entries of their first tensor. (In the backward pass autograd
 # writes a copy of it while a mode is on, and not otherwise.)
@@ -101,12 +104,12 @@ _SCATTERING = {"scatter_add", "scatter_add_", "index_add", "index_add_", "index_
 
 @dataclass
 class Cost:
-    """Of some operators.
+    """The cost of some operators.
 
     Attributes:
-        count: operators that launch something.
-        kernels, bytes, multiply_adds: of theirs.
-        device: seconds of the device, each operator for itself.
+        count: number of operators that launch a kernel.
+        kernels, bytes, multiply_adds: their kernels, bytes moved and multiply-adds.
+        device: sum of the operators' device seconds.
     """
 
     count: int = 0
@@ -143,18 +146,19 @@ class Timeline:
 
 @dataclass
 class Region:
-    """What a compiled function launches.
+    """The kernels that a compiled function launches.
 
-    Products are kernels of their own. All else is fused into kernels around them, one more than
-    there are products, which read the products' results, write what goes into products, and read
-    and write what goes in and comes out. What they keep to themselves never reaches memory. But
-    where rows of a whole vocabulary are summed, they are read once more, in 16 bits.
+    Each matrix product is a kernel of its own. All other operators are fused into the kernels
+    between products, one more than there are products. These read the function's inputs and the
+    products' results, and write the products' inputs and the function's outputs. Values used only
+    inside a fused kernel are not written to memory. Exception: if rows of a whole vocabulary are
+    summed, they are read once more, in 16 bits.
 
     Attributes:
-        name: of the function.
-        cost: of products and of fused attention.
-        products: how many.
-        bytes: moved by the kernels around them.
+        name: name of the function.
+        cost: cost of the products and of fused attention.
+        products: number of products.
+        bytes: bytes moved by the fused kernels.
     """
 
     name: str
@@ -190,20 +194,20 @@ class Region:
 
 
 class LaunchedWork:
-    """Adds up what operators cost, by phase and by who launches them.
+    """Sums the cost of operators, by phase and by the function that launches them.
 
     Args:
-        phase: says the phase that an operator belongs to.
-        owner: says who launches it, see `held.owner`.
+        phase: returns the current phase of the step.
+        owner: returns the function that launches an operator, see `held.owner`.
         machine: the GPU.
 
     Attributes:
         by_phase: costs by phase.
-        by_owner: costs by owner.
-        seconds: by phase, on the timeline.
-        busy: seconds of the device by phase.
-        waits: reads of the host by phase.
-        on_region: is told when compiled functions begin and end.
+        by_owner: costs by function.
+        seconds: seconds by phase, on the timeline.
+        busy: seconds in which the device is busy, by phase.
+        waits: number of times that the host reads from the device, by phase.
+        on_region: called when a compiled function begins or ends.
     """
 
     def __init__(
@@ -335,7 +339,7 @@ class LaunchedWork:
         elif name == "copy_":
             n_bytes = _bytes(args[0]) + _bytes(args[1])
         elif name in ("_softmax", "_log_softmax"):
-            # Its maximum, its sum, its result: rows of a large vocabulary are read three times.
+            # Rows of a large vocabulary are read three times: for maximum, sum and result.
             n_bytes = 3 * _bytes(args[0]) + _bytes(results[0])
         elif name in _PICKING:
             n_bytes = 2 * sum(map(_bytes, results)) + sum(map(_bytes, inputs[1:]))

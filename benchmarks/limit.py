@@ -1,21 +1,23 @@
-"""The multiply-adds that a step needs, counted, and the time that they take at full speed.
+"""Counts the multiply-adds that a step needs, and the time that they take at full speed.
 
-A pass needs the tokens that something reads, each once, whatever a row is padded with:
+A pass needs each token whose result is used, once. Padding is not counted. The passes are:
 
 - sampling: the document up to the last prefix's end, and the tokens of each rollout but its last;
 - features: the document up to the last window's end and all rollout tokens, in the layers up to the
   highest feature layer, without the head;
-- training forward: the tokens of each rollout but its last, and where there is a cross-entropy the
-  whole document but its last token. What sampling has computed of the document is not needed again.
-- backward: of the document as far as sampling and training need it, and of the rollouts' tokens.
-  The head at the places that predict a token.
+- training forward: the tokens of each rollout but its last and, with a cross-entropy, the whole
+  document but its last token. Results that sampling has computed of the document are not needed
+  again;
+- backward: the document tokens that sampling and training need, the rollouts' tokens, and the head
+  for tokens that predict a target.
 
-A token costs the linear layers that it goes through (the weights' inputs times outputs) and two
-products of the head dimension per attention head for each token that it sees, itself included.
-Nothing else is counted: no normalisation, softmax, embedding, optimizer, and no recomputation. The
-backward pass of a linear layer costs its forward pass for the gradient of its input, if that is
-wanted, and again for the gradient of its weight, if that is trained (so a frozen layer under LoRA
-costs half); that of attention costs twice its forward.
+The cost of a token is that of the linear layers that it goes through (the weights' inputs times
+outputs). In addition, there are two products of the head dimension per attention head for each
+token that it sees, itself included. Normalisation, softmax, embedding, optimizer and recomputation
+are not counted. The backward pass of a linear layer costs as much as its forward pass for the
+gradient of its input, if that is needed, and as much again for the gradient of its weight, if that
+is trained (so a frozen layer under LoRA costs half). The backward pass of attention costs twice its
+forward pass.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from hf_ebft.rows.layout import PackedLayout
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass goes over.
+    """The amount of work of a pass.
 
     Attributes:
         tokens: tokens that go through the layers.

@@ -10,7 +10,7 @@ library.
 The results are those of the library: log-probabilities, rewards and gradients agree for the same
 rollouts (tests/benchmarks/test_benchmarks.py).
 
-Where this order of work leaves a choice, the lighter one is used: a row holds only the tokens that
+Where this order of work leaves a choice, the cheaper one is used: a row holds only the tokens that
 have been drawn, no document is padded, the samples of a document share one mask, and the feature
 pass has no head. Attention is the model's own: the released code loads its models with eager
 attention (github.com/sjelassi/ebft_openrlhf, openrlhf/models/actor.py: "flash_attention_2", which

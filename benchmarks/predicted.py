@@ -1,14 +1,14 @@
-"""What a step costs a GPU, predicted on a machine that has none.
+"""Predicts the cost of a step on a GPU, on a machine without one.
 
     python benchmarks/predicted.py --model 1b --documents 4
     python benchmarks/predicted.py --documents 8 --set gradient_checkpointing=true --json 8.json
 
-The step's own code runs, the same that `benchmarks/step.py` times, on tensors that have shapes and
-no values (`benchmarks/pretended.py`). Counted are the bytes that live at a time
-(`benchmarks/held.py`), and kernels, bytes moved and multiply-adds, from which a time follows
-(`benchmarks/launched.py`). Decoding steps run as if they were replayed as CUDA graphs.
+It runs the step's own code, which `benchmarks/step.py` times, on tensors that have shapes but no
+values (`benchmarks/pretended.py`). It counts the bytes that exist at the same time
+(`benchmarks/held.py`). It also counts kernels, bytes moved and multiply-adds, and predicts a time
+from them (`benchmarks/launched.py`). Decoding steps are counted as replayed CUDA graphs.
 
-It is a prediction: docs/performance.md says how far it was from what an H100 measured.
+docs/performance.md compares predictions with the measurements of an H100.
 """
 
 from __future__ import annotations

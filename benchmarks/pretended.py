@@ -1,17 +1,17 @@
-"""A GPU that is not there: a step's own code runs on tensors that have shapes and no values.
+"""A pretended GPU: a step's own code runs on tensors that have shapes but no values.
 
     with PretendedGPU(observers=[...]) as gpu:
         trainer.training_step(...)
 
-Inside, whatever is put on "cuda" is a tensor of torch's device "meta" that says it is on "cuda":
-it takes no memory, and operators on it compute nothing but shapes. Tensors on the CPU are real.
+Within the context, tensors put on "cuda" are tensors of torch's device "meta" that claim to be on
+"cuda". They take no memory, and operators on them compute only shapes. Tensors on the CPU are real.
 
-What the host reads off the device decides shapes (how long documents are, where blocks lie), so
-integers whose values follow from what the host has sent there are computed on the CPU as well.
-Anything else that the host reads is a zero, and every such read is noted: it is a wait for the
-device.
+Some values that the host reads from the device decide shapes (the lengths of documents, the
+positions of blocks). So integers that are computed from data of the host are also computed on the
+CPU. All other values that the host reads are zeros. Every read is recorded, because on a GPU the
+host would wait for the device.
 
-Autocast is not followed: torch knows none for the device "meta". Weights in bfloat16 are.
+Autocast is not modelled, because torch has none for the device "meta". Weights in bfloat16 are.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from torch.utils.weak import WeakIdKeyDictionary
 GPU = torch.device("cuda", 0)
 META = torch.device("meta")
 CPU = torch.device("cpu")
-# Integers beyond so many are not computed.
+# Integer tensors with more entries than this are not computed on the CPU.
 KNOWN_AT_MOST = 2**22
 
 aten = torch.ops.aten
-# Read by the host: a wait for the device.
+# Operators by which the host reads from the device, and so waits for it.
 _READS = {aten._local_scalar_dense.default, aten.equal.default}
-# Checks of values, which are all well.
+# Operators that check values; here all checks pass.
 _CHECKS: dict[Any, bool] = {
     torch.isfinite: True,
     torch.Tensor.isfinite: True,
     torch.isnan: False,
     torch.Tensor.isnan: False,
 }
-# Look at memory themselves.
+# Functions that access memory directly.
 _DATA = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
-# Products of matrices.
+# Matrix products.
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "baddbmm_", "addmm_"}
-# What reads the name of a device and makes no tensor.
+# Functions that take the name of a device but make no tensor.
 _NAMING = (torch.device, torch._C._nn._parse_to)
 
 

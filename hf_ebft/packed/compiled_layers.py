@@ -69,7 +69,7 @@ class CompileOptions:
 
 
 class CompiledForward:
-    """A layer's forward that runs compiled code for packed rows, and the layer's own code else.
+    """A layer's forward that runs compiled code for packed rows, and otherwise the layer's own.
 
     It belongs to one layer. A deep copy of the layer copies it, too.
 

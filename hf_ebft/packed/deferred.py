@@ -128,7 +128,7 @@ class TrainingPass:
             with torch.set_grad_enabled(not self._documents_again(model, rollouts.layout)):
                 documents = read_documents()
         weights = [weight for weight in model.parameters() if weight.requires_grad]
-        adds_to_grad = self.adds_to_grad and not _somebody_listens(model, weights)
+        adds_to_grad = self.adds_to_grad and not _needs_one_gradient(model, weights)
         if not documents.log_probs.rollout.requires_grad:
             tensors = _PassAgain.apply(read_documents, adds_to_grad, documents.tensors, *weights)
             documents = documents.with_tensors(tensors)
@@ -217,7 +217,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _somebody_listens(model: nn.Module, weights: Sequence[Tensor]) -> bool:
+def _needs_one_gradient(model: nn.Module, weights: Sequence[Tensor]) -> bool:
     """Whether something needs exactly one gradient of each weight per backward pass.
 
     DDP sends that gradient to other processes. Hooks may even step the optimizer with it.
