@@ -2,8 +2,8 @@
 
 Layers of one class share their compiled code, so that a model needs one graph and not one per
 layer. This also holds for passes with a cache, see `hf_ebft.packed.layer_caches`. Two kinds of
-passes have many shapes and are not compiled: passes without an explicit mask (plain rows) and
-passes with a cache of another class.
+passes have many shapes and are not compiled: passes without an explicit mask (plain rows without
+padding) and passes with a cache of another class.
 
 accelerate can also compile layers (`compile_regions`). It replaces the policy by a copy in which
 the head is compiled, too, and hooks are traced. The feature network and the chunked head need the
@@ -133,6 +133,13 @@ def compile_layers(model: nn.Module, options: CompileOptions) -> None:
                 "would be lost. Load the model without device_map, or leave torch_compile off."
             )
         layer.forward = CompiledForward(layer, options)
+
+
+def uncompile_layers(model: nn.Module) -> None:
+    """Undo `compile_layers`, in place, if it was called for this model."""
+    for layer in model.modules():
+        if isinstance(layer.__dict__.get("forward"), CompiledForward):
+            del layer.forward
 
 
 def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

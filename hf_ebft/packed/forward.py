@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_ebft.packed.compiled_layers import CompileOptions, compile_layers
+from hf_ebft.packed.compiled_layers import CompileOptions, compile_layers, uncompile_layers
 from hf_ebft.packed.decoding_state import Decoding
 from hf_ebft.packed.flex import FLEX
 from hf_ebft.packed.fsdp import is_sharded
@@ -106,6 +106,8 @@ class PackedForward:
         limits = check_supported(model)
         if compiler is not None:
             compile_layers(model, compiler)
+        elif trains:  # an earlier trainer may have compiled them
+            uncompile_layers(model)
         base = bare_model(model)
         set_packed_attention(
             model,

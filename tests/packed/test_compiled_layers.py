@@ -426,6 +426,17 @@ def test_layers_follow_their_class_as_fsdp2_changes_it() -> None:
         torch.testing.assert_close(layer(hidden, position_embeddings=positions), before + 1)
 
 
+def test_a_trainer_without_torch_compile_runs_layers_that_another_has_compiled_as_written(
+    tmp_path: Path,
+) -> None:
+    model = tiny_llama()
+    compile_layers(model, TRACED)
+    trainer = EBFTTrainer(model, config(tmp_path, max_steps=1), train_dataset=texts(20, 17))
+    trainer.train()
+    assert graphs() == 0
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model))
+
+
 def test_a_forward_that_something_has_replaced_is_refused() -> None:
     model = tiny_model("llama")
     decoder_layers(model)[1].forward = lambda *_, **__: None
