@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_ebft.commands.runs.data import DATA_SEED, is_stdlib, load_split
 from hf_ebft.commands.runs.ending import documents_of
+from hf_ebft.commands.runs.help import command_help
 from hf_ebft.commands.runs.model import read_tokenizer
 from hf_ebft.commands.runs.options import STDLIB, DataArguments
 from hf_ebft.commands.runs.parsing import OptionParser
@@ -242,15 +243,17 @@ def parse_arguments(argv: Sequence[str]) -> EvaluationArguments:
     Raises:
         ValueError: an unknown option; the message names the nearest known one.
     """
-    parser = OptionParser(
-        EvaluationArguments,
-        prog="hf-ebft evaluate",
-        usage="hf-ebft evaluate --models NAME=PATH ... [--option value ...]",
-        description=str(__doc__).split(": ", maxsplit=1)[1].split("\n", maxsplit=1)[0],
-    )
+    parser = _Parser(EvaluationArguments, prog="hf-ebft evaluate")
     parser.refuse_unread(argv)
     (args,) = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
     return args
+
+
+class _Parser(OptionParser):
+    def format_help(self) -> str:
+        about = str(__doc__).split(": ", maxsplit=1)[1].split("\n", maxsplit=1)[0]
+        usage = "hf-ebft evaluate --models NAME=PATH ... [--option value ...]"
+        return command_help(usage, about.capitalize(), self._actions)
 
 
 def named_models(models: Sequence[str]) -> dict[str, str]:

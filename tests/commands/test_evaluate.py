@@ -84,3 +84,15 @@ def test_a_model_that_cannot_be_loaded_is_named_with_its_option(tmp_path: Path) 
     missing = str(tmp_path / "missing")
     with pytest.raises(OSError, match=rf"^{option}='{missing}' is not a local folder, and could"):
         evaluate.main(["--models", f"base={DEMO_MODEL}", f"--{option}", missing, *data])
+
+
+def test_the_help_names_each_option_once_and_no_empty_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.parse_arguments(["--help"])
+    said = capsys.readouterr().out
+    assert "usage: hf-ebft evaluate --models" in said and "Measure one or several models" in said
+    assert "None" not in said and "--text-column" not in said
+    assert said.count("--text_column ") == 1
+    assert "[64]" in said

@@ -75,6 +75,18 @@ def all_options(actions: Iterable[Action], config: type) -> str:
     return "usage: hf-ebft train [--config FILE] [--option value ...]\n\n" + "\n".join(sections)
 
 
+def command_help(usage: str, description: str, actions: Iterable[Action]) -> str:
+    """The help of a command with few options: each once, with its default where it has one.
+
+    Args:
+        usage: the line after "usage:".
+        description: a sentence about the command.
+        actions: the options of the command's parser.
+    """
+    options = _section("options", list(_by_name(actions).values()))
+    return f"usage: {usage}\n\n{description}\n\n{options}"
+
+
 def _by_name(actions: Iterable[Action]) -> dict[str, Action]:
     """Name -> option; `--no_x` is left out, since it belongs to `--x`."""
     by_name: dict[str, Action] = {}
