@@ -96,3 +96,4 @@ def test_the_help_names_each_option_once_and_no_empty_default(
     assert "None" not in said and "--text-column" not in said
     assert said.count("--text_column ") == 1
     assert "[64]" in said
+    assert "One of feature, sample, none. [feature]" in " ".join(said.split())

@@ -34,6 +34,8 @@ FIRST: dict[Mode, dict[str, tuple[str, ...]]] = {
         "EBFT": ("num_generations", "max_completion_length", "ce_coef"),
     },
 }
+#: An option with more choices than this does not list them.
+MOST_CHOICES = 8
 _NAME_WIDTH = 32
 
 
@@ -133,9 +135,12 @@ def _section(title: str, actions: Iterable[Action]) -> str:
 
 
 def _explanation(action: Action) -> str:
-    """The help of an option, with the default appended unless the text states it."""
+    """The help of an option, with its choices and its default unless the text states them."""
     text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
     text = " ".join(text.split())
+    choices = [str(choice) for choice in action.choices or ()]
+    if len(choices) <= MOST_CHOICES and any(choice not in text for choice in choices):
+        text += f" One of {', '.join(choices)}."
     default = action.default
     if default is None or default == "" or default == [] or "efault" in text:
         return text
