@@ -225,6 +225,9 @@ class PackedLayout:
         """The same layout on a device. If it is there already, itself with its cache."""
         if self.documents.input_ids.device == device:
             return self
+        if device.type == "cpu" and "on_host" in self.cache:
+            copied: PackedLayout = self.cache["on_host"]
+            return copied
         moved = PackedLayout(
             self.documents.to(device), self.blocks.to(device), self.n_samples, self.length
         )

@@ -340,3 +340,14 @@ def test_kept_places_cover_every_predictor(case: Case, whole_document: bool) -> 
     else:
         # Nothing is computed in vain: each place predicts a rollout token of some row.
         assert set(places) == set(layout.predictor.flatten().tolist())
+
+
+def test_a_layout_of_a_device_is_not_copied_back_to_the_host() -> None:
+    """As for a feature network on the CPU. The "meta" device has no values to copy."""
+    documents = Documents.from_inputs({"input_ids": torch.arange(1, 13)[None]})
+    blocks = find_blocks(documents, stride=2, context_length=2, generate_max_len=2)
+    layout = PackedLayout(documents, blocks, 2, 2)
+    on_device = layout.to(torch.device("meta"))
+    assert on_device.to(torch.device("cpu")) is layout
+    chunk = on_device.select_blocks(slice(0, 1)).to(torch.device("cpu"))
+    assert torch.equal(chunk.predictor, layout.select_blocks(slice(0, 1)).predictor)
