@@ -34,7 +34,8 @@ def test_errors_name_the_file_and_the_mistake(
     if text is not None:
         path.write_text(text)
     assert main(["convert", str(path)]) == 2
-    assert f"hf-ebft convert: {path}" in capsys.readouterr().err
+    begins = str(path) if text is not None else f"There is no file or folder {path};"
+    assert f"hf-ebft convert: {begins}" in capsys.readouterr().err
 
 
 def test_the_source_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
