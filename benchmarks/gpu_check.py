@@ -134,6 +134,11 @@ def environment_of(dry_run: bool) -> dict[str, str]:
     return os.environ | changes
 
 
+def hear_interrupts() -> None:
+    """In a part's process, before it begins: shells start background jobs deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_part(part: Part, limit: float, out: Path, log: Any, dry_run: bool) -> dict[str, Any]:
     """Run a part until it ends or its time is over; what it found, and how it ended."""
     command = command_of(part, out, dry_run)
@@ -147,6 +152,7 @@ def run_part(part: Part, limit: float, out: Path, log: Any, dry_run: bool) -> di
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=hear_interrupts,
     )
     try:
         code = process.wait(timeout=limit)

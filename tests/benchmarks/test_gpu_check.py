@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -85,7 +86,12 @@ def test_nothing_that_was_found_is_lost(
         good=write,
     )
     start = time.monotonic()
-    results = gpu_check.check(parts, tmp_path, budget=60, dry_run=False)
+    # As in a background job of a shell.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        results = gpu_check.check(parts, tmp_path, budget=60, dry_run=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 30
     found = dict(results["parts"])
     assert "figure" not in found["half"] and "JSONDecodeError" in found.pop("half")["unreadable"]

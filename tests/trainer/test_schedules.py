@@ -77,7 +77,8 @@ def test_under_sgd_a_scheduled_weight_is_a_scheduled_rate(
     common: dict[str, Any] = {
         "rl_coef": 0.0,
         "optim": "sgd",
-        "learning_rate": 0.5,
+        # At 0.5 steps overshoot and amplify the rounding of either way to about 2e-6 and more.
+        "learning_rate": 0.1,
         "max_grad_norm": 0.0,
         "gradient_accumulation_steps": accumulation,
     }
@@ -91,16 +92,16 @@ def test_under_sgd_a_scheduled_weight_is_a_scheduled_rate(
         **common,
     )
     plain, _ = make(tmp_path, ce_coef=1.0, **common)
-    plain.optimizer = torch.optim.SGD(plain.model.parameters(), lr=0.5)
+    plain.optimizer = torch.optim.SGD(plain.model.parameters(), lr=0.1)
     plain.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
         plain.optimizer, lambda step: 1.0 - 0.2 * step
     )
     plain.train()
-    assert logged(plain, "learning_rate") == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1])
+    assert logged(plain, "learning_rate") == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
     before = weights_of(tiny_llama())
     moved = weights_of(scheduled.model)
     assert any(not moved[name].allclose(before[name], atol=1e-3) for name in before)
-    assert_same_tensors(moved, weights_of(plain.model), relative=2e-6)
+    assert_same_tensors(moved, weights_of(plain.model), relative=1e-6)
 
 
 class CountedScores(EBFTTrainer):
