@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,14 +51,12 @@ TRACED = CompileOptions("eager", fullgraph=True)
 AOT = replace(TRACED, backend="aot_eager")
 
 
+pytestmark = pytest.mark.usefixtures("flex_gradient_on_a_cpu")
+
+
 @pytest.fixture(autouse=True)
-def gradient_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """See test_flex.py."""
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    torch._dynamo.reset()
+def counters_from_zero(flex_gradient_on_a_cpu: None) -> None:
     counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def graphs() -> int:

@@ -8,7 +8,7 @@ other ways to the same gradient.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,12 +31,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def gradient_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("flex_gradient_on_a_cpu")
 
 
 def recipe(implementation: str) -> MaskRecipe:

@@ -6,7 +6,6 @@ on a CPU: see test_flex.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -42,12 +41,7 @@ ROUNDING = {"lora": 5e-5}
 DENSE = {"gemma2": "eager", "gpt_oss": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def gradient_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("flex_gradient_on_a_cpu")
 
 
 @pytest.fixture
