@@ -20,7 +20,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -32,7 +31,7 @@ from launched import H100, Cost, LaunchedWork, Machine
 from limit import count_step
 from pretended import GPU, PretendedGPU
 from settings import MODELS, PRESETS, Preset, machine, random_documents, with_adapters
-from step import OurStep, setting
+from step import OurStep, add_step_options, setting
 
 from hf_ebft.packed.model_parts import bare_model
 from hf_ebft.rows.layout import PackedLayout
@@ -294,13 +293,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, default="paper")
-    parser.add_argument("--model", choices=MODELS, default="1b")
-    parser.add_argument("--documents", type=int, default=1, help="Documents of a step.")
-    parser.add_argument("--json", type=Path, help="Write the figures here.")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="A field of EBFTConfig."
-    )
+    add_step_options(parser, model="1b")
     return parser.parse_args(arguments)
 
 

@@ -426,15 +426,32 @@ def report(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def add_step_options(parser: argparse.ArgumentParser, *, model: str) -> None:
+    """The options that say which step, and where its figures go.
+
+    Args:
+        parser: gets them.
+        model: the default of `--model`.
+    """
+    parser.add_argument("--preset", choices=PRESETS, default="paper")
+    parser.add_argument("--model", choices=MODELS, default=model)
+    parser.add_argument("--json", type=Path, help="Write the figures here.")
+    parser.add_argument("--documents", type=int, default=1, help="Documents of a step.")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="A field of EBFTConfig, for ours: --set gradient_checkpointing=true",
+    )
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, default="paper")
-    parser.add_argument("--model", choices=MODELS, default="10m")
-    parser.add_argument("--json", type=Path, help="Write the figures here.")
-    parser.add_argument("--documents", type=int, default=1, help="Documents of a step.")
+    add_step_options(parser, model="10m")
     parser.add_argument("--ce-coef", type=float, default=0.0, help="Weight of the cross-entropy.")
     parser.add_argument("--repeats", type=int, help="Timed steps of ours.")
     parser.add_argument("--naive-repeats", type=int, help="Timed steps of the naive order of work.")
@@ -454,13 +471,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="Default: the model's own."
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="A field of EBFTConfig, for ours: --set gradient_checkpointing=true",
     )
     return parser.parse_args(arguments)
 
