@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hf_ebft.packed.flex import compiled, fuses_kernels
 from hf_ebft.packed.heads import ToLogits
+from hf_ebft.packed.token_log_probs import at_temperature
 
 # A positive number times this is smaller than the number, by one or two units in the last place.
 _JUST_BELOW_ONE = 1.0 - 2.0**-52
@@ -91,8 +92,7 @@ def token_probabilities(logits: Tensor, temperature: float) -> Tensor:
     Returns:
         (..., V) float32, summing to 1.
     """
-    logits = logits.float()
-    return torch.softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    return torch.softmax(at_temperature(logits, temperature), dim=-1)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

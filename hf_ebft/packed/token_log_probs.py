@@ -34,7 +34,7 @@ def token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tens
 
 def plain_token_log_probs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """`token_log_probs` in operators that a compiler can fuse; same arguments and result."""
-    log_probs = _at_temperature(logits, temperature).log_softmax(dim=-1)
+    log_probs = at_temperature(logits, temperature).log_softmax(dim=-1)
     if torch.compiler.is_compiling():
         # inductor fuses the gradient of this loss into one kernel. The gradient of `gather` would
         # write, add to and read a matrix of zeros (c, V).
@@ -86,7 +86,7 @@ class _TokenLogProbs(torch.autograd.Function):
         """(c, t) -> (c, V)."""
         logits, targets = ctx.saved_tensors
         gradient = gradient / ctx.temperature
-        of_logits = torch.softmax(_at_temperature(logits, ctx.temperature), dim=-1)
+        of_logits = torch.softmax(at_temperature(logits, ctx.temperature), dim=-1)
         total = -gradient.sum(dim=1, keepdim=True)
         if torch.is_grad_enabled():  # second derivatives need the probabilities unchanged
             of_logits = (of_logits * total).scatter_add(1, targets, gradient)
@@ -95,6 +95,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return of_logits.to(logits.dtype), None, None
 
 
-def _at_temperature(logits: Tensor, temperature: float) -> Tensor:
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """The logits in float32, divided by the temperature."""
     logits = logits.float()
     return logits if temperature == 1.0 else logits / temperature
